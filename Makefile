@@ -1,0 +1,78 @@
+# Everything a newcomer types. Needs Python 3.10 or newer and nothing else; `make demo PYTHON=/path/to/python` picks one.
+# .venv is made once and holds the checkout in editable form: it follows the sources, and is renewed when pyproject.toml changes.
+
+VENV = .venv
+BIN = $(VENV)/bin
+PIP = $(BIN)/python -m pip --disable-pip-version-check -q
+CANDIDATES = $(or $(PYTHON),python3 python3.13 python3.12 python3.14 python3.11 python3.10 python)
+# Prints the version; fails on one that is too old, and on an Intel (or Rosetta) Python on a Mac, for which MLX is not built.
+PROBE = import platform, sys; \
+  intel = sys.platform == "darwin" and platform.machine() != "arm64"; \
+  print("%d.%d%s" % (sys.version_info[0], sys.version_info[1], " for Intel" if intel else "")); \
+  sys.exit(intel or sys.version_info < (3, 10))
+PROMPT = Explain in two sentences why the sky is blue.
+
+.NOTPARALLEL:
+.PHONY: help demo test lint format wheel-check clean
+
+help:
+	@echo "make demo         install into .venv, fetch the built-in model, stream an answer with its timings"
+	@echo "make test         install the test extras into .venv, run the tests (make test ARGS='-k cache' for some)"
+	@echo "make lint         check style and formatting; make format mends both"
+	@echo "make wheel-check  build the wheel, install it in a clean environment, try it from several folders"
+	@echo "make clean        remove .venv, builds and caches (the models in the user's cache stay)"
+
+demo: $(VENV)/.installed
+	$(BIN)/python -m mlxeff generate "$(PROMPT)"
+
+test: $(VENV)/.installed-test
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+wheel-check: $(VENV)/.installed-dev
+	$(BIN)/python .ci/wheel_check.py
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Takes the first candidate that is new enough and has venv; python -m venv leaves half a folder behind when it fails.
+$(BIN)/python:
+	@found=; seen=; \
+	for python in $(CANDIDATES); do \
+	  if version=`$$python -c '$(PROBE)' 2>/dev/null`; then found=$$python; break; fi; \
+	  if [ -n "$$version" ]; then seen="$$seen $$python is $$version;"; fi; \
+	done; \
+	if [ -z "$$found" ]; then \
+	  echo "error: mlxeff needs Python 3.10 or newer (on a Mac: for Apple silicon);$${seen:- found none;}" \
+	    "install one, or name it: make PYTHON=/path/to/python" >&2; \
+	  exit 1; \
+	fi; \
+	if ! $$found -c 'import venv, ensurepip' 2>/dev/null; then \
+	  echo "error: $$found ($$version) lacks the venv module; on Debian or Ubuntu: sudo apt install python3-venv" >&2; \
+	  exit 1; \
+	fi; \
+	echo "making $(VENV) with $$found ($$version)"; \
+	$$found -m venv --clear $(VENV) || { rm -rf $(VENV); exit 1; }
+
+$(VENV)/.installed: $(BIN)/python pyproject.toml
+	@echo "installing mlxeff and its libraries into $(VENV) (the first time: about a minute)"
+	@$(PIP) install -e .
+	@touch $@
+
+$(VENV)/.installed-test: $(BIN)/python pyproject.toml
+	@echo "installing mlxeff and its test libraries into $(VENV)"
+	@$(PIP) install -e '.[test]'
+	@touch $@ $(VENV)/.installed
+
+$(VENV)/.installed-dev: $(BIN)/python pyproject.toml
+	@echo "installing mlxeff and its development tools into $(VENV)"
+	@$(PIP) install -e '.[dev]'
+	@touch $@ $(VENV)/.installed

@@ -1,0 +1,66 @@
+"""Hugging Face and mlx-lm folders of the dense decoder family: the names stay; quantised modules are taken as they are.
+
+Also serves OpenELM folders with a config.json, whose names need no change either. Sources: the config.json and names of
+those releases.
+"""
+
+import mlx.core as mx
+
+from ..checkpoint import Source, Tensor
+from ..errors import MlxeffError
+from .plan import Family, Weight
+
+
+def recognises(source: Source) -> bool:
+    return source.config is not None and isinstance(source.config.get("model_type"), str)
+
+
+def read(source: Source) -> Family:
+    """Raises MlxeffError for quantisation that is not MLX's."""
+    config = {
+        key: value for key, value in source.config.items() if key not in ("auto_map", "mlxeff", "quantization_config")
+    }
+    for key in ("quantization", "quantization_config"):
+        if not isinstance(source.config.get(key, {}), (dict, type(None))):
+            raise MlxeffError(f"{source.path}: config.json: {key}: wanted an object, got {source.config[key]!r:.60}")
+    method = (source.config.get("quantization_config") or {}).get("quant_method")
+    if method and "quantization" not in config:
+        raise MlxeffError(f"{source.path}: wanted plain weights or MLX's quantization, got quant_method {method!r}")
+    return Family(config["model_type"], config, weights(source, config))
+
+
+def weights(source: Source, config: dict) -> list[Weight]:
+    """One Weight a parameter; the scales and biases of a quantised module belong to its weight."""
+    packed = {name.rpartition(".")[0] for name in source.tensors if name.endswith(".scales")}
+    parts = {f"{module}.{kind}" for module in packed for kind in ("scales", "biases")}
+    result = []
+    for name, tensor in source.tensors.items():
+        module, _, kind = name.rpartition(".")
+        if module in packed and kind == "weight":
+            result.append(_packed(source, config, module))
+        elif name not in parts:
+            result.append(dense(name, tensor))
+    return result
+
+
+def dense(name: str, tensor: Tensor) -> Weight:
+    return Weight(name, tensor.dtype, tensor.shape, tensor.nbytes, lambda: [tensor.read()])
+
+
+def _packed(source: Source, config: dict, module: str) -> Weight:
+    quantization = config.get("quantization") or {}
+    own = quantization.get(module)
+    group = (own if isinstance(own, dict) else quantization).get("group_size")
+    if not isinstance(group, int) or group < 1:
+        raise MlxeffError(f"{source.path}: {module}: wanted a group_size in config.json's quantization, got {group!r}")
+    tensors = [
+        source.tensors[n] for kind in ("weight", "scales", "biases") if (n := f"{module}.{kind}") in source.tensors
+    ]
+    scales = source.tensors[f"{module}.scales"]
+    shape = (*scales.shape[:-1], scales.shape[-1] * group)
+
+    def parts() -> list[mx.array]:
+        return [tensor.read() for tensor in tensors]
+
+    nbytes, specs = sum(tensor.nbytes for tensor in tensors), tuple((t.name, t.dtype, t.shape) for t in tensors)
+    return Weight(f"{module}.weight", scales.dtype, shape, nbytes, parts, specs)

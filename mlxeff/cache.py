@@ -1,0 +1,185 @@
+"""KV cache: what attention remembers of the tokens seen so far, one layer (`LayerCache`) and a whole model (`KVCache`).
+
+The cache attends: a model hands over rotated queries, keys and values and gets the attention output, so mask and
+storage are the cache's own business. Knows nothing about models or text. Shapes: B batch, H query heads, G KV heads,
+S new tokens, T tokens held, E head size.
+"""
+
+import contextlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import mlx.core as mx
+
+from .errors import MlxeffError
+
+FORMAT_VERSION = "1"
+
+
+class LayerCache:
+    """Keys and values of one layer, in buffers (B, G, capacity, E) that grow by `step` tokens.
+
+    `window`: only the last `window` tokens are attended to (sliding-window attention); None attends to all.
+    """
+
+    step = 256
+
+    def __init__(self, window: int | None = None):
+        self.keys: mx.array | None = None
+        self.values: mx.array | None = None
+        self.length = 0  # tokens held; the buffers may be longer
+        self.window = window
+        self._reserved = 0
+
+    def attend(self, queries: mx.array, keys: mx.array, values: mx.array, scale: float) -> mx.array:
+        """Append `keys`, `values` (B, G, S, E), attend causally with `queries` (B, H, S, E); returns (B, H, S, E)."""
+        held_keys, held_values = self.append(keys, values)
+        new = queries.shape[2]
+        mask: str | mx.array | None = None if new == 1 else "causal"
+        if self.window is not None and self.length > self.window:
+            first = max(0, self.length - new - self.window + 1)  # the oldest token that the first query still sees
+            held_keys, held_values = held_keys[:, :, first:], held_values[:, :, first:]
+            mask = None if new == 1 else _window_mask(new, held_keys.shape[2], self.window)
+        return mx.fast.scaled_dot_product_attention(queries, held_keys, held_values, scale=scale, mask=mask)
+
+    def append(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """Store (B, G, S, E) after the tokens held; returns all keys and values held, (B, G, T, E)."""
+        start, self.length = self.length, self.length + keys.shape[2]
+        if self.keys is None or self.length > self.keys.shape[2]:
+            self._grow(keys, values, start)
+        self.keys[:, :, start : self.length] = keys
+        self.values[:, :, start : self.length] = values
+        return self.state()
+
+    def state(self) -> tuple[mx.array, mx.array]:
+        """The keys and values held, (B, G, T, E)."""
+        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
+
+    def reserve(self, tokens: int) -> None:
+        """Make the next growth large enough for `tokens` more tokens, so that a known prompt is allocated once."""
+        self._reserved = self.length + tokens
+
+    def trim(self, tokens: int) -> None:
+        """Forget the last `tokens` tokens."""
+        self.length -= tokens
+
+    @property
+    def nbytes(self) -> int:
+        return 0 if self.keys is None else self.keys.nbytes + self.values.nbytes
+
+    def _grow(self, keys: mx.array, values: mx.array, held: int) -> None:
+        capacity = -(-max(self.length, self._reserved) // self.step) * self.step
+
+        def extend(old: mx.array | None, like: mx.array) -> mx.array:
+            batch, heads, _, size = like.shape
+            if old is None:
+                return mx.zeros((batch, heads, capacity, size), like.dtype)
+            room = mx.zeros((batch, heads, capacity - held, size), like.dtype)
+            return mx.concatenate([old[:, :, :held], room], axis=2)
+
+        self.keys, self.values = extend(self.keys, keys), extend(self.values, values)
+
+
+class KVCache:
+    """The cache of one model: a `LayerCache` a layer, all of one length."""
+
+    trimmable = True
+
+    def __init__(self, layers: Sequence[LayerCache]):
+        self.layers = list(layers)
+
+    @property
+    def length(self) -> int:
+        """Tokens held."""
+        return self.layers[0].length
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated, capacity included."""
+        return sum(layer.nbytes for layer in self.layers)
+
+    def trim(self, tokens: int) -> None:
+        """Forget the last `tokens` tokens (0 ≤ tokens ≤ length)."""
+        if not 0 <= tokens <= self.length:
+            raise MlxeffError(f"KV cache: wanted to trim {tokens} tokens, it holds {self.length}")
+        for layer in self.layers:
+            layer.trim(tokens)
+
+    def reserve(self, tokens: int) -> None:
+        """Announce `tokens` more tokens."""
+        for layer in self.layers:
+            layer.reserve(tokens)
+
+    def arrays(self) -> list[mx.array]:
+        """The buffers, to be evaluated after a prefill chunk."""
+        return [buffer for layer in self.layers if layer.keys is not None for buffer in (layer.keys, layer.values)]
+
+    def save(self, path: str | os.PathLike, tokens: Sequence[int], model: str) -> None:
+        """Write keys, values and the `tokens` they stand for to a safetensors file, by a temporary name beside it."""
+        if self.length == 0 or len(tokens) != self.length:
+            raise MlxeffError(f"{path}: cannot save a KV cache of {self.length} tokens with {len(tokens)} token ids")
+        arrays = {"tokens": mx.array(list(tokens), dtype=mx.uint32)}
+        for index, layer in enumerate(self.layers):
+            arrays[f"{index}.keys"], arrays[f"{index}.values"] = layer.state()
+        _write(Path(path), arrays, {"format": "mlxeff-kv-cache", "version": FORMAT_VERSION, "model": model})
+
+    def restore(self, path: str | os.PathLike, model: str) -> list[int]:
+        """Fill this (new) cache from a file that `save` wrote for the same `model`; returns the token ids it holds."""
+        arrays = _read(Path(path), model)
+        tokens = arrays.pop("tokens", mx.zeros((0,), mx.uint32)).tolist()
+        wanted = {f"{index}.{part}" for index in range(len(self.layers)) for part in ("keys", "values")}
+        if set(arrays) != wanted or any(a.ndim != 4 or a.shape[2] != len(tokens) for a in arrays.values()):
+            layers = len(self.layers)
+            raise MlxeffError(f"{path}: wanted a KV cache of {layers} layers for its {len(tokens)} tokens, got others")
+        for index, layer in enumerate(self.layers):
+            layer.keys, layer.values = arrays[f"{index}.keys"], arrays[f"{index}.values"]
+            layer.length = len(tokens)
+        return tokens
+
+
+def common_prefix(held: Sequence[int], wanted: Sequence[int]) -> int:
+    """Length of the common prefix of two token lists."""
+    length = 0
+    for a, b in zip(held, wanted, strict=False):
+        if a != b:
+            break
+        length += 1
+    return length
+
+
+def _window_mask(new: int, held: int, window: int) -> mx.array:
+    """True where a query may look: causal and fewer than `window` tokens back; (new, held)."""
+    rows, columns = mx.arange(held - new, held)[:, None], mx.arange(held)[None]
+    return (columns <= rows) & (rows < columns + window)
+
+
+def _write(path: Path, arrays: dict[str, mx.array], metadata: dict[str, str]) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.safetensors")
+    try:
+        mx.eval(arrays)
+        mx.save_safetensors(str(temporary), arrays, metadata)
+        wanted, got = sum(a.nbytes for a in arrays.values()), temporary.stat().st_size
+        if got < wanted:
+            raise OSError(f"wanted {wanted} bytes on disk, got {got} (disk full?)")
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        raise MlxeffError(f"{path}: cannot write the prompt cache: {error}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def _read(path: Path, model: str) -> dict[str, mx.array]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy") as file:
+            metadata = file.metadata() or {}
+    except (OSError, SafetensorError) as error:
+        raise MlxeffError(f"{path}: wanted a prompt cache, got a damaged or foreign file ({error})") from error
+    if metadata.get("format") != "mlxeff-kv-cache" or metadata.get("version") != FORMAT_VERSION:
+        raise MlxeffError(f"{path}: wanted a prompt cache of format version {FORMAT_VERSION}, got {metadata}")
+    if metadata.get("model") != model:
+        raise MlxeffError(f"{path}: wanted a prompt cache of this model ({model}), got one of {metadata.get('model')}")
+    return mx.load(str(path), format="safetensors")

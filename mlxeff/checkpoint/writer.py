@@ -1,0 +1,177 @@
+"""Named arrays -> a folder of safetensors shards, one tensor in memory at a time, all or nothing.
+
+The folder is written beside its place under a hidden name and renamed when it is complete. File names and index: as
+mlx-lm writes them. Format: https://huggingface.co/docs/safetensors/index#format. Knows nothing of models.
+"""
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+from ..errors import MlxeffError
+from .tensor import DTYPES, NAMES
+
+SHARD_BYTES = 5 << 30  # as in mlx-lm
+CARRIER = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32, 8: mx.uint64}
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Tensors that one `read` makes in the order of `specs`: (name, dtype as in safetensors, shape)."""
+
+    specs: tuple[tuple[str, str, tuple[int, ...]], ...]
+    read: Callable[[], list[mx.array]]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(_nbytes(dtype, shape) for _, dtype, shape in self.specs)
+
+
+def plan_shards(pieces: list[Piece], shard_bytes: int = SHARD_BYTES) -> list[list[Piece]]:
+    """Pieces in order, cut where a shard would pass `shard_bytes`; one piece is never cut."""
+    shards, filled = [[]], 0
+    for piece in pieces:
+        if shards[-1] and filled + piece.nbytes > shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(piece)
+        filled += piece.nbytes
+    return shards
+
+
+def check_new(destination: Path) -> None:
+    """Refuse a destination that exists or whose parent does not."""
+    if destination.exists() or destination.is_symlink():
+        raise MlxeffError(f"{destination}: wanted a new folder, got a path that exists")
+    if not destination.absolute().parent.is_dir():
+        raise MlxeffError(f"{destination}: wanted an existing parent folder, got none")
+
+
+def write_folder(
+    destination: Path,
+    pieces: list[Piece],
+    files: Callable[[Path], None] | None = None,
+    *,
+    parameters: int | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Path]:
+    """Write shards and index, and by `files(folder)` the rest; returns the weight files. Raises MlxeffError.
+
+    Memory: the largest piece's arrays. `progress(done, total)` counts bytes. If anything goes wrong,
+    `destination` is not made.
+    """
+    destination = Path(destination).absolute()
+    check_new(destination)
+    _check_space(destination.parent, sum(piece.nbytes for piece in pieces))
+    partial = _partial(destination)
+    try:
+        partial.mkdir()
+        names = _write_shards(partial, plan_shards(pieces, shard_bytes), parameters, progress or (lambda *_: None))
+        if files:
+            files(partial)
+        check_new(destination)
+        os.rename(partial, destination)
+    except OSError as error:
+        raise MlxeffError(f"{destination}: not written, nothing is left behind: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return [destination / name for name in names]
+
+
+def _check_space(parent: Path, wanted: int) -> None:
+    free = shutil.disk_usage(parent).free
+    if free < wanted:
+        raise MlxeffError(f"{parent}: disk full: wanted {wanted} bytes free, got {free}")
+
+
+def _partial(destination: Path) -> Path:
+    """The hidden name to write under; removes what killed processes left there."""
+    stem = f".{destination.name}.partial-"
+    for left in destination.parent.glob(stem.replace("[", "[[]") + "*"):
+        if left.name[len(stem) :].isdigit() and not _alive(int(left.name[len(stem) :])):
+            shutil.rmtree(left, ignore_errors=True)
+    return destination.parent / f"{stem}{os.getpid()}"
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True
+
+
+def _write_shards(folder: Path, shards: list[list[Piece]], parameters: int | None, progress: Callable) -> list[str]:
+    count = len(shards)
+    names = (
+        ["model.safetensors"] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+    )
+    total, done, weight_map = sum(piece.nbytes for shard in shards for piece in shard), 0, {}
+    for name, shard in zip(names, shards, strict=True):
+        for piece_bytes in _write_shard(folder / name, shard):
+            done += piece_bytes
+            progress(done, total)
+        weight_map.update({spec[0]: name for piece in shard for spec in piece.specs})
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    if parameters is not None:
+        index["metadata"]["total_parameters"] = parameters
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=4), encoding="utf-8")
+    return names
+
+
+def _write_shard(path: Path, pieces: list[Piece]):
+    """Write one file, yielding the bytes of each piece as it is done."""
+    header = _header(pieces)
+    with open(path, "wb") as file:
+        file.write(header)
+        for piece in pieces:
+            for spec, array in zip(piece.specs, piece.read(), strict=True):
+                file.write(_bytes(path, spec, array))
+                del array
+            mx.clear_cache()
+            yield piece.nbytes
+        file.flush()
+        os.fsync(file.fileno())
+    wanted = len(header) + sum(piece.nbytes for piece in pieces)
+    if path.stat().st_size != wanted:
+        raise MlxeffError(f"{path.name}: not written: wanted {wanted} bytes on disk, got {path.stat().st_size}")
+
+
+def _header(pieces: list[Piece]) -> bytes:
+    """Length and JSON, padded with spaces to a multiple of 8."""
+    entries, offset = {"__metadata__": {"format": "mlx"}}, 0
+    for name, dtype, shape in (spec for piece in pieces for spec in piece.specs):
+        end = offset + _nbytes(dtype, shape)
+        if name in entries:
+            raise MlxeffError(f"tensor {name!r}: wanted once in a shard, got twice")
+        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    raw = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    raw += b" " * (-len(raw) % 8)
+    return len(raw).to_bytes(8, "little") + raw
+
+
+def _bytes(path: Path, spec: tuple, array: mx.array) -> memoryview:
+    """The array's own memory, row-major, after a check that it is what the header says."""
+    name, dtype, shape = spec
+    if NAMES[array.dtype] != dtype or array.shape != shape:
+        got = f"{NAMES[array.dtype]} {array.shape}"
+        raise MlxeffError(f"{path.name}: tensor {name!r}: wanted {dtype} {shape}, got {got}")
+    carrier = CARRIER[DTYPES[dtype][1]]
+    if not array.size:
+        return memoryview(b"")
+    return memoryview(np.array(mx.contiguous(array.reshape(-1)).view(carrier), copy=False))
+
+
+def _nbytes(dtype: str, shape: tuple[int, ...]) -> int:
+    return math.prod(shape) * DTYPES[dtype][1]

@@ -1,0 +1,84 @@
+"""The decode loop: `prefill` fills a cache from prompt tokens, `decode` yields one `Step` a token. Knows nothing
+about text.
+
+The only module on the way from prompt to text that evaluates. One token is always in flight: the next step is launched
+before the present one is read, so the host never holds up the device beyond the token itself.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from .sampling import LogitsProcessor, Sampler
+
+Progress = Callable[[int, int], None]  # (prompt tokens done, prompt tokens in all)
+
+
+@dataclass
+class Step:
+    """One decoded token; `logprobs` (V,) are lazy, after the logits processors, before the sampler."""
+
+    token: int
+    logprobs: mx.array
+    from_draft: bool = False
+
+
+def prefill(model, cache, tokens: mx.array, step_size: int, progress: Progress | None = None) -> mx.array:
+    """Run `tokens` (N,), N ≥ 1, through the model in chunks of `step_size`; returns the last token's logits (1, V),
+    lazy.
+
+    Chunks but the last evaluate only the cache: their logits are never computed.
+    """
+    total = tokens.shape[0]
+    cache.reserve(total + 1)
+    for start in range(0, total, step_size):
+        if progress:
+            progress(start, total)
+        chunk = tokens[None, start : start + step_size]
+        logits = model.last_logits(chunk, cache)
+        if start + step_size < total:
+            mx.eval(cache.arrays())
+    return logits
+
+
+def decode(
+    model,
+    cache,
+    logits: mx.array,
+    sampler: Sampler,
+    processors: Sequence[LogitsProcessor] = (),
+    history: mx.array | None = None,
+    max_tokens: int = -1,
+) -> Iterator[Step]:
+    """Yield up to `max_tokens` steps (-1: without end) that follow `logits` (1, V).
+
+    `history` (N,) are the tokens before, for the processors. Whenever the consumer stops, the cache holds the prompt
+    and every yielded token but the last: a step in flight is trimmed away.
+    """
+    start, yielded = cache.length, 0
+    token, logprobs = _pick(logits, sampler, processors, history)
+    mx.async_eval(token, logprobs)
+    try:
+        while yielded != max_tokens:
+            if yielded + 1 != max_tokens:
+                if processors:
+                    history = mx.concatenate([history, token])
+                logits = model.last_logits(token[:, None], cache)
+                following = _pick(logits, sampler, processors, history)
+                mx.async_eval(*following)
+            yielded += 1
+            yield Step(token.item(), logprobs[0])
+            if yielded != max_tokens:
+                token, logprobs = following
+    finally:
+        surplus = cache.length - start - max(0, yielded - 1)
+        if surplus and cache.trimmable:
+            cache.trim(surplus)
+
+
+def _pick(logits: mx.array, sampler: Sampler, processors: Sequence[LogitsProcessor], history: mx.array | None):
+    for process in processors:
+        logits = process(history, logits)
+    logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+    return sampler(logprobs), logprobs

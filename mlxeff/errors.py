@@ -1,0 +1,16 @@
+"""The one error type a user sees, and the one channel for visible notices. Every module may import this; it imports
+nothing of ours.
+
+A message is one line that names the origin, what was wanted and what was got: `model.safetensors: tensor 'x': wanted
+shape (2, 3), got (3, 2)`. A notice (a fallback, a truncation, an approximate mode) goes through `notices`, the
+standard logger named "mlxeff": the command line prints it to stderr and lists it in `--json`; a Python caller sees it
+by the rules of `logging`.
+"""
+
+import logging
+
+notices = logging.getLogger("mlxeff")
+
+
+class MlxeffError(ValueError):
+    """Bad input or a situation the user can mend; `str(error)` is the one line to show."""

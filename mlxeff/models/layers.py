@@ -1,0 +1,129 @@
+"""What the decoder families share: reading a config strictly, rotary embedding, SwiGLU, and the call protocol of a
+model.
+
+Sources: RoPE (arXiv 2104.09864) with position interpolation (2306.15595), YaRN (2309.00071) and the frequency rule of
+Llama 3.1's release; SwiGLU (2002.05202).
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import MISSING, fields
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ..cache import KVCache
+from ..errors import MlxeffError
+from ..kernels import fused
+
+ROPE_KEYS = frozenset(
+    "rope_type type factor rope_theta original_max_position_embeddings low_freq_factor high_freq_factor "
+    "beta_fast beta_slow attention_factor".split()
+)
+
+# Keys that Hugging Face and mlx-lm write into config.json and that change nothing in a forward pass.
+IGNORED_KEYS = frozenset(
+    """
+    _attn_implementation _attn_implementation_autoset _commit_hash _name_or_path add_cross_attention architectures
+    attention_dropout auto_map bad_words_ids begin_suppress_tokens bos_token_id chunk_size_feed_forward
+    cross_attention_hidden_size decoder_start_token_id diversity_penalty do_sample dtype early_stopping
+    encoder_no_repeat_ngram_size eos_token_id exponential_decay_length_penalty finetuning_task forced_bos_token_id
+    forced_eos_token_id id2label initializer_range is_decoder is_encoder_decoder is_llama_config label2id length_penalty
+    max_length min_length mlxeff model_type no_repeat_ngram_size num_beam_groups num_beams num_return_sequences
+    output_attentions output_hidden_states output_scores pad_token_id prefix pretraining_tp problem_type pruned_heads
+    quantization quantization_config remove_invalid_values repetition_penalty return_dict return_dict_in_generate
+    sep_token_id suppress_tokens task_specific_params temperature tf_legacy_loss tie_encoder_decoder tokenizer_class
+    top_k top_p torch_dtype torchscript transformers.js_config transformers_version typical_p unsloth_fixed
+    unsloth_version use_bfloat16 use_cache
+    """.split()
+)
+
+
+def read_config(cls: type, config: dict, ignored: frozenset[str] = frozenset()):
+    """The dataclass `cls` filled from a config.json dict; refuses unknown and missing keys by name."""
+    known = {field.name: field for field in fields(cls)}
+    kind = config.get("model_type", cls.__name__)
+    if unknown := sorted(set(config) - set(known) - IGNORED_KEYS - ignored):
+        raise MlxeffError(
+            f"{kind} config: unknown keys {unknown}; if they change nothing in the model, delete them from config.json"
+        )
+    missing = sorted(n for n, f in known.items() if n not in config and f.default is MISSING)
+    if missing:
+        raise MlxeffError(f"{kind} config: missing keys {missing}")
+    return cls(**{name: config[name] for name in known if name in config})
+
+
+def require(condition: bool, kind: str, key: str, wanted: str, got: object) -> None:
+    """Refuse a config value with one line."""
+    if not condition:
+        raise MlxeffError(f"{kind} config: {key}: wanted {wanted}, got {got!r}")
+
+
+class DecoderModel(nn.Module):
+    """The call protocol: a subclass gives `hidden(tokens, cache)`, `head(hidden)`, `new_cache()`, `context_length`."""
+
+    seams = frozenset({"cache", "linear", "feed-forward"})
+
+    def __call__(self, tokens: mx.array, cache: KVCache) -> mx.array:
+        """Token ids (B, S) that follow what `cache` holds → logits (B, S, V)."""
+        return self.head(self.hidden(tokens, cache))
+
+    def last_logits(self, tokens: mx.array, cache: KVCache) -> mx.array:
+        """The same for the last position only, (B, V): the head runs on one row."""
+        return self.head(self.hidden(tokens, cache)[:, -1])
+
+
+@fused
+def swiglu(gate: mx.array, up: mx.array) -> mx.array:
+    """silu(gate) · up."""
+    return gate * mx.sigmoid(gate) * up
+
+
+def make_rope(size: int, base: float, scaling: dict | None, kind: str) -> Callable[[mx.array, int], mx.array]:
+    """The function (x (B, H, S, size), offset) → x rotated by its positions, for Hugging Face's `rope_scaling` dict."""
+    scaling = scaling or {}
+    rule = scaling.get("rope_type") or scaling.get("type") or "default"
+    if unknown := sorted(set(scaling) - ROPE_KEYS):
+        raise MlxeffError(f"{kind} config: rope_scaling: unknown keys {unknown}")
+    if rule in ("default", "linear"):
+        scale = 1 / scaling["factor"] if rule == "linear" else 1.0
+        return lambda x, offset: mx.fast.rope(x, size, traditional=False, base=base, scale=scale, offset=offset)
+    if rule not in ("llama3", "yarn"):
+        raise MlxeffError(f"{kind} config: rope_scaling: wanted default, linear, llama3 or yarn, got {rule!r}")
+    try:
+        wavelengths, magnitude = (_llama3 if rule == "llama3" else _yarn)(size, base, scaling)
+    except KeyError as error:
+        raise MlxeffError(f"{kind} config: rope_scaling of type {rule}: missing key {error}") from None
+
+    def rotate(x: mx.array, offset: int) -> mx.array:
+        x = x if magnitude == 1 else x * magnitude
+        return mx.fast.rope(x, size, traditional=False, base=None, scale=1.0, offset=offset, freqs=wavelengths)
+
+    return rotate
+
+
+def _llama3(size: int, base: float, scaling: dict) -> tuple[mx.array, float]:
+    """Long wavelengths are stretched by `factor`, short ones kept, those between blended."""
+    factor, context = scaling["factor"], scaling["original_max_position_embeddings"]
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    periods = base ** (mx.arange(0, size, 2) / size)
+    turns = context / (2 * mx.pi * periods)  # full turns over the original context
+    smooth = (turns - low) / (high - low)
+    blended = periods / ((1 - smooth) / factor + smooth)
+    return mx.where(turns < low, periods * factor, mx.where(turns < high, blended, periods)), 1.0
+
+
+def _yarn(size: int, base: float, scaling: dict) -> tuple[mx.array, float]:
+    """YaRN: interpolate dimensions that turn seldom, keep those that turn often, ramp between; x grows by ~ln(factor)."""
+    factor, context = scaling["factor"], scaling["original_max_position_embeddings"]
+
+    def dimension(turns: float) -> float:
+        return size * math.log(context / (turns * 2 * math.pi)) / (2 * math.log(base))
+
+    low = max(math.floor(dimension(scaling.get("beta_fast", 32))), 0)
+    high = min(math.ceil(dimension(scaling.get("beta_slow", 1))), size - 1)
+    ramp = mx.clip((mx.arange(size // 2, dtype=mx.float32) - low) / max(high - low, 0.001), 0, 1)
+    kept = base ** (mx.arange(0, size, 2, dtype=mx.float32) / size)
+    stretched = factor * kept
+    magnitude = scaling.get("attention_factor") or (0.1 * math.log(factor) + 1 if factor > 1 else 1.0)
+    return stretched * kept / (stretched * (1 - ramp) + kept * ramp), magnitude

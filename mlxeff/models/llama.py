@@ -1,0 +1,202 @@
+"""The dense decoder family: Llama 2/3.x, SmolLM/SmolLM2, Mistral, Qwen2, Qwen3. Their differences are fields of the
+config.
+
+Sources: Llama (arXiv 2302.13971, 2407.21783), Mistral (2310.06825), Qwen2 (2407.10671), Qwen3 (2505.09388) and the
+config.json of their releases. Parameter names are Hugging Face's. Pre-norm, RMSNorm, RoPE in half-rotation pairing,
+GQA, SwiGLU. Shapes: B batch, S tokens, D hidden, H query heads, G KV heads, E head size, V vocabulary.
+"""
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ..cache import KVCache, LayerCache
+from .layers import DecoderModel, make_rope, read_config, require, swiglu
+
+# What a family fixes that its config.json does not say.
+FAMILIES: dict[str, dict] = {
+    "llama": {},
+    "mistral": {},
+    "qwen2": {"qkv_bias": True},
+    "qwen3": {"qk_norm": True},
+}
+QWEN2_IGNORED = frozenset({"max_window_layers", "use_sliding_window"})
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """config.json of a dense decoder; sizes in elements, `sliding_window` and `max_position_embeddings` in tokens."""
+
+    model_type: str
+    hidden_size: int
+    num_hidden_layers: int
+    intermediate_size: int
+    num_attention_heads: int
+    rms_norm_eps: float
+    vocab_size: int
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    max_position_embeddings: int = 2048
+    rope_theta: float = 10000.0
+    rope_scaling: dict | None = None
+    rope_interleaved: bool = False
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    hidden_act: str = "silu"
+    sliding_window: int | None = None
+    layer_types: list[str] | None = None
+    use_mrope: bool = False
+    qkv_bias: bool = False
+    qk_norm: bool = False
+
+    @classmethod
+    def from_dict(cls, config: dict) -> "LlamaConfig":
+        """Read a config.json dict, Hugging Face's (transformers 4 and 5) or mlx-lm's; refuses what it does not know."""
+        config = dict(config)
+        kind = config["model_type"]
+        if parameters := config.pop("rope_parameters", None):
+            config.setdefault("rope_theta", parameters.get("rope_theta", 10000.0))
+            config["rope_scaling"] = config.get("rope_scaling") or parameters
+        if kind.startswith("qwen") and not config.get("use_sliding_window"):
+            config["sliding_window"] = None
+        elif kind == "qwen2" and "layer_types" not in config:
+            full, layers = config.get("max_window_layers", 28), config["num_hidden_layers"]
+            config["layer_types"] = ["full_attention" if i < full else "sliding_attention" for i in range(layers)]
+        return read_config(cls, config | FAMILIES[kind], QWEN2_IGNORED if kind.startswith("qwen") else frozenset())
+
+    def __post_init__(self):
+        kind, heads = self.model_type, self.num_attention_heads
+        if self.num_key_value_heads is None:
+            object.__setattr__(self, "num_key_value_heads", heads)
+        if self.head_dim is None:
+            object.__setattr__(self, "head_dim", self.hidden_size // heads)
+        sizes = "hidden_size num_hidden_layers intermediate_size num_attention_heads vocab_size head_dim"
+        for name in sizes.split():
+            value = getattr(self, name)
+            require(isinstance(value, int) and value > 0, kind, name, "a positive whole number", value)
+        groups = self.num_key_value_heads
+        require(groups > 0 and heads % groups == 0, kind, "num_key_value_heads", f"a divisor of {heads}", groups)
+        require(self.head_dim % 2 == 0, kind, "head_dim", "an even number", self.head_dim)
+        require(self.hidden_act == "silu", kind, "hidden_act", "silu", self.hidden_act)
+        require(not self.rope_interleaved, kind, "rope_interleaved", "false", self.rope_interleaved)
+        require(not self.use_mrope, kind, "use_mrope", "false", self.use_mrope)
+        types = self.layer_types
+        valid = types is None or (
+            len(types) == self.num_hidden_layers and set(types) <= {"full_attention", "sliding_attention"}
+        )
+        require(valid, kind, "layer_types", f"{self.num_hidden_layers} of full_attention or sliding_attention", types)
+
+    def window(self, layer: int) -> int | None:
+        """Sliding window of a layer in tokens, None for full attention."""
+        if self.layer_types and self.layer_types[layer] == "full_attention":
+            return None
+        return self.sliding_window
+
+
+class Attention(nn.Module):
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        hidden, size = config.hidden_size, config.head_dim
+        self.heads, self.groups, self.scale = config.num_attention_heads, config.num_key_value_heads, size**-0.5
+        qkv_bias = config.attention_bias or config.qkv_bias
+        self.q_proj = nn.Linear(hidden, self.heads * size, bias=qkv_bias)
+        self.k_proj = nn.Linear(hidden, self.groups * size, bias=qkv_bias)
+        self.v_proj = nn.Linear(hidden, self.groups * size, bias=qkv_bias)
+        self.o_proj = nn.Linear(self.heads * size, hidden, bias=config.attention_bias)
+        self.q_norm = self.k_norm = None
+        if config.qk_norm:
+            self.q_norm = nn.RMSNorm(size, eps=config.rms_norm_eps)
+            self.k_norm = nn.RMSNorm(size, eps=config.rms_norm_eps)
+        self._rope = make_rope(size, config.rope_theta, config.rope_scaling, config.model_type)
+
+    def __call__(self, x: mx.array, cache: LayerCache) -> mx.array:
+        batch, new, _ = x.shape
+        queries = self.q_proj(x).reshape(batch, new, self.heads, -1)
+        keys = self.k_proj(x).reshape(batch, new, self.groups, -1)
+        values = self.v_proj(x).reshape(batch, new, self.groups, -1).transpose(0, 2, 1, 3)
+        if self.q_norm is not None:
+            queries, keys = self.q_norm(queries), self.k_norm(keys)
+        queries = self._rope(queries.transpose(0, 2, 1, 3), cache.length)
+        keys = self._rope(keys.transpose(0, 2, 1, 3), cache.length)
+        output = cache.attend(queries, keys, values, self.scale)  # (B, H, S, E)
+        return self.o_proj(output.transpose(0, 2, 1, 3).reshape(batch, new, -1))
+
+
+class FeedForward(nn.Module):
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        hidden, inner = config.hidden_size, config.intermediate_size
+        self.gate_proj = nn.Linear(hidden, inner, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(hidden, inner, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(inner, hidden, bias=config.mlp_bias)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+
+
+class Layer(nn.Module):
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.self_attn = Attention(config)
+        self.mlp = FeedForward(config)
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def __call__(self, x: mx.array, cache: LayerCache) -> mx.array:
+        x = x + self.self_attn(self.input_layernorm(x), cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Decoder(nn.Module):
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = [Layer(config) for _ in range(config.num_hidden_layers)]
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def __call__(self, tokens: mx.array, cache: KVCache) -> mx.array:
+        x = self.embed_tokens(tokens)
+        for layer, layer_cache in zip(self.layers, cache.layers, strict=True):
+            x = layer(x, layer_cache)
+        return self.norm(x)
+
+
+class Model(DecoderModel):
+    """A dense decoder: token ids (B, S) and a cache → logits (B, S, V)."""
+
+    Config = LlamaConfig
+
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    @property
+    def layers(self) -> list[Layer]:
+        return self.model.layers
+
+    @property
+    def context_length(self) -> int:
+        """Tokens of context the model was trained for."""
+        return self.config.max_position_embeddings
+
+    def new_cache(self) -> KVCache:
+        return KVCache([LayerCache(self.config.window(i)) for i in range(self.config.num_hidden_layers)])
+
+    def hidden(self, tokens: mx.array, cache: KVCache) -> mx.array:
+        """Normalised hidden states (B, S, D)."""
+        return self.model(tokens, cache)
+
+    def head(self, hidden: mx.array) -> mx.array:
+        """Hidden states (…, D) → logits (…, V)."""
+        return self.model.embed_tokens.as_linear(hidden) if self.config.tie_word_embeddings else self.lm_head(hidden)
+
+    @staticmethod
+    def unused(name: str, config: dict) -> bool:
+        """True for tensors that some checkpoints carry although this model derives them: rotary tables, a tied head."""
+        tied = LlamaConfig.from_dict(config).tie_word_embeddings
+        return name.endswith("rotary_emb.inv_freq") or (tied and name.startswith("lm_head."))

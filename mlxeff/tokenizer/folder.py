@@ -1,0 +1,191 @@
+"""A model folder's tokenizer files -> Tokenizer.
+
+Reads tokenizer.json (preferred) or tokenizer.model, with tokenizer_config.json, special_tokens_map.json,
+added_tokens.json, generation_config.json, config.json and the chat template in any of its four places. Python code in a
+folder is never run.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from ..errors import MlxeffError
+from .backends import SentencePieceBackend, TokenizersBackend
+from .core import Tokenizer
+from .template import OPENELM_INSTRUCT_TEMPLATE
+
+_NO_TOKENIZER = "{folder}: no tokenizer found; looked for tokenizer.json and tokenizer.model"
+_OPENELM_HINT = (
+    "; Apple's OpenELM repositories ship none, the models use Llama 2's: put the tokenizer.model of"
+    " meta-llama/Llama-2-7b-hf (gated) or of another model with Llama 2's 32,000 tokens into this folder"
+)
+_LLAMA2_SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+
+
+def from_folder(folder: Path | str, model_type: str | None = None, eos_token_ids: int | Iterable[int] | None = None, *,
+                instruct: bool = False, force_bos: bool | None = None) -> Tokenizer:  # fmt: skip
+    """The tokenizer in `folder`.
+
+    `model_type`: as in config.json (read from there when None). `eos_token_ids`: end-of-text ids in addition to the
+    tokenizer's own; when None, those of generation_config.json or config.json. `force_bos`: BOS before every text
+    whatever the files say (default: for OpenELM). `instruct`: an OpenELM tuned on conversations; also concluded from
+    the word "instruct" in the folder's name. It gets OPENELM_INSTRUCT_TEMPLATE when the folder has no template.
+    """
+    folder = Path(folder)
+    config, model_config = _read_json(folder / "tokenizer_config.json"), _read_json(folder / "config.json")
+    model_type = model_type or model_config.get("model_type")
+    openelm = model_type == "openelm"
+    special = _LLAMA2_SPECIAL if openelm else {}
+    special = special | _special_tokens(folder, config)
+    backend = _backend(folder, config, special, openelm)
+    templates = _templates(folder, config)
+    if openelm and not templates and (instruct or _named_instruct(folder, model_config)):
+        templates["default"] = OPENELM_INSTRUCT_TEMPLATE
+    if eos_token_ids is None:
+        eos_token_ids = _eos_ids(folder, model_config)
+    return Tokenizer(
+        backend,
+        str(folder),
+        special=special,
+        eos_token_ids=[eos_token_ids] if isinstance(eos_token_ids, int) else eos_token_ids,
+        templates=templates,
+        force_bos=openelm if force_bos is None else force_bos,
+        config=_config_to_save(config, backend),
+    )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; {} when there is no such file."""
+    try:
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return {}
+    except (ValueError, RecursionError) as error:
+        raise MlxeffError(f"{path}: wanted JSON, got something that does not parse: {error}") from None
+    except OSError as error:
+        raise MlxeffError(f"{path}: cannot be read: {error.strerror or error}") from error
+    if not isinstance(value, dict):
+        raise MlxeffError(f"{path}: wanted a JSON object, got {type(value).__name__}")
+    return value
+
+
+def _text_of(token: Any) -> str | None:
+    """A special token is written as its text or as {"content": text, …}."""
+    token = token.get("content") if isinstance(token, dict) else token
+    return token if isinstance(token, str) and token else None
+
+
+def _special_tokens(folder: Path, config: dict) -> dict[str, str]:
+    found = _read_json(folder / "special_tokens_map.json") | {k: v for k, v in config.items() if v is not None}
+    texts = {name: _text_of(value) for name, value in found.items() if name.endswith("_token")}
+    return {name: text for name, text in texts.items() if text}
+
+
+def _added_tokens(folder: Path, config: dict) -> dict[int, dict[str, Any]]:
+    """id -> {"content", "special", …} from tokenizer_config.json, else from added_tokens.json."""
+    try:
+        declared = config.get("added_tokens_decoder") or {}
+        added = {int(token): dict(entry) for token, entry in declared.items() if _text_of(entry)}
+        for text, token in _read_json(folder / "added_tokens.json").items():
+            added.setdefault(int(token), {"content": text, "special": False})
+        return added
+    except (TypeError, ValueError, AttributeError) as error:
+        raise MlxeffError(f"{folder}: added tokens: wanted ids with their text: {error}") from None
+
+
+def _backend(folder: Path, config: dict, special: dict, openelm: bool) -> TokenizersBackend | SentencePieceBackend:
+    added = _added_tokens(folder, config)
+    if (folder / "tokenizer.json").is_file():
+        return TokenizersBackend(_open_json(folder, added))
+    if (folder / "tokenizer.model").is_file():
+        return _open_sentencepiece(folder / "tokenizer.model", config, special, added)
+    raise MlxeffError(_NO_TOKENIZER.format(folder=folder) + (_OPENELM_HINT if openelm else ""))
+
+
+def _open_json(folder: Path, added: dict) -> Any:
+    """tokenizer.json decides on BOS and EOS; tokenizer_config.json's `add_bos_token` is void (as in transformers 5)."""
+    from tokenizers import AddedToken
+    from tokenizers import Tokenizer as Library
+
+    path = folder / "tokenizer.json"
+    try:
+        tokenizer = Library.from_str(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise MlxeffError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except Exception as error:  # the library raises bare Exception
+        raise MlxeffError(f"{path}: wanted a tokenizer, got a file that does not parse: {_one_line(error)}") from None
+    flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
+    for token, entry in sorted(added.items()):
+        if tokenizer.token_to_id(entry["content"]) is None:
+            given = {flag: bool(entry[flag]) for flag in flags if flag in entry}
+            tokenizer.add_tokens([AddedToken(entry["content"], **given)])
+        if tokenizer.token_to_id(entry["content"]) != token:
+            found = tokenizer.token_to_id(entry["content"])
+            raise MlxeffError(f"{path}: token {entry['content']!r}: tokenizer_config.json says id {token}, got {found}")
+    return tokenizer
+
+
+def _open_sentencepiece(path: Path, config: dict, special: dict, added: dict) -> SentencePieceBackend:
+    try:
+        proto = path.read_bytes()
+    except OSError as error:
+        raise MlxeffError(f"{path}: cannot be read: {error.strerror or error}") from error
+    texts = {token: entry["content"] for token, entry in added.items()}
+    backend = SentencePieceBackend(proto, str(path), added=texts, prefix_each=bool(config.get("legacy", False)))
+    for name, text in backend.default_special().items():
+        special.setdefault(name, text)
+    bos = special.get("bos_token") if config.get("add_bos_token", True) else None
+    eos = special.get("eos_token") if config.get("add_eos_token", False) else None
+    backend.surround(*(None if token is None else backend.token_to_id(token) for token in (bos, eos)))
+    return backend
+
+
+def _templates(folder: Path, config: dict) -> dict[str, str]:
+    """Chat templates by name; a file of its own wins over the entry in tokenizer_config.json."""
+    found = _named(config.get("chat_template")) | _named(_read_json(folder / "chat_template.json").get("chat_template"))
+    files = [("default", folder / "chat_template.jinja")]
+    files += [(path.stem, path) for path in sorted((folder / "additional_chat_templates").glob("*.jinja"))]
+    for name, path in files:
+        if path.is_file():
+            try:
+                found[name] = path.read_text(encoding="utf-8")
+            except (OSError, UnicodeDecodeError) as error:
+                raise MlxeffError(f"{path}: cannot be read as text: {error}") from None
+    return found
+
+
+def _named(value: Any) -> dict[str, str]:
+    """A template is one text, or a list of {"name", "template"}, or a dict by name."""
+    if isinstance(value, str):
+        return {"default": value}
+    if isinstance(value, list):
+        value = {entry.get("name"): entry.get("template") for entry in value if isinstance(entry, dict)}
+    items = value.items() if isinstance(value, dict) else ()
+    return {name: text for name, text in items if isinstance(name, str) and isinstance(text, str)}
+
+
+def _eos_ids(folder: Path, model_config: dict) -> list[int]:
+    value = _read_json(folder / "generation_config.json").get("eos_token_id", model_config.get("eos_token_id"))
+    values = value if isinstance(value, list) else [value]
+    return [token for token in values if isinstance(token, int) and not isinstance(token, bool)]
+
+
+def _named_instruct(folder: Path, model_config: dict) -> bool:
+    names = [folder.name, folder.resolve().name, str(model_config.get("_name_or_path", ""))]
+    if folder.parent.name == "snapshots":  # the Hugging Face cache: models--org--name/snapshots/commit
+        names.append(folder.parent.parent.name)
+    return any("instruct" in name.lower() for name in names)
+
+
+def _config_to_save(config: dict, backend: TokenizersBackend | SentencePieceBackend) -> dict[str, Any]:
+    if isinstance(backend, SentencePieceBackend):
+        rules = {"add_bos_token": True, "add_eos_token": False, "legacy": False}
+        return {"tokenizer_class": "LlamaTokenizer"} | rules | config
+    return {"tokenizer_class": "PreTrainedTokenizerFast"} | config
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]

@@ -1,0 +1,34 @@
+"""Fixtures that several files share: the built-in model's file, a tiny random model in a folder, the mark for Metal."""
+
+import os
+import sys
+
+import pytest
+
+from tiny_model import write_tiny_model
+
+
+def pytest_collection_modifyitems(items):
+    """Skip what needs an Apple GPU, with the reason; where MLXEFF_REQUIRE_METAL is set, let it run and fail instead."""
+    marked = [item for item in items if item.get_closest_marker("metal")]
+    if not marked or os.environ.get("MLXEFF_REQUIRE_METAL"):
+        return
+    import mlx.core as mx
+
+    if not mx.metal.is_available():
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason=f"needs an Apple GPU, this is {sys.platform}"))
+
+
+@pytest.fixture(scope="session")
+def smollm2_gguf():
+    """The built-in model's GGUF file, fetched into the user's cache the first time."""
+    from mlxeff import hub
+
+    return hub.resolve(hub.DEFAULT_MODEL)
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory):
+    """A two-layer random Llama with a byte tokenizer and a chat template, as a Hugging Face folder."""
+    return write_tiny_model(tmp_path_factory.mktemp("models") / "tiny-llama")

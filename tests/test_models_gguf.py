@@ -1,0 +1,217 @@
+"""GGUF -> Hugging Face names, row order and config; oracle: mlx-lm's model on the weights the file was made from."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+import checkpoint_files as files
+from checkpoint_files import numbers
+from mlxeff import MlxeffError
+from mlxeff.checkpoint import open_source
+from mlxeff.loading import build_model
+from mlxeff.models.gguf import FREQUENCIES, config_from_gguf, weights_from_gguf
+
+
+def keys(arch: str) -> dict:
+    own = {
+        "block_count": 2,
+        "context_length": 512,
+        "embedding_length": 64,
+        "feed_forward_length": 96,
+        "attention.head_count": 4,
+        "attention.head_count_kv": 2,
+        "attention.layer_norm_rms_epsilon": 1e-5,
+        "rope.freq_base": 10000.0,
+    }
+    return {f"{arch}.{key}": value for key, value in own.items()} | {"tokenizer.ggml.eos_token_id": 2}
+
+
+def interleave(weight: np.ndarray, heads: int) -> np.ndarray:
+    """llama.cpp's row order for Llama's q and k: the two halves of a head alternate."""
+    halves = weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:])
+    return halves.swapaxes(1, 2).reshape(weight.shape)
+
+
+def tensors(arch: str, rng, kind: str = "F32", tied: bool = False) -> dict:
+    """Random weights under Hugging Face's names -> the GGUF's (values, type); F32 for vectors."""
+
+    def draw(*shape):
+        return rng.standard_normal(shape).astype(np.float32) * 0.1
+
+    made = {"token_embd": draw(128, 64), "output_norm": 1 + draw(64)}
+    if not tied:
+        made["output"] = draw(128, 64)
+    for i in range(2):
+        shapes = {"attn_q": (64, 64), "attn_k": (32, 64), "attn_v": (32, 64), "attn_output": (64, 64)}
+        shapes |= {"ffn_gate": (96, 64), "ffn_up": (96, 64), "ffn_down": (64, 96)}
+        made |= {f"blk.{i}.{name}": draw(*shape) for name, shape in shapes.items()}
+        made |= {f"blk.{i}.attn_norm": 1 + draw(64), f"blk.{i}.ffn_norm": 1 + draw(64)}
+        if arch == "qwen2":
+            made |= {f"blk.{i}.attn_{x}.bias": draw(rows) for x, rows in (("q", 64), ("k", 32), ("v", 32))}
+        if arch == "qwen3":
+            made |= {f"blk.{i}.attn_{x}_norm": 1 + draw(16) for x in "qk"}
+    return {
+        name if name.endswith(".bias") else f"{name}.weight": (value, kind if value.ndim == 2 else "F32")
+        for name, value in made.items()
+    }
+
+
+def hugging_face(made: dict) -> dict[str, mx.array]:
+    """The same weights under the names of Hugging Face, written out by hand."""
+    names = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+    parts = {"attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj"}
+    parts |= {"attn_output": "self_attn.o_proj", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj"}
+    parts |= {"ffn_down": "mlp.down_proj", "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
+    parts |= {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
+    names |= {f"blk.{i}.{old}": f"model.layers.{i}.{new}" for i in range(2) for old, new in parts.items()}
+    return {f"{names[n.rpartition('.')[0]]}.{n.rpartition('.')[2]}": mx.array(v) for n, (v, _) in made.items()}
+
+
+def write(path, arch: str, made: dict, **more):
+    """The GGUF file: Llama's q and k rows in llama.cpp's order."""
+    permuted = dict(made)
+    for name, (value, kind) in made.items():
+        heads = {"attn_q": 4, "attn_k": 2}.get(name.split(".")[-2])
+        if arch == "llama" and heads:
+            permuted[name] = (interleave(value, heads), kind)
+    return files.write_gguf(path, arch, keys(arch) | more, permuted)
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(0)
+
+
+def oracle(config: dict, weights: dict[str, mx.array], tokens: mx.array) -> mx.array:
+    import importlib
+
+    module = importlib.import_module(f"mlx_lm.models.{config['model_type']}")
+    model = module.Model(module.ModelArgs.from_dict(config))
+    model.load_weights(list(weights.items()), strict=True)
+    return model(tokens)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3"])
+def test_logits_of_the_weights_the_file_was_made_from(tmp_path, rng, arch, tied):
+    made = tensors(arch, rng, tied=tied)
+    source = open_source(write(tmp_path / "x.gguf", arch, made))
+    config, weights = config_from_gguf(source), weights_from_gguf(source)
+    want = hugging_face(made)
+    assert config["tie_word_embeddings"] is tied
+    assert config["rms_norm_eps"] == 1e-5
+    assert config["eos_token_id"] == 2
+    assert "quantization" not in config
+    assert weights.keys() == want.keys()
+    assert all(mx.array_equal(weights[name], want[name]) for name in want)
+    tokens = mx.array([[1, 5, 9, 100]])
+    model = build_model(config)
+    model.load_weights(list(weights.items()), strict=True)
+    logits = model(tokens, model.new_cache())
+    assert mx.allclose(logits, oracle(config, want, tokens), rtol=0, atol=1e-5), (
+        "summation order only: logits are about 1"
+    )
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q8_0"])
+def test_blocks_stay_quantised(tmp_path, rng, kind):
+    """The packed weights are the file's blocks in Hugging Face's row order; a module of another type its own entry."""
+    made = tensors("llama", rng, kind)
+    made["token_embd.weight"] = (made["token_embd.weight"][0], "Q8_0")
+    made["blk.0.ffn_up.weight"] = (made["blk.0.ffn_up.weight"][0], "F16")
+    source = open_source(write(tmp_path / "x.gguf", "llama", made))
+    config, weights = config_from_gguf(source), weights_from_gguf(source)
+    quantization, bits = config["quantization"], 8 if kind == "Q8_0" else 4
+    own = {key: value for key, value in quantization.items() if "." in key}
+    assert (quantization["bits"], quantization["group_size"]) == (bits, 32)
+    embedding = {} if bits == 8 else {"model.embed_tokens": {"group_size": 32, "bits": 8, "mode": "affine"}}
+    assert own == embedding | {"model.layers.0.mlp.up_proj": False}
+    for name in ("model.layers.1.self_attn.q_proj", "model.layers.0.self_attn.k_proj", "model.layers.0.mlp.down_proj"):
+        parts = [weights[f"{name}.{part}"] for part in ("weight", "scales", "biases")]
+        dense = mx.dequantize(parts[0], parts[1].astype(mx.float32), parts[2].astype(mx.float32), 32, bits)
+        old = {"q_proj": "attn_q", "k_proj": "attn_k", "down_proj": "ffn_down"}[name.rpartition(".")[2]]
+        block = source.tensors[f"blk.{name.split('.')[2]}.{old}.weight"]
+        want = hugging_face(made)[f"{name}.weight"]
+        step = 2 * float(parts[1].astype(mx.float32).max())
+        assert block.kind == kind
+        assert float(mx.abs(dense - want).max()) <= abs(step), "within a quantisation step of the weight in its own row"
+    build_model(config, weights).load_weights(list(weights.items()), strict=True)
+
+
+def divisors(factor, low, high, context, base=10000.0, size=16) -> np.ndarray:
+    """Llama 3.1's published rule, frequency by frequency."""
+    result = []
+    for i in range(0, size, 2):
+        wavelength = 2 * np.pi * base ** (i / size)
+        smooth = (context / wavelength - low) / (high - low)
+        blended = 1 / ((1 - smooth) / factor + smooth)
+        result.append(1 if wavelength < context / high else factor if wavelength > context / low else blended)
+    return np.array(result, np.float32)
+
+
+def test_llama3_frequencies(tmp_path, rng):
+    made = tensors("llama", rng) | {FREQUENCIES: (divisors(32.0, 1, 4, 8192), "F32")}
+    config = config_from_gguf(open_source(write(tmp_path / "x.gguf", "llama", made)))
+    rule = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+    assert config["rope_scaling"] == {"rope_type": "llama3", "factor": 32.0} | rule
+    made[FREQUENCIES] = (np.ones(8, np.float32), "F32")
+    assert config_from_gguf(open_source(write(tmp_path / "y.gguf", "llama", made)))["rope_scaling"] is None
+    made[FREQUENCIES] = (np.linspace(1, 3, 8, dtype=np.float32), "F32")
+    with pytest.raises(MlxeffError, match="divisors of a llama3 rope_scaling"):
+        config_from_gguf(open_source(write(tmp_path / "z.gguf", "llama", made)))
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"general.architecture": "mamba"}, "architecture: wanted one of llama, qwen2, qwen3, got 'mamba'"),
+        ({"llama.expert_count": 8}, "mixture of 8 experts"),
+        ({"llama.rope.dimension_count": 8}, "wanted the head size 16, got 8"),
+        ({"llama.block_count": 2**32 - 1}, "block_count"),
+        ({"llama.block_count": 3}, "wanted 3 layers, got tensors of 2"),
+        ({"llama.feed_forward_length": 2**31 - 1}, "ffn_down.weight': wanted shape"),
+        ({"llama.attention.head_count": 8, "llama.attention.key_length": 16}, "attn_q.weight': wanted shape"),
+        ({"llama.context_length": "long"}, "context_length: wanted one positive number, got 'long'"),
+        ({"llama.rope.scaling.type": "longrope"}, "wanted linear or yarn"),
+    ],
+)
+def test_refused(tmp_path, rng, more, message):
+    source = open_source(write(tmp_path / "x.gguf", "llama", tensors("llama", rng)))
+    source.metadata.update(more)
+    with pytest.raises(MlxeffError) as caught:
+        config_from_gguf(source)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_unknown_and_missing_tensors(tmp_path, rng):
+    made = tensors("llama", rng)
+    source = open_source(
+        write(tmp_path / "x.gguf", "llama", made | {"blk.0.strange.weight": (np.ones(4, np.float32), "F32")})
+    )
+    with pytest.raises(MlxeffError, match=r"1 unknown tensors: blk\.0\.strange\.weight"):
+        weights_from_gguf(source)
+    made.pop("token_embd.weight")
+    with pytest.raises(MlxeffError, match=r"missing tensor 'token_embd\.weight'"):
+        config_from_gguf(open_source(write(tmp_path / "y.gguf", "llama", made)))
+
+
+def test_linear_and_yarn_scaling(tmp_path, rng):
+    source = open_source(write(tmp_path / "x.gguf", "llama", tensors("llama", rng)))
+    source.metadata.update({"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0})
+    assert config_from_gguf(source)["rope_scaling"] == {"rope_type": "linear", "type": "linear", "factor": 4.0}
+    source.metadata.update({"llama.rope.scaling.type": "yarn", "llama.rope.scaling.original_context_length": 512})
+    assert config_from_gguf(source)["rope_scaling"]["original_max_position_embeddings"] == 512
+
+
+def test_built_in_model(smollm2_gguf):
+    """SmolLM2-135M: its config, its parameter count, and every parameter the model wants."""
+    source = open_source(smollm2_gguf)
+    config, weights = config_from_gguf(source), weights_from_gguf(source)
+    assert (config["hidden_size"], config["num_hidden_layers"], config["vocab_size"]) == (576, 30, 49152)
+    assert config["rope_theta"] == 100000
+    assert config["quantization"]["model.embed_tokens"]["bits"] == 8
+    model = build_model(config, weights)
+    model.load_weights(list(weights.items()), strict=True)
+    assert sum(tensor.size for tensor in source.tensors.values()) == 134_515_008
+    assert np.isfinite(numbers(weights["model.layers.0.self_attn.q_proj.scales"])).all()
