@@ -67,6 +67,8 @@ def load_path(path: Path, overrides: dict | None = None, lazy: bool = False, tru
     config, tokenizer = _describe(source)
     config = {k: v for k, v in (config | (overrides or {})).items() if v is not None or k not in (overrides or {})}
     kind = config.get("model_type")
+    if not isinstance(kind, str):
+        raise MlxeffError(f"{path}: config: model_type: wanted the name of an architecture, got {kind!r}")
     if kind in MODELS:
         model = build_model(config, source.tensors if source.config else None)
         fill(model, _weights(source, config), str(path))
@@ -74,7 +76,7 @@ def load_path(path: Path, overrides: dict | None = None, lazy: bool = False, tru
         from .models.adapter import load_adapter
 
         notices.info("%s: architecture %r is not one of ours: plain decoding through mlx-lm", path, kind)
-        model = load_adapter(Path(path), overrides or {}, lazy, trust_remote_code)
+        model = load_adapter(Path(path), kind, overrides or {}, lazy, trust_remote_code)
         config = model.config
     _check_vocabulary(path, config, tokenizer)
     if not lazy:
@@ -94,12 +96,15 @@ def build_model(config: dict, tensors: Collection[str] | None = None) -> nn.Modu
     model = model_class(model_class.Config.from_dict(config))
     if quantization := config.get("quantization"):
         _quantize(model, quantization, tensors)
-    elif method := (config.get("quantization_config") or {}).get("quant_method"):
+    elif foreign := config.get("quantization_config"):
+        method = foreign.get("quant_method") if isinstance(foreign, dict) else foreign
         raise MlxeffError(f"config: quantization_config: wanted MLX's `quantization`, got quant_method {method!r}")
     return model.eval()
 
 
 def _quantize(model: nn.Module, quantization: dict, tensors: Collection[str] | None) -> None:
+    if not isinstance(quantization, dict):
+        raise MlxeffError(f"config: quantization: wanted group_size and bits, got {quantization!r}")
     default = {key: quantization[key] for key in ("group_size", "bits", "mode") if key in quantization}
     if not {"group_size", "bits"} <= set(default):
         raise MlxeffError(f"config: quantization: wanted group_size and bits, got {sorted(default)}")

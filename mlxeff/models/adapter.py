@@ -79,15 +79,16 @@ class AdapterModel:
         return self.model.parameters()
 
 
-def load_adapter(folder: Path, config: dict, lazy: bool = False, trust_remote_code: bool = False) -> AdapterModel:
-    """The model of an mlx-lm or Hugging Face folder, built by mlx-lm; `config` overrides its config.json."""
+def load_adapter(
+    folder: Path, kind: str, overrides: dict, lazy: bool = False, trust_remote_code: bool = False
+) -> AdapterModel:
+    """The model of an mlx-lm or Hugging Face folder, built by mlx-lm; `overrides` are laid over its config.json."""
     with _keep_file_limit():
         from mlx_lm.utils import load_model
     try:
-        model, config = load_model(folder, lazy=lazy, model_config=config, trust_remote_code=trust_remote_code)
+        model, config = load_model(folder, lazy=lazy, model_config=overrides, trust_remote_code=trust_remote_code)
     except Exception as error:  # mlx-lm raises whatever its model classes raise
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        kind = config.get("model_type")
         raise MlxeffError(
             f"{folder}: unsupported architecture {kind!r}: not one of ours, and mlx-lm says: {reason}"
         ) from error

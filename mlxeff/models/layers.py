@@ -8,6 +8,8 @@ Llama 3.1's release; SwiGLU (2002.05202).
 import math
 from collections.abc import Callable
 from dataclasses import MISSING, fields
+from types import UnionType
+from typing import get_args, get_origin
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -20,6 +22,12 @@ ROPE_KEYS = frozenset(
     "rope_type type factor rope_theta original_max_position_embeddings low_freq_factor high_freq_factor "
     "beta_fast beta_slow attention_factor".split()
 )
+RULES = {  # rope_type: the keys it needs
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": ("factor", "original_max_position_embeddings"),
+}
 
 # Keys that Hugging Face and mlx-lm write into config.json and that change nothing in a forward pass.
 IGNORED_KEYS = frozenset(
@@ -40,7 +48,7 @@ IGNORED_KEYS = frozenset(
 
 
 def read_config(cls: type, config: dict, ignored: frozenset[str] = frozenset()):
-    """The dataclass `cls` filled from a config.json dict; refuses unknown and missing keys by name."""
+    """The dataclass `cls` filled from a config.json dict; refuses unknown and missing keys and types not annotated."""
     known = {field.name: field for field in fields(cls)}
     kind = config.get("model_type", cls.__name__)
     if unknown := sorted(set(config) - set(known) - IGNORED_KEYS - ignored):
@@ -50,6 +58,9 @@ def read_config(cls: type, config: dict, ignored: frozenset[str] = frozenset()):
     missing = sorted(n for n, f in known.items() if n not in config and f.default is MISSING)
     if missing:
         raise MlxeffError(f"{kind} config: missing keys {missing}")
+    for name in sorted(set(known) & set(config)):
+        wanted, value = known[name].type, config[name]
+        require(fits(value, wanted), kind, name, str(wanted) if get_args(wanted) else wanted.__name__, value)
     return cls(**{name: config[name] for name in known if name in config})
 
 
@@ -57,6 +68,15 @@ def require(condition: bool, kind: str, key: str, wanted: str, got: object) -> N
     """Refuse a config value with one line."""
     if not condition:
         raise MlxeffError(f"{kind} config: {key}: wanted {wanted}, got {got!r}")
+
+
+def fits(value: object, wanted: type) -> bool:
+    """Whether a JSON value is of an annotated type; a whole number is a float too, true and false are no numbers."""
+    if isinstance(wanted, UnionType):
+        return any(fits(value, each) for each in get_args(wanted))
+    if get_origin(wanted) is list:
+        return isinstance(value, list) and all(fits(each, get_args(wanted)[0]) for each in value)
+    return type(value) is wanted or (wanted is float and type(value) is int)
 
 
 class DecoderModel(nn.Module):
@@ -85,15 +105,18 @@ def make_rope(size: int, base: float, scaling: dict | None, kind: str) -> Callab
     rule = scaling.get("rope_type") or scaling.get("type") or "default"
     if unknown := sorted(set(scaling) - ROPE_KEYS):
         raise MlxeffError(f"{kind} config: rope_scaling: unknown keys {unknown}")
-    if rule in ("default", "linear"):
-        scale = 1 / scaling["factor"] if rule == "linear" else 1.0
+    require(isinstance(rule, str) and rule in RULES, kind, "rope_scaling", "default, linear, llama3 or yarn", rule)
+    for key in sorted(set(scaling) - {"rope_type", "type"}):
+        value = scaling[key]
+        require(value is None or (fits(value, float) and value > 0), kind, f"rope_scaling {key}", "above 0", value)
+    if rule == "default":
+        return lambda x, offset: mx.fast.rope(x, size, traditional=False, base=base, scale=1.0, offset=offset)
+    if missing := sorted(key for key in RULES[rule] if scaling.get(key) is None):
+        raise MlxeffError(f"{kind} config: rope_scaling of type {rule}: missing keys {missing}")
+    if rule == "linear":
+        scale = 1 / scaling["factor"]
         return lambda x, offset: mx.fast.rope(x, size, traditional=False, base=base, scale=scale, offset=offset)
-    if rule not in ("llama3", "yarn"):
-        raise MlxeffError(f"{kind} config: rope_scaling: wanted default, linear, llama3 or yarn, got {rule!r}")
-    try:
-        wavelengths, magnitude = (_llama3 if rule == "llama3" else _yarn)(size, base, scaling)
-    except KeyError as error:
-        raise MlxeffError(f"{kind} config: rope_scaling of type {rule}: missing key {error}") from None
+    wavelengths, magnitude = (_llama3 if rule == "llama3" else _yarn)(size, base, scaling)
 
     def rotate(x: mx.array, offset: int) -> mx.array:
         x = x if magnitude == 1 else x * magnitude
@@ -114,7 +137,7 @@ def _llama3(size: int, base: float, scaling: dict) -> tuple[mx.array, float]:
 
 
 def _yarn(size: int, base: float, scaling: dict) -> tuple[mx.array, float]:
-    """YaRN: interpolate dimensions that turn seldom, keep those that turn often, ramp between; x grows by ~ln(factor)."""
+    """Interpolate dimensions that turn seldom, keep those that turn often, ramp between; scale x by ~ln(factor)."""
     factor, context = scaling["factor"], scaling["original_max_position_embeddings"]
 
     def dimension(turns: float) -> float:

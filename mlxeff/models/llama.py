@@ -12,7 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..cache import KVCache, LayerCache
-from .layers import DecoderModel, make_rope, read_config, require, swiglu
+from .layers import DecoderModel, fits, make_rope, read_config, require, swiglu
 
 # What a family fixes that its config.json does not say.
 FAMILIES: dict[str, dict] = {
@@ -57,12 +57,15 @@ class LlamaConfig:
         config = dict(config)
         kind = config["model_type"]
         if parameters := config.pop("rope_parameters", None):
+            require(isinstance(parameters, dict), kind, "rope_parameters", "dict", parameters)
             config.setdefault("rope_theta", parameters.get("rope_theta", 10000.0))
             config["rope_scaling"] = config.get("rope_scaling") or parameters
         if kind.startswith("qwen") and not config.get("use_sliding_window"):
             config["sliding_window"] = None
-        elif kind == "qwen2" and "layer_types" not in config:
-            full, layers = config.get("max_window_layers", 28), config["num_hidden_layers"]
+        elif kind.startswith("qwen") and not config.get("layer_types"):
+            full, layers = config.get("max_window_layers", 28), config.get("num_hidden_layers", 0)
+            for name, value in (("max_window_layers", full), ("num_hidden_layers", layers)):
+                require(fits(value, int), kind, name, "int", value)
             config["layer_types"] = ["full_attention" if i < full else "sliding_attention" for i in range(layers)]
         return read_config(cls, config | FAMILIES[kind], QWEN2_IGNORED if kind.startswith("qwen") else frozenset())
 
@@ -75,7 +78,7 @@ class LlamaConfig:
         sizes = "hidden_size num_hidden_layers intermediate_size num_attention_heads vocab_size head_dim"
         for name in sizes.split():
             value = getattr(self, name)
-            require(isinstance(value, int) and value > 0, kind, name, "a positive whole number", value)
+            require(value > 0, kind, name, "a positive whole number", value)
         groups = self.num_key_value_heads
         require(groups > 0 and heads % groups == 0, kind, "num_key_value_heads", f"a divisor of {heads}", groups)
         require(self.head_dim % 2 == 0, kind, "head_dim", "an even number", self.head_dim)

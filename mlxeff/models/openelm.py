@@ -95,6 +95,10 @@ class OpenELMConfig:
 
     def __post_init__(self):
         layers = self.num_transformer_layers
+        for name in ("num_transformer_layers", "model_dim", "head_dim", "vocab_size", "ffn_dim_divisor"):
+            value = getattr(self, name)
+            require(value > 0, "openelm", name, "a positive whole number", value)
+        require(self.head_dim % 2 == 0, "openelm", "head_dim", "an even number", self.head_dim)
         for name in ("num_query_heads", "num_kv_heads", "ffn_multipliers"):
             got = getattr(self, name)
             require(isinstance(got, list) and len(got) == layers, "openelm", name, f"a list of {layers} numbers", got)
