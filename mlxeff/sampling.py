@@ -5,6 +5,7 @@ The makers have mlx-lm's names and arguments, so its users keep their calls. Sou
 arXiv 1909.05858).
 """
 
+import math
 from collections.abc import Callable
 
 import mlx.core as mx
@@ -14,21 +15,23 @@ from .errors import MlxeffError
 Sampler = Callable[[mx.array], mx.array]  # log-probabilities (B, V) → tokens (B,)
 LogitsProcessor = Callable[[mx.array, mx.array], mx.array]  # tokens so far (N,), logits (B, V) → logits (B, V)
 
+COLDEST = 1e-6  # temperatures below are greedy: dividing by them leaves float32's range
+
 
 def make_sampler(
     temp: float = 0.0, top_p: float = 0.0, min_p: float = 0.0, min_tokens_to_keep: int = 1, top_k: int = 0
 ) -> Sampler:
     """A function from log-probabilities (B, V) to tokens (B,).
 
-    `temp` 0 is greedy. `top_p`, `min_p`, `top_k` of 0 are off; they filter in that order, before the temperature. Draws
-    come from MLX's global random state, so `mx.random.seed` makes them repeatable.
+    `temp` 0 (or below COLDEST) is greedy. `top_p`, `min_p`, `top_k` of 0 are off; they filter in that order, before
+    the temperature. Draws come from MLX's global random state, so `mx.random.seed` makes them repeatable.
     """
-    _check("temperature", temp, temp >= 0, "0 or more")
+    _check("temperature", temp, 0 <= temp < math.inf, "0 or more")
     _check("top-p", top_p, 0 <= top_p <= 1, "0 to 1")
     _check("min-p", min_p, 0 <= min_p <= 1, "0 to 1")
-    _check("top-k", top_k, top_k >= 0 and top_k == int(top_k), "a whole number, 0 or more")
+    _check("top-k", top_k, isinstance(top_k, int) and top_k >= 0, "a whole number, 0 or more")
     _check("min_tokens_to_keep", min_tokens_to_keep, min_tokens_to_keep >= 1, "1 or more")
-    if temp == 0:
+    if temp < COLDEST:
         return lambda logprobs: mx.argmax(logprobs, axis=-1)
 
     def sample(logprobs: mx.array) -> mx.array:
@@ -63,7 +66,7 @@ def keep_min_p(logprobs: mx.array, min_p: float, min_tokens_to_keep: int = 1) ->
     """Drop tokens less probable than `min_p` times the most probable one, but keep `min_tokens_to_keep`."""
     floor = logprobs.max(axis=-1, keepdims=True) + mx.log(mx.array(min_p, mx.float32))
     if min_tokens_to_keep > 1:
-        kth = mx.topk(logprobs, min_tokens_to_keep, axis=-1).min(axis=-1, keepdims=True)
+        kth = mx.topk(logprobs, min(min_tokens_to_keep, logprobs.shape[-1]), axis=-1).min(axis=-1, keepdims=True)
         floor = mx.minimum(floor, kth)
     return mx.where(logprobs < floor, -mx.inf, logprobs)
 
@@ -78,6 +81,8 @@ def make_logits_processors(
     frequency_context_size: int | None = 20,
 ) -> list[LogitsProcessor]:
     """The functions `(tokens, logits) → logits` that the options ask for, in the order of the arguments."""
+    for count in (repetition_context_size, presence_context_size, frequency_context_size):
+        _check("context size", count, count is None or count > 0, "1 or more, or None")
     processors: list[LogitsProcessor] = []
     if logit_bias:
         ids, values = mx.array(list(logit_bias)), mx.array(list(logit_bias.values()))

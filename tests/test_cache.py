@@ -1,0 +1,294 @@
+"""The KV cache: one shot = chunks = token by token, trim and redo, growth and reserve, sliding windows, save and
+restore.
+
+What is stored and what is recomputed with the same shapes is compared exactly. Prefill in other chunks multiplies
+matrices of other shapes, whose sums run in another order: those logits are compared with the float32 tolerance.
+"""
+
+import subprocess
+import sys
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+import reference_models
+from helpers import assert_close
+from mlxeff import MlxeffError
+from mlxeff.cache import KVCache, LayerCache, common_prefix
+from tiny_model import CONFIG, random_model
+
+EXACT = {"rtol": 0, "atol": 0}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return random_model(CONFIG, seed=1)
+
+
+def prompt(length: int) -> mx.array:
+    return mx.array(np.random.default_rng(7).integers(0, 256, (1, length)))
+
+
+def draw(*shape: int, seed: int = 0, dtype=mx.float32) -> mx.array:
+    return mx.array(np.random.default_rng(seed).standard_normal(shape).astype(np.float32)).astype(dtype)
+
+
+def filled(model, tokens: mx.array) -> KVCache:
+    cache = model.new_cache()
+    mx.eval(model(tokens, cache))
+    return cache
+
+
+def in_chunks(model, tokens: mx.array, ends: list[int]) -> tuple[mx.array, KVCache]:
+    cache, start, logits = model.new_cache(), 0, []
+    for end in [*ends, tokens.shape[1]]:
+        logits.append(model(tokens[:, start:end], cache))
+        start = end
+    return mx.concatenate(logits, axis=1), cache
+
+
+@pytest.mark.parametrize("ends", [[1], [39], [7, 20, 21], list(range(1, 40))], ids=["1", "39", "uneven", "singly"])
+def test_one_shot_equals_chunks(model, ends):
+    tokens = prompt(40)
+    want, whole = in_chunks(model, tokens, [])
+    got, parts = in_chunks(model, tokens, ends)
+    assert_close(got, want, "logits")
+    assert parts.length == whole.length == 40
+    for a, b in zip(parts.layers, whole.layers):
+        for one, other in zip(a.state(), b.state()):
+            assert one.shape == (1, 2, 40, 16)
+            assert_close(one, other, "state")
+
+
+def test_last_logits_are_the_last_of_all(model):
+    tokens = prompt(20)
+    all_of_them, last = model(tokens, model.new_cache()), model.last_logits(tokens, model.new_cache())
+    assert last.shape == (1, CONFIG["vocab_size"])
+    assert_close(last, all_of_them[:, -1], "the head on one row or on twenty")
+
+
+@pytest.mark.parametrize("surplus", [1, 5, 23])
+def test_trim_then_redo_equals_never_done(model, surplus):
+    """Exact: the same shapes are computed; what lies behind the length of a buffer is never read."""
+    tokens, cache = prompt(24), model.new_cache()
+    model(tokens[:, : 24 - surplus], cache)
+    clean = model.new_cache()
+    model(tokens[:, : 24 - surplus], clean)
+    model(prompt(60)[:, 30 : 30 + surplus], cache)  # other tokens, taken back
+    cache.trim(surplus)
+    assert cache.length == clean.length == 24 - surplus
+    rest = tokens[:, 24 - surplus :]
+    assert_close(model(rest, cache), model(rest, clean), "logits", **EXACT)
+    for a, b in zip(cache.layers, clean.layers):
+        assert_close(a.state()[0], b.state()[0], "keys", **EXACT)
+        assert_close(a.state()[1], b.state()[1], "values", **EXACT)
+
+
+def test_trim_to_nothing_equals_a_new_cache(model):
+    cache = filled(model, prompt(9))
+    cache.trim(9)
+    assert_close(model(prompt(12), cache), model(prompt(12), model.new_cache()), "logits", **EXACT)
+
+
+@pytest.mark.parametrize("count", [-1, 6])
+def test_trim_of_more_than_it_holds_is_refused(model, count):
+    cache = filled(model, prompt(5))
+    with pytest.raises(MlxeffError, match=f"wanted to trim {count} tokens, it holds 5"):
+        cache.trim(count)
+    assert cache.length == 5
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
+def test_growth_keeps_what_was_held(dtype):
+    """Across two steps of 256, in appends that end on the boundary, begin on it and cross it."""
+    keys, values = draw(1, 2, 520, 8, dtype=dtype), draw(1, 2, 520, 8, seed=1, dtype=dtype)
+    layer, start, capacities = LayerCache(), 0, []
+    for end in (250, 256, 257, 511, 514, 520):
+        held = layer.append(keys[:, :, start:end], values[:, :, start:end])
+        assert_close(held[0], keys[:, :, :end], f"keys at {end}", **EXACT)
+        assert_close(held[1], values[:, :, :end], f"values at {end}", **EXACT)
+        capacities.append(layer.keys.shape[2])
+        start = end
+    assert capacities == [256, 256, 512, 512, 768, 768]
+    assert layer.keys.dtype == dtype
+    assert layer.nbytes == 2 * (1 * 2 * 768 * 8) * dtype.size
+
+
+def test_growth_after_a_trim():
+    keys = draw(1, 1, 300, 4)
+    layer = LayerCache()
+    layer.append(keys[:, :, :256], keys[:, :, :256])
+    layer.trim(56)
+    got, _ = layer.append(keys[:, :, 200:300], keys[:, :, 200:300])
+    assert_close(got, keys, "200 held, 100 appended", **EXACT)
+
+
+def test_reserve_allocates_once():
+    keys = draw(1, 1, 1000, 4)
+    cache = KVCache([LayerCache(), LayerCache()])
+    assert (cache.nbytes, cache.length, cache.arrays()) == (0, 0, [])
+    cache.reserve(700)
+    sizes = set()
+    for start in range(0, 700, 100):
+        for layer in cache.layers:
+            layer.append(keys[:, :, start : start + 100], keys[:, :, start : start + 100])
+        sizes.add(cache.nbytes)
+    assert sizes == {2 * 2 * 768 * 4 * 4}, "768 tokens: 700 rounded up to the step of 256"
+    assert len(cache.arrays()) == 4
+    cache.reserve(1000)
+    for layer in cache.layers:
+        layer.append(keys[:, :, :100], keys[:, :, :100])
+    assert cache.nbytes == 2 * 2 * 1792 * 4 * 4, "the 700 held and 1000 announced, rounded up"
+
+
+@pytest.mark.parametrize("window", [None, 1, 4, 7, 100])
+@pytest.mark.parametrize("chunks", [[30], [3, 3, 3, 21], [10, 1, 1, 1, 1, 10, 1, 5], [1] * 30], ids=str)
+def test_attend_against_float64(window, chunks):
+    """Grouped heads, a window shorter and longer than a chunk, and chunks of one token."""
+    queries, keys, values = draw(1, 4, 30, 8), draw(1, 2, 30, 8, seed=1), draw(1, 2, 30, 8, seed=2)
+    rows = [np.array(a[0].transpose(1, 0, 2), np.float64) for a in (queries, keys, values)]
+    want = reference_models.attention(*rows, window).reshape(30, 4, 8).transpose(1, 0, 2)[None]
+    layer, start, got = LayerCache(window), 0, []
+    for count in chunks:
+        part = slice(start, start + count)
+        got.append(layer.attend(queries[:, :, part], keys[:, :, part], values[:, :, part], 8**-0.5))
+        start += count
+    assert_close(mx.concatenate(got, axis=2), want, f"window {window}")
+    assert layer.length == 30
+
+
+def test_trim_inside_a_window():
+    """Every key is kept, so tokens that left the window come back after a trim."""
+    config = CONFIG | {"model_type": "mistral", "sliding_window": 6}
+    model, tokens = random_model(config, seed=3), prompt(30)
+    cache, clean = filled(model, tokens), filled(model, tokens[:, :12])
+    cache.trim(18)
+    assert_close(model(tokens[:, 12:], cache), model(tokens[:, 12:], clean), "logits", **EXACT)
+
+
+@pytest.mark.parametrize(
+    ("held", "wanted", "length"),
+    [([], [1], 0), ([1], [], 0), ([1, 2, 3], [1, 2, 3], 3), ([1, 2], [1, 2, 3], 2), ([1, 2, 3], [1, 9, 3], 1)],
+)
+def test_common_prefix(held, wanted, length):
+    assert common_prefix(held, wanted) == length
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
+def test_save_and_restore(tmp_path, model, dtype):
+    model = random_model(CONFIG, seed=1)
+    model.set_dtype(dtype)
+    tokens = prompt(300)
+    cache, ids = filled(model, tokens[:, :290]), tokens[0, :290].tolist()
+    cache.save(tmp_path / "a.cache", ids, "model-1")
+    cache.save(tmp_path / "b.cache", ids, "model-1")
+    assert (tmp_path / "a.cache").read_bytes() == (tmp_path / "b.cache").read_bytes()
+    restored = model.new_cache()
+    assert restored.restore(tmp_path / "a.cache", "model-1") == ids
+    assert restored.length == 290
+    for a, b in zip(restored.layers, cache.layers):
+        assert a.keys.dtype == dtype
+        assert_close(a.state()[0], b.state()[0], "keys", **EXACT)
+        assert_close(a.state()[1], b.state()[1], "values", **EXACT)
+    restored.save(tmp_path / "c.cache", ids, "model-1")
+    assert (tmp_path / "c.cache").read_bytes() == (tmp_path / "a.cache").read_bytes()
+    assert_close(model(tokens[:, 290:], restored), model(tokens[:, 290:], cache), "going on", **EXACT)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.cache", "b.cache", "c.cache"]
+
+
+def test_save_replaces_an_older_file(tmp_path, model):
+    path, tokens = tmp_path / "a.cache", prompt(20)
+    filled(model, tokens).save(path, tokens[0].tolist(), "m")
+    filled(model, tokens[:, :5]).save(path, tokens[0, :5].tolist(), "m")
+    assert model.new_cache().restore(path, "m") == tokens[0, :5].tolist()
+
+
+def refused(call, *arguments) -> str:
+    with pytest.raises(MlxeffError) as caught:
+        call(*arguments)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_file_of_another_model_is_refused(tmp_path, model):
+    path = tmp_path / "a.cache"
+    filled(model, prompt(5)).save(path, [1, 2, 3, 4, 5], "model-1")
+    cache = model.new_cache()
+    message = refused(cache.restore, path, "model-2")
+    assert message == f"{path}: wanted a prompt cache of this model (model-2), got one of model-1"
+    deeper = random_model(CONFIG | {"num_hidden_layers": 3}).new_cache()
+    message = refused(deeper.restore, path, "model-1")
+    assert message == f"{path}: wanted a KV cache of 3 layers for its 5 tokens, got others"
+    assert (cache.length, deeper.length) == (0, 0)
+
+
+def test_damaged_and_foreign_files_are_refused(tmp_path, model):
+    path = tmp_path / "a.cache"
+    filled(model, prompt(5)).save(path, [1, 2, 3, 4, 5], "m")
+    whole = path.read_bytes()
+    cut, noise, foreign, old, fewer = (tmp_path / name for name in ("cut", "noise", "foreign", "old", "fewer"))
+    for size in (0, 4, 50, len(whole) // 2, len(whole) - 1):
+        cut.write_bytes(whole[:size])
+        assert "wanted a prompt cache, got a damaged or foreign file" in refused(model.new_cache().restore, cut, "m")
+    noise.write_bytes(b"\xff" * 400)
+    assert "damaged or foreign file" in refused(model.new_cache().restore, noise, "m")
+    assert "damaged or foreign file" in refused(model.new_cache().restore, tmp_path / "missing", "m")
+    assert "damaged or foreign file" in refused(model.new_cache().restore, tmp_path, "m")
+    mx.save_safetensors(str(foreign), {"x": mx.zeros(3)}, {"format": "mlx"})
+    foreign.with_name("foreign.safetensors").rename(foreign)
+    message = refused(model.new_cache().restore, foreign, "m")
+    assert message == f"{foreign}: wanted a prompt cache of format version 1, got {{'format': 'mlx'}}"
+    old.write_bytes(whole.replace(b'"version":"1"', b'"version":"9"'))
+    assert "format version 1, got" in refused(model.new_cache().restore, old, "m")
+    arrays = {"tokens": mx.array([1, 2, 3, 4]), "0.keys": draw(1, 2, 5, 16)}
+    mx.save_safetensors(f"{fewer}.safetensors", arrays, {"format": "mlxeff-kv-cache", "version": "1", "model": "m"})
+    message = refused(model.new_cache().restore, f"{fewer}.safetensors", "m")
+    assert "wanted a KV cache of 2 layers for its 4 tokens, got others" in message
+
+
+def test_save_of_the_wrong_tokens_is_refused(tmp_path, model):
+    path = tmp_path / "a.cache"
+    wanted = f"{path}: cannot save a KV cache of 5 tokens with 4 token ids"
+    assert refused(filled(model, prompt(5)).save, path, [1, 2, 3, 4], "m") == wanted
+    assert "cannot save a KV cache of 0 tokens" in refused(model.new_cache().save, path, [], "m")
+    assert not path.exists()
+
+
+def test_save_to_where_nothing_can_be_written(tmp_path, model):
+    cache = filled(model, prompt(5))
+    missing = tmp_path / "no" / "a.cache"
+    assert refused(cache.save, missing, [1, 2, 3, 4, 5], "m").startswith(f"{missing}: cannot write the prompt cache: ")
+    assert refused(cache.save, tmp_path, [1, 2, 3, 4, 5], "m").startswith(f"{tmp_path}: cannot write the prompt cache")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a limit of file sizes")
+def test_a_full_disk_leaves_no_file_and_keeps_the_old_one(tmp_path):
+    """A limit on the size of files stands for the full disk: writing past it fails in the same way."""
+    path = tmp_path / "a.cache"
+    code = f"""if True:
+        import resource, signal
+        import mlx.core as mx
+        from mlxeff import MlxeffError
+        from mlxeff.cache import KVCache, LayerCache
+        cache = KVCache([LayerCache()])
+        def fill(count):
+            cache.layers[0].append(mx.ones((1, 4, count, 64)), mx.ones((1, 4, count, 64)))
+        fill(10)
+        cache.save({str(path)!r}, list(range(10)), "m")
+        fill(990)
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+        try:
+            cache.save({str(path)!r}, list(range(1000)), "m")
+        except MlxeffError as error:
+            print(error)
+        print(len(KVCache([LayerCache()]).restore({str(path)!r}, "m")))
+    """
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    lines = run.stdout.splitlines()
+    assert len(lines) == 2, run.stdout + run.stderr
+    assert lines[0].startswith(f"{path}: cannot write the prompt cache: ")
+    assert lines[1] == "10", "the older file is whole"
+    assert [p.name for p in tmp_path.iterdir()] == ["a.cache"]
