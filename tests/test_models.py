@@ -24,7 +24,7 @@ from mlxeff.generation import stream_generate
 from mlxeff.loading import build_model, load_path, require_seam
 from mlxeff.models import openelm
 from reference_models import llama_logits, openelm_logits
-from tiny_model import random_model, write_byte_tokenizer
+from tiny_model import GEMMA, MAMBA, PHI, random_model, write_foreign
 
 LLAMA = {
     "model_type": "llama",
@@ -307,58 +307,7 @@ def test_transformers_5_rope_parameters():
     assert_close(a(prompt(20), a.new_cache()), b(prompt(20), b.new_cache()), "rope_parameters", rtol=0, atol=0)
 
 
-GEMMA = {
-    "model_type": "gemma3_text",
-    "hidden_size": 64,
-    "num_hidden_layers": 3,
-    "intermediate_size": 96,
-    "num_attention_heads": 4,
-    "head_dim": 16,
-    "num_key_value_heads": 2,
-    "query_pre_attn_scalar": 16,
-    "sliding_window": 8,
-    "sliding_window_pattern": 2,
-    "max_position_embeddings": 128,
-}
-PHI = {
-    "model_type": "phi3",
-    "hidden_size": 64,
-    "num_hidden_layers": 2,
-    "intermediate_size": 96,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "rms_norm_eps": 1e-5,
-    "max_position_embeddings": 128,
-}
-MAMBA = {
-    "model_type": "mamba",
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "intermediate_size": 64,
-    "state_size": 8,
-    "conv_kernel": 4,
-    "time_step_rank": 2,
-    "use_bias": False,
-    "use_conv_bias": True,
-    "tie_word_embeddings": False,
-}
 FOREIGN = {"Gemma 3": GEMMA, "Phi-3": PHI, "Mamba": MAMBA}
-
-
-def write_foreign(folder, config: dict):
-    """A folder of random weights of one of mlx-lm's own models, with the byte tokenizer."""
-    config = config | {"vocab_size": 261, "eos_token_id": 257, "bos_token_id": 256}
-    module = importlib.import_module(f"mlx_lm.models.{config['model_type']}")
-    mx.random.seed(5)
-    weights = {
-        name: value if value.ndim == 1 or "A_log" in name else mx.random.normal(value.shape) * 0.2
-        for name, value in weights_of(module.Model(module.ModelArgs.from_dict(config))).items()
-    }
-    folder.mkdir()
-    mx.save_safetensors(str(folder / "model.safetensors"), weights, {"format": "mlx"})
-    (folder / "config.json").write_text(json.dumps(config))
-    write_byte_tokenizer(folder)
-    return folder
 
 
 @pytest.mark.parametrize("name", FOREIGN)

@@ -1,5 +1,8 @@
-"""A two-layer random Llama with a byte-level tokenizer, written as a Hugging Face folder: real files, milliseconds."""
+"""Random models of two or three layers with a byte-level tokenizer, written as Hugging Face folders: real files,
+milliseconds. A Llama, and three of the architectures that only mlx-lm has.
+"""
 
+import importlib
 import json
 from pathlib import Path
 
@@ -31,6 +34,42 @@ CONFIG = {
     "torch_dtype": "float32",
 }
 
+GEMMA = {
+    "model_type": "gemma3_text",
+    "hidden_size": 64,
+    "num_hidden_layers": 3,
+    "intermediate_size": 96,
+    "num_attention_heads": 4,
+    "head_dim": 16,
+    "num_key_value_heads": 2,
+    "query_pre_attn_scalar": 16,
+    "sliding_window": 8,
+    "sliding_window_pattern": 2,
+    "max_position_embeddings": 128,
+}
+PHI = {
+    "model_type": "phi3",
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "intermediate_size": 96,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 128,
+}
+MAMBA = {
+    "model_type": "mamba",
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "intermediate_size": 64,
+    "state_size": 8,
+    "conv_kernel": 4,
+    "time_step_rank": 2,
+    "use_bias": False,
+    "use_conv_bias": True,
+    "tie_word_embeddings": False,
+}
+
 
 def random_model(config: dict, seed: int = 0, scale: float = 0.2):
     """A model of `config` with weights from N(0, scale²); norms near 1."""
@@ -52,6 +91,22 @@ def write_tiny_model(folder: Path, config: dict | None = None, seed: int = 0) ->
     (folder / "config.json").write_text(json.dumps(config))
     model = random_model(config, seed)
     mx.save_safetensors(str(folder / "model.safetensors"), dict(tree_flatten(model.parameters())), {"format": "mlx"})
+    write_byte_tokenizer(folder)
+    return folder
+
+
+def write_foreign(folder: Path, config: dict) -> Path:
+    """A folder of random weights of one of mlx-lm's own models, with the byte tokenizer."""
+    config = config | {"vocab_size": 261, "eos_token_id": 257, "bos_token_id": 256}
+    module = importlib.import_module(f"mlx_lm.models.{config['model_type']}")
+    mx.random.seed(5)
+    weights = {
+        name: value if value.ndim == 1 or "A_log" in name else mx.random.normal(value.shape) * 0.2
+        for name, value in tree_flatten(module.Model(module.ModelArgs.from_dict(config)).parameters())
+    }
+    folder.mkdir()
+    mx.save_safetensors(str(folder / "model.safetensors"), weights, {"format": "mlx"})
+    (folder / "config.json").write_text(json.dumps(config))
     write_byte_tokenizer(folder)
     return folder
 
