@@ -5,7 +5,7 @@ Joins the decode loop with a tokenizer: stop strings, the context limit, timings
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import mlx.core as mx
@@ -66,9 +66,10 @@ def stream_generate(
     prompt_cache=None,
     prefill_step_size: int | None = None,
     prompt_progress_callback: Progress | None = None,
-    stop: Sequence[str] = (),
+    stop: str | Sequence[str] = (),
     context_limit: int | None = None,
     truncate: bool = False,
+    history: Sequence[int] = (),
 ) -> Iterator[GenerationResponse]:
     """Yield a `GenerationResponse` a token; the last one has a `finish_reason`.
 
@@ -76,6 +77,7 @@ def stream_generate(
     `prompt_cache`: a cache from `model.new_cache()` that may already hold a prefix of the conversation; `prompt` is
     what comes after it. `stop`: strings that end the text and are not part of it. `context_limit`: tokens, the
     model's own by default; a longer prompt is an error, or with `truncate` loses its beginning, with a notice.
+    `history`: the tokens that `prompt_cache` stands for, for the logits processors.
     """
     if draft_model is not None:
         raise MlxeffError("stream_generate: draft_model is not supported")
@@ -90,10 +92,10 @@ def stream_generate(
     if limit and (max_tokens < 0 or max_tokens > limit - cache.length - len(ids) + 1):
         budget = limit - cache.length - len(ids) + 1
     mx.reset_peak_memory()
-    tokens = mx.array(ids)
     step_size = prefill_step_size or kernels.PREFILL_STEP[kernels.device()]
-    logits = prefill(model, cache, tokens, step_size, prompt_progress_callback)
-    steps = decode(model, cache, logits, sampler or make_sampler(), logits_processors or (), tokens, budget)
+    logits = prefill(model, cache, mx.array(ids), step_size, prompt_progress_callback)
+    seen = mx.array([*history, *ids]) if logits_processors else None
+    steps = decode(model, cache, logits, sampler or make_sampler(), logits_processors or (), seen, budget)
     finisher = _Finisher(tokenizer, stop, budget, cut_by_context=budget != max_tokens)
     try:
         yield from _respond(steps, finisher, began, len(ids), prompt_progress_callback)
@@ -162,10 +164,11 @@ def fit_context(ids: list[int], held: int, limit: int | None, max_tokens: int, t
 class _Finisher:
     """Token → text that is final, and why to finish: holds text back while it may turn out to be a stop string."""
 
-    def __init__(self, tokenizer, stop: Sequence[str], budget: int, cut_by_context: bool):
+    def __init__(self, tokenizer, stop: str | Sequence[str], budget: int, cut_by_context: bool):
+        stop = [stop] if isinstance(stop, str) else list(stop)
         if any(not text for text in stop):
             raise MlxeffError("stop: wanted non-empty strings, got an empty one")
-        self.detokenizer, self.eos, self.stop = tokenizer.detokenizer, tokenizer.eos_token_ids, list(stop)
+        self.detokenizer, self.eos, self.stop = tokenizer.detokenizer, tokenizer.eos_token_ids, stop
         self.budget, self.cut_by_context = budget, cut_by_context
         self.held = ""
 
@@ -202,22 +205,28 @@ class Session:
     tokenizer: object
     cache: object = None
     tokens: list[int] = field(default_factory=list)  # what the cache holds
-    reused: int = 0  # of the last prompt
+    prompt: list[int] = field(default_factory=list)  # the last one, as it was computed
+    reused: int = 0  # how many of its tokens the cache already held
 
-    def stream(self, ids: list[int], **options) -> Iterator[GenerationResponse]:
+    def stream(
+        self, ids: list[int], max_tokens: int = 256, context_limit: int | None = None, truncate: bool = False, **options
+    ) -> Iterator[GenerationResponse]:
         """`stream_generate` on the whole conversation `ids`; reuses the longest common prefix with the last one."""
         if self.cache is None:
             self.cache = self.model.new_cache()
-        self.reused = self._rewind(common_prefix(self.tokens, ids[:-1]))
+        self.prompt = fit_context(ids, 0, context_limit or self.model.context_length, max_tokens, truncate)
+        self.reused = self._rewind(common_prefix(self.tokens, self.prompt[:-1]))
         generated: list[int] = []
-        held = self.tokens + ids[self.reused :]
+        options |= {"prompt_cache": self.cache, "history": self.tokens}
+        options |= {"max_tokens": max_tokens, "context_limit": context_limit}
+        responses = stream_generate(self.model, self.tokenizer, self.prompt[self.reused :], **options)
         try:
-            stream: Callable = stream_generate
-            for response in stream(self.model, self.tokenizer, ids[self.reused :], prompt_cache=self.cache, **options):
+            for response in responses:
                 generated.append(response.token)
                 yield response
         finally:
-            self._settle(held + generated[:-1], bool(generated))
+            responses.close()
+            self._settle(self.prompt + generated, bool(generated))
 
     def _rewind(self, shared: int) -> int:
         """Trim the cache to its first `shared` tokens, or begin anew where it cannot be trimmed."""
