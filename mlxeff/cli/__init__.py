@@ -1,0 +1,64 @@
+"""The command `mlxeff`: arguments → one call → print. A module a verb; each is imported when its verb is called.
+
+Exit codes: 0 done, 1 an error that was explained in one line, 2 wrong usage, 130 interrupted (Ctrl-C; what was
+generated has been printed), 141 the reader of the output went away.
+"""
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from .. import __version__
+from ..errors import MlxeffError
+from . import arguments
+
+VERBS = {
+    "generate": "answer one prompt, streaming",
+    "chat": "talk with a model, turn by turn",
+    "models": "list the built-in names and what is in the cache",
+    "convert": "convert a checkpoint: PyTorch, Hugging Face or GGUF to a folder that mlxeff and mlx-lm load",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code (`argparse` exits by itself on --help and wrong usage)."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a terminal that cannot show a character gets a question mark
+    options = _parser().parse_args(argv)
+    try:
+        code = importlib.import_module(f".{options.verb}", __name__).run(options)
+        sys.stdout.flush()
+        return code
+    except MlxeffError as error:
+        return _fail(str(error), options)
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes once more at exit
+        return 141
+    except (MemoryError, OSError) as error:
+        return _fail(f"{type(error).__name__}: {error}", options)
+
+
+def _fail(message: str, options: argparse.Namespace) -> int:
+    print(f"mlxeff: error: {message}", file=sys.stderr)
+    if getattr(options, "json", False):
+        import json
+
+        print(json.dumps({"error": message}, ensure_ascii=False))
+    return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    about = "LLM inference on MLX: OpenELM, the Llama family, and any other model that mlx-lm loads."
+    parser = argparse.ArgumentParser("mlxeff", description=about, allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"mlxeff {__version__}")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    for verb, summary in VERBS.items():
+        sub = verbs.add_parser(verb, help=summary, description=summary.capitalize() + ".", allow_abbrev=False)
+        getattr(arguments, f"add_{verb}")(sub)
+    return parser

@@ -1,0 +1,107 @@
+"""The options of each verb. Parses and describes; imports nothing that is slow, so that --help is quick."""
+
+import argparse
+
+from ..hub.catalog import DEFAULT_MODEL
+
+MAX_TOKENS = 1024
+
+
+def add_generate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("prompt", nargs="?", help="the prompt; - or nothing reads standard input")
+    parser.add_argument("--file", metavar="FILE", help="read the prompt from a UTF-8 file")
+    _add_model(parser)
+    _add_text(parser)
+    parser.add_argument("--raw", action="store_true", help="the prompt as it is, without the model's chat template")
+    parser.add_argument(
+        "--prompt-cache",
+        metavar="FILE",
+        help="reuse the KV cache in FILE as far as the prompt agrees with it, and write it back with this prompt",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON document at the end instead of streaming")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar, no timings; warnings still show")
+
+
+def add_chat(parser: argparse.ArgumentParser) -> None:
+    _add_model(parser)
+    _add_text(parser)
+    parser.add_argument("--resume", metavar="FILE", help="go on with a conversation that /save wrote")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar, no greeting; warnings still show")
+
+
+def add_models(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
+
+
+def add_convert(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("src", metavar="SRC", help="a folder, a file (.gguf .safetensors .pt .bin), a name or hub id")
+    parser.add_argument("dst", metavar="DST", help="the new folder")
+    parser.add_argument("--dtype", choices=("float16", "bfloat16", "float32"), help="float type (default: as stored)")
+    parser.add_argument("--quantize", metavar="BITS[:GROUP]", type=_quantize, help="affine, e.g. 4 or 4:32 (group 64)")
+    parser.add_argument("--tokenizer", metavar="PATH", help="tokenizer folder or file (default: beside the weights)")
+    parser.add_argument("--dry-run", action="store_true", help="only report names, shapes, types, disk and memory")
+    parser.add_argument("--offline", action="store_true", help="never touch the network")
+    parser.add_argument("--json", action="store_true", help="print the report as one JSON document")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar, no report; warnings still show")
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "--model",
+        default=DEFAULT_MODEL,
+        help="a folder, a .gguf file, a Hugging Face id or a name from `mlxeff models` (default: %(default)s)",
+    )
+    group.add_argument("--device", choices=("auto", "cpu", "gpu"), default="auto", help="default: the GPU if any")
+    group.add_argument("--offline", action="store_true", help="never touch the network")
+    group.add_argument(
+        "--trust-remote-code", action="store_true", help="let mlx-lm run Python code that the model folder brings"
+    )
+    group.add_argument("--context-limit", metavar="N", type=_positive, help="tokens (default: the model's own)")
+    group.add_argument("--truncate", action="store_true", help="drop the beginning of what is longer than the context")
+    group.add_argument("--prefill-step", metavar="N", type=_positive, help="prompt tokens a chunk (2048 GPU, 512 CPU)")
+
+
+def _add_text(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("text")
+    group.add_argument("--system", metavar="TEXT", help="the system message")
+    group.add_argument(
+        "--max-tokens", metavar="N", type=_tokens, default=MAX_TOKENS, help="default %(default)s; -1: to the context"
+    )
+    group.add_argument("--stop", metavar="TEXT", action="append", default=[], help="end before TEXT (repeatable)")
+    group.add_argument("--temp", type=float, default=0.0, help="sampling temperature; 0, the default, is greedy")
+    group.add_argument("--top-p", type=float, default=0.0, help="keep the most probable tokens of mass P; 0: off")
+    group.add_argument("--top-k", type=int, default=0, help="keep the K most probable tokens; 0: off")
+    group.add_argument("--min-p", type=float, default=0.0, help="keep tokens of P times the best; 0: off")
+    group.add_argument("--repetition-penalty", metavar="X", type=float, help="divide logits of the last 20 tokens")
+    group.add_argument("--seed", type=_natural, help="of the sampling; same seed, same words (default: random)")
+
+
+def _quantize(text: str) -> tuple[int, int]:
+    bits, _, group = text.partition(":")
+    try:
+        return int(bits), int(group or 64)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"wanted BITS or BITS:GROUP, got {text!r}") from None
+
+
+def _integer(text: str, valid, wanted: str) -> int:
+    try:
+        number = int(text)
+    except ValueError:
+        number = None
+    if number is None or not valid(number):
+        raise argparse.ArgumentTypeError(f"wanted {wanted}, got {text!r}")
+    return number
+
+
+def _positive(text: str) -> int:
+    return _integer(text, lambda n: n > 0, "a whole number above 0")
+
+
+def _natural(text: str) -> int:
+    return _integer(text, lambda n: 0 <= n < 1 << 64, "a whole number from 0 to 2^64 - 1")
+
+
+def _tokens(text: str) -> int:
+    return _integer(text, lambda n: n > 0 or n == -1, "a whole number above 0, or -1")

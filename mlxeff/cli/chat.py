@@ -1,0 +1,196 @@
+"""`mlxeff chat`: a conversation, turn by turn, whose KV cache lives on: a turn computes only what is new."""
+
+import argparse
+import contextlib
+import json
+import os
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..errors import MlxeffError, notices
+from . import output
+from .runner import Answer, Runner, start
+
+HELP = """\
+/reset        begin anew (the system message stays)
+/save FILE    write the conversation to a new file, for --resume
+/stats        tokens and timings of the last answer and of the conversation
+/help         this list
+/exit         end; so does Ctrl-D. Ctrl-C stops an answer."""
+
+
+def run(options: argparse.Namespace) -> int:
+    with output.show_notices(options.quiet):
+        runner = start(options)
+        if not runner.loaded.tokenizer.has_chat_template:
+            raise MlxeffError(f"{options.model}: has no chat template: not a chat model; use mlxeff generate")
+        chat = Chat(runner, _opening(options))
+        if not options.quiet and sys.stdin.isatty():
+            print(f"{options.model} on {runner.device}. /help lists the commands.", file=sys.stderr)
+        while (line := _ask()) is not None:
+            if not chat.take(line):
+                break
+    return 0
+
+
+def _opening(options: argparse.Namespace) -> list[dict]:
+    """The messages to begin with: a saved conversation, a system message, or none."""
+    if options.resume is None:
+        return [{"role": "system", "content": options.system}] if options.system else []
+    if options.system:
+        raise MlxeffError("chat: wanted --system or --resume, got both: the saved conversation has its own")
+    path = Path(options.resume)
+    try:
+        messages = json.loads(path.read_bytes())["messages"]
+    except OSError as error:
+        raise MlxeffError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except (ValueError, TypeError, LookupError) as error:
+        raise MlxeffError(f"{path}: wanted a conversation that /save wrote, got something else") from error
+    if not isinstance(messages, list) or not all(_is_message(message) for message in messages):
+        raise MlxeffError(f"{path}: wanted messages with role and content, got others")
+    return messages
+
+
+def _is_message(message: object) -> bool:
+    return isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))
+
+
+def _ask() -> str | None:
+    """The next line, None at the end of the input. With a terminal: a prompt, history and editing."""
+    if not sys.stdin.isatty():
+        data = sys.stdin.buffer.readline()
+        try:
+            return data.decode("utf-8").rstrip("\r\n") if data else None
+        except UnicodeDecodeError as error:
+            raise MlxeffError(f"standard input: wanted UTF-8 text, got byte 0x{data[error.start]:02x}") from None
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401 - gives input() its editing keys
+    while True:
+        try:
+            return input("> ")
+        except EOFError:
+            print()
+            return None
+        except KeyboardInterrupt:
+            print("\n(/exit or Ctrl-D ends)", file=sys.stderr)
+
+
+@dataclass
+class Chat:
+    """The messages so far and the answers' statistics."""
+
+    runner: Runner
+    messages: list[dict]
+    last: dict | None = None
+    totals: dict = field(default_factory=lambda: {"turns": 0, "prompt_tokens": 0, "reused_tokens": 0, "generated": 0})
+
+    def take(self, line: str) -> bool:
+        """Obey a command or answer a message; False ends the chat. Errors are shown, the chat goes on."""
+        word, _, rest = line.strip().partition(" ")
+        if not word:
+            return True
+        if word in ("/exit", "/quit"):
+            return False
+        commands = {"/reset": self.reset, "/save": self.save, "/stats": self.stats, "/help": lambda _: print(HELP)}
+        try:
+            if word in commands:
+                commands[word](rest.strip())
+            elif word.startswith("/") and word[1:].isalpha():
+                raise MlxeffError(f"unknown command {word}; /help lists them")
+            else:
+                self.answer(line)
+        except MlxeffError as error:
+            print(f"mlxeff: error: {error}", file=sys.stderr)
+        return True
+
+    def answer(self, line: str) -> None:
+        """Stream the answer to `line`; an interrupted one is kept as far as it came."""
+        self.messages.append({"role": "user", "content": line})
+        answer = Answer()
+        try:
+            ids = self._fitting()
+            with contextlib.closing(self.runner.stream(ids, answer)) as pieces:
+                for text in pieces:
+                    print(text, end="", flush=True)
+        except KeyboardInterrupt:
+            answer.interrupted = True
+        except MlxeffError:
+            self.messages.pop()
+            raise
+        print()
+        if not answer.token_ids:
+            self.messages.pop()
+            print("(interrupted, the message is not part of the conversation)", file=sys.stderr)
+            return
+        self.messages.append({"role": "assistant", "content": answer.text})
+        self._count(answer)
+
+    def _fitting(self) -> list[int]:
+        """Ids of the conversation; with --truncate its oldest turns are dropped, visibly, until it fits."""
+        options, loaded = self.runner.options, self.runner.loaded
+        limit = options.context_limit or loaded.model.context_length
+        ids = loaded.tokenizer.apply_chat_template(self.messages)
+        room = min(max(options.max_tokens, 1), limit // 2) if limit else 0
+        dropped = 0
+        while limit and options.truncate and len(ids) > limit - room and self._drop_turn():
+            dropped += 1
+            ids = loaded.tokenizer.apply_chat_template(self.messages)
+        if dropped:
+            notices.warning(
+                "the conversation is too long: dropped its %d oldest turns to fit %d tokens", dropped, limit
+            )
+        return ids
+
+    def _drop_turn(self) -> bool:
+        """Remove the oldest question with its answer; False where only the present one is left."""
+        first = 1 if self.messages[0]["role"] == "system" else 0
+        if len(self.messages) - first < 3:
+            return False
+        del self.messages[first : first + 2]
+        return True
+
+    def _count(self, answer: Answer) -> None:
+        self.last = self.runner.stats(answer)
+        self.totals["turns"] += 1
+        for key in ("prompt_tokens", "reused_tokens"):
+            self.totals[key] += self.last[key]
+        self.totals["generated"] += self.last["generated_tokens"]
+        if answer.interrupted:
+            print("(interrupted)", file=sys.stderr)
+        elif self.last["finish_reason"] == "length":
+            print(f"(cut off after {self.last['generated_tokens']} tokens)", file=sys.stderr)
+
+    def reset(self, _: str) -> None:
+        self.messages = [message for message in self.messages[:1] if message["role"] == "system"]
+        print("(a new conversation)", file=sys.stderr)
+
+    def save(self, name: str) -> None:
+        if not name:
+            raise MlxeffError("/save: wanted a file name")
+        path = Path(name).expanduser()
+        if path.exists():
+            raise MlxeffError(f"{path}: wanted a new file, got one that exists")
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        document = {"model": self.runner.options.model, "messages": self.messages}
+        try:
+            temporary.write_text(json.dumps(document, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+            os.replace(temporary, path)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise MlxeffError(f"{path}: cannot be written: {error.strerror or error}") from error
+        print(f"(saved {len(self.messages)} messages to {path})", file=sys.stderr)
+
+    def stats(self, _: str) -> None:
+        if self.last is None:
+            print("no answer yet")
+            return
+        cache = self.runner.session.cache
+        held, nbytes = (cache.length, cache.nbytes) if cache else (0, 0)
+        print(output.timing_line(self.last))
+        print(
+            f"conversation: {self.totals['turns']} turns, {self.totals['prompt_tokens']} prompt tokens"
+            f" ({self.totals['reused_tokens']} from the cache), {self.totals['generated']} generated;"
+            f" KV cache {held} tokens, {nbytes / 1e6:.1f} MB"
+        )

@@ -1,0 +1,31 @@
+"""`mlxeff convert`: a checkpoint → a folder that mlxeff and stock mlx-lm load; or with --dry-run a report."""
+
+import argparse
+import json
+
+from . import output
+
+
+def run(options: argparse.Namespace) -> int:
+    """0, or 1 where a dry run found differences between the checkpoint and the model."""
+    from .. import hub
+    from ..convert import convert
+
+    with output.show_notices(options.quiet) as lines:
+        with output.bar(f"fetching {options.src}", "B", options.quiet) as progress:
+            source = hub.resolve(options.src, offline=options.offline, progress=progress)
+        with output.bar("converting", "B", options.quiet) as progress:
+            report = convert(
+                source,
+                options.dst,
+                dtype=options.dtype,
+                quantize=options.quantize,
+                tokenizer=options.tokenizer,
+                dry_run=options.dry_run,
+                progress=progress,
+            )
+    if options.json:
+        print(json.dumps(report.as_dict() | {"notices": lines}, indent=2, ensure_ascii=False))
+    elif not options.quiet:
+        print("\n".join(report.lines()))
+    return 0 if report.ok else 1

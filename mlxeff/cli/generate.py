@@ -1,0 +1,143 @@
+"""`mlxeff generate`: one prompt → a streamed answer, or one JSON document."""
+
+import argparse
+import contextlib
+import json
+import sys
+from pathlib import Path
+
+from ..errors import MlxeffError, notices
+from . import output
+from .runner import Answer, Runner, start
+
+
+def run(options: argparse.Namespace) -> int:
+    with output.show_notices(options.quiet) as lines:
+        prompt = _prompt(options)
+        runner = start(options)
+        ids = _ids(runner, prompt, options)
+        if options.prompt_cache:
+            _restore(runner, Path(options.prompt_cache), ids)
+        answer = Answer()
+        try:
+            with contextlib.closing(runner.stream(ids, answer)) as pieces:
+                for text in pieces:
+                    if not options.json:
+                        print(text, end="", flush=True)
+        except KeyboardInterrupt:
+            answer.interrupted = True
+        if options.prompt_cache:
+            _save(runner, Path(options.prompt_cache))
+        _finish(runner, answer, options, lines)
+    return 130 if answer.interrupted else 0
+
+
+def _finish(runner: Runner, answer: Answer, options: argparse.Namespace, lines: list[str]) -> None:
+    stats = runner.stats(answer)
+    if options.json:
+        print(json.dumps(document(runner, answer, stats, lines), ensure_ascii=False, indent=2))
+        return
+    if not answer.text.endswith("\n"):
+        print(flush=True)
+    if not options.quiet:
+        print(output.timing_line(stats), file=sys.stderr)
+        if stats["finish_reason"] == "length" and stats["generated_tokens"] == options.max_tokens:
+            print(f"mlxeff: note: stopped at --max-tokens {options.max_tokens}", file=sys.stderr)
+
+
+def document(runner: Runner, answer: Answer, stats: dict, lines: list[str]) -> dict:
+    """The document that `--json` prints (README, "JSON output")."""
+    import mlx.core as mx
+
+    from .. import __version__
+
+    return {
+        "model": runner.options.model,
+        "path": str(runner.loaded.path),
+        "text": answer.text,
+        "prompt_token_ids": answer.prompt_ids,
+        "token_ids": answer.token_ids,
+        "finish_reason": stats["finish_reason"],
+        "seed": runner.seed,
+        "timings": {key: value for key, value in stats.items() if key != "finish_reason"},
+        "notices": lines,
+        "versions": {"mlxeff": __version__, "mlx": mx.__version__},
+    }
+
+
+def _prompt(options: argparse.Namespace) -> str:
+    """The prompt's text, from the argument, a file or standard input."""
+    if options.prompt is not None and options.prompt != "-":
+        if options.file:
+            raise MlxeffError("generate: wanted a prompt or --file, got both")
+        return _not_empty(options.prompt, "prompt")
+    if options.file:
+        try:
+            data = Path(options.file).read_bytes()
+        except OSError as error:
+            raise MlxeffError(f"{options.file}: cannot be read: {error.strerror or error}") from error
+        return _not_empty(_decode(data, options.file), options.file)
+    if options.prompt is None and sys.stdin.isatty():
+        raise MlxeffError('generate: wanted a prompt, got none: mlxeff generate "…", --file FILE or text on stdin')
+    return _not_empty(_decode(sys.stdin.buffer.read(), "standard input"), "standard input")
+
+
+def _decode(data: bytes, origin: str) -> str:
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise MlxeffError(
+            f"{origin}: wanted UTF-8 text, got byte 0x{data[error.start]:02x} at position {error.start}"
+        ) from None
+
+
+def _not_empty(text: str, origin: str) -> str:
+    if not text.strip():
+        raise MlxeffError(f"{origin}: wanted a prompt, got an empty one")
+    return text
+
+
+def _ids(runner: Runner, prompt: str, options: argparse.Namespace) -> list[int]:
+    """Token ids of the prompt, through the chat template where the model has one."""
+    from ..generation import prompt_ids
+
+    tokenizer = runner.loaded.tokenizer
+    if options.system and options.raw:
+        raise MlxeffError("generate: --system needs the chat template, which --raw leaves out")
+    if options.raw:
+        return prompt_ids(tokenizer, prompt)
+    if not tokenizer.has_chat_template:
+        if options.system:
+            raise MlxeffError(
+                f"{options.model}: has no chat template, so --system has no place; put it into the prompt"
+            )
+        notices.info("%s has no chat template (a base model?): the prompt is continued as plain text", options.model)
+        return prompt_ids(tokenizer, prompt)
+    messages = [{"role": "system", "content": options.system}] if options.system else []
+    return tokenizer.apply_chat_template([*messages, {"role": "user", "content": prompt}])
+
+
+def _restore(runner: Runner, path: Path, ids: list[int]) -> None:
+    """Put the cache in `path` into the session if there is one; say when it is of no use."""
+    from ..cache import common_prefix
+    from ..loading import require_seam
+
+    require_seam(runner.loaded.model, "cache", "--prompt-cache")
+    if not path.exists():
+        if not path.absolute().parent.is_dir():
+            raise MlxeffError(f"{path}: wanted an existing folder for the prompt cache, got none")
+        return
+    cache = runner.loaded.model.new_cache()
+    held = cache.restore(path, runner.loaded.fingerprint)
+    shared = common_prefix(held, ids[:-1])
+    if not shared:
+        notices.warning("%s: none of its %d tokens fit this prompt: computed anew", path, len(held))
+    runner.session.cache, runner.session.tokens = cache, held
+
+
+def _save(runner: Runner, path: Path) -> None:
+    session = runner.session
+    if session.cache is None or not session.tokens:
+        notices.warning("%s: not written: the prompt was interrupted", path)
+        return
+    session.cache.save(path, session.tokens, runner.loaded.fingerprint)

@@ -1,0 +1,31 @@
+"""`mlxeff models`: the built-in names, and what is in the cache."""
+
+import argparse
+import json
+
+
+def run(options: argparse.Namespace) -> int:
+    from .. import hub
+
+    rows = hub.models()
+    if options.json:
+        print(json.dumps({"cache": str(hub.cache_dir()), "default": hub.DEFAULT_MODEL, "models": rows}, indent=2))
+        return 0
+    table = [("NAME", "SOURCE", "SIZE", "CACHED")]
+    for row in rows:
+        cached = row["cached"]
+        size = (cached or row)["bytes"]
+        mark = " (default)" if row["alias"] == hub.DEFAULT_MODEL else ""
+        name = (row["alias"] or row["source"]) + mark
+        table.append((name, row["source"], _size(size), cached["path"] if cached else "no"))
+    widths = [max(len(line[column]) for line in table) for column in range(3)]
+    for line in table:
+        print("  ".join([*(text.ljust(width) for text, width in zip(line[:3], widths)), line[3]]))
+    print(f"\nAny Hugging Face id, model folder or .gguf file works too. Built-in model's cache: {hub.cache_dir()}")
+    return 0
+
+
+def _size(count: int | None) -> str:
+    if count is None:
+        return "-"
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"

@@ -1,0 +1,78 @@
+"""What the command shows besides the text: notices, progress bars, timings. All of it goes to standard error."""
+
+import contextlib
+import logging
+import sys
+from collections.abc import Callable, Iterator
+
+from ..errors import notices
+
+BAR_DELAY = 1.0  # seconds of work before a bar appears
+
+
+class NoticeHandler(logging.Handler):
+    """Prints each notice as a line and keeps it for `--json`. With `quiet`, only warnings are printed."""
+
+    def __init__(self, quiet: bool = False):
+        super().__init__(logging.INFO)
+        self.quiet, self.lines = quiet, []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        line = record.getMessage()
+        self.lines.append(line)
+        if record.levelno >= logging.WARNING or not self.quiet:
+            word = "warning" if record.levelno >= logging.WARNING else "note"
+            print(f"mlxeff: {word}: {line}", file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def show_notices(quiet: bool = False) -> Iterator[list[str]]:
+    """Show notices meanwhile; gives the list in which they are kept."""
+    handler = NoticeHandler(quiet)
+    before = notices.level, notices.propagate
+    notices.addHandler(handler)
+    notices.setLevel(logging.INFO)
+    notices.propagate = False
+    try:
+        yield handler.lines
+    finally:
+        notices.removeHandler(handler)
+        notices.level, notices.propagate = before
+
+
+@contextlib.contextmanager
+def bar(title: str, unit: str, quiet: bool = False) -> Iterator[Callable[[int, int], None] | None]:
+    """A callback `(done, total)` that draws a progress bar of `unit` "B" or "tok"; None without a terminal."""
+    if quiet or not sys.stderr.isatty():
+        yield None
+        return
+    from tqdm import tqdm
+
+    scale = unit == "B"
+    with tqdm(
+        desc=title, unit=unit, unit_scale=scale, unit_divisor=1024, delay=BAR_DELAY, leave=False, file=sys.stderr
+    ) as drawn:
+
+        def show(done: int, total: int) -> None:
+            drawn.total = total
+            drawn.update(done - drawn.n)
+
+        yield show
+
+
+def timing_line(stats: dict) -> str:
+    """The final line of a generation from the dict that `--json` prints as "timings" and its counts."""
+    prompt = f"prompt {stats['prompt_tokens']} tokens"
+    if stats["reused_tokens"]:
+        prompt += f" ({stats['reused_tokens']} from the cache)"
+    return " | ".join(
+        [
+            prompt,
+            f"TTFT {stats['ttft_s']:.3f} s",
+            f"prefill {stats['prefill_tps']:.1f} tok/s",
+            f"generated {stats['generated_tokens']} tokens ({stats['finish_reason']})",
+            f"decode {stats['decode_tps']:.1f} tok/s",
+            f"peak memory {stats['peak_memory_gb']:.2f} GB",
+            f"{stats['device']} {stats['dtype']}",
+        ]
+    )
