@@ -69,6 +69,8 @@ def load_path(path: Path, overrides: dict | None = None, lazy: bool = False, tru
     kind = config.get("model_type")
     if not isinstance(kind, str):
         raise MlxeffError(f"{path}: config: model_type: wanted the name of an architecture, got {kind!r}")
+    if kind in llama.FAMILIES:  # Hugging Face and mlx-lm differ on what a missing key means: the file knows
+        config.setdefault("tie_word_embeddings", "lm_head.weight" not in source.tensors)
     if kind in MODELS:
         model = build_model(config, source.tensors if source.config else None)
         fill(model, _weights(source, config), str(path))
@@ -76,7 +78,7 @@ def load_path(path: Path, overrides: dict | None = None, lazy: bool = False, tru
         from .models.adapter import load_adapter
 
         notices.info("%s: architecture %r is not one of ours: plain decoding through mlx-lm", path, kind)
-        model = load_adapter(Path(path), kind, overrides or {}, lazy, trust_remote_code)
+        model = load_adapter(_folder(source.path), kind, overrides or {}, lazy, trust_remote_code)
         config = model.config
     _check_vocabulary(path, config, tokenizer)
     if not lazy:
@@ -173,7 +175,12 @@ def _describe(source: Source) -> tuple[dict, Tokenizer]:
         raise MlxeffError(f"{source.path}: wanted a model folder or a GGUF file, got weights without config.json")
     kind = source.config.get("model_type")
     instruct = kind == "openelm" and "instruct" in str(source.path).lower()
-    return source.config, from_folder(Path(source.path), kind, source.config.get("eos_token_id"), instruct=instruct)
+    return source.config, from_folder(_folder(source.path), kind, source.config.get("eos_token_id"), instruct=instruct)
+
+
+def _folder(path: Path) -> Path:
+    """Where config.json and the tokenizer are: the path itself, or beside a weights file."""
+    return path if path.is_dir() else path.parent
 
 
 def _weights(source: Source, config: dict) -> dict[str, mx.array]:

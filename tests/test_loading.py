@@ -1,0 +1,427 @@
+"""Folders → (model, tokenizer): what mlx-lm writes in every quantisation, Hugging Face's dtypes and shards, PyTorch
+files; the arithmetic type; what is refused, with its one line.
+
+Logits are compared exactly with mlx-lm's model of the same folder, brought to the dtype in which this package computes.
+"""
+
+import json
+import shutil
+import struct
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+
+import checkpoint_files as files
+from helpers import assert_close
+from mlxeff import MlxeffError, kernels, load
+from mlxeff.loading import load_path
+from mlxeff.models import openelm
+from mlxeff.tokenizer import Tokenizer
+from tiny_model import CONFIG, random_model, write_byte_tokenizer, write_tiny_model
+
+TOKENS = mx.array([[256, 72, 101, 108, 108, 111, 44, 32, 119]])
+DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
+
+
+def logits_of(loaded) -> mx.array:
+    return loaded.model(TOKENS, loaded.model.new_cache())
+
+
+def assert_equals_mlx_lm(folder) -> None:
+    """Exactly mlx-lm's logits of the folder, in our arithmetic type."""
+    from mlx_lm.models.cache import make_prompt_cache
+    from mlx_lm.utils import load_model
+
+    loaded = load_path(folder)
+    theirs, _ = load_model(folder)
+    theirs.set_dtype(DTYPES[loaded.dtype])
+    want = theirs(TOKENS, cache=make_prompt_cache(theirs))
+    assert_close(logits_of(loaded), want, folder.name, rtol=0, atol=0)
+    assert np.std(np.array(want.astype(mx.float32))) > 0.1, "constant logits would compare nothing"
+
+
+def quantised(source, target, bits: int, group: int, mode: str = "affine", **more):
+    from mlx_lm import convert
+
+    convert(str(source), str(target), quantize=True, q_bits=bits, q_group_size=group, q_mode=mode, **more)
+    return target
+
+
+@pytest.mark.parametrize(
+    ("bits", "group", "mode"),
+    [
+        (2, 32, "affine"),
+        (3, 32, "affine"),
+        (4, 64, "affine"),
+        (5, 32, "affine"),
+        (6, 32, "affine"),
+        (8, 32, "affine"),
+        (4, 32, "mxfp4"),
+        (8, 32, "mxfp8"),
+        (4, 16, "nvfp4"),
+    ],
+)
+def test_folders_that_mlx_lm_quantised(tmp_path, tiny_folder, bits, group, mode):
+    folder = quantised(tiny_folder, tmp_path / "quantised", bits, group, mode)
+    layer = load_path(folder).model.layers[0].self_attn.q_proj
+    assert (layer.bits, layer.group_size, layer.mode) == (bits, group, mode)
+    assert_equals_mlx_lm(folder)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_quantised_with_half_precision_scales(tmp_path, tiny_folder, dtype):
+    folder = quantised(tiny_folder, tmp_path / "quantised", 4, 32, dtype=dtype)
+    assert load_path(folder).dtype == (dtype if kernels.has_metal() else "float32")
+    assert_equals_mlx_lm(folder)
+
+
+def test_modules_with_a_quantisation_of_their_own(tmp_path, tiny_folder):
+    """Two widths, one module left dense by its entry, one by having no scales."""
+
+    def choose(path: str, _: nn.Module, *__):
+        if path.endswith("o_proj"):
+            return False
+        return {"group_size": 64, "bits": 8} if "v_proj" in path or "embed" in path else True
+
+    folder = quantised(tiny_folder, tmp_path / "mixed", 4, 32, quant_predicate=choose)
+    config = json.loads((folder / "config.json").read_text())
+    assert config["quantization"]["model.embed_tokens"]["bits"] == 8
+    config["quantization"]["model.layers.0.self_attn.o_proj"] = False
+    (folder / "config.json").write_text(json.dumps(config))
+    attention = load_path(folder).model.layers[0].self_attn
+    assert (attention.q_proj.bits, attention.v_proj.bits, attention.v_proj.group_size) == (4, 8, 64)
+    assert type(attention.o_proj) is nn.Linear
+    assert_equals_mlx_lm(folder)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_dense_folders(tmp_path, tiny_folder, dtype):
+    from mlx_lm import convert
+
+    convert(str(tiny_folder), str(tmp_path / "dense"), dtype=dtype)
+    loaded = load_path(tmp_path / "dense")
+    widened = dtype == "float16" and not kernels.has_metal()
+    assert loaded.dtype == ("float32" if widened else dtype)
+    assert {value.dtype for _, value in tree_flatten(loaded.model.parameters())} == {DTYPES[loaded.dtype]}
+    assert_equals_mlx_lm(tmp_path / "dense")
+
+
+@pytest.mark.parametrize(
+    ("metal", "stored", "quantized", "wanted"),
+    [
+        (True, mx.float16, False, mx.float16),
+        (True, mx.bfloat16, True, mx.bfloat16),
+        (True, mx.float32, True, mx.float32),
+        (False, mx.float32, False, mx.float32),
+        (False, mx.float16, False, mx.float32),
+        (False, mx.float16, True, mx.float32),
+        (False, mx.bfloat16, True, mx.float32),
+        (False, mx.bfloat16, False, mx.bfloat16),
+    ],
+)
+def test_arithmetic_type(monkeypatch, metal, stored, quantized, wanted):
+    monkeypatch.setattr(kernels, "has_metal", lambda: metal)
+    assert kernels.arithmetic_dtype(stored, quantized) == wanted
+
+
+def test_a_few_float32_norms_do_not_decide(tmp_path):
+    """The commonest dtype by bytes is the stored one; all floats come to one type."""
+    folder = write_tiny_model(tmp_path / "tiny")
+    change(folder, lambda w: {k: v if "norm" in k else v.astype(mx.bfloat16) for k, v in w.items()})
+    loaded = load_path(folder)
+    assert loaded.dtype == "bfloat16"
+    assert {str(v.dtype) for _, v in tree_flatten(loaded.model.parameters())} == {"mlx.core.bfloat16"}
+
+
+def weights_in(folder) -> dict[str, mx.array]:
+    return mx.load(str(folder / "model.safetensors"))
+
+
+def change(folder, edit) -> None:
+    """Rewrite the folder's weights."""
+    weights = edit(dict(weights_in(folder)))
+    mx.eval(weights)
+    mx.save_safetensors(str(folder / "model.safetensors"), weights, {"format": "mlx"})
+
+
+def change_config(folder, **keys) -> None:
+    config = json.loads((folder / "config.json").read_text()) | keys
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not ...}))
+
+
+def split(folder) -> dict[str, str]:
+    """Turn the one weights file into three shards with an index; returns the index's map."""
+    weights, shards = weights_in(folder), {}
+    mx.eval(weights)
+    for at, name in enumerate(sorted(weights)):
+        shards.setdefault(f"model-{at % 3 + 1:05d}-of-00003.safetensors", {})[name] = weights[name]
+    (folder / "model.safetensors").unlink()
+    for name, part in shards.items():
+        mx.save_safetensors(str(folder / name), part, {"format": "mlx"})
+    names = {tensor: file for file, part in shards.items() for tensor in part}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))
+    return names
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+def test_shards_with_an_index(tmp_path, tiny_folder, bits):
+    folder = tmp_path / "sharded"
+    if bits:
+        quantised(tiny_folder, folder, bits, 32)
+        (folder / "model.safetensors.index.json").unlink()
+    else:
+        shutil.copytree(tiny_folder, folder)
+    whole = logits_of(load_path(folder))
+    split(folder)
+    assert_close(logits_of(load_path(folder)), whole, "three shards or one file", rtol=0, atol=0)
+    assert_equals_mlx_lm(folder)
+
+
+def test_pytorch_file(tmp_path, tiny_folder):
+    folder = tmp_path / "torch"
+    shutil.copytree(tiny_folder, folder)
+    state = {name: files.whole(np.array(value)) for name, value in weights_in(folder).items()}
+    files.write_torch(folder / "pytorch_model.bin", state)
+    (folder / "model.safetensors").unlink()
+    want = logits_of(load_path(tiny_folder))
+    assert_close(logits_of(load_path(folder)), want, "pytorch_model.bin", rtol=0, atol=0)
+    assert_close(logits_of(load_path(folder / "pytorch_model.bin")), want, "the file by name", rtol=0, atol=0)
+
+
+def test_openelm_folder(tmp_path):
+    """Layer-wise scaling, names and lists as in Apple's release; an output head beside shared embeddings is unused."""
+    config = openelm.published_config("270M", 261) | {
+        "num_transformer_layers": 2,
+        "model_dim": 64,
+        "head_dim": 16,
+        "num_query_heads": [4, 8],
+        "num_kv_heads": [1, 2],
+        "ffn_multipliers": [0.5, 4.0],
+        "ffn_dim_divisor": 32,
+    }
+    folder = tmp_path / "OpenELM"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    weights = dict(tree_flatten(random_model(config).parameters()))
+    mx.save_safetensors(str(folder / "model.safetensors"), weights, {"format": "mlx"})
+    write_byte_tokenizer(folder)
+    assert_equals_mlx_lm(folder)
+    want = logits_of(load_path(folder))
+    change(folder, lambda w: w | {"lm_head.weight": mx.zeros((261, 64))})
+    assert_close(logits_of(load_path(folder)), want, "with a head", rtol=0, atol=0)
+
+
+def test_tensors_that_the_model_derives_itself_are_unused(tmp_path, tiny_folder):
+    folder = tmp_path / "old"
+    shutil.copytree(tiny_folder, folder)
+    extra = {"lm_head.weight": mx.zeros((261, 64)), "model.layers.0.self_attn.rotary_emb.inv_freq": mx.zeros(8)}
+    change(folder, lambda w: w | extra)
+    assert_close(logits_of(load_path(folder)), logits_of(load_path(tiny_folder)), "extra tensors", rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_config_that_does_not_say_whether_the_head_is_tied(tmp_path, tied):
+    """Hugging Face's default differs from mlx-lm's: the file decides."""
+    folder = write_tiny_model(tmp_path / "tiny", {"tie_word_embeddings": tied})
+    want = logits_of(load_path(folder))
+    change_config(folder, tie_word_embeddings=...)
+    assert "tie_word_embeddings" not in (folder / "config.json").read_text()
+    assert_close(logits_of(load_path(folder)), want, "key left out", rtol=0, atol=0)
+
+
+def test_load_has_mlx_lms_shape(tiny_folder):
+    model, tokenizer = load(str(tiny_folder))
+    assert isinstance(tokenizer, Tokenizer)
+    assert tokenizer.encode("Hi")[0] == 256
+    assert model.training is False
+    assert (model.context_length, len(model.layers)) == (256, 2)
+    _, _, config = load(str(tiny_folder), return_config=True)
+    assert config == json.loads((tiny_folder / "config.json").read_text())
+
+
+def test_config_overrides(tiny_folder):
+    model, _, config = load(str(tiny_folder), model_config={"max_position_embeddings": 99}, return_config=True)
+    assert (model.context_length, config["max_position_embeddings"]) == (99, 99)
+    model, _, config = load(str(tiny_folder), model_config={"max_position_embeddings": None}, return_config=True)
+    assert "max_position_embeddings" not in config
+    assert model.context_length == 2048, "the family's default"
+    with pytest.raises(MlxeffError, match=r"tensor model\.embed_tokens\.weight: wanted shape"):
+        load(str(tiny_folder), model_config={"vocab_size": 300})
+
+
+def test_lazy_weights_are_not_read(tmp_path):
+    folder = write_tiny_model(tmp_path / "wide", {"hidden_size": 512, "intermediate_size": 4096})
+    size = (folder / "model.safetensors").stat().st_size
+    before = mx.get_active_memory()
+    lazy = load(str(folder), lazy=True)
+    assert mx.get_active_memory() - before < size / 10
+    eager = load(str(folder))
+    assert mx.get_active_memory() - before > size * 0.9
+    assert_close(lazy[0](TOKENS, lazy[0].new_cache()), eager[0](TOKENS, eager[0].new_cache()), "lazy", rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("options", [{"adapter_path": "lora"}, {"tokenizer_config": {"eos_token": "x"}}])
+def test_unsupported_options_are_refused(tiny_folder, options):
+    name, value = next(iter(options.items()))
+    with pytest.raises(MlxeffError) as caught:
+        load(str(tiny_folder), **options)
+    assert str(caught.value) == f"load: {name} is not supported, got {value!r}"
+
+
+def test_fingerprint_tells_models_apart(tmp_path):
+    folder, other = write_tiny_model(tmp_path / "a"), write_tiny_model(tmp_path / "b", seed=1)
+    first = load_path(folder).fingerprint
+    assert load_path(folder).fingerprint == first == load_path(write_tiny_model(tmp_path / "c")).fingerprint
+    assert load_path(other).fingerprint != first
+    assert load_path(folder, {"rope_theta": 5e5}).fingerprint != first
+
+
+def refused(path, **options) -> str:
+    """The message, which must be one line."""
+    with pytest.raises(MlxeffError) as caught:
+        load_path(path, **options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.fixture
+def folder(tmp_path, tiny_folder):
+    """A copy of the tiny folder, to be damaged."""
+    return shutil.copytree(tiny_folder, tmp_path / "model")
+
+
+def test_nothing_there(tmp_path, folder):
+    missing = tmp_path / "missing"
+    assert refused(missing) == f"{missing}: wanted a model folder or a weights file, got a path where nothing is"
+    (folder / "model.safetensors").unlink()
+    assert refused(folder).startswith(f"{folder}: no weights: looked for model*.safetensors")
+
+
+@pytest.mark.parametrize("keep", [0, 5, 100, -1])
+def test_truncated_weights(folder, keep):
+    path = folder / "model.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:keep])
+    assert refused(folder).startswith("model.safetensors: ")
+
+
+def test_a_header_of_absurd_size(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(struct.pack("<Q", 1 << 62) + path.read_bytes()[8:])
+    message = refused(folder)
+    assert message.startswith("model.safetensors: ")
+    assert str(1 << 62) in message.replace(",", "")
+
+
+def test_a_missing_shard(folder):
+    names = split(folder)
+    shard = "model-00002-of-00003.safetensors"
+    (folder / shard).unlink()
+    assert shard in refused(folder)
+    (folder / "model.safetensors.index.json").unlink()
+    assert refused(folder) == f"{folder}: incomplete: wanted 3 shards, got 2: {shard} is missing"
+    assert shard in names.values()
+
+
+def test_an_index_that_lies(folder):
+    names = split(folder)
+    tensor = "model.norm.weight"
+    index = {"weight_map": names | {"model.extra.weight": names[tensor]}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "model.extra.weight" in refused(folder)
+
+
+Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda w: w | {Q_PROJ: w[Q_PROJ][:32]}, f"tensor {Q_PROJ}: wanted shape (64, 64), got (32, 64)"),
+        (lambda w: w | {Q_PROJ: w[Q_PROJ].astype(mx.int32)}, f"tensor {Q_PROJ}: wanted dtype mlx.core.float32, got"),
+        (lambda w: {k: v for k, v in w.items() if k != Q_PROJ}, f"missing 1 tensors: {Q_PROJ}"),
+        (lambda w: {k: v for k, v in w.items() if "mlp" not in k}, "missing 6 tensors: model.layers.0.mlp.down_proj."),
+        (lambda w: w | {"model.extra": mx.zeros(3)}, "1 unknown tensors: model.extra"),
+        (lambda w: w | {"model.layers.2.mlp.up_proj.weight": mx.zeros((96, 64))}, "unknown tensors: model.layers.2"),
+    ],
+)  # fmt: skip
+def test_weights_that_do_not_fit(folder, edit, message):
+    change(folder, edit)
+    got = refused(folder)
+    assert got.startswith(f"{folder}: ")
+    assert message in got
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"num_experts": 8}, "llama config: unknown keys ['num_experts']"),
+        ({"hidden_size": ...}, "llama config: missing keys ['hidden_size']"),
+        ({"hidden_size": "64"}, "llama config: hidden_size: wanted int, got '64'"),
+        ({"model_type": "no_such_model"}, "unsupported architecture 'no_such_model'"),
+        ({"model_type": ...}, "config: model_type: wanted the name of an architecture, got None"),
+        ({"vocab_size": 300}, "tensor model.embed_tokens.weight: wanted shape (300, 64), got (261, 64)"),
+        ({"num_hidden_layers": 3}, "missing 9 tensors: model.layers.2."),
+        ({"quantization": {"group_size": 64}}, "quantization: wanted group_size and bits, got ['group_size']"),
+        ({"quantization": {"group_size": 64, "bits": 9}}, "config: quantization: {'group_size': 64, 'bits': 9}"),
+        ({"quantization_config": {"quant_method": "awq"}}, "wanted MLX's `quantization`, got quant_method 'awq'"),
+    ],
+)
+def test_configs_that_do_not_fit(folder, keys, message):
+    if "quantization" in keys:
+        change(folder, lambda w: w | {"model.layers.0.mlp.up_proj.scales": mx.zeros((96, 1))})
+    change_config(folder, **keys)
+    assert message in refused(folder)
+
+
+@pytest.mark.parametrize("text", [b"{", b"", b"[1, 2]", b"\xff\xfe", b'{"model_type": ' + b"[" * 100_000])
+def test_a_config_that_is_not_a_json_object(folder, text):
+    (folder / "config.json").write_bytes(text)
+    message = refused(folder)
+    assert message.startswith(f"{folder / 'config.json'}: ")
+    assert "JSON" in message
+
+
+def test_no_config(folder):
+    (folder / "config.json").unlink()
+    wanted = "wanted a model folder or a GGUF file, got weights without config.json"
+    assert refused(folder) == f"{folder}: {wanted}"
+
+
+def test_quantised_weights_that_do_not_fit(tmp_path, tiny_folder):
+    folder = quantised(tiny_folder, tmp_path / "quantised", 4, 32)
+    up = "model.layers.0.mlp.up_proj"
+    config = json.loads((folder / "config.json").read_text())
+    change_config(folder, quantization=config["quantization"] | {"bits": 8})
+    assert f"tensor {'model.embed_tokens.weight'}: wanted shape (261, 16), got (261, 8)" in refused(folder)
+    change_config(folder, quantization=..., quantization_config=...)
+    assert "unknown tensors: model.embed_tokens.biases" in refused(folder)
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "model.safetensors.index.json").unlink()
+    change(folder, lambda w: {k: v for k, v in w.items() if k != f"{up}.scales"})
+    assert f"1 unknown tensors: {up}.biases" in refused(folder)
+    change(folder, lambda w: {k: v for k, v in w.items() if k != f"{up}.biases"})
+    assert f"tensor {up}.weight: wanted shape (96, 64), got (96, 8)" in refused(folder)
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model(tmp_path):
+    folder = write_tiny_model(tmp_path / "small", {"vocab_size": 200})
+    wanted = f"{folder}: vocabulary mismatch: the tokenizer has 261 tokens, the model 200 rows"
+    assert refused(folder) == wanted
+    assert load_path(write_tiny_model(tmp_path / "padded", {"vocab_size": 320})).tokenizer.vocab_size == 261
+
+
+def test_no_tokenizer(folder):
+    (folder / "tokenizer.json").unlink()
+    message = refused(folder)
+    assert message.startswith(f"{folder}: ")
+    assert "tokenizer.json" in message
+    (folder / "tokenizer.json").write_text("{}")
+    assert "tokenizer.json" in refused(folder)
+
+
+def test_the_config_of_the_fixture_is_the_one_written(tiny_folder):
+    assert json.loads((tiny_folder / "config.json").read_text()) == CONFIG
