@@ -20,6 +20,7 @@ from . import hub, kernels
 from .checkpoint import Source, open_source
 from .errors import MlxeffError, notices
 from .models import llama, openelm
+from .models.layers import fits
 from .tokenizer import Tokenizer, from_folder, from_gguf
 
 SAMPLE_BYTES = 1 << 16  # of each end of a weight file that goes into the fingerprint
@@ -95,7 +96,10 @@ def build_model(config: dict, tensors: Collection[str] | None = None) -> nn.Modu
     model_class = MODELS.get(config.get("model_type"))
     if model_class is None:
         raise MlxeffError(f"config: model_type: wanted one of {', '.join(MODELS)}, got {config.get('model_type')!r}")
-    model = model_class(model_class.Config.from_dict(config))
+    try:
+        model = model_class(model_class.Config.from_dict(config))
+    except OverflowError as error:
+        raise MlxeffError(f"config: sizes that no array can have: {error}") from error
     if quantization := config.get("quantization"):
         _quantize(model, quantization, tensors)
     elif foreign := config.get("quantization_config"):
@@ -174,8 +178,11 @@ def _describe(source: Source) -> tuple[dict, Tokenizer]:
     if source.config is None:
         raise MlxeffError(f"{source.path}: wanted a model folder or a GGUF file, got weights without config.json")
     kind = source.config.get("model_type")
+    eos = source.config.get("eos_token_id")
+    if not fits(eos, int | list[int] | None):
+        raise MlxeffError(f"{source.path}: config: eos_token_id: wanted a token id or a list of them, got {eos!r}")
     instruct = kind == "openelm" and "instruct" in str(source.path).lower()
-    return source.config, from_folder(_folder(source.path), kind, source.config.get("eos_token_id"), instruct=instruct)
+    return source.config, from_folder(_folder(source.path), kind, eos, instruct=instruct)
 
 
 def _folder(path: Path) -> Path:

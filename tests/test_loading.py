@@ -191,8 +191,7 @@ def test_pytorch_file(tmp_path, tiny_folder):
     assert_close(logits_of(load_path(folder / "pytorch_model.bin")), want, "the file by name", rtol=0, atol=0)
 
 
-def test_openelm_folder(tmp_path):
-    """Layer-wise scaling, names and lists as in Apple's release; an output head beside shared embeddings is unused."""
+def write_openelm(folder):
     config = openelm.published_config("270M", 261) | {
         "num_transformer_layers": 2,
         "model_dim": 64,
@@ -202,12 +201,17 @@ def test_openelm_folder(tmp_path):
         "ffn_multipliers": [0.5, 4.0],
         "ffn_dim_divisor": 32,
     }
-    folder = tmp_path / "OpenELM"
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
     weights = dict(tree_flatten(random_model(config).parameters()))
     mx.save_safetensors(str(folder / "model.safetensors"), weights, {"format": "mlx"})
     write_byte_tokenizer(folder)
+    return folder
+
+
+def test_openelm_folder(tmp_path):
+    """Layer-wise scaling, names and lists as in Apple's release; an output head beside shared embeddings is unused."""
+    folder = write_openelm(tmp_path / "OpenELM")
     assert_equals_mlx_lm(folder)
     want = logits_of(load_path(folder))
     change(folder, lambda w: w | {"lm_head.weight": mx.zeros((261, 64))})
@@ -375,6 +379,31 @@ def test_configs_that_do_not_fit(folder, keys, message):
         change(folder, lambda w: w | {"model.layers.0.mlp.up_proj.scales": mx.zeros((96, 1))})
     change_config(folder, **keys)
     assert message in refused(folder)
+
+
+JUNK = [None, True, 0, -1, 1.5, 1 << 40, 1e300, "x", [], ["a"], {}, {"a": 1}, [1], [[]]]
+MORE_KEYS = """head_dim rope_scaling rope_parameters sliding_window layer_types quantization quantization_config
+    max_window_layers use_sliding_window attention_bias text_config mlxeff""".split()
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "openelm"])
+def test_any_value_at_any_key_of_a_config(tmp_path, kind):
+    """It loads or is refused in one line: no other exception, no endless work."""
+    folder = tmp_path / "model"
+    write_openelm(folder) if kind == "openelm" else write_tiny_model(folder, {"model_type": kind})
+    whole, loaded, lines = json.loads((folder / "config.json").read_text()), 0, set()
+    keys = list(dict.fromkeys([*whole, *MORE_KEYS]))
+    for key in keys:
+        for value in JUNK:
+            (folder / "config.json").write_text(json.dumps(whole | {key: value}))
+            try:
+                load_path(folder, lazy=True)
+                loaded += 1
+            except MlxeffError as error:
+                lines.add(str(error))
+    assert not any("\n" in line for line in lines)
+    assert len(lines) > 100
+    assert 0 < loaded < len(keys) * len(JUNK) / 2
 
 
 @pytest.mark.parametrize("text", [b"{", b"", b"[1, 2]", b"\xff\xfe", b'{"model_type": ' + b"[" * 100_000])

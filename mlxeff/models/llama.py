@@ -21,6 +21,7 @@ FAMILIES: dict[str, dict] = {
     "qwen2": {"qkv_bias": True},
     "qwen3": {"qk_norm": True},
 }
+MAX_LAYERS = 1000  # of a config that is believed; the largest model of the family has 126
 QWEN2_IGNORED = frozenset({"max_window_layers", "use_sliding_window"})
 
 
@@ -64,24 +65,30 @@ class LlamaConfig:
             config["sliding_window"] = None
         elif kind.startswith("qwen") and not config.get("layer_types"):
             full, layers = config.get("max_window_layers", 28), config.get("num_hidden_layers", 0)
-            for name, value in (("max_window_layers", full), ("num_hidden_layers", layers)):
-                require(fits(value, int), kind, name, "int", value)
+            require(fits(full, int), kind, "max_window_layers", "int", full)
+            require(fits(layers, int) and layers <= MAX_LAYERS, kind, "num_hidden_layers", "int", layers)
             config["layer_types"] = ["full_attention" if i < full else "sliding_attention" for i in range(layers)]
         return read_config(cls, config | FAMILIES[kind], QWEN2_IGNORED if kind.startswith("qwen") else frozenset())
 
     def __post_init__(self):
         kind, heads = self.model_type, self.num_attention_heads
+        sizes = "hidden_size num_hidden_layers intermediate_size num_attention_heads vocab_size max_position_embeddings"
+        for name in sizes.split():
+            value = getattr(self, name)
+            require(value > 0, kind, name, "a positive whole number", value)
+        for name in ("rms_norm_eps", "rope_theta"):
+            require(getattr(self, name) > 0, kind, name, "above 0", getattr(self, name))
         if self.num_key_value_heads is None:
             object.__setattr__(self, "num_key_value_heads", heads)
         if self.head_dim is None:
             object.__setattr__(self, "head_dim", self.hidden_size // heads)
-        sizes = "hidden_size num_hidden_layers intermediate_size num_attention_heads vocab_size head_dim"
-        for name in sizes.split():
-            value = getattr(self, name)
-            require(value > 0, kind, name, "a positive whole number", value)
         groups = self.num_key_value_heads
         require(groups > 0 and heads % groups == 0, kind, "num_key_value_heads", f"a divisor of {heads}", groups)
-        require(self.head_dim % 2 == 0, kind, "head_dim", "an even number", self.head_dim)
+        require(self.head_dim > 0 and self.head_dim % 2 == 0, kind, "head_dim", "an even number", self.head_dim)
+        window = self.sliding_window
+        require(window is None or window > 0, kind, "sliding_window", "a positive whole number", window)
+        layers = self.num_hidden_layers
+        require(layers <= MAX_LAYERS, kind, "num_hidden_layers", f"at most {MAX_LAYERS}", layers)
         require(self.hidden_act == "silu", kind, "hidden_act", "silu", self.hidden_act)
         require(not self.rope_interleaved, kind, "rope_interleaved", "false", self.rope_interleaved)
         require(not self.use_mrope, kind, "use_mrope", "false", self.use_mrope)

@@ -98,6 +98,8 @@ class OpenELMConfig:
         for name in ("num_transformer_layers", "model_dim", "head_dim", "vocab_size", "ffn_dim_divisor"):
             value = getattr(self, name)
             require(value > 0, "openelm", name, "a positive whole number", value)
+        for name in ("rms_norm_eps", "rope_freq_constant"):
+            require(getattr(self, name) > 0, "openelm", name, "above 0", getattr(self, name))
         require(self.head_dim % 2 == 0, "openelm", "head_dim", "an even number", self.head_dim)
         for name in ("num_query_heads", "num_kv_heads", "ffn_multipliers"):
             got = getattr(self, name)
