@@ -6,6 +6,7 @@ import os
 import pty
 import re
 import resource
+import shutil
 import signal
 import struct
 import subprocess
@@ -223,6 +224,69 @@ def test_bad_input_is_one_line(tiny_folder, tmp_path, hub_cache, arguments, stdi
     assert re.search(message, line), line
 
 
+def edit_json(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def edit_weights(folder, change):
+    path = folder / "model.safetensors"
+    weights = dict(mx.load(str(path)))
+    change(weights)
+    mx.eval(weights)
+    path.unlink()
+    mx.save_safetensors(str(path), weights, {"format": "mlx"})
+
+
+def cut(path, size):
+    path.write_bytes(path.read_bytes()[:size])
+
+
+NORM, DOWN = "model.norm.weight", "model.layers.1.mlp.down_proj.weight"
+DAMAGED = {
+    "truncated": (lambda d: cut(d / "model.safetensors", 9000), r"model.safetensors: .*wanted \d+ bytes.*got 9000"),
+    "header": (lambda d: cut(d / "model.safetensors", 100), r"model.safetensors: .*wanted"),
+    "no weights": (lambda d: (d / "model.safetensors").unlink(), r"no weights: looked for model\*.safetensors"),
+    "missing shard": (
+        lambda d: edit_index(d, "model-00001-of-00002.safetensors"), r"model-00001-of-00002.safetensors.*missing"
+    ),
+    "missing tensor": (lambda d: edit_weights(d, lambda w: w.pop(NORM)), rf"missing 1 tensors: {NORM}"),
+    "unknown tensor": (lambda d: edit_weights(d, lambda w: w.update(extra=w[NORM])), r"1 unknown tensors: extra"),
+    "wrong shape": (
+        lambda d: edit_weights(d, lambda w: w.update({DOWN: w[DOWN].T})),
+        rf"tensor {DOWN}: wanted shape \(64, 96\), got \(96, 64\)",
+    ),
+    "unknown key": (lambda d: edit_json(d / "config.json", novelty=1), r"llama config: unknown keys \['novelty'\]"),
+    "architecture": (
+        lambda d: edit_json(d / "config.json", model_type="novel"), r"unsupported architecture 'novel'"
+    ),
+    "vocabulary": (lambda d: fewer_rows(d, 256), r"the tokenizer has 261 tokens, the model 256 rows"),
+    "no tokenizer": (lambda d: (d / "tokenizer.json").unlink(), r"no tokenizer found; looked for"),
+    "config": (lambda d: (d / "config.json").write_text("{"), r"config.json: not valid JSON"),
+}  # fmt: skip
+
+
+def fewer_rows(folder, rows):
+    edit_json(folder / "config.json", vocab_size=rows)
+    name = "model.embed_tokens.weight"
+    edit_weights(folder, lambda weights: weights.update({name: weights[name][:rows]}))
+
+
+def edit_index(folder, shard):
+    names = mx.load(str(folder / "model.safetensors"))
+    (folder / "model.safetensors").unlink()
+    index = {"metadata": {}, "weight_map": dict.fromkeys(names, shard)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize("what", DAMAGED)
+def test_a_damaged_model_is_one_line(tiny_folder, tmp_path, what):
+    damage, message = DAMAGED[what]
+    folder = shutil.copytree(tiny_folder, tmp_path / "model")
+    damage(folder)
+    line = fails("generate", "--model", folder, "Hello")
+    assert re.search(message, line), line
+
+
 @pytest.mark.skipif(sys.platform == "darwin", reason="a Mac has a GPU")
 def test_no_gpu_here(tiny_folder):
     assert "--device gpu" in fails("generate", "--model", tiny_folder, "a", "--device", "gpu")
@@ -252,9 +316,9 @@ def test_version_and_help():
 def stream_until(process, size, timeout=60):
     """Read at least `size` bytes from the process's standard output as they come."""
     data, end = b"", time.monotonic() + timeout
-    while len(data) < size and time.monotonic() < end:
-        data += os.read(process.stdout.fileno(), 4096)
-    assert len(data) >= size
+    while len(data) < size and time.monotonic() < end and (piece := os.read(process.stdout.fileno(), 4096)):
+        data += piece
+    assert len(data) >= size, process.communicate()[1].decode()
     return data
 
 
