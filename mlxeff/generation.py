@@ -85,6 +85,7 @@ def stream_generate(
         raise MlxeffError(f"max_tokens: wanted 1 or more, or -1 for no limit, got {max_tokens}")
     began = time.perf_counter()
     ids = prompt_ids(tokenizer, prompt)
+    _check_ids(ids, model.vocab_size)
     cache = prompt_cache if prompt_cache is not None else model.new_cache()
     limit = context_limit or model.context_length
     ids = fit_context(ids, cache.length, limit, max_tokens, truncate)
@@ -136,11 +137,18 @@ def prompt_ids(tokenizer, prompt: str | mx.array | list[int]) -> list[int]:
         ids = tokenizer.encode(prompt, add_special_tokens=not (bos and prompt.startswith(bos)))
         empty = not prompt
     else:
-        ids = prompt.tolist() if isinstance(prompt, mx.array) else list(prompt)
+        ids = prompt.tolist() if hasattr(prompt, "tolist") else list(prompt)
         empty = False
     if empty or not ids:
         raise MlxeffError("prompt: wanted at least one token, got an empty prompt")
     return ids
+
+
+def _check_ids(ids: list[int], rows: int | None) -> None:
+    """Refuse ids that have no row in the embedding table of `rows`: MLX would read outside of it."""
+    for token in ids:
+        if not isinstance(token, int) or not 0 <= token < (rows or 1 << 31):
+            raise MlxeffError(f"prompt: wanted token ids from 0 to {(rows or 1 << 31) - 1}, got {token!r:.60}")
 
 
 def fit_context(ids: list[int], held: int, limit: int | None, max_tokens: int, truncate: bool) -> list[int]:

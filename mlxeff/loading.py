@@ -81,7 +81,7 @@ def load_path(path: Path, overrides: dict | None = None, lazy: bool = False, tru
         notices.info("%s: architecture %r is not one of ours: plain decoding through mlx-lm", path, kind)
         model = load_adapter(_folder(source.path), kind, overrides or {}, lazy, trust_remote_code)
         config = model.config
-    _check_vocabulary(path, config, tokenizer)
+    _check_vocabulary(path, model.vocab_size, tokenizer)
     if not lazy:
         mx.eval(model.parameters())
     return Loaded(model, tokenizer, config, Path(path), fingerprint(source, config), _dtype_name(model))
@@ -199,8 +199,7 @@ def _weights(source: Source, config: dict) -> dict[str, mx.array]:
     return {name: tensor.read() for name, tensor in source.tensors.items() if not unused(name, config)}
 
 
-def _check_vocabulary(path: Path, config: dict, tokenizer: Tokenizer) -> None:
-    rows = config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")
+def _check_vocabulary(path: Path, rows: int | None, tokenizer: Tokenizer) -> None:
     if rows and tokenizer.vocab_size > rows:
         raise MlxeffError(
             f"{path}: vocabulary mismatch: the tokenizer has {tokenizer.vocab_size} tokens, the model {rows} rows"

@@ -37,6 +37,8 @@ class ScriptedCache:
 class ScriptedModel:
     """Answers a prompt of `prompt` tokens with the tokens of `answer`, then with the letter x for ever."""
 
+    vocab_size = 261
+
     def __init__(self, answer: list[int], prompt: int, letter: int = 87, context: int | None = None):
         self.answer, self.prompt, self.letter, self.context_length = answer, prompt, letter, context
 
@@ -235,13 +237,22 @@ def test_an_empty_prompt_is_refused(tiny, prompt):
         generate(*tiny, prompt)
 
 
+@pytest.mark.parametrize("token", [-1, 261, 1 << 40, 1.5, "a", [1]], ids=str)
+def test_ids_outside_the_vocabulary_are_refused(tiny, token):
+    """MLX would read outside of the embedding table, and end the process."""
+    with pytest.raises(MlxeffError) as caught:
+        generate(*tiny, [72, token])
+    assert str(caught.value) == f"prompt: wanted token ids from 0 to 260, got {token!r}"
+    assert len(list(stream_generate(*tiny, [0, 260], max_tokens=2))) == 2
+
+
 def test_kinds_of_prompts(tiny):
     model, tokenizer = tiny
     ids = tokenizer.encode("Hello")
     assert ids[0] == BEGIN
     assert len(ids) == 6
     want = list(stream_generate(model, tokenizer, ids, max_tokens=8))
-    for prompt in ("Hello", "<|begin|>Hello", mx.array(ids), tuple(ids)):
+    for prompt in ("Hello", "<|begin|>Hello", mx.array(ids), np.array(ids), tuple(ids)):
         got = list(stream_generate(model, tokenizer, prompt, max_tokens=8))
         assert tokens_of(got) == tokens_of(want)
         assert got[-1].prompt_tokens == 6, "BOS once, and not twice"

@@ -56,8 +56,15 @@ class AdapterModel:
     @property
     def context_length(self) -> int | None:
         """Tokens of context by the model's config, None if it does not say."""
-        text = self.config.get("text_config") or {}
-        return self.config.get("max_position_embeddings") or text.get("max_position_embeddings")
+        return self._key("max_position_embeddings")
+
+    @property
+    def vocab_size(self) -> int | None:
+        """Rows of the embedding table by the model's config, None if it does not say."""
+        return self._key("vocab_size")
+
+    def _key(self, name: str):
+        return self.config.get(name) or (self.config.get("text_config") or {}).get(name)
 
     def new_cache(self) -> AdapterCache:
         from mlx_lm.models.cache import make_prompt_cache

@@ -80,9 +80,16 @@ def fits(value: object, wanted: type) -> bool:
 
 
 class DecoderModel(nn.Module):
-    """The call protocol: a subclass gives `hidden(tokens, cache)`, `head(hidden)`, `new_cache()`, `context_length`."""
+    """The call protocol: a subclass gives `config`, `hidden(tokens, cache)`, `head(hidden)`, `new_cache()` and
+    `context_length`.
+    """
 
     seams = frozenset({"cache", "linear", "feed-forward"})
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the embedding table."""
+        return self.config.vocab_size
 
     def __call__(self, tokens: mx.array, cache: KVCache) -> mx.array:
         """Token ids (B, S) that follow what `cache` holds → logits (B, S, V)."""
