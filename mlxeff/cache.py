@@ -45,12 +45,23 @@ class LayerCache:
 
     def append(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Store (B, G, S, E) after the tokens held; returns all keys and values held, (B, G, T, E)."""
-        start, self.length = self.length, self.length + keys.shape[2]
-        if self.keys is None or self.length > self.keys.shape[2]:
-            self._grow(keys, values, start)
-        self.keys[:, :, start : self.length] = keys
-        self.values[:, :, start : self.length] = values
+        batch, heads, new, size = keys.shape
+        start, end = self.length, self.length + new
+        self.room(new, (batch, heads, size), keys.dtype)
+        self.keys[:, :, start:end] = keys
+        self.values[:, :, start:end] = values
+        self.length = end
         return self.state()
+
+    def room(self, new: int, shape: tuple[int, int, int], dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
+        """The buffers, grown where `new` more tokens would not fit; `shape` is (B, G, E)."""
+        if self.keys is None or self.length + new > self.keys.shape[2]:
+            self._grow(self.length + new, shape, dtype)
+        return self.keys, self.values
+
+    def replace(self, keys: mx.array, values: mx.array, new: int) -> None:
+        """Take over buffers that were made from those of `room`, with `new` more tokens in them."""
+        self.keys, self.values, self.length = keys, values, self.length + new
 
     def state(self) -> tuple[mx.array, mx.array]:
         """The keys and values held, (B, G, T, E)."""
@@ -68,17 +79,16 @@ class LayerCache:
     def nbytes(self) -> int:
         return 0 if self.keys is None else self.keys.nbytes + self.values.nbytes
 
-    def _grow(self, keys: mx.array, values: mx.array, held: int) -> None:
-        capacity = -(-max(self.length, self._reserved) // self.step) * self.step
+    def _grow(self, length: int, shape: tuple[int, int, int], dtype: mx.Dtype) -> None:
+        batch, heads, size = shape
+        capacity = -(-max(length, self._reserved) // self.step) * self.step
 
-        def extend(old: mx.array | None, like: mx.array) -> mx.array:
-            batch, heads, _, size = like.shape
-            if old is None:
-                return mx.zeros((batch, heads, capacity, size), like.dtype)
-            room = mx.zeros((batch, heads, capacity - held, size), like.dtype)
-            return mx.concatenate([old[:, :, :held], room], axis=2)
+        def extend(old: mx.array | None) -> mx.array:
+            held = 0 if old is None else self.length
+            room = mx.zeros((batch, heads, capacity - held, size), dtype)
+            return room if old is None else mx.concatenate([old[:, :, :held], room], axis=2)
 
-        self.keys, self.values = extend(self.keys, keys), extend(self.values, values)
+        self.keys, self.values = extend(self.keys), extend(self.values)
 
 
 class KVCache:

@@ -5,7 +5,9 @@ The one place that asks "Metal or CPU?". It knows nothing about models.
 """
 
 import functools
+import os
 from collections.abc import Callable
+from types import ModuleType
 
 import mlx.core as mx
 
@@ -19,6 +21,26 @@ PREFILL_STEP = {"gpu": 2048, "cpu": 512}  # prompt tokens a chunk; a CPU holds (
 def has_metal() -> bool:
     """True where MLX was built with Metal and finds a GPU."""
     return bool(mx.metal.is_available())
+
+
+@functools.cache
+def native() -> tuple[ModuleType | None, str]:
+    """The CPU extension and "", or None and the reason why it cannot be used."""
+    if os.environ.get("MLXEFF_NATIVE") == "0":
+        return None, "switched off by MLXEFF_NATIVE=0"
+    try:
+        from . import _native
+    except ImportError as error:
+        missing = error.name == f"{__package__}._native" or "cannot import name" in str(error)
+        return None, "not built at installation (no C++ compiler?)" if missing else str(error).splitlines()[0]
+    numbers = [int(part) for part in mx.__version__.split(".")[:3]]
+    if _native.mlx_version != 100000 * numbers[0] + 1000 * numbers[1] + numbers[2]:
+        return None, f"built for MLX {_native.mlx_version // 1000 % 100}.{_native.mlx_version % 1000}, not for {mx.__version__}"
+    try:
+        _native.accepts(mx.array(0))
+    except TypeError:
+        return None, "built with a nanobind that does not match MLX's"
+    return _native, ""
 
 
 def use_device(name: str) -> str:

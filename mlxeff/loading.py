@@ -20,6 +20,8 @@ from . import hub, kernels
 from .checkpoint import Source, open_source
 from .errors import MlxeffError, notices
 from .models import llama, openelm
+from .models.fused import fuse
+from .models.layers import DecoderModel
 from .models.layers import fits
 from .tokenizer import Tokenizer, from_folder, from_gguf
 
@@ -37,6 +39,7 @@ class Loaded:
     path: Path
     fingerprint: str
     dtype: str
+    backend: str  # what computes: "mlx", or "native" with the instruction set of the CPU kernels
 
 
 def load(
@@ -82,9 +85,22 @@ def load_path(path: Path, overrides: dict | None = None, lazy: bool = False, tru
         model = load_adapter(_folder(source.path), kind, overrides or {}, lazy, trust_remote_code)
         config = model.config
     _check_vocabulary(path, model.vocab_size, tokenizer)
+    backend = "mlx"
     if not lazy:
         mx.eval(model.parameters())
-    return Loaded(model, tokenizer, config, Path(path), fingerprint(source, config), _dtype_name(model))
+        backend = _fuse(path, model)
+    return Loaded(model, tokenizer, config, Path(path), fingerprint(source, config), _dtype_name(model), backend)
+
+
+def _fuse(path: Path, model) -> str:
+    """Use the native CPU kernels where they apply; says so where they are missing. Returns the backend's name."""
+    native, problem = kernels.native()
+    if kernels.device() != "cpu" or not isinstance(model, DecoderModel):
+        return "mlx"
+    if native is None:
+        notices.warning("%s: native CPU kernels: %s; MLX's own are used, which are slower", path, problem)
+        return "mlx"
+    return f"native {native.isa()}" if fuse(model) else "mlx"
 
 
 def build_model(config: dict, tensors: Collection[str] | None = None) -> nn.Module:

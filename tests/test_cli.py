@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 COMMAND = [sys.executable, "-m", "mlxeff"]
 TIMINGS = re.compile(
     r"prompt \d+ tokens( \(\d+ from the cache\))? \| TTFT [\d.]+ s \| prefill [\d.]+ tok/s \| generated \d+ tokens "
-    r"\((stop|length|interrupted)\) \| decode [\d.]+ tok/s \| peak memory [\d.]+ GB \| (cpu|gpu) \w+"
+    r"\((stop|length|interrupted)\) \| decode [\d.]+ tok/s \| peak memory [\d.]+ GB \| (cpu|gpu) \w+ (mlx|native \w+)"
 )
 
 
@@ -130,7 +130,7 @@ def test_json_is_one_document(tiny_folder):
     )
     assert set(got["timings"]) == set(
         "prompt_tokens reused_tokens generated_tokens load_s ttft_s prefill_tps decode_tps peak_memory_gb device "
-        "dtype".split()
+        "dtype backend".split()
     )
     assert got["timings"]["prompt_tokens"] == len(got["prompt_token_ids"])
     assert got["timings"]["generated_tokens"] == len(got["token_ids"])
@@ -308,7 +308,7 @@ def test_version_and_help():
 
     assert mlxeff("--version")[0] == f"mlxeff {package.__version__}\n"
     usage = mlxeff("--help")[0]
-    for verb in ("generate", "chat", "models", "convert"):
+    for verb in ("generate", "chat", "models", "convert", "doctor"):
         assert verb in usage
         assert "usage" in mlxeff(verb, "--help")[0]
 
@@ -391,6 +391,18 @@ def test_models():
     rows = json.loads(mlxeff("models", "--json")[0])
     assert rows["default"] == "smollm2-135m"
     assert {row["alias"] for row in rows["models"]} >= {"smollm2-135m", "openelm-1.1b"}
+
+
+def test_doctor():
+    text = mlxeff("doctor")[0]
+    facts = json.loads(mlxeff("doctor", "--json")[0])
+    assert facts["mlx"] == mx.__version__
+    assert facts["mlx"] in text
+    if facts["native"]["available"]:
+        assert facts["native"]["level"] in facts["native"]["levels"]
+        assert f"native kernels: {facts['native']['level']}" in text
+    off = json.loads(mlxeff("doctor", "--json", MLXEFF_NATIVE="0")[0])["native"]
+    assert off["reason"] == "switched off by MLXEFF_NATIVE=0"
 
 
 def test_convert_then_generate(tiny_folder, tmp_path):

@@ -13,6 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = {
+    "_native": -1,
     **dict.fromkeys(("errors", "kernels", "sampling", "checkpoint", "tokenizer", "hub"), 0),
     **dict.fromkeys(("cache", "decode"), 1),
     **dict.fromkeys(("models", "kvprediction", "quantspec", "seedlm", "dynamoe"), 2),

@@ -21,7 +21,8 @@ else:
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-MAPPED = PROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]["force-include"]
+BUILD = PROJECT["tool"]["scikit-build"]
+MAPPED = {folder: target for target, folder in BUILD["wheel"]["packages"].items() if target != folder}
 SKIPPED = {".git", ".venv", "__pycache__", ".pytest_cache", ".ruff_cache", ".hypothesis", "build", "dist"}
 
 
@@ -48,13 +49,13 @@ def make_targets():
 def test_the_version_has_one_source():
     assert re.fullmatch(r"\d+\.\d+\.\d+", mlxeff.__version__)
     assert PROJECT["project"]["dynamic"] == ["version"]
-    assert PROJECT["tool"]["hatch"]["version"]["path"] == "mlxeff/__init__.py"
+    assert BUILD["metadata"]["version"]["input"] == "mlxeff/__init__.py"
     assert f'"{mlxeff.__version__}"' not in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     assert mlxeff.__version__ in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
 
 
 def test_every_folder_of_the_package_is_mapped():
-    assert {folder: f"mlxeff/{folder}" for folder in ("convert", "metal", "cpu") if (ROOT / folder).is_dir()} == MAPPED
+    assert {folder: f"mlxeff/{folder}" for folder in ("convert", "metal") if (ROOT / folder).is_dir()} == MAPPED
     for folder in MAPPED:
         assert (ROOT / folder / "__init__.py").is_file()
 

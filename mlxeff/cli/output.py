@@ -73,6 +73,6 @@ def timing_line(stats: dict) -> str:
             f"generated {stats['generated_tokens']} tokens ({stats['finish_reason']})",
             f"decode {stats['decode_tps']:.1f} tok/s",
             f"peak memory {stats['peak_memory_gb']:.2f} GB",
-            f"{stats['device']} {stats['dtype']}",
+            f"{stats['device']} {stats['dtype']} {stats['backend']}",
         ]
     )

@@ -68,6 +68,7 @@ class Runner:
             "peak_memory_gb": last.peak_memory if last else mx.get_peak_memory() / 1e9,
             "device": self.device,
             "dtype": self.loaded.dtype,
+            "backend": self.loaded.backend,
         }
 
 

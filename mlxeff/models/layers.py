@@ -7,7 +7,7 @@ Llama 3.1's release; SwiGLU (2002.05202).
 
 import math
 from collections.abc import Callable
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, dataclass, fields
 from types import UnionType
 from typing import get_args, get_origin
 
@@ -85,6 +85,8 @@ class DecoderModel(nn.Module):
     """
 
     seams = frozenset({"cache", "linear", "feed-forward"})
+    gated = True  # whether the feed-forward is silu(gate) · up
+    _fused = None  # the whole forward pass as one native call (models/fused.py), where that applies
 
     @property
     def vocab_size(self) -> int:
@@ -93,10 +95,14 @@ class DecoderModel(nn.Module):
 
     def __call__(self, tokens: mx.array, cache: KVCache) -> mx.array:
         """Token ids (B, S) that follow what `cache` holds → logits (B, S, V)."""
+        if self._fused is not None and self._fused.applies(tokens, cache):
+            return self._fused(tokens, cache, all_rows=True)
         return self.head(self.hidden(tokens, cache))
 
     def last_logits(self, tokens: mx.array, cache: KVCache) -> mx.array:
         """The same for the last position only, (B, V): the head runs on one row."""
+        if self._fused is not None and self._fused.applies(tokens, cache):
+            return self._fused(tokens, cache, all_rows=False)[:, 0]
         return self.head(self.hidden(tokens, cache)[:, -1])
 
 
@@ -106,8 +112,34 @@ def swiglu(gate: mx.array, up: mx.array) -> mx.array:
     return gate * mx.sigmoid(gate) * up
 
 
-def make_rope(size: int, base: float, scaling: dict | None, kind: str) -> Callable[[mx.array, int], mx.array]:
-    """The function (x (B, H, S, size), offset) → x rotated by its positions, for Hugging Face's `rope_scaling` dict."""
+@dataclass(frozen=True)
+class Rope:
+    """Rotary embedding in half-rotation pairing, for heads of `size`; one of `base` and `wavelengths` sets the angles."""
+
+    size: int
+    base: float | None
+    scale: float = 1.0  # positions are multiplied by it
+    wavelengths: mx.array | None = None  # (size / 2), positions a radian
+    magnitude: float = 1.0  # x is multiplied by it
+
+    def __call__(self, x: mx.array, offset: int) -> mx.array:
+        """x (B, H, S, size), its first token at position `offset` → x rotated by its positions."""
+        x = x if self.magnitude == 1 else x * self.magnitude
+        return mx.fast.rope(
+            x, self.size, traditional=False, base=self.base, scale=self.scale, offset=offset, freqs=self.wavelengths
+        )
+
+    @property
+    def frequencies(self) -> mx.array:
+        """Radians a position, (size / 2)."""
+        if self.wavelengths is not None:
+            return self.scale / self.wavelengths
+        exponents = mx.arange(0, self.size, 2, dtype=mx.float32) / self.size
+        return self.scale * mx.exp(exponents * -math.log(self.base))
+
+
+def make_rope(size: int, base: float, scaling: dict | None, kind: str) -> Rope:
+    """The rotary embedding of Hugging Face's `rope_scaling` dict."""
     scaling = scaling or {}
     rule = scaling.get("rope_type") or scaling.get("type") or "default"
     if unknown := sorted(set(scaling) - ROPE_KEYS):
@@ -117,19 +149,13 @@ def make_rope(size: int, base: float, scaling: dict | None, kind: str) -> Callab
         value = scaling[key]
         require(value is None or (fits(value, float) and value > 0), kind, f"rope_scaling {key}", "above 0", value)
     if rule == "default":
-        return lambda x, offset: mx.fast.rope(x, size, traditional=False, base=base, scale=1.0, offset=offset)
+        return Rope(size, base)
     if missing := sorted(key for key in RULES[rule] if scaling.get(key) is None):
         raise MlxeffError(f"{kind} config: rope_scaling of type {rule}: missing keys {missing}")
     if rule == "linear":
-        scale = 1 / scaling["factor"]
-        return lambda x, offset: mx.fast.rope(x, size, traditional=False, base=base, scale=scale, offset=offset)
+        return Rope(size, base, scale=1 / scaling["factor"])
     wavelengths, magnitude = (_llama3 if rule == "llama3" else _yarn)(size, base, scaling)
-
-    def rotate(x: mx.array, offset: int) -> mx.array:
-        x = x if magnitude == 1 else x * magnitude
-        return mx.fast.rope(x, size, traditional=False, base=None, scale=1.0, offset=offset, freqs=wavelengths)
-
-    return rotate
+    return Rope(size, None, wavelengths=wavelengths, magnitude=magnitude)
 
 
 def _llama3(size: int, base: float, scaling: dict) -> tuple[mx.array, float]:

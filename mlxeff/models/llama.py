@@ -6,12 +6,14 @@ config.json of their releases. Parameter names are Hugging Face's. Pre-norm, RMS
 GQA, SwiGLU. Shapes: B batch, S tokens, D hidden, H query heads, G KV heads, E head size, V vocabulary.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from ..cache import KVCache, LayerCache
+from .fused import EndParts, LayerParts, Rows
 from .layers import DecoderModel, fits, make_rope, read_config, require, swiglu
 
 # What a family fixes that its config.json does not say.
@@ -193,6 +195,34 @@ class Model(DecoderModel):
     def context_length(self) -> int:
         """Tokens of context the model was trained for."""
         return self.config.max_position_embeddings
+
+    def layer_parts(self) -> Iterator[LayerParts]:
+        """The modules of each layer, for the fused form."""
+        for index, layer in enumerate(self.layers):
+            attention, ffn = layer.self_attn, layer.mlp
+            yield LayerParts(
+                attention_norm=layer.input_layernorm,
+                ffn_norm=layer.post_attention_layernorm,
+                q_norm=attention.q_norm,
+                k_norm=attention.k_norm,
+                q=Rows(attention.q_proj),
+                k=Rows(attention.k_proj),
+                v=Rows(attention.v_proj),
+                o=Rows(attention.o_proj),
+                gate=Rows(ffn.gate_proj),
+                up=Rows(ffn.up_proj),
+                down=Rows(ffn.down_proj),
+                heads=attention.heads,
+                groups=attention.groups,
+                window=self.config.window(index),
+                rope=attention._rope,
+            )
+
+    def end_parts(self) -> EndParts:
+        """The modules before and after the layers, for the fused form."""
+        embedding = self.model.embed_tokens
+        head = embedding if self.config.tie_word_embeddings else self.lm_head
+        return EndParts(Rows(embedding), self.model.norm, Rows(head))
 
     def new_cache(self) -> KVCache:
         return KVCache([LayerCache(self.config.window(i)) for i in range(self.config.num_hidden_layers)])

@@ -6,6 +6,7 @@ RoPE; `num_gqa_groups` is the number of query heads a KV head serves. Shapes: B 
 G KV heads, E head size, F feed-forward, V vocabulary.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -13,6 +14,7 @@ import mlx.nn as nn
 
 from ..cache import KVCache, LayerCache
 from ..errors import MlxeffError
+from .fused import EndParts, LayerParts, Rows
 from .layers import DecoderModel, make_rope, read_config, require, swiglu
 
 # size → (layers, D, E) of the published models; all else they share.
@@ -199,9 +201,44 @@ class Model(DecoderModel):
         return self.transformer.layers
 
     @property
+    def gated(self) -> bool:
+        """Whether the feed-forward is silu(gate) · up."""
+        return self.config.ffn_with_glu
+
+    @property
     def context_length(self) -> int:
         """Tokens of context the model was trained for."""
         return self.config.max_context_length
+
+    def layer_parts(self) -> Iterator[LayerParts]:
+        """The modules of each layer, for the fused form: query, key and value rows lie together, so do gate and up."""
+        for layer in self.layers:
+            attention, ffn = layer.attn, layer.ffn
+            size, rows = attention._rope.size, ffn.proj_1.weight.shape[0] // 2
+            keys, values = attention.heads * size, (attention.heads + attention.groups) * size
+            yield LayerParts(
+                attention_norm=layer.attn_norm,
+                ffn_norm=layer.ffn_norm,
+                q_norm=attention.q_norm,
+                k_norm=attention.k_norm,
+                q=Rows(attention.qkv_proj, 0, keys),
+                k=Rows(attention.qkv_proj, keys, values),
+                v=Rows(attention.qkv_proj, values),
+                o=Rows(attention.out_proj),
+                gate=Rows(ffn.proj_1, 0, rows),
+                up=Rows(ffn.proj_1, rows),
+                down=Rows(ffn.proj_2),
+                heads=attention.heads,
+                groups=attention.groups,
+                window=None,
+                rope=attention._rope,
+            )
+
+    def end_parts(self) -> EndParts:
+        """The modules before and after the layers, for the fused form."""
+        embedding = self.transformer.token_embeddings
+        head = embedding if self.config.share_input_output_layers else self.lm_head
+        return EndParts(Rows(embedding), self.transformer.norm, Rows(head))
 
     def new_cache(self) -> KVCache:
         return KVCache([LayerCache() for _ in self.layers])

@@ -1,0 +1,280 @@
+// A decoder's forward pass inside one parallel region. Activations are fp32; the products are those of qmatmul, in its
+// modes; the attention is that of attention.cpp. A step of the pass is one for_chunks: when it returns, the step is complete,
+// so steps need no other synchronisation. Members of the team compute the same plan from the same arguments.
+#include "decoder.h"
+
+#include <math.h>
+
+#include <atomic>
+
+#include "attention_kernels.h"
+#include "decoder_kernels.h"
+#include "pool.h"
+#include "qmatmul_kernels.h"
+
+namespace mlxeff {
+namespace {
+
+constexpr int most_products = 3;  // that read the same input: query, key, value
+constexpr int64_t alignment = 16;  // floats
+
+int64_t padded(int64_t floats) { return round_up(floats, alignment); }
+
+struct Product {
+  const Linear* linear;
+  float* y;
+};
+
+QmmArgs product_args(const mlxeff_qweight& w, const float* x, float* y, int64_t rows, int mode) {
+  return {w, x, w.K, MLXEFF_F32, y, w.N, MLXEFF_F32, rows, mode, nullptr, 0, nullptr, nullptr, nullptr, nullptr};
+}
+
+// What the inputs of up to three products need in the form that the products read.
+int64_t prepared_bytes(const DecoderSpec& spec, int64_t rows, int mode) {
+  const QmatmulKernels& kernels = MLXEFF_DISPATCH(qmatmul_kernels);
+  const auto bytes = [&](const Linear& linear) {
+    return round_up(int64_t(kernels.workspace_bytes(product_args(linear.weight, nullptr, nullptr, rows, mode))), 64);
+  };
+  int64_t most = bytes(spec.head);
+  for (const DecoderLayer& l : spec.layers) {
+    most = max_of(most, max_of(bytes(l.q) + bytes(l.k) + bytes(l.v), bytes(l.gate) + bytes(l.up)));
+    most = max_of(most, max_of(bytes(l.o), bytes(l.down)));
+  }
+  return most;
+}
+
+// The buffers of one pass, each (rows, width).
+struct Buffers {
+  float *x, *normed, *queries, *keys, *values, *attended, *gate, *up, *added, *cosines, *sines;
+  char* prepared;  // inputs in the form that the products read
+  float* partial;  // of attention
+};
+
+AttentionArgs attention_args(const DecoderSpec& spec, int64_t heads, int64_t groups, int64_t window, const Buffers& b, const KvBuffer& kv,
+                             int64_t rows, int64_t offset, int mode) {
+  const int64_t size = spec.head_dim, wide = heads * size, stride = kv.capacity * size;
+  return {{b.queries, 0, size, wide, MLXEFF_F32}, {kv.keys, 0, stride, size, kv.dtype}, {kv.values, 0, stride, size, kv.dtype},
+          {b.attended, 0, size, wide, MLXEFF_F32}, 1, heads, groups, rows, offset + rows, size, 1.0f / sqrtf(float(size)), window,
+          mode == MLXEFF_EXACT ? MLXEFF_EXACT : MLXEFF_COMPUTE_BF16, nullptr};
+}
+
+// The largest workspace of the attention of any layer, for a team of any size.
+int64_t partial_bytes(const DecoderSpec& spec, int64_t rows, int64_t offset) {
+  int64_t most = 0;
+  for (const DecoderLayer& l : spec.layers)
+    for (int threads = 1; threads <= num_threads(); ++threads)
+      most = max_of(most, plan_attention(attention_args(spec, l.heads, l.groups, l.window, {}, {}, rows, offset, MLXEFF_EXACT), threads).workspace);
+  return most;
+}
+
+// One call of forward, as one member of the team sees it.
+class Pass {
+ public:
+  Pass(const DecoderSpec& spec, Team& team, const Buffers& buffers, const KvBuffer* kv, const int32_t* tokens, int64_t rows,
+       int64_t offset, int mode, std::atomic<int>& error)
+      : spec_(spec), team_(team), b_(buffers), kv_(kv), tokens_(tokens), rows_(rows), offset_(offset), mode_(mode), error_(error),
+        row_(MLXEFF_DISPATCH(decoder_kernels)), product_(MLXEFF_DISPATCH(qmatmul_kernels)), attention_(MLXEFF_DISPATCH(attention_kernels)) {}
+
+  void embed() {
+    const int64_t half = spec_.head_dim / 2;
+    each_row([&](int64_t r) {
+      product_.dequantize_row(spec_.embedding, tokens_[r], b_.x + r * spec_.dim, MLXEFF_F32);
+      for (int64_t i = 0; i < half; ++i) {
+        const double angle = double(offset_ + r) * double(spec_.inverse_frequencies[i]);
+        b_.cosines[r * half + i] = float(cos(angle));
+        b_.sines[r * half + i] = float(sin(angle));
+      }
+    });
+  }
+
+  void layer(int64_t index) {
+    const DecoderLayer& l = spec_.layers[size_t(index)];
+    const float* const before = index ? b_.added : nullptr;
+    const float* const before_bias = index ? spec_.layers[size_t(index - 1)].down.bias : nullptr;
+    const Product qkv[] = {{&l.q, b_.queries}, {&l.k, b_.keys}, {&l.v, b_.values}};
+    multiply(b_.normed, qkv, 3, 0, rows_, [&](int64_t r) { add_and_norm(r, before, before_bias, l.attention_norm); });
+    each_row([&](int64_t r) { append(l, kv_[index], r); });
+    attend(l, kv_[index]);
+    const Product o[] = {{&l.o, b_.added}};
+    multiply(b_.attended, o, 1, 0, rows_, [](int64_t) {});
+    const Product gated[] = {{&l.gate, b_.gate}, {&l.up, b_.up}};
+    multiply(b_.normed, gated, 2, 0, rows_, [&](int64_t r) { add_and_norm(r, b_.added, l.o.bias, l.ffn_norm); });
+    const int64_t width = l.gate.weight.N;
+    const Product down[] = {{&l.down, b_.added}};
+    multiply(b_.gate, down, 1, 0, rows_, [&](int64_t r) {
+      row_.swiglu(b_.gate + r * width, b_.up + r * width, l.gate.bias, l.up.bias, width);
+    });
+  }
+
+  void head(float* logits, bool all_rows) {
+    const int64_t first = all_rows ? 0 : rows_ - 1;
+    const float* const bias = spec_.layers.back().down.bias;
+    const Product product[] = {{&spec_.head, logits}};
+    multiply(b_.normed, product, 1, first, rows_ - first, [&](int64_t r) { add_and_norm(r, b_.added, bias, spec_.final_norm); });
+    if (spec_.head.bias)
+      team_.for_chunks(rows_ - first, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t r = begin; r < end; ++r) row_.add(logits + r * spec_.head.weight.N, nullptr, spec_.head.bias, spec_.head.weight.N);
+      });
+  }
+
+ private:
+  template <class Body>
+  void each_row(Body&& body) {
+    team_.for_chunks(rows_, row_chunk(rows_), [&](int64_t begin, int64_t end) {
+      for (int64_t r = begin; r < end; ++r) body(r);
+    });
+  }
+
+  int64_t row_chunk(int64_t rows) const { return max_of(1, rows / (8 * team_.count)); }
+
+  void add_and_norm(int64_t r, const float* added, const float* bias, const float* weight) {
+    float* const x = b_.x + r * spec_.dim;
+    row_.add(x, added ? added + r * spec_.dim : nullptr, bias, spec_.dim);
+    row_.rms_norm(b_.normed + r * spec_.dim, x, weight, spec_.eps, spec_.dim);
+  }
+
+  // products[i].y (rows, N_i) = x W_i^T of the rows [first, first + rows) of x, after make_row(r) has written them.
+  template <class MakeRow>
+  void multiply(const float* x, const Product* products, int count, int64_t first, int64_t rows, MakeRow&& make_row) {
+    QmmArgs args[most_products];
+    bool owner[most_products];
+    int64_t pieces[most_products], piece[most_products], total = 0;
+    char* workspace = b_.prepared;
+    for (int i = 0; i < count; ++i) {
+      const mlxeff_qweight& w = products[i].linear->weight;
+      args[i] = product_args(w, x + first * w.K, products[i].y, rows, mode_);
+      int same = 0;
+      while (same < i && !(args[same].w.bits == w.bits && args[same].w.group == w.group)) ++same;
+      owner[i] = same == i;
+      if (owner[i]) {
+        product_.bind(args[i], workspace);
+        workspace += round_up(int64_t(product_.workspace_bytes(args[i])), 64);
+      } else {
+        args[i] = with_input_of(args[i], args[same]);
+      }
+      piece[i] = product_.piece(args[i], team_.count);
+      pieces[i] = ceil_div(w.N, piece[i]);
+      total += pieces[i];
+    }
+    team_.for_chunks(rows, row_chunk(rows), [&](int64_t begin, int64_t end) {
+      for (int64_t r = begin; r < end; ++r) make_row(first + r);
+      for (int i = 0; i < count; ++i)
+        if (owner[i]) product_.prepare(args[i], begin, end);
+    });
+    team_.for_chunks(total, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t p = begin; p < end; ++p) {
+        int i = 0;
+        int64_t index = p;
+        while (index >= pieces[i]) index -= pieces[i++];
+        const int64_t n = index * piece[i];
+        if (const int code = product_.run(args[i], n, min_of(n + piece[i], args[i].w.N))) error_ = code;
+      }
+    });
+  }
+
+  static QmmArgs with_input_of(QmmArgs args, const QmmArgs& other) {
+    args.x_f32 = other.x_f32;
+    args.ldx_f32 = other.ldx_f32;
+    args.x_sum = other.x_sum;
+    args.x_int8 = other.x_int8;
+    args.x_scale = other.x_scale;
+    args.x_bf16 = other.x_bf16;
+    return args;
+  }
+
+  // Bias, norm and rotation of the row's queries and keys; keys and values go into the cache.
+  void append(const DecoderLayer& l, const KvBuffer& kv, int64_t r) {
+    const int64_t size = spec_.head_dim, half = size / 2;
+    float* const q = b_.queries + r * l.heads * size;
+    float* const k = b_.keys + r * l.groups * size;
+    float* const v = b_.values + r * l.groups * size;
+    if (l.q.bias) row_.add(q, nullptr, l.q.bias, l.heads * size);
+    if (l.k.bias) row_.add(k, nullptr, l.k.bias, l.groups * size);
+    if (l.v.bias) row_.add(v, nullptr, l.v.bias, l.groups * size);
+    const int64_t width = int64_t(dtype_size(kv.dtype));
+    for (int64_t h = 0; h < l.heads; ++h) normed_and_rotated(q + h * size, l.q_norm, r, half);
+    for (int64_t g = 0; g < l.groups; ++g) {
+      normed_and_rotated(k + g * size, l.k_norm, r, half);
+      const int64_t place = (g * kv.capacity + offset_ + r) * size * width;
+      row_.store(static_cast<char*>(kv.keys) + place, kv.dtype, k + g * size, size);
+      row_.store(static_cast<char*>(kv.values) + place, kv.dtype, v + g * size, size);
+    }
+  }
+
+  void normed_and_rotated(float* head, const float* weight, int64_t r, int64_t half) {
+    if (weight) row_.rms_norm(head, head, weight, spec_.eps, 2 * half);
+    row_.rotate(head, b_.cosines + r * half, b_.sines + r * half, spec_.rope_magnitude, half);
+  }
+
+  void attend(const DecoderLayer& l, const KvBuffer& kv) {
+    const AttentionArgs args = attention_args(spec_, l.heads, l.groups, l.window, b_, kv, rows_, offset_, mode_);
+    const AttentionPlan plan = plan_attention(args, team_.count);
+    team_.for_chunks(plan.tasks, 1, [&](int64_t begin, int64_t end) {
+      if (!attention_.run(args, plan, b_.partial, begin, end)) error_ = MLXEFF_NO_MEMORY;
+    });
+    if (plan.parts > 1)
+      team_.for_chunks(args.H * rows_, 64, [&](int64_t begin, int64_t end) { attention_.merge(args, plan, b_.partial, begin, end); });
+  }
+
+  const DecoderSpec& spec_;
+  Team& team_;
+  const Buffers& b_;
+  const KvBuffer* kv_;
+  const int32_t* tokens_;
+  int64_t rows_, offset_;
+  int mode_;
+  std::atomic<int>& error_;
+  const DecoderKernels& row_;
+  const QmatmulKernels& product_;
+  const AttentionKernels& attention_;
+};
+
+}  // namespace
+
+Decoder::Decoder(DecoderSpec spec) : spec_(std::move(spec)) {
+  for (const DecoderLayer& l : spec_.layers) {
+    widest_heads_ = max_of(widest_heads_, l.heads);
+    widest_groups_ = max_of(widest_groups_, l.groups);
+    widest_ffn_ = max_of(widest_ffn_, l.gate.weight.N);
+  }
+}
+
+int Decoder::forward(const int32_t* tokens, int64_t rows, int64_t offset, const KvBuffer* kv, float* logits, bool all_rows, int mode) {
+  if (rows < 1 || offset < 0 || spec_.layers.empty()) return MLXEFF_BAD_ARGUMENT;
+  for (int64_t r = 0; r < rows; ++r)
+    if (tokens[r] < 0 || tokens[r] >= spec_.embedding.N) return MLXEFF_BAD_ARGUMENT;
+  for (size_t i = 0; i < spec_.layers.size(); ++i)
+    if (kv[i].capacity < offset + rows) return MLXEFF_BAD_ARGUMENT;
+
+  const int64_t size = spec_.head_dim, queries = widest_heads_ * size, keys = widest_groups_ * size;
+  const int64_t prepared = prepared_bytes(spec_, rows, mode) / 4, partial = partial_bytes(spec_, rows, offset) / 4;
+  const int64_t widths[] = {rows * spec_.dim, rows * spec_.dim, rows * queries, rows * keys, rows * keys, rows * queries,
+                            rows * widest_ffn_, rows * widest_ffn_, rows * spec_.dim, rows * size / 2, rows * size / 2, prepared, partial};
+  int64_t total = alignment;
+  for (const int64_t width : widths) total += padded(width);
+
+  const std::lock_guard<std::mutex> lock(busy_);
+  if (workspace_floats_ < size_t(total)) {
+    workspace_.reset(new (std::nothrow) float[size_t(total)]);
+    workspace_floats_ = workspace_ ? size_t(total) : 0;
+    if (!workspace_) return MLXEFF_NO_MEMORY;
+  }
+  float* next = reinterpret_cast<float*>(round_up(int64_t(reinterpret_cast<intptr_t>(workspace_.get())), 64));
+  float* parts[sizeof widths / sizeof *widths];
+  for (size_t i = 0; i < sizeof widths / sizeof *widths; ++i) {
+    parts[i] = next;
+    next += padded(widths[i]);
+  }
+  const Buffers buffers = {parts[0], parts[1], parts[2], parts[3], parts[4], parts[5], parts[6], parts[7], parts[8], parts[9], parts[10],
+                           reinterpret_cast<char*>(parts[11]), parts[12]};
+  std::atomic<int> error{MLXEFF_OK};
+  team_run([&](Team& team) {
+    Pass pass(spec_, team, buffers, kv, tokens, rows, offset, mode, error);
+    pass.embed();
+    for (int64_t i = 0; i < int64_t(spec_.layers.size()); ++i) pass.layer(i);
+    pass.head(logits, all_rows);
+  });
+  return error;
+}
+
+}  // namespace mlxeff

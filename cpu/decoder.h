@@ -1,0 +1,62 @@
+// A whole decoder (RMSNorm, GQA attention with RoPE, gated feed-forward) as one call: token ids -> logits.
+#pragma once
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include "common.h"
+#include "mlxeff_cpu.h"
+
+namespace mlxeff {
+
+// y = x W^T + bias; bias (N) is fp32 or null.
+struct Linear {
+  mlxeff_qweight weight = {};
+  const float* bias = nullptr;
+};
+
+// Norm weights are fp32; q_norm and k_norm (head_dim) are null where the model has none. window 0: full attention.
+struct DecoderLayer {
+  const float *attention_norm, *q_norm, *k_norm, *ffn_norm;
+  Linear q, k, v, o, gate, up, down;
+  int64_t heads, groups, window;
+};
+
+// Keys or values of one layer: (1, groups, capacity, head_dim), row-major.
+struct KvBuffer {
+  void *keys, *values;
+  int64_t capacity;
+  int dtype;
+};
+
+struct DecoderSpec {
+  int64_t dim, head_dim;
+  float eps;
+  const float* inverse_frequencies;  // (head_dim / 2), radians a position
+  float rope_magnitude;              // queries and keys are multiplied by it before they are rotated
+  const float* final_norm;
+  mlxeff_qweight embedding;
+  Linear head;
+  std::vector<DecoderLayer> layers;
+};
+
+class Decoder {
+ public:
+  explicit Decoder(DecoderSpec spec);
+
+  int64_t vocab() const { return spec_.head.weight.N; }
+  const DecoderSpec& spec() const { return spec_; }
+
+  // Append `rows` tokens after `offset` tokens in the cache, kv[layer]; write fp32 logits of all rows, or of the last one.
+  // Returns an MLXEFF_* code; MLXEFF_BAD_ARGUMENT for a token outside the vocabulary or a cache that is too short.
+  int forward(const int32_t* tokens, int64_t rows, int64_t offset, const KvBuffer* kv, float* logits, bool all_rows, int mode);
+
+ private:
+  DecoderSpec spec_;
+  int64_t widest_heads_ = 0, widest_groups_ = 0, widest_ffn_ = 0;
+  std::mutex busy_;  // the workspace serves one call at a time
+  std::unique_ptr<float[]> workspace_;
+  size_t workspace_floats_ = 0;
+};
+
+}  // namespace mlxeff

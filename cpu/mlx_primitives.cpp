@@ -1,0 +1,234 @@
+// The native kernels as MLX primitives: the Python module mlxeff._native. Only this file knows MLX and Python.
+//
+// A primitive's work is handed to the stream's command encoder with raw pointers; MLX keeps inputs and outputs alive until it
+// is done. So the graph stays lazy and the calls compose with mx.eval, mx.async_eval and streams.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
+
+#include <string.h>
+
+#include "decoder.h"
+#include "mlx/backend/cpu/encoder.h"
+#include "mlx/mlx.h"
+#include "mlx/primitives.h"
+#include "mlx/version.h"
+
+namespace nb = nanobind;
+namespace mx = mlx::core;
+
+namespace {
+
+using mlxeff::Decoder;
+using mlxeff::DecoderSpec;
+
+int dtype_of(const mx::array& a) {
+  if (a.dtype() == mx::float32) return MLXEFF_F32;
+  if (a.dtype() == mx::float16) return MLXEFF_F16;
+  if (a.dtype() == mx::bfloat16) return MLXEFF_BF16;
+  throw std::invalid_argument("wanted a float32, float16 or bfloat16 array");
+}
+
+void check(int code) {
+  if (code != MLXEFF_OK) throw std::runtime_error(std::string("native kernel: ") + mlxeff_error_string(code));
+}
+
+// Weights that a decoder reads for as long as it lives: evaluated, row-contiguous, kept.
+class Kept {
+ public:
+  const mx::array& operator()(const mx::array& given) {
+    mx::array a = given.flags().row_contiguous ? given : mx::contiguous(given);
+    a.eval();
+    arrays_.push_back(a);
+    return arrays_.back();
+  }
+  const float* floats(const std::optional<mx::array>& given) {
+    return given ? (*this)(mx::astype(*given, mx::float32)).data<float>() : nullptr;
+  }
+
+ private:
+  std::vector<mx::array> arrays_;
+};
+
+using Matrix = std::tuple<mx::array, mx::array, mx::array, int, int, std::optional<mx::array>>;  // packed, scales, biases, group, bits, bias
+
+class Model {
+ public:
+  Model(int64_t dim, int64_t head_dim, float eps, const mx::array& inverse_frequencies, float rope_magnitude, const mx::array& final_norm,
+        const Matrix& embedding, const Matrix& head) {
+    spec_.dim = dim;
+    spec_.head_dim = head_dim;
+    spec_.eps = eps;
+    spec_.inverse_frequencies = kept_.floats(inverse_frequencies);
+    spec_.rope_magnitude = rope_magnitude;
+    spec_.final_norm = kept_.floats(final_norm);
+    spec_.embedding = matrix(embedding).weight;
+    spec_.head = matrix(head);
+    if (inverse_frequencies.size() != size_t(head_dim / 2) || head_dim % 2 || final_norm.size() != size_t(dim) || spec_.embedding.K != dim ||
+        spec_.head.weight.K != dim)
+      throw std::invalid_argument("decoder: sizes do not agree");
+  }
+
+  void add_layer(const mx::array& attention_norm, const mx::array& ffn_norm, const std::optional<mx::array>& q_norm,
+                 const std::optional<mx::array>& k_norm, const std::vector<Matrix>& matrices, int64_t heads, int64_t groups, int64_t window) {
+    if (decoder_) throw std::logic_error("decoder: a layer after the first call");
+    if (matrices.size() != 7) throw std::invalid_argument("decoder: wanted 7 matrices");
+    mlxeff::Linear m[7];
+    for (int i = 0; i < 7; ++i) m[i] = matrix(matrices[size_t(i)]);
+    const int64_t size = spec_.head_dim, width = m[4].weight.N;
+    const int64_t shapes[7][2] = {{heads * size, spec_.dim}, {groups * size, spec_.dim}, {groups * size, spec_.dim}, {spec_.dim, heads * size},
+                                  {width, spec_.dim},        {width, spec_.dim},         {spec_.dim, width}};
+    bool good = heads > 0 && groups > 0 && heads % groups == 0 && window >= 0;
+    for (int i = 0; i < 7; ++i) good = good && m[i].weight.N == shapes[i][0] && m[i].weight.K == shapes[i][1];
+    good = good && attention_norm.size() == size_t(spec_.dim) && ffn_norm.size() == size_t(spec_.dim);
+    if (!good) throw std::invalid_argument("decoder: a layer's sizes do not agree");
+    spec_.layers.push_back({kept_.floats(attention_norm), kept_.floats(q_norm), kept_.floats(k_norm), kept_.floats(ffn_norm), m[0], m[1],
+                            m[2], m[3], m[4], m[5], m[6], heads, groups, window});
+  }
+
+  Decoder& decoder() {
+    if (!decoder_) decoder_ = std::make_unique<Decoder>(spec_);
+    return *decoder_;
+  }
+  const DecoderSpec& spec() const { return spec_; }
+
+ private:
+  mlxeff::Linear matrix(const Matrix& m) {
+    const auto& [packed, scales, biases, group, bits, bias] = m;
+    mlxeff::Linear linear;
+    const mx::array& p = kept_(packed);
+    if (p.dtype() != mx::uint32 || p.ndim() != 2 || scales.shape() != biases.shape() || scales.dtype() != biases.dtype())
+      throw std::invalid_argument("decoder: wanted an affine-quantised matrix");
+    const int64_t columns = int64_t(p.shape(1)) * 32 / bits;
+    if (scales.shape() != mx::Shape{p.shape(0), int(columns / group)} || (bias && bias->size() != size_t(p.shape(0))))
+      throw std::invalid_argument("decoder: scales or bias do not fit the matrix");
+    linear.weight = {p.data<uint32_t>(), nullptr, nullptr, p.shape(0), columns, bits, group, dtype_of(scales)};
+    linear.weight.scales = kept_(scales).data<void>();
+    linear.weight.biases = kept_(biases).data<void>();
+    linear.bias = kept_.floats(bias);
+    return linear;
+  }
+
+  Kept kept_;
+  DecoderSpec spec_ = {};
+  std::unique_ptr<Decoder> decoder_;
+};
+
+// Each output of a primitive holds all inputs, so that no input of one with several outputs seems free to be reused. MLX drops
+// these references right after the evaluation, unless the graph is being traced; dropping those of the other outputs before
+// it lets `is_donatable` tell whether anybody else holds a buffer.
+void drop_inputs_of_siblings(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {
+  for (const mx::array& output : outputs)
+    if (output.is_tracer()) return;
+  for (mx::array& output : outputs)
+    if (&output.inputs() != &inputs) output.inputs().clear();
+}
+
+// Inputs: tokens, keys of each layer, values of each layer. Outputs: logits, then the same buffers with the new tokens in them.
+class DecoderForward : public mx::Primitive {
+ public:
+  DecoderForward(mx::Stream stream, std::shared_ptr<Model> model, int64_t offset, bool all_rows, int mode)
+      : mx::Primitive(stream), model_(std::move(model)), offset_(offset), all_rows_(all_rows), mode_(mode) {}
+
+  void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override {
+    auto& encoder = mx::cpu::get_command_encoder(stream());
+    drop_inputs_of_siblings(inputs, outputs);
+    const size_t layers = model_->spec().layers.size();
+    std::vector<std::pair<const void*, size_t>> copies(2 * layers, {nullptr, 0});
+    std::vector<mlxeff::KvBuffer> kv(layers);
+    outputs[0].set_data(mx::allocator::malloc(outputs[0].nbytes()));
+    for (size_t i = 0; i < 2 * layers; ++i) {
+      const mx::array& in = inputs[1 + i];
+      mx::array& out = outputs[1 + i];
+      if (in.is_donatable() && in.flags().row_contiguous) {
+        out.copy_shared_buffer(in);
+      } else {
+        if (!in.flags().row_contiguous) throw std::invalid_argument("decoder: wanted row-contiguous cache buffers");
+        out.set_data(mx::allocator::malloc(out.nbytes()));
+        copies[i] = {in.data<void>(), in.nbytes()};
+      }
+      mlxeff::KvBuffer& buffer = kv[i % layers];
+      (i < layers ? buffer.keys : buffer.values) = out.data<void>();
+      buffer.capacity = out.shape(2);
+      buffer.dtype = dtype_of(out);
+    }
+    const int64_t rows = int64_t(inputs[0].size());
+    encoder.dispatch([model = model_, kv = std::move(kv), copies = std::move(copies), tokens = inputs[0].data<int32_t>(), rows,
+                      offset = offset_, logits = outputs[0].data<float>(), all_rows = all_rows_, mode = mode_]() {
+      const size_t layers = kv.size();
+      for (size_t i = 0; i < copies.size(); ++i)
+        if (copies[i].first) memcpy(i < layers ? kv[i].keys : kv[i - layers].values, copies[i].first, copies[i].second);
+      check(model->decoder().forward(tokens, rows, offset, kv.data(), logits, all_rows, mode));
+    });
+  }
+  void eval_gpu(const std::vector<mx::array>&, std::vector<mx::array>&) override { throw std::runtime_error("decoder: has no GPU form"); }
+  const char* name() const override { return "MlxeffDecoder"; }
+
+ private:
+  std::shared_ptr<Model> model_;
+  int64_t offset_;
+  bool all_rows_;
+  int mode_;
+};
+
+// What Python holds. A task in flight shares the model itself, never a Python object: it may outlive the interpreter.
+struct Handle {
+  std::shared_ptr<Model> model;
+};
+
+std::vector<mx::array> forward(const Handle& handle, const mx::array& tokens, const std::vector<mx::array>& keys,
+                               const std::vector<mx::array>& values, int64_t offset, bool all_rows, int mode) {
+  const DecoderSpec& spec = handle.model->spec();
+  const size_t layers = spec.layers.size();
+  if (tokens.ndim() != 2 || tokens.shape(0) != 1 || tokens.shape(1) < 1) throw std::invalid_argument("decoder: wanted tokens of shape (1, S)");
+  if (keys.size() != layers || values.size() != layers) throw std::invalid_argument("decoder: wanted a cache buffer for each layer");
+  const mx::Stream stream = mx::default_stream(mx::Device::cpu);
+  std::vector<mx::array> inputs = {mx::contiguous(mx::astype(tokens, mx::int32, stream), false, stream)};
+  std::vector<mx::Shape> shapes = {{1, all_rows ? tokens.shape(1) : 1, int(spec.head.weight.N)}};
+  std::vector<mx::Dtype> dtypes = {mx::float32};
+  for (const auto* buffers : {&keys, &values})
+    for (size_t i = 0; i < layers; ++i) {
+      const mx::array& buffer = (*buffers)[i];
+      const mx::Shape wanted = {1, int(spec.layers[i].groups), keys[i].shape(2), int(spec.head_dim)};
+      if (buffer.shape() != wanted || buffer.shape(2) < offset + tokens.shape(1) || buffer.dtype() != keys[i].dtype())
+        throw std::invalid_argument("decoder: a cache buffer does not fit");
+      dtype_of(buffer);
+      inputs.push_back(buffer);
+      shapes.push_back(buffer.shape());
+      dtypes.push_back(buffer.dtype());
+    }
+  return mx::array::make_arrays(std::move(shapes), dtypes, std::make_shared<DecoderForward>(stream, handle.model, offset, all_rows, mode),
+                                std::move(inputs));
+}
+
+}  // namespace
+
+NB_MODULE(_native, m) {
+  m.attr("mlx_version") = MLX_VERSION_NUMERIC;
+  m.def("accepts", [](const mx::array&) {}, "Fails where arrays of this MLX are unknown here.");
+  m.attr("EXACT") = int(MLXEFF_EXACT);
+  m.attr("COMPUTE_BF16") = int(MLXEFF_COMPUTE_BF16);
+  m.attr("COMPUTE_INT8") = int(MLXEFF_COMPUTE_INT8);
+  m.def("isa", [] { return std::string(mlxeff_isa()); }, "Name of the instruction-set level in use.");
+  m.def("isa_available", [] { return std::string(mlxeff_isa_available()); }, "Names of the levels usable here, lowest first.");
+  m.def("set_isa", [](std::optional<std::string> name) { check(mlxeff_set_isa(name ? name->c_str() : nullptr)); }, nb::arg("name").none());
+  m.def("num_threads", [] { return mlxeff_num_threads(); });
+  m.def("set_num_threads", [](int n) { check(mlxeff_set_num_threads(n)); }, "0 restores the default.");
+  nb::class_<Handle>(m, "Decoder")
+      .def("__init__",
+           [](Handle* self, int64_t dim, int64_t head_dim, float eps, const mx::array& inverse_frequencies, float rope_magnitude,
+              const mx::array& final_norm, const Matrix& embedding, const Matrix& head) {
+             new (self) Handle{std::make_shared<Model>(dim, head_dim, eps, inverse_frequencies, rope_magnitude, final_norm, embedding, head)};
+           })
+      .def("add_layer",
+           [](Handle& self, const mx::array& attention_norm, const mx::array& ffn_norm, const std::optional<mx::array>& q_norm,
+              const std::optional<mx::array>& k_norm, const std::vector<Matrix>& matrices, int64_t heads, int64_t groups, int64_t window) {
+             self.model->add_layer(attention_norm, ffn_norm, q_norm, k_norm, matrices, heads, groups, window);
+           },
+           nb::arg("attention_norm"), nb::arg("ffn_norm"), nb::arg("q_norm").none(), nb::arg("k_norm").none(),
+           nb::arg("matrices"), nb::arg("heads"), nb::arg("groups"), nb::arg("window"));
+  m.def("forward", &forward, nb::arg("decoder"), nb::arg("tokens"), nb::arg("keys"), nb::arg("values"), nb::arg("offset"), nb::arg("all_rows"),
+        nb::arg("mode"), "(logits, keys..., values...): the buffers hold the new tokens after `offset`.");
+}

@@ -1,0 +1,112 @@
+// The C ABI of the native CPU kernels: pointers, sizes, strides, dtype numbers; no MLX, no Python.
+//
+// Conventions
+//   * Every function that can fail returns an MLXEFF_* code; mlxeff_error_string() names it. Outputs are
+//     written only when the code is MLXEFF_OK.
+//   * Matrices are row-major. A stride `ld*` counts elements between the starts of two rows; the elements of a
+//     row are contiguous.
+//   * Arrays need the alignment of their element type only, and may not overlap an output.
+//   * Calls are safe from several threads at once. One call at a time uses the thread pool; the others run on the
+//     thread they were called from.
+#pragma once
+#include <stddef.h>
+#include <stdint.h>
+
+#if defined(__GNUC__)
+#define MLXEFF_API __attribute__((visibility("default")))
+#else
+#define MLXEFF_API
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+enum { MLXEFF_OK = 0, MLXEFF_BAD_ARGUMENT = 1, MLXEFF_BAD_DTYPE = 2, MLXEFF_UNSUPPORTED = 3, MLXEFF_NO_MEMORY = 4, MLXEFF_BUSY = 5 };
+enum { MLXEFF_F32 = 0, MLXEFF_F16 = 1, MLXEFF_BF16 = 2 };
+
+// How a matrix product treats its operands; accumulation is in fp32 in every mode.
+//   EXACT  operands are read at full precision and multiplied in fp32.
+//   BF16   operands are rounded to bf16 where the machine multiplies bf16 faster (AMX); EXACT elsewhere.
+//   INT8   activations are rounded to int8, one scale for each group of weights (quantised weights only).
+enum { MLXEFF_EXACT = 0, MLXEFF_COMPUTE_BF16 = 1, MLXEFF_COMPUTE_INT8 = 2 };
+
+MLXEFF_API const char* mlxeff_error_string(int code);
+
+// --- isa.cpp: the instruction set in use -----------------------------------------------------------------
+// Name of the level in use: scalar, avx2, avx512, amx; or scalar, neon, dotprod.
+MLXEFF_API const char* mlxeff_isa(void);
+// Choose a level by name, e.g. "avx2". MLXEFF_UNSUPPORTED if this machine or this build lacks it. Null restores the
+// best level that MLXEFF_CPU_ISA allows. Not to be called while kernels run.
+MLXEFF_API int mlxeff_set_isa(const char* name);
+// Space-separated names of all levels usable here, lowest first.
+MLXEFF_API const char* mlxeff_isa_available(void);
+
+// --- pool.cpp: the thread pool ----------------------------------------------------------------------------------
+MLXEFF_API int mlxeff_num_threads(void);
+// n >= 1 sets the number of threads, caller included; n = 0 restores the default (MLXEFF_NUM_THREADS, else the CPUs
+// that affinity and cgroup quota leave). MLXEFF_BUSY from inside a parallel region.
+MLXEFF_API int mlxeff_set_num_threads(int n);
+
+// --- qmatmul.cpp: affine-quantised matrices in MLX's packed layout --------------------------------------------
+// A weight matrix W (N, K): w = q * scale + bias. `packed` holds N rows of K * bits / 32 uint32 words, values packed
+// from the least significant bit on, across word borders; `scales` and `biases` are (N, K / group).
+// bits in {2, 3, 4, 5, 6, 8}; group in {32, 64, 128} divides K.
+typedef struct {
+  const uint32_t* packed;
+  const void* scales;
+  const void* biases;
+  int64_t N, K;
+  int bits, group;
+  int scale_dtype;  // of scales and biases
+} mlxeff_qweight;
+
+// y (M, N) = x (M, K) @ W^T. `mode` is MLXEFF_EXACT, MLXEFF_COMPUTE_BF16 or MLXEFF_COMPUTE_INT8.
+MLXEFF_API int mlxeff_qmm(const mlxeff_qweight* w, const void* x, int64_t ldx, int x_dtype, void* y, int64_t ldy, int y_dtype,
+                          int64_t M, int mode);
+// out (count, K): the dequantised rows ids[0], ids[1], ... of W. An id outside [0, N) is MLXEFF_BAD_ARGUMENT.
+MLXEFF_API int mlxeff_qmm_rows(const mlxeff_qweight* w, const int32_t* ids, int64_t count, void* out, int64_t ld, int out_dtype);
+// out (N, K): all of W, dequantised.
+MLXEFF_API int mlxeff_dequantize(const mlxeff_qweight* w, void* out, int64_t ld, int out_dtype);
+
+// --- matmul.cpp: dense matrices -------------------------------------------------------------------------------
+// y (M, N) = x (M, K) @ w (N, K)^T. Modes: MLXEFF_EXACT, MLXEFF_COMPUTE_BF16. Each operand has its own dtype.
+MLXEFF_API int mlxeff_matmul(const void* x, int64_t ldx, int x_dtype, const void* w, int64_t ldw, int w_dtype, void* y,
+                             int64_t ldy, int y_dtype, int64_t M, int64_t N, int64_t K, int mode);
+// dx (M, K) = dy (M, N) @ w (N, K): the gradient of mlxeff_matmul with respect to x.
+MLXEFF_API int mlxeff_matmul_dx(const void* dy, int64_t lddy, int dy_dtype, const void* w, int64_t ldw, int w_dtype, void* dx,
+                                int64_t lddx, int dx_dtype, int64_t M, int64_t N, int64_t K, int mode);
+// dw (N, K) = dy (M, N)^T @ x (M, K): the gradient with respect to w.
+MLXEFF_API int mlxeff_matmul_dw(const void* dy, int64_t lddy, int dy_dtype, const void* x, int64_t ldx, int x_dtype, void* dw,
+                                int64_t lddw, int dw_dtype, int64_t M, int64_t N, int64_t K, int mode);
+
+// --- attention.cpp ----------------------------------------------------------------------------------------------
+// A (B, heads, tokens, E) array: element (b, h, t, e) is data[b * batch + h * head + t * token + e]. So a part of a larger
+// buffer, or (B, tokens, heads, E), needs no copy.
+typedef struct {
+  void* data;
+  int64_t batch, head, token;  // strides, in elements
+  int dtype;
+} mlxeff_heads;
+
+// out (B, H, S, E) = softmax(scale q k^T + mask) v, causal, aligned at the end: of T keys, the query at position i of S
+// sees those before T - S + i + 1, and with window > 0 only the last `window` of these. T >= S; G divides H, and query
+// head h uses key/value head h / (H / G). MLXEFF_COMPUTE_BF16 concerns the blocked products; the softmax and groups of few
+// queries (decode) are fp32 in any mode. lse, if not null, receives logsumexp of the scores, (B, H, S).
+typedef struct {
+  mlxeff_heads q, k, v, out;
+  int64_t B, H, G, S, T, E;
+  float scale;
+  int64_t window;
+  int mode;
+  float* lse;
+} mlxeff_attention_args;
+MLXEFF_API int mlxeff_attention(const mlxeff_attention_args* args);
+// Gradients, given the arguments of the forward call with its results in `out` and `lse`. dq has q's shape, dk and dv have k's.
+// All products are in fp32; `mode` is not used.
+MLXEFF_API int mlxeff_attention_backward(const mlxeff_attention_args* forward, const mlxeff_heads* dout, const mlxeff_heads* dq,
+                                         const mlxeff_heads* dk, const mlxeff_heads* dv);
+
+#ifdef __cplusplus
+}
+#endif

@@ -1,0 +1,207 @@
+// Kernels of the affine-quantised matmul at one instruction-set level: the form of x that each regime reads, and the
+// choice of the regime by M, mode and bit width. qmatmul_strip.h and qmatmul_panel.h hold the products.
+#include "qmatmul_panel.h"
+
+namespace mlxeff {
+namespace MLXEFF_ISA {
+namespace {
+
+bool few_rows(const QmmArgs& args) {
+  return args.M <= (args.w.bits == 4 || args.w.bits == 8 ? direct_rows : 1);
+}
+
+bool uses_amx(const QmmArgs& args) {
+#if defined(MLXEFF_AMX)
+  return args.mode == MLXEFF_COMPUTE_BF16 && !few_rows(args);
+#else
+  (void)args;
+  return false;
+#endif
+}
+
+// Strip kernels exist for 1, 2, 4 and 8 rows, and read that many rows of x; those beyond M are zeros.
+int64_t rows_read(const QmmArgs& args) {
+  if (uses_amx(args)) return round_up(args.M, 32);
+  if (!few_rows(args)) return args.M;
+  int64_t rows = 1;
+  while (rows < args.M) rows *= 2;
+  return rows;
+}
+
+bool reads_x_in_place(const QmmArgs& args) {
+  return args.mode != MLXEFF_COMPUTE_INT8 && !uses_amx(args) && args.x_dtype == MLXEFF_F32 && args.M == 1;
+}
+
+struct Layout {
+  size_t values, sums, scales, total;  // byte offsets
+};
+
+Layout layout(const QmmArgs& args) {
+  const int64_t rows = rows_read(args), groups = args.w.K / args.w.group;
+  const bool int8 = args.mode == MLXEFF_COMPUTE_INT8, amx = uses_amx(args);
+  const int64_t element = int8 ? 1 : amx ? 2 : 4;
+  Layout at = {};
+  const size_t values = reads_x_in_place(args) ? 0 : size_t(rows * padded_stride(args.w.K, element) * element);
+  const size_t group_floats = size_t(round_up(rows * groups * 4, 64));
+  at.sums = at.values + values;
+  at.scales = at.sums + (amx ? 0 : group_floats);
+  at.total = at.scales + (int8 ? group_floats : 0);
+  return at;
+}
+
+size_t workspace_bytes(const QmmArgs& args) { return layout(args).total; }
+
+void bind(QmmArgs& args, void* workspace) {
+  const Layout at = layout(args);
+  char* const base = static_cast<char*>(workspace);
+  const bool in_place = reads_x_in_place(args);
+  args.x_f32 = in_place ? static_cast<const float*>(args.x) : reinterpret_cast<const float*>(base + at.values);
+  args.ldx_f32 = in_place ? args.ldx : padded_stride(args.w.K, 4);
+  args.x_int8 = reinterpret_cast<int8_t*>(base + at.values);
+  args.x_bf16 = reinterpret_cast<bf16*>(base + at.values);
+  args.x_sum = reinterpret_cast<float*>(base + at.sums);
+  args.x_scale = reinterpret_cast<float*>(base + at.scales);
+}
+
+// x = xq * scale with |xq| <= 127, rounded to nearest; the bytes of a block in the decoder's order.
+void round_to_int8(const float* x, int count, int bits, int8_t* out, float* scale, float* sum) {
+  vf most = zero();
+  for (int k = 0; k < count; k += VL) most = max(most, abs(load(x + k)));
+  const float largest = max(most), inverse = largest > 0 ? 127.0f / largest : 0.0f;
+  int total = 0;
+  for (int block = 0; block < count; block += 32) {
+    int8_t natural[32];
+    for (int i = 0; i < 32; ++i) {
+      const float scaled = x[block + i] * inverse;
+      natural[i] = int8_t(int(scaled + 256.5f) - 256);  // |scaled| <= 127
+      total += natural[i];
+    }
+    for (int i = 0; i < 32; ++i) out[block + i] = natural[byte_order(bits, i)];
+  }
+  *scale = largest / 127.0f;
+  *sum = *scale * float(total);
+}
+
+void prepare_row(const QmmArgs& args, int64_t m) {
+  const int64_t K = args.w.K, group = args.w.group, groups = K / group;
+  const char* const x = static_cast<const char*>(args.x) + m * args.ldx * int64_t(dtype_size(args.x_dtype));
+  if (uses_amx(args)) {
+    bf16* const out = args.x_bf16 + m * padded_stride(K, 2);
+    if (args.x_dtype == MLXEFF_BF16) memcpy(out, x, size_t(K) * 2);
+    else if (args.x_dtype == MLXEFF_F16) convert(out, reinterpret_cast<const f16*>(x), K);
+    else convert(out, reinterpret_cast<const float*>(x), K);
+    return;
+  }
+  if (args.mode == MLXEFF_COMPUTE_INT8) {
+    for (int64_t g = 0; g < groups; ++g) {
+      float values[128];
+      to_floats(values, x + g * group * int64_t(dtype_size(args.x_dtype)), args.x_dtype, group);
+      round_to_int8(values, int(group), args.w.bits, args.x_int8 + m * padded_stride(K, 1) + g * group, args.x_scale + m * groups + g,
+                    args.x_sum + m * groups + g);
+    }
+    return;
+  }
+  if (!reads_x_in_place(args)) to_floats(const_cast<float*>(args.x_f32) + m * args.ldx_f32, x, args.x_dtype, K);
+  if (!few_rows(args)) return;
+  const float* const values = args.x_f32 + m * args.ldx_f32;
+  for (int64_t g = 0; g < groups; ++g) {
+    vf total = zero();
+    for (int64_t k = g * group; k < (g + 1) * group; k += VL) total += load(values + k);
+    args.x_sum[m * groups + g] = sum(total);
+  }
+}
+
+void clear_row(const QmmArgs& args, int64_t m) {
+  const int64_t K = args.w.K, groups = K / args.w.group;
+  if (uses_amx(args)) {
+    memset(args.x_bf16 + m * padded_stride(K, 2), 0, size_t(K) * 2);
+    return;
+  }
+  memset(args.x_sum + m * groups, 0, size_t(groups) * 4);
+  if (args.mode == MLXEFF_COMPUTE_INT8) {
+    memset(args.x_scale + m * groups, 0, size_t(groups) * 4);
+    memset(args.x_int8 + m * padded_stride(K, 1), 0, size_t(K));
+  } else {
+    memset(const_cast<float*>(args.x_f32) + m * args.ldx_f32, 0, size_t(K) * 4);
+  }
+}
+
+// Whoever prepares the last row also clears the rows that exist only in the workspace.
+void prepare(const QmmArgs& args, int64_t m_begin, int64_t m_end) {
+  for (int64_t m = m_begin; m < m_end; ++m) prepare_row(args, m);
+  if (m_end == args.M)
+    for (int64_t m = args.M; m < rows_read(args); ++m) clear_row(args, m);
+}
+
+// Few rows: about 64 KiB of weights, to share the work evenly at little cost. Many: whole panels; with AMX up to four,
+// so that a tile of x is used several times while it is near.
+int64_t piece(const QmmArgs& args, int threads) {
+  const int64_t N = args.w.N;
+  if (few_rows(args)) return VL * max_of(1, min_of(65536 / (VL * row_bytes(args.w)), N / (VL * threads * 4)));
+  if (!uses_amx(args)) return panel_width;
+  const int64_t widest = 4 * panel_width, rounds = ceil_div(N, widest * threads);
+  return round_up(ceil_div(N, rounds * threads), panel_width);
+}
+
+template <int bits>
+int run_bits(const QmmArgs& args, int64_t n_begin, int64_t n_end) {
+  if (few_rows(args)) return run_strips<bits>(args, n_begin, n_end);
+#if defined(MLXEFF_AMX)
+  if (args.mode == MLXEFF_COMPUTE_BF16) return run_panel_amx<bits>(args, n_begin, n_end);
+#endif
+  if (args.mode == MLXEFF_COMPUTE_INT8) return run_panel_int8<bits>(args, n_begin, n_end);
+  return run_panel_exact<bits>(args, n_begin, n_end);
+}
+
+int run(const QmmArgs& args, int64_t n_begin, int64_t n_end) {
+  switch (args.w.bits) {
+    case 2: return run_bits<2>(args, n_begin, n_end);
+    case 3: return run_bits<3>(args, n_begin, n_end);
+    case 4: return run_bits<4>(args, n_begin, n_end);
+    case 5: return run_bits<5>(args, n_begin, n_end);
+    case 6: return run_bits<6>(args, n_begin, n_end);
+    case 8: return run_bits<8>(args, n_begin, n_end);
+  }
+  return MLXEFF_BAD_ARGUMENT;
+}
+
+template <int bits>
+void dequantize_row_bits(const mlxeff_qweight& w, int64_t n, void* out, int out_dtype) {
+  const char* packed = reinterpret_cast<const char*>(w.packed) + n * row_bytes(w);
+  for (int64_t k = 0; k < w.K; k += 32) {
+    uint32_t words[bits + 1] = {};
+    memcpy(words, packed + k * bits / 8, bits * 4);
+    const int64_t g = n * (w.K / w.group) + k / w.group, size = int64_t(dtype_size(w.scale_dtype));
+    float scale, bias, values[32];
+    to_floats(&scale, static_cast<const char*>(w.scales) + g * size, w.scale_dtype, 1);
+    to_floats(&bias, static_cast<const char*>(w.biases) + g * size, w.scale_dtype, 1);
+#pragma GCC unroll 32
+    for (int i = 0; i < 32; ++i) {
+      const int word = i * bits / 32, shift = i * bits % 32;
+      const uint64_t pair = words[word] | uint64_t(words[word + 1]) << 32;
+      values[i] = float(int32_t(pair >> shift & ((1u << bits) - 1))) * scale + bias;
+    }
+    from_floats(static_cast<char*>(out) + k * int64_t(dtype_size(out_dtype)), out_dtype, values, 32);
+  }
+}
+
+void dequantize_row(const mlxeff_qweight& w, int64_t n, void* out, int out_dtype) {
+  switch (w.bits) {
+    case 2: return dequantize_row_bits<2>(w, n, out, out_dtype);
+    case 3: return dequantize_row_bits<3>(w, n, out, out_dtype);
+    case 4: return dequantize_row_bits<4>(w, n, out, out_dtype);
+    case 5: return dequantize_row_bits<5>(w, n, out, out_dtype);
+    case 6: return dequantize_row_bits<6>(w, n, out, out_dtype);
+    case 8: return dequantize_row_bits<8>(w, n, out, out_dtype);
+  }
+}
+
+}  // namespace
+
+const QmatmulKernels& qmatmul_kernels() {
+  static const QmatmulKernels table = {workspace_bytes, bind, prepare, piece, run, dequantize_row};
+  return table;
+}
+
+}  // namespace MLXEFF_ISA
+}  // namespace mlxeff

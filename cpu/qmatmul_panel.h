@@ -1,0 +1,189 @@
+// Quantised matmul, many rows of x: weights are decoded once into a panel of 2 * VL columns in the cache, which then
+// meets all rows of x in register-blocked tiles.
+//
+//   EXACT  panel of fp32 weights q * scale + bias, 256 values of K at a time; products and sums in fp32
+//   INT8   panel of the integers q and of scales and biases; sums of a group in integers, over groups in fp32 (the formula
+//          and the rounding of x are those of qmatmul_strip.h)
+//   BF16   (AMX) panel of weights rounded to bf16, x rounded to bf16, sums in fp32
+//
+// To be included by per-level sources only.
+#pragma once
+#include "amx_tile.h"
+#include "qmatmul_strip.h"
+
+namespace mlxeff {
+namespace MLXEFF_ISA {
+
+constexpr int64_t panel_k = 256;        // 256 x 32 fp32 = 32 KiB stay in the first-level cache
+constexpr int64_t amx_panel_k = 1024;   // longer: loading and storing accumulator tiles costs as much as two products
+constexpr int64_t rows_at_once = 1024;  // of x, before a panel is decoded anew; bounds the accumulators
+
+// The strips of the columns [n, n_end), at most two; `count` tells how many hold columns.
+struct StripPair {
+  Strip strip[2];
+  int count;
+};
+static StripPair load_strip_pair(const mlxeff_qweight& w, int64_t n, int64_t n_end, float bias_shift, float* buffer) {
+  StripPair pair = {};
+  for (; pair.count < 2 && n + pair.count * VL < n_end; ++pair.count) {
+    const int64_t first = n + pair.count * VL;
+    pair.strip[pair.count] = load_strip(w, first, min_of(VL, n_end - first), bias_shift, buffer + pair.count * strip_floats(w));
+  }
+  if (pair.count == 1) pair.strip[1] = pair.strip[0];  // computed twice, stored once
+  return pair;
+}
+
+// Calls body(k, value k, value k + 1) for even k in [k_begin, k_end): the dequantised weights of one strip.
+template <int bits, class Body>
+MLXEFF_INLINE void decode_strip(const mlxeff_qweight& w, const Strip& strip, int64_t k_begin, int64_t k_end, Body body) {
+  for (int64_t k = k_begin; k < k_end; k += 32) {
+    const vf scale = load(strip.scales + k / w.group * VL), bias = load(strip.biases + k / w.group * VL);
+    const Block<bits> block = Block<bits>::load(strip.packed + k * bits / 8, strip.stride);
+#pragma GCC unroll 16
+    for (int i = 0; i < 32; i += 2) body(k + i, fma(block.value_f32(i), scale, bias), fma(block.value_f32(i + 1), scale, bias));
+  }
+}
+
+template <int bits>
+static int run_panel_exact(const QmmArgs& args, int64_t n_begin, int64_t n_end) {
+  const mlxeff_qweight& w = args.w;
+  float* const strips = static_cast<float*>(scratch(Scratch::strip, size_t(2 * strip_floats(w)) * 4));
+  float* const panel = static_cast<float*>(scratch(Scratch::panel, size_t(panel_k * panel_width) * 4));
+  float* const sums = static_cast<float*>(scratch(Scratch::accumulator, size_t(min_of(args.M, rows_at_once) * panel_width) * 4));
+  if (!strips || !panel || !sums) return MLXEFF_NO_MEMORY;
+  for (int64_t n = n_begin; n < n_end; n += panel_width) {
+    const StripPair pair = load_strip_pair(w, n, n_end, 0, strips);
+    for (int64_t m = 0; m < args.M; m += rows_at_once) {
+      const int64_t rows = min_of(rows_at_once, args.M - m);
+      for (int64_t k = 0; k < w.K; k += panel_k) {
+        const int64_t k_end = min_of(w.K, k + panel_k);
+        for (int j = 0; j < 2; ++j)
+          decode_strip<bits>(w, pair.strip[j], k, k_end, [&](int64_t i, vf even, vf odd) {
+            store(panel + (i - k) * panel_width + j * VL, even);
+            store(panel + (i + 1 - k) * panel_width + j * VL, odd);
+          });
+        gemm_panel(args.x_f32 + m * args.ldx_f32 + k, args.ldx_f32, rows, panel, k_end - k, sums, k > 0);
+      }
+      store_columns(sums, panel_width, rows, min_of(panel_width, n_end - n), args.y, args.ldy, args.y_dtype, m * args.ldy + n);
+    }
+  }
+  return MLXEFF_OK;
+}
+
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int int8_tile_rows = 6;
+#else
+constexpr int int8_tile_rows = 2;
+#endif
+
+// y [rows][panel_width] = the int8 products of `rows` rows of x, from row m on, with a panel of bytes.
+template <int bits, int rows>
+static void int8_tile(const QmmArgs& args, int64_t m, const char* panel, const StripPair& pair, float* y) {
+  const int64_t group = args.w.group, groups = args.w.K / group, ldx = padded_stride(args.w.K, 1);
+  const int8_t* const x = args.x_int8 + m * ldx;
+  vf sum[rows][2];
+#pragma GCC unroll 6
+  for (int r = 0; r < rows; ++r) sum[r][0] = sum[r][1] = zero();
+  for (int64_t g = 0; g < groups; ++g) {
+    vi part[rows][2] = {};
+    for (int64_t k = g * group; k < (g + 1) * group; k += 4) {
+      vu q0, q1;
+      memcpy(&q0, panel + k * panel_width, sizeof q0);
+      memcpy(&q1, panel + k * panel_width + VL * 4, sizeof q1);
+#pragma GCC unroll 6
+      for (int r = 0; r < rows; ++r) {
+        int32_t value;
+        memcpy(&value, x + r * ldx + k, 4);
+        part[r][0] = dot_bytes<bits>(part[r][0], q0, value);
+        part[r][1] = dot_bytes<bits>(part[r][1], q1, value);
+      }
+    }
+#pragma GCC unroll 2
+    for (int j = 0; j < 2; ++j) {
+      const vf scale = load(pair.strip[j].scales + g * VL), bias = load(pair.strip[j].biases + g * VL);
+#pragma GCC unroll 6
+      for (int r = 0; r < rows; ++r) {
+        const vf product = __builtin_convertvector(part[r][j], vf) * broadcast(args.x_scale[(m + r) * groups + g]);
+        sum[r][j] = fma(scale, product, fma(bias, broadcast(args.x_sum[(m + r) * groups + g]), sum[r][j]));
+      }
+    }
+  }
+#pragma GCC unroll 6
+  for (int r = 0; r < rows; ++r)
+    for (int j = 0; j < 2; ++j) store(y + r * panel_width + j * VL, sum[r][j]);
+}
+
+typedef void Int8Tile(const QmmArgs&, int64_t, const char*, const StripPair&, float*);
+
+template <int bits>
+static int run_panel_int8(const QmmArgs& args, int64_t n_begin, int64_t n_end) {
+  static Int8Tile* const tiles[] = {int8_tile<bits, 1>, int8_tile<bits, 2>,
+#if defined(__AVX512F__) || defined(__aarch64__)
+                                    int8_tile<bits, 3>, int8_tile<bits, 4>, int8_tile<bits, 5>, int8_tile<bits, 6>
+#endif
+  };
+  const mlxeff_qweight& w = args.w;
+  float* const strips = static_cast<float*>(scratch(Scratch::strip, size_t(2 * strip_floats(w)) * 4));
+  char* const panel = static_cast<char*>(scratch(Scratch::panel, size_t(w.K * panel_width)));
+  if (!strips || !panel) return MLXEFF_NO_MEMORY;
+  const int64_t height = ceil_div(args.M, ceil_div(args.M, int8_tile_rows));
+  for (int64_t n = n_begin; n < n_end; n += panel_width) {
+    const StripPair pair = load_strip_pair(w, n, n_end, byte_offset<bits>, strips);
+    for (int j = 0; j < 2; ++j)
+      for (int64_t k = 0; k < w.K; k += 32) {
+        const Block<bits> block = Block<bits>::load(pair.strip[j].packed + k * bits / 8, pair.strip[j].stride);
+#pragma GCC unroll 8
+        for (int i = 0; i < 8; ++i) {
+          const vu q = block.bytes(i);
+          memcpy(panel + (k + i * 4) * panel_width + j * VL * 4, &q, sizeof q);
+        }
+      }
+    for (int64_t m = 0; m < args.M; m += height) {
+      float y[int8_tile_rows * panel_width];
+      const int64_t rows = min_of(height, args.M - m);
+      tiles[rows - 1](args, m, panel, pair, y);
+      store_columns(y, panel_width, rows, min_of(panel_width, n_end - n), args.y, args.ldy, args.y_dtype, m * args.ldy + n);
+    }
+  }
+  return MLXEFF_OK;
+}
+
+#if defined(MLXEFF_AMX)
+// Columns [n_begin, n_end), at most a few panels wide: all of them are decoded before x is read, so that each tile of x
+// serves every panel while it is in the cache.
+template <int bits>
+static int run_panel_amx(const QmmArgs& args, int64_t n_begin, int64_t n_end) {
+  const mlxeff_qweight& w = args.w;
+  const int64_t panels = ceil_div(n_end - n_begin, panel_width), columns = panels * panel_width;
+  const int64_t depth = min_of(w.K, amx_panel_k), ldx = padded_stride(w.K, 2), padded_rows = round_up(args.M, 32);
+  float* const strips = static_cast<float*>(scratch(Scratch::strip, size_t(2 * strip_floats(w)) * 4));
+  bf16* const weights = static_cast<bf16*>(scratch(Scratch::panel, size_t(depth * columns) * 2));
+  float* const sums = static_cast<float*>(scratch(Scratch::accumulator, size_t(min_of(padded_rows, rows_at_once) * columns) * 4));
+  if (!strips || !weights || !sums) return MLXEFF_NO_MEMORY;
+  amx_begin();
+  for (int64_t m = 0; m < padded_rows; m += rows_at_once) {
+    const int64_t rows = min_of(rows_at_once, padded_rows - m);
+    for (int64_t k = 0; k < w.K; k += depth) {
+      const int64_t k_end = min_of(w.K, k + depth);
+      for (int64_t p = 0; p < panels; ++p) {
+        const StripPair pair = load_strip_pair(w, n_begin + p * panel_width, n_end, 0, strips);
+        bf16* const panel = weights + p * depth * panel_width;
+        for (int j = 0; j < 2; ++j)
+          decode_strip<bits>(w, pair.strip[j], k, k_end, [&](int64_t i, vf even, vf odd) {
+            store_pairs(panel + (i - k) * panel_width + j * VL * 2, even, odd);
+          });
+      }
+      for (int64_t i = 0; i < rows; i += 32)
+        for (int64_t p = 0; p < panels; ++p)
+          amx_tile(args.x_bf16 + (m + i) * ldx + k, ldx, weights + p * depth * panel_width, k_end - k,
+                   sums + i * columns + p * panel_width, columns, k > 0);
+    }
+    store_columns(sums, columns, min_of(rows, args.M - m), n_end - n_begin, args.y, args.ldy, args.y_dtype, m * args.ldy + n_begin);
+  }
+  amx_end();
+  return MLXEFF_OK;
+}
+#endif
+
+}  // namespace MLXEFF_ISA
+}  // namespace mlxeff

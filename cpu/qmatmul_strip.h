@@ -1,0 +1,195 @@
+// Quantised matmul, few rows of x (M <= direct_rows): weights are decoded into registers, used for all rows, and never
+// stored. One strip of VL rows of W at a time:
+//
+//   EXACT  y[m][n] = sum over groups of scale * sum(q * x) + bias * sum(x), everything in fp32
+//   INT8   x is rounded to xq * x_scale with one x_scale a group, |xq| <= 127;
+//          y[m][n] = sum over groups of scale * x_scale * sum(q * xq) + bias * x_scale * sum(xq), the inner sums in integers.
+//          The second term uses the rounded values too, so the error is that of w * (x - xq * x_scale).
+//
+// While a strip is computed the next one is prefetched, in the order of its addresses.
+//
+// To be included by per-level sources only.
+#pragma once
+#include "gemm_tile.h"
+#include "pool.h"
+#include "qmatmul_decode.h"
+#include "qmatmul_kernels.h"
+
+namespace mlxeff {
+namespace MLXEFF_ISA {
+
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int direct_rows = 8;
+#else
+constexpr int direct_rows = 4;
+#endif
+
+// One strip as the kernels read it: packed rows, and scales and biases with a group's VL values side by side.
+struct Strip {
+  const char* packed;
+  int64_t stride;  // bytes between packed rows
+  const float* scales;
+  const float* biases;
+};
+
+MLXEFF_INLINE int64_t row_bytes(const mlxeff_qweight& w) { return w.K * w.bits / 8; }
+MLXEFF_INLINE int64_t strip_floats(const mlxeff_qweight& w) {  // scratch that load_strip needs
+  return 2 * VL * round_up(w.K / w.group, 4) + VL * round_up(w.K / w.group, 4) + VL * row_bytes(w) / 4;
+}
+
+// out [groups][VL] = VL rows of a scale or bias matrix, transposed and converted; rows beyond `rows` repeat the last.
+static inline void load_scales(const void* matrix, int dtype, int64_t groups, int64_t n, int64_t rows, float* rows_f32, float* out) {
+  const int64_t padded = round_up(groups, 4);
+  for (int r = 0; r < VL; ++r) {
+    const int64_t offset = (n + min_of(r, rows - 1)) * groups * int64_t(dtype_size(dtype));
+    to_floats(rows_f32 + r * padded, static_cast<const char*>(matrix) + offset, dtype, groups);
+    for (int64_t g = groups; g < padded; ++g) rows_f32[r * padded + g] = 0;
+  }
+  for (int64_t g = 0; g < padded; g += 4) {
+    vu quad[4];
+    load_words4(reinterpret_cast<const char*>(rows_f32 + g), padded * 4, quad);
+    for (int i = 0; i < 4; ++i) store(out + (g + i) * VL, (vf)quad[i]);
+  }
+}
+
+// Rows [n, n + rows) of W, rows <= VL, in the strip form. `bias_shift` times the scale is added to each bias.
+static inline Strip load_strip(const mlxeff_qweight& w, int64_t n, int64_t rows, float bias_shift, float* buffer) {
+  const int64_t groups = w.K / w.group, padded = round_up(groups, 4), bytes = row_bytes(w);
+  float *scales = buffer, *biases = scales + VL * padded, *rows_f32 = biases + VL * padded;
+  load_scales(w.scales, w.scale_dtype, groups, n, rows, rows_f32, scales);
+  load_scales(w.biases, w.scale_dtype, groups, n, rows, rows_f32, biases);
+  if (bias_shift != 0)
+    for (int64_t i = 0; i < VL * groups; i += VL) store(biases + i, load(biases + i) + load(scales + i) * bias_shift);
+  const char* packed = reinterpret_cast<const char*>(w.packed) + n * bytes;
+  if (rows < VL) {  // the last strip of W, completed by copies of its last row
+    char* copy = reinterpret_cast<char*>(rows_f32 + VL * padded);
+    for (int r = 0; r < VL; ++r) memcpy(copy + r * bytes, packed + min_of(r, rows - 1) * bytes, size_t(bytes));
+    packed = copy;
+  }
+  return {packed, bytes, scales, biases};
+}
+
+// Fetches the bytes of the next strip, as many lines at each step as the present strip consumes.
+struct Prefetcher {
+  const char* next;
+  int64_t lines_16;  // lines a block of 32 values, times 16
+  int64_t due = 0;
+
+  explicit Prefetcher(const mlxeff_qweight& w, int64_t n)
+      : next(reinterpret_cast<const char*>(w.packed) + n * row_bytes(w)), lines_16(VL * w.bits) {}
+  inline __attribute__((always_inline)) void step() {
+    for (due += lines_16; due >= 256; due -= 256, next += 64) __builtin_prefetch(next, 0, 3);
+  }
+};
+
+template <int bits, int rows>
+static void strip_exact(const QmmArgs& args, const Strip& strip, Prefetcher prefetcher, vf y[]) {
+  const int64_t groups = args.w.K / args.w.group;
+  const int blocks = args.w.group / 32;
+  vf sum[rows];
+#pragma GCC unroll 8
+  for (int m = 0; m < rows; ++m) sum[m] = zero();
+  for (int64_t g = 0; g < groups; ++g) {
+    vf part[rows][rows == 1 ? 4 : 1] = {};
+    for (int b = 0; b < blocks; ++b) {
+      const int64_t k = g * args.w.group + b * 32;
+      prefetcher.step();
+      const Block<bits> block = Block<bits>::load(strip.packed + k * bits / 8, strip.stride);
+#pragma GCC unroll 32
+      for (int i = 0; i < 32; ++i) {
+        const vf q = block.value_f32(i);
+#pragma GCC unroll 8
+        for (int m = 0; m < rows; ++m) {
+          vf& acc = part[m][rows == 1 ? i % 4 : 0];
+          acc = fma(q, broadcast(args.x_f32[m * args.ldx_f32 + k + i]), acc);
+        }
+      }
+    }
+    const vf scale = load(strip.scales + g * VL), bias = load(strip.biases + g * VL);
+#pragma GCC unroll 8
+    for (int m = 0; m < rows; ++m) {
+      vf dot = part[m][0];
+      if constexpr (rows == 1) dot = (part[m][0] + part[m][1]) + (part[m][2] + part[m][3]);
+      sum[m] = fma(scale, dot, fma(bias, broadcast(args.x_sum[m * groups + g]), sum[m]));
+    }
+  }
+#pragma GCC unroll 8
+  for (int m = 0; m < rows; ++m) y[m] = sum[m];
+}
+
+template <int bits, int rows>
+static void strip_int8(const QmmArgs& args, const Strip& strip, Prefetcher prefetcher, vf y[]) {
+  const int64_t groups = args.w.K / args.w.group, ldx = padded_stride(args.w.K, 1);
+  const int blocks = args.w.group / 32;
+  vf sum[rows];
+#pragma GCC unroll 8
+  for (int m = 0; m < rows; ++m) sum[m] = zero();
+  for (int64_t g = 0; g < groups; ++g) {
+    vi part[rows][rows == 1 ? 2 : 1] = {};
+    for (int b = 0; b < blocks; ++b) {
+      const int64_t k = g * args.w.group + b * 32;
+      prefetcher.step();
+      const Block<bits> block = Block<bits>::load(strip.packed + k * bits / 8, strip.stride);
+#pragma GCC unroll 8
+      for (int i = 0; i < 8; ++i) {
+        const vu q = block.bytes(i);
+#pragma GCC unroll 8
+        for (int m = 0; m < rows; ++m) {
+          int32_t x;
+          memcpy(&x, args.x_int8 + m * ldx + k + i * 4, 4);
+          vi& acc = part[m][rows == 1 ? i % 2 : 0];
+          acc = dot_bytes<bits>(acc, q, x);
+        }
+      }
+    }
+    const vf scale = load(strip.scales + g * VL), bias = load(strip.biases + g * VL);
+#pragma GCC unroll 8
+    for (int m = 0; m < rows; ++m) {
+      vi dot = part[m][0];
+      if constexpr (rows == 1) dot += part[m][1];
+      const vf product = __builtin_convertvector(dot, vf) * broadcast(args.x_scale[m * groups + g]);
+      sum[m] = fma(scale, product, fma(bias, broadcast(args.x_sum[m * groups + g]), sum[m]));
+    }
+  }
+#pragma GCC unroll 8
+  for (int m = 0; m < rows; ++m) y[m] = sum[m];
+}
+
+typedef void StripKernel(const QmmArgs&, const Strip&, Prefetcher, vf*);
+
+// The kernel for `rows` rows of x: only 4- and 8-bit weights have kernels for more than one.
+template <int bits>
+static StripKernel* strip_kernel(int mode, int64_t rows) {
+  const bool int8 = mode == MLXEFF_COMPUTE_INT8;
+  if constexpr (bits == 4 || bits == 8) {
+#if defined(__AVX512F__) || defined(__aarch64__)
+    if (rows > 4) return int8 ? strip_int8<bits, 8> : strip_exact<bits, 8>;
+#endif
+    if (rows > 2) return int8 ? strip_int8<bits, 4> : strip_exact<bits, 4>;
+    if (rows > 1) return int8 ? strip_int8<bits, 2> : strip_exact<bits, 2>;
+  }
+  return int8 ? strip_int8<bits, 1> : strip_exact<bits, 1>;
+}
+
+template <int bits>
+static int run_strips(const QmmArgs& args, int64_t n_begin, int64_t n_end) {
+  StripKernel* const kernel = strip_kernel<bits>(args.mode, args.M);
+  float* const buffer = static_cast<float*>(scratch(Scratch::strip, size_t(strip_floats(args.w)) * 4));
+  if (!buffer) return MLXEFF_NO_MEMORY;
+  const float bias_shift = args.mode == MLXEFF_COMPUTE_INT8 ? byte_offset<bits> : 0;
+  for (int64_t n = n_begin; n < n_end; n += VL) {
+    const int64_t rows = min_of(VL, n_end - n);
+    const Strip strip = load_strip(args.w, n, rows, bias_shift, buffer);
+    vf y[direct_rows];
+    kernel(args, strip, Prefetcher(args.w, min_of(n + VL, args.w.N)), y);
+    for (int64_t m = 0; m < args.M; ++m) {
+      float row[VL];
+      store(row, y[m]);
+      store_columns(row, VL, 1, rows, args.y, args.ldy, args.y_dtype, m * args.ldy + n);
+    }
+  }
+  return MLXEFF_OK;
+}
+
+}  // namespace MLXEFF_ISA
+}  // namespace mlxeff

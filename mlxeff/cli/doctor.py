@@ -1,0 +1,52 @@
+"""`mlxeff doctor`: which backends are active here, and why not the others."""
+
+import argparse
+import json
+import platform
+import sys
+
+
+def run(options: argparse.Namespace) -> int:
+    facts = report()
+    if options.json:
+        print(json.dumps(facts, indent=2))
+        return 0
+    native, metal = facts["native"], facts["metal"]
+    print(f"mlxeff    {facts['mlxeff']}, Python {facts['python']}, {facts['system']}")
+    print(f"MLX       {facts['mlx']}, default device {facts['device']}")
+    print("Metal     " + ("available" if metal["available"] else "not available: " + metal["reason"]))
+    if native["available"]:
+        others = ", ".join(native["levels"])
+        print(f"CPU       native kernels: {native['level']} (of {others}), {native['threads']} threads")
+    else:
+        print(f"CPU       MLX's own kernels; native ones: {native['reason']}")
+    print(f"cache     {facts['cache']}")
+    return 0
+
+
+def report() -> dict:
+    """What `--json` prints."""
+    import mlx.core as mx
+
+    from .. import __version__, hub, kernels
+
+    native, reason = kernels.native()
+    return {
+        "mlxeff": __version__,
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "mlx": mx.__version__,
+        "device": kernels.device(),
+        "metal": {
+            "available": kernels.has_metal(),
+            "reason": "" if kernels.has_metal() else f"MLX has no Metal on {sys.platform}",
+        },
+        "native": {
+            "available": native is not None,
+            "reason": reason,
+            "level": native.isa() if native else None,
+            "levels": native.isa_available().split() if native else [],
+            "threads": native.num_threads() if native else 1,
+        },
+        "cache": str(hub.cache_dir()),
+    }

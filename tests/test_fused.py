@@ -1,0 +1,282 @@
+"""The fused forward pass of the native CPU kernels against the unfused model, and when it applies."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+
+from helpers import assert_close
+from mlxeff import kernels
+from mlxeff.loading import build_model, load_path
+from mlxeff.models.fused import fuse
+from mlxeff.models.openelm import make_divisible
+from tiny_model import write_tiny_model
+
+ROOT = Path(__file__).resolve().parent.parent
+native, reason = kernels.native()
+pytestmark = pytest.mark.skipif(native is None or kernels.device() != "cpu", reason=reason or "the device is a GPU")
+
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 128,
+    "num_hidden_layers": 3,
+    "intermediate_size": 224,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-5,
+    "vocab_size": 300,
+    "max_position_embeddings": 512,
+    "quantization": {"group_size": 32, "bits": 4},
+}
+OPENELM = {
+    "model_type": "openelm",
+    "num_transformer_layers": 3,
+    "model_dim": 128,
+    "head_dim": 32,
+    "num_query_heads": [4, 8, 8],
+    "num_kv_heads": [1, 2, 2],
+    "ffn_multipliers": [0.5, 1.0, 2.0],
+    "ffn_dim_divisor": 32,
+    "vocab_size": 300,
+    "quantization": {"group_size": 32, "bits": 8},
+}
+LLAMA3 = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}  # fmt: skip
+MODELS = {
+    "llama": LLAMA,
+    "tied": LLAMA | {"tie_word_embeddings": True},
+    "heads of 80": LLAMA | {"head_dim": 80, "num_attention_heads": 6},
+    "mha": LLAMA | {"num_key_value_heads": 4},
+    "biases": LLAMA | {"attention_bias": True, "mlp_bias": True},
+    "window": LLAMA | {"model_type": "mistral", "sliding_window": 20},
+    "llama3": LLAMA | {"rope_scaling": LLAMA3},
+    "linear": LLAMA | {"rope_scaling": {"rope_type": "linear", "factor": 4.0}},
+    "yarn": LLAMA | {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}},
+    "qwen2": LLAMA | {"model_type": "qwen2"},
+    "qwen3": LLAMA | {"model_type": "qwen3", "head_dim": 64},
+    "8 bit": LLAMA | {"quantization": {"group_size": 64, "bits": 8}, "intermediate_size": 192},
+    "3 bit": LLAMA | {"quantization": {"group_size": 32, "bits": 3}},
+    "mixed": LLAMA | {"quantization": {"group_size": 32, "bits": 4, "model.layers.1.self_attn.k_proj": {
+        "group_size": 64, "bits": 6}, "model.embed_tokens": {"group_size": 32, "bits": 8}}},
+    "openelm": OPENELM,
+    "openelm untied": OPENELM | {"share_input_output_layers": False},
+}  # fmt: skip
+
+
+def random_quantised(config, seed=0):
+    """A model with random weights; queries and keys large enough for sharp attention."""
+    mx.random.seed(seed)
+    model = build_model(config)
+    for path, module in model.named_modules():
+        if isinstance(module, (nn.QuantizedLinear, nn.QuantizedEmbedding)):
+            rows, columns = module.scales.shape[0], module.scales.shape[1] * module.group_size
+            weight = mx.random.normal((rows, columns)) * 0.15
+            module.weight, module.scales, module.biases = mx.quantize(weight, module.group_size, module.bits)
+            if "bias" in module:
+                module.bias = mx.random.normal((rows,)) * 0.5
+        elif isinstance(module, nn.RMSNorm):
+            module.weight = 1 + 0.2 * mx.random.normal(module.weight.shape)
+    mx.eval(model.parameters())
+    return model
+
+
+def pair(name):
+    """(the model unfused, the same fused)."""
+    plain, fused = random_quantised(MODELS[name]), random_quantised(MODELS[name])
+    assert fuse(fused), name
+    return plain, fused
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_equals_the_unfused_model(name):
+    plain, fused = pair(name)
+    tokens = mx.array(np.random.default_rng(1).integers(0, 300, (1, 70)))
+    want = plain(tokens, plain.new_cache())
+    got = fused(tokens, fused.new_cache())
+    # Activations pass through three layers: float32 rounding grows with the depth, to some units of the table's.
+    assert_close(got, want, f"{name}: one shot", rtol=2.0**-15)
+
+    caches = plain.new_cache(), fused.new_cache()
+    for start, stop in ((0, 1), (1, 18), (18, 19), (19, 52), (52, 53), (53, 70)):
+        wants, gots = (model(tokens[:, start:stop], cache) for model, cache in zip((plain, fused), caches))
+        assert_close(gots, wants, f"{name}: {start} to {stop}", rtol=2.0**-15)
+        assert_close(gots, got[:, start:stop], f"{name}: chunks and one shot, {start} to {stop}", rtol=2.0**-15)
+
+
+def test_last_logits_are_the_last_row():
+    _, fused = pair("llama")
+    tokens = mx.array([[5, 6, 7, 8]])
+    whole, last = fused(tokens, fused.new_cache()), fused.last_logits(tokens, fused.new_cache())
+    assert last.shape == (1, 300)
+    assert_close(last, whole[:, -1], "last row", rtol=2.0**-18)
+
+
+def test_a_cache_passes_between_both_forms():
+    plain, fused = pair("qwen3")
+    tokens = mx.array(np.random.default_rng(2).integers(0, 300, (1, 40)))
+    want = plain(tokens, plain.new_cache())
+    for first, second in ((plain, fused), (fused, plain)):
+        cache = first.new_cache()
+        first(tokens[:, :30], cache)
+        cache.trim(5)
+        got = second(tokens[:, 25:], cache)
+        assert_close(got, want[:, 25:], "continued in the other form", rtol=2.0**-15)
+
+
+def test_grows_over_the_step_of_the_cache():
+    plain, fused = pair("llama")
+    tokens = mx.array(np.random.default_rng(3).integers(0, 300, (1, 300)))
+    cache = fused.new_cache()
+    got = [fused(tokens[:, start : start + 60], cache) for start in range(0, 300, 60)]
+    assert cache.length == 300
+    assert_close(mx.concatenate(got, axis=1), plain(tokens, plain.new_cache()), "300 tokens", rtol=2.0**-14)
+
+
+def test_the_graph_is_lazy_and_buffers_that_are_still_held_stay():
+    _, fused = pair("llama")
+    cache = fused.new_cache()
+    fused(mx.array([[1, 2, 3]]), cache)
+    held = [layer.keys for layer in cache.layers]
+    mx.eval(held)
+    before = [np.array(keys) for keys in held]
+    token = mx.array([[4]])
+    for _ in range(5):  # nothing is evaluated here: each token is the argmax of logits that are still to come
+        token = mx.argmax(fused.last_logits(token, cache), axis=-1)[None]
+    mx.eval(token, cache.arrays())
+    for keys, copy in zip(held, before):
+        assert np.array_equal(np.array(keys), copy)
+    assert cache.length == 8
+
+
+def test_the_buffer_is_written_in_place_when_nobody_else_holds_it():
+    _, fused = pair("llama")
+    cache = fused.new_cache()
+    mx.eval(fused(mx.array([[1, 2, 3]]), cache), cache.arrays())
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    active = mx.get_active_memory()
+    mx.eval(fused.last_logits(mx.array([[4]]), cache), cache.arrays())
+    assert mx.get_peak_memory() - active < cache.nbytes / 2
+
+
+@pytest.mark.parametrize("level", native.isa_available().split() if native else [])
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_every_instruction_set_and_thread_count(level, threads):
+    plain, fused = pair("mixed")
+    tokens = mx.array(np.random.default_rng(4).integers(0, 300, (1, 37)))
+    want = plain(tokens, plain.new_cache())
+    try:
+        native.set_isa(level)
+        native.set_num_threads(threads)
+        cache = fused.new_cache()
+        got = mx.concatenate([fused(tokens[:, :36], cache), fused(tokens[:, 36:], cache)], axis=1)
+        mx.eval(got)
+    finally:
+        native.set_isa(None)
+        native.set_num_threads(0)
+    assert_close(got, want, f"{level}, {threads} threads", rtol=2.0**-15)
+
+
+def test_does_not_apply_to_batches_training_and_other_weights():
+    plain, fused = pair("llama")
+    tokens = mx.array([[1, 2, 3], [4, 5, 6]])
+    assert_close(fused(tokens, fused.new_cache()), plain(tokens, plain.new_cache()), "a batch", rtol=0, atol=0)
+    fused.train()
+    assert_close(fused(tokens[:1], fused.new_cache()), plain(tokens[:1], plain.new_cache()), "training", rtol=0, atol=0)
+    assert not fuse(build_model(LLAMA | {"quantization": None}))
+    assert not fuse(random_quantised(OPENELM | {"ffn_with_glu": False}))
+    mxfp4 = LLAMA | {"quantization": {"group_size": 32, "bits": 4, "mode": "mxfp4"}}
+    assert not fuse(build_model(mxfp4))
+    assert make_divisible(64, 32) == 64
+
+
+def test_a_token_outside_the_vocabulary_is_an_error():
+    _, fused = pair("llama")
+    with pytest.raises(RuntimeError, match="native kernel"):
+        mx.eval(fused(mx.array([[300]]), fused.new_cache()))
+    mx.eval(fused(mx.array([[299]]), fused.new_cache()))
+
+
+def test_nanobind_has_the_abi_tag_of_mlx():
+    code = """if True:
+        import ctypes
+        api = ctypes.pythonapi
+        api.PyInterpreterState_Get.restype = api.PyInterpreterState_GetDict.restype = ctypes.c_void_p
+        api.PyInterpreterState_GetDict.argtypes = [ctypes.c_void_p]
+        def tags():
+            shared = ctypes.cast(api.PyInterpreterState_GetDict(api.PyInterpreterState_Get()), ctypes.py_object).value
+            return sorted(str(key) for key in shared if "nb_internals" in str(key) and "mlx" in str(key))
+        import mlx.core
+        before = tags()
+        from mlxeff import _native
+        assert len(before) == 1 and tags() == before, (before, tags())
+    """
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+
+
+def quantised_folder(tmp_path):
+    """The tiny model's folder, its weights quantised by MLX."""
+    folder = write_tiny_model(tmp_path / "tiny")
+    weights = mx.load(str(folder / "model.safetensors"))
+    packed = {}
+    for name, value in weights.items():
+        if value.ndim < 2:
+            packed[name] = value
+            continue
+        parts = mx.quantize(value, 32, 8)
+        packed |= dict(zip((name, name.replace("weight", "scales"), name.replace("weight", "biases")), parts))
+    mx.save_safetensors(str(folder / "model.safetensors"), packed, {"format": "mlx"})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization": {"group_size": 32, "bits": 8}}))
+    return folder
+
+
+def test_loading_chooses_the_fused_form_and_can_be_told_not_to(tmp_path):
+    folder = quantised_folder(tmp_path)
+    loaded = load_path(folder)
+    assert loaded.backend == f"native {native.isa()}"
+    command = [sys.executable, "-m", "mlxeff", "generate", "--model", str(folder), "Hello", "--max-tokens", "20", "--json"]
+    results = []
+    for value in ("1", "0"):
+        environment = os.environ | {"MLXEFF_NATIVE": value}
+        run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, env=environment)
+        assert run.returncode == 0, run.stderr
+        results.append(json.loads(run.stdout))
+    fused, plain = results
+    assert fused["token_ids"] == plain["token_ids"]
+    assert (fused["timings"]["backend"], plain["timings"]["backend"]) == (f"native {native.isa()}", "mlx")
+    assert fused["notices"] == []
+    assert ["switched off" in notice for notice in plain["notices"]] == [True]
+
+
+def test_a_step_in_flight_at_the_end_of_the_process(tmp_path):
+    folder = quantised_folder(tmp_path)
+    code = f"""if True:
+        import mlx.core as mx
+        from mlxeff.loading import load_path
+        from pathlib import Path
+        model = load_path(Path({str(folder)!r})).model
+        mx.async_eval(model(mx.zeros((1, 200), mx.int32), model.new_cache()))
+    """
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.slow
+def test_built_in_model_has_the_same_words(smollm2_gguf):
+    from mlxeff import generate
+
+    loaded = load_path(smollm2_gguf)
+    prompt = loaded.tokenizer.apply_chat_template([{"role": "user", "content": "Why is the sky blue?"}])
+    fused = generate(loaded.model, loaded.tokenizer, prompt, max_tokens=24)
+    loaded.model._fused = None
+    assert fused == generate(loaded.model, loaded.tokenizer, prompt, max_tokens=24)
