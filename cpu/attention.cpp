@@ -3,7 +3,8 @@
 //   out[b, h, i] = sum over visible t of softmax(scale * q[b, h, i] . k[b, g, t]) v[b, g, t],   g = h / (H / G)
 //
 // The query at position i of S sees keys 0 ... T - S + i, of these only the last `window` when a window is given. A NaN in a
-// query, or in a key or value that it sees, makes that output row NaN; other rows are not affected unless they see it too.
+// query, or in a key or value that it sees, makes that output row NaN. A NaN in a query or key reaches no other row; one in a
+// value also reaches the queries shortly before it that are computed in the same tile (weight 0 times NaN).
 // Decode splits the keys into parts when there are more threads than batches times groups; the split depends on the number
 // of threads, so results of different thread counts agree to rounding, not bit for bit.
 #include "attention_kernels.h"

@@ -9,8 +9,11 @@
 
 #include "attention_kernels.h"
 #include "decoder_kernels.h"
+#include "norm_kernels.h"
 #include "pool.h"
 #include "qmatmul_kernels.h"
+#include "rope_kernels.h"
+#include "swiglu_kernels.h"
 
 namespace mlxeff {
 namespace {
@@ -73,7 +76,8 @@ class Pass {
   Pass(const DecoderSpec& spec, Team& team, const Buffers& buffers, const KvBuffer* kv, const int32_t* tokens, int64_t rows,
        int64_t offset, int mode, std::atomic<int>& error)
       : spec_(spec), team_(team), b_(buffers), kv_(kv), tokens_(tokens), rows_(rows), offset_(offset), mode_(mode), error_(error),
-        row_(MLXEFF_DISPATCH(decoder_kernels)), product_(MLXEFF_DISPATCH(qmatmul_kernels)), attention_(MLXEFF_DISPATCH(attention_kernels)) {}
+        row_(MLXEFF_DISPATCH(decoder_kernels)), norm_(MLXEFF_DISPATCH(norm_kernels)), rope_(MLXEFF_DISPATCH(rope_kernels)),
+        swiglu_(MLXEFF_DISPATCH(swiglu_kernels)), product_(MLXEFF_DISPATCH(qmatmul_kernels)), attention_(MLXEFF_DISPATCH(attention_kernels)) {}
 
   void embed() {
     const int64_t half = spec_.head_dim / 2;
@@ -81,8 +85,8 @@ class Pass {
       product_.dequantize_row(spec_.embedding, tokens_[r], b_.x + r * spec_.dim, MLXEFF_F32);
       for (int64_t i = 0; i < half; ++i) {
         const double angle = double(offset_ + r) * double(spec_.inverse_frequencies[i]);
-        b_.cosines[r * half + i] = float(cos(angle));
-        b_.sines[r * half + i] = float(sin(angle));
+        b_.cosines[r * half + i] = float(spec_.rope_magnitude * cos(angle));
+        b_.sines[r * half + i] = float(spec_.rope_magnitude * sin(angle));
       }
     });
   }
@@ -102,7 +106,11 @@ class Pass {
     const int64_t width = l.gate.weight.N;
     const Product down[] = {{&l.down, b_.added}};
     multiply(b_.gate, down, 1, 0, rows_, [&](int64_t r) {
-      row_.swiglu(b_.gate + r * width, b_.up + r * width, l.gate.bias, l.up.bias, width);
+      float* const gate = b_.gate + r * width;
+      float* const up = b_.up + r * width;
+      add(gate, l.gate.bias, width);
+      add(up, l.up.bias, width);
+      swiglu_.forward(gate, up, gate, width, MLXEFF_F32);
     });
   }
 
@@ -113,7 +121,7 @@ class Pass {
     multiply(b_.normed, product, 1, first, rows_ - first, [&](int64_t r) { add_and_norm(r, b_.added, bias, spec_.final_norm); });
     if (spec_.head.bias)
       team_.for_chunks(rows_ - first, 1, [&](int64_t begin, int64_t end) {
-        for (int64_t r = begin; r < end; ++r) row_.add(logits + r * spec_.head.weight.N, nullptr, spec_.head.bias, spec_.head.weight.N);
+        for (int64_t r = begin; r < end; ++r) add(logits + r * spec_.head.weight.N, spec_.head.bias, spec_.head.weight.N);
       });
   }
 
@@ -129,8 +137,19 @@ class Pass {
 
   void add_and_norm(int64_t r, const float* added, const float* bias, const float* weight) {
     float* const x = b_.x + r * spec_.dim;
-    row_.add(x, added ? added + r * spec_.dim : nullptr, bias, spec_.dim);
-    row_.rms_norm(b_.normed + r * spec_.dim, x, weight, spec_.eps, spec_.dim);
+    add(x, added ? added + r * spec_.dim : nullptr, spec_.dim);
+    add(x, bias, spec_.dim);
+    norm(b_.normed + r * spec_.dim, x, weight, 1, spec_.dim);
+  }
+
+  void add(float* x, const float* term, int64_t n) {
+    if (term) row_.add(x, term, n);
+  }
+
+  // `count` vectors of n elements, one after the other; out may be x.
+  void norm(float* out, const float* x, const float* weight, int64_t count, int64_t n) {
+    const NormRows from = {reinterpret_cast<char*>(const_cast<float*>(x)), n, 0, MLXEFF_F32}, to = {reinterpret_cast<char*>(out), n, 0, MLXEFF_F32};
+    if (!norm_.rows({from, to, {}, weight, MLXEFF_F32, 1, n, spec_.eps}, 0, count)) error_ = MLXEFF_NO_MEMORY;
   }
 
   // products[i].y (rows, N_i) = x W_i^T of the rows [first, first + rows) of x, after make_row(r) has written them.
@@ -184,26 +203,25 @@ class Pass {
 
   // Bias, norm and rotation of the row's queries and keys; keys and values go into the cache.
   void append(const DecoderLayer& l, const KvBuffer& kv, int64_t r) {
-    const int64_t size = spec_.head_dim, half = size / 2;
+    const int64_t size = spec_.head_dim, width = int64_t(dtype_size(kv.dtype));
     float* const q = b_.queries + r * l.heads * size;
     float* const k = b_.keys + r * l.groups * size;
     float* const v = b_.values + r * l.groups * size;
-    if (l.q.bias) row_.add(q, nullptr, l.q.bias, l.heads * size);
-    if (l.k.bias) row_.add(k, nullptr, l.k.bias, l.groups * size);
-    if (l.v.bias) row_.add(v, nullptr, l.v.bias, l.groups * size);
-    const int64_t width = int64_t(dtype_size(kv.dtype));
-    for (int64_t h = 0; h < l.heads; ++h) normed_and_rotated(q + h * size, l.q_norm, r, half);
-    for (int64_t g = 0; g < l.groups; ++g) {
-      normed_and_rotated(k + g * size, l.k_norm, r, half);
-      const int64_t place = (g * kv.capacity + offset_ + r) * size * width;
-      row_.store(static_cast<char*>(kv.keys) + place, kv.dtype, k + g * size, size);
-      row_.store(static_cast<char*>(kv.values) + place, kv.dtype, v + g * size, size);
-    }
+    add(q, l.q.bias, l.heads * size);
+    add(k, l.k.bias, l.groups * size);
+    add(v, l.v.bias, l.groups * size);
+    if (l.q_norm) norm(q, q, l.q_norm, l.heads, size);
+    if (l.k_norm) norm(k, k, l.k_norm, l.groups, size);
+    const int64_t place = (offset_ + r) * size * width, stride = kv.capacity * size;
+    rotate(q, {q, 0, size, 0, MLXEFF_F32}, l.heads, r);
+    rotate(k, {static_cast<char*>(kv.keys) + place, 0, stride, 0, kv.dtype}, l.groups, r);
+    for (int64_t g = 0; g < l.groups; ++g) row_.store(static_cast<char*>(kv.values) + place + g * stride * width, kv.dtype, v + g * size, size);
   }
 
-  void normed_and_rotated(float* head, const float* weight, int64_t r, int64_t half) {
-    if (weight) row_.rms_norm(head, head, weight, spec_.eps, 2 * half);
-    row_.rotate(head, b_.cosines + r * half, b_.sines + r * half, spec_.rope_magnitude, half);
+  // The heads of one token, to the angles of row r.
+  void rotate(float* x, const mlxeff_heads& to, int64_t heads, int64_t r) {
+    const int64_t size = spec_.head_dim, half = size / 2;
+    rope_.rows({{x, 0, size, 0, MLXEFF_F32}, to, 1, heads, 1, size, size, b_.cosines + r * half, b_.sines + r * half, false}, 0, heads);
   }
 
   void attend(const DecoderLayer& l, const KvBuffer& kv) {
@@ -225,6 +243,9 @@ class Pass {
   int mode_;
   std::atomic<int>& error_;
   const DecoderKernels& row_;
+  const NormKernels& norm_;
+  const RopeKernels& rope_;
+  const SwigluKernels& swiglu_;
   const QmatmulKernels& product_;
   const AttentionKernels& attention_;
 };

@@ -33,7 +33,7 @@ struct DecoderSpec {
   int64_t dim, head_dim;
   float eps;
   const float* inverse_frequencies;  // (head_dim / 2), radians a position
-  float rope_magnitude;              // queries and keys are multiplied by it before they are rotated
+  float rope_magnitude;              // factor of rotated queries and keys (YaRN)
   const float* final_norm;
   mlxeff_qweight embedding;
   Linear head;

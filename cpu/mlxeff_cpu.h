@@ -107,6 +107,55 @@ MLXEFF_API int mlxeff_attention(const mlxeff_attention_args* args);
 MLXEFF_API int mlxeff_attention_backward(const mlxeff_attention_args* forward, const mlxeff_heads* dout, const mlxeff_heads* dq,
                                          const mlxeff_heads* dk, const mlxeff_heads* dv);
 
+// --- norm.cpp: RMSNorm --------------------------------------------------------------------------------------------
+// y (rows, n) = x / sqrt(mean(x^2) + eps) * weight (n), null for ones. With a residual, x += residual first, in place and rounded to
+// x's dtype. y may be x.
+MLXEFF_API int mlxeff_rms_norm(void* x, int64_t ldx, int x_dtype, const void* residual, int64_t ldr, int residual_dtype,
+                               const void* weight, int weight_dtype, void* y, int64_t ldy, int y_dtype, int64_t rows, int64_t n, float eps);
+// The same over the last axis of (B, H, S, E). y may be x.
+MLXEFF_API int mlxeff_head_norm(const mlxeff_heads* x, const mlxeff_heads* y, int64_t B, int64_t H, int64_t S, int64_t E,
+                                const void* weight, int weight_dtype, float eps);
+// dx (rows, n) and dw (n, fp32; may be null) from dy and the norm's input. dx may be dy if dw is null.
+MLXEFF_API int mlxeff_rms_norm_backward(const void* x, int64_t ldx, int x_dtype, const void* weight, int weight_dtype, const void* dy,
+                                        int64_t lddy, int dy_dtype, void* dx, int64_t lddx, int dx_dtype, float* dw, int64_t rows,
+                                        int64_t n, float eps);
+
+// --- rope.cpp: rotary position embedding --------------------------------------------------------------------------
+// cos, sin (count, half) of (first_position + t) * inverse_frequencies[j], times scale; computed in fp64.
+MLXEFF_API int mlxeff_rope_table(const double* inverse_frequencies, int64_t half, int64_t first_position, int64_t count, double scale,
+                                 float* cos, float* sin);
+// y (B, H, S, E): elements j and j + rotated / 2 of x turned by the angle of their token, cos and sin (S, rotated / 2); elements from
+// `rotated` on are copied. y may be x, or a part of a cache. inverse != 0 turns back: the gradient.
+MLXEFF_API int mlxeff_rope(const mlxeff_heads* x, const mlxeff_heads* y, int64_t B, int64_t H, int64_t S, int64_t E, int64_t rotated,
+                           const float* cos, const float* sin, int inverse);
+
+// --- swiglu.cpp ---------------------------------------------------------------------------------------------------
+// y (rows, n) = gate * sigmoid(gate) * up; without `up` if that is null. One dtype; y may be gate or up.
+MLXEFF_API int mlxeff_swiglu(const void* gate, int64_t ldg, const void* up, int64_t ldu, void* y, int64_t ldy, int64_t rows, int64_t n,
+                             int dtype);
+// dgate and dup (may be null) from dy. One dtype; results may overwrite gate, up or dy.
+MLXEFF_API int mlxeff_swiglu_backward(const void* gate, int64_t ldg, const void* up, int64_t ldu, const void* dy, int64_t lddy,
+                                      void* dgate, int64_t lddg, void* dup, int64_t lddu, int64_t rows, int64_t n, int dtype);
+
+// --- softmax.cpp --------------------------------------------------------------------------------------------------
+MLXEFF_API int mlxeff_softmax(const void* x, int64_t ldx, int x_dtype, void* y, int64_t ldy, int y_dtype, int64_t rows, int64_t n);
+MLXEFF_API int mlxeff_logsumexp(const void* x, int64_t ldx, int dtype, float* out, int64_t rows, int64_t n);
+// loss (rows) = lse - x[target]; lse (rows; may be null) = logsumexp. A negative target: loss and gradient 0; one >= n is an error.
+MLXEFF_API int mlxeff_cross_entropy(const void* x, int64_t ldx, int dtype, const int32_t* targets, float* loss, float* lse, int64_t rows,
+                                    int64_t n);
+// dx (rows, n) = (softmax(x) - onehot(target)) * dloss[row]. dx may be x if they have one dtype.
+MLXEFF_API int mlxeff_cross_entropy_backward(const void* x, int64_t ldx, int x_dtype, const int32_t* targets, const float* lse,
+                                             const float* dloss, void* dx, int64_t lddx, int dx_dtype, int64_t rows, int64_t n);
+// The first of the largest elements of each row; the first NaN if there is one.
+MLXEFF_API int mlxeff_argmax(const void* x, int64_t ldx, int dtype, int32_t* out, int64_t rows, int64_t n);
+
+// --- sampling.cpp -------------------------------------------------------------------------------------------------
+// A token from logits (V): top_p, min_p, top_k (0: off) filter in this order, before the temperature; then the inverse of the
+// distribution function, in the order of ids, at u in [0, 1). temp < 1e-6: the largest logit. Equal logits rank by id, smallest
+// first. NaN or +inf among the logits, or nothing above -inf, is MLXEFF_BAD_ARGUMENT (unless temp < 1e-6).
+MLXEFF_API int mlxeff_sample(const void* logits, int dtype, int64_t V, float temp, int64_t top_k, float top_p, float min_p, double u,
+                             int32_t* token);
+
 #ifdef __cplusplus
 }
 #endif

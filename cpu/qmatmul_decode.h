@@ -98,7 +98,8 @@ struct Block {
 #endif
     return __builtin_convertvector((vi)value(i), vf);
   }
-  // Four values as four bytes of each lane; byte b of step i is value order(4 * i + b).
+  // Four values as four bytes of each lane, 0 <= i < 8. Byte b is value 8 * (i / 2) + i % 2 + 2 * b for 4 bits,
+  // 16 * (i / 4) + i % 4 + 4 * b for 2 bits, else 4 * i + b.
   inline __attribute__((always_inline)) vu bytes(int i) const {
     if constexpr (bits == 8) return words[i];
     if constexpr (bits == 4) return (words[i / 2] >> (i % 2 * 4)) & 0x0f0f0f0fu;
@@ -106,14 +107,6 @@ struct Block {
     return value(4 * i) | value(4 * i + 1) << 8 | value(4 * i + 2) << 16 | value(4 * i + 3) << 24;
   }
 };
-
-// The value that byte `position` of a block's 32 bytes holds (see Block::bytes).
-MLXEFF_INLINE int byte_order(int bits, int position) {
-  const int step = position / 4, byte = position % 4;
-  if (bits == 4) return step / 2 * 8 + byte * 2 + step % 2;
-  if (bits == 2) return step / 4 * 16 + byte * 4 + step % 4;
-  return position;
-}
 
 // acc + the dot product of the four unsigned bytes of each lane of w and the four signed bytes x. Where the
 // instruction multiplies signed bytes only, 8-bit weights count from 128 (byte_offset) and the caller corrects the bias.

@@ -63,23 +63,42 @@ void bind(QmmArgs& args, void* workspace) {
   args.x_scale = reinterpret_cast<float*>(base + at.scales);
 }
 
-// x = xq * scale with |xq| <= 127, rounded to nearest; the bytes of a block in the decoder's order.
+typedef int8_t Bytes32 __attribute__((vector_size(32)));
+
+// The bytes of a block in the order in which Block<bits>::bytes gives the weights.
+void store_in_decoder_order(const int8_t natural[32], int bits, int8_t* out) {
+  Bytes32 v;
+  memcpy(&v, natural, 32);
+  if (bits == 4)
+    v = __builtin_shufflevector(v, v, 0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15,
+                                16, 18, 20, 22, 17, 19, 21, 23, 24, 26, 28, 30, 25, 27, 29, 31);
+  if (bits == 2)
+    v = __builtin_shufflevector(v, v, 0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15,
+                                16, 20, 24, 28, 17, 21, 25, 29, 18, 22, 26, 30, 19, 23, 27, 31);
+  memcpy(out, &v, 32);
+}
+
+// x = xq * scale with |xq| <= 127, rounded to nearest: adding 1.5 * 2^23 leaves the integer in the low bits of the sum.
 void round_to_int8(const float* x, int count, int bits, int8_t* out, float* scale, float* sum) {
   vf most = zero();
   for (int k = 0; k < count; k += VL) most = max(most, abs(load(x + k)));
-  const float largest = max(most), inverse = largest > 0 ? 127.0f / largest : 0.0f;
-  int total = 0;
+  const float largest = max(most);
+  const vf inverse = broadcast(largest > 0 ? 127.0f / largest : 0.0f), magic = broadcast(0x1.8p23f);
+  vi total = {};
   for (int block = 0; block < count; block += 32) {
+    int32_t values[32];
     int8_t natural[32];
-    for (int i = 0; i < 32; ++i) {
-      const float scaled = x[block + i] * inverse;
-      natural[i] = int8_t(int(scaled + 256.5f) - 256);  // |scaled| <= 127
-      total += natural[i];
+#pragma GCC unroll 8
+    for (int i = 0; i < 32; i += VL) {
+      const vi rounded = (vi)(load(x + block + i) * inverse + magic) - (vi)magic;
+      total += rounded;
+      memcpy(values + i, &rounded, sizeof rounded);
     }
-    for (int i = 0; i < 32; ++i) out[block + i] = natural[byte_order(bits, i)];
+    for (int i = 0; i < 32; ++i) natural[i] = int8_t(values[i]);
+    store_in_decoder_order(natural, bits, out + block);
   }
   *scale = largest / 127.0f;
-  *sum = *scale * float(total);
+  *sum = *scale * MLXEFF_ISA::sum(__builtin_convertvector(total, vf));
 }
 
 void prepare_row(const QmmArgs& args, int64_t m) {

@@ -1,7 +1,7 @@
 // Vectorised exp, exp2 and sigmoid, and the reductions and the transpose that the attention kernels need.
 //
 // exp and exp2 split the argument into n + r, evaluate a polynomial of degree 6 in r and scale by 2^n. Their error, over
-// all arguments with a normal result, is below 2 ulp (tests/test_native_elementwise.py holds them to it). exp(-inf) = 0,
+// all arguments with a normal result, is below 2 ulp (tests/test_cpu_elementwise.py holds them to it). exp(-inf) = 0,
 // large arguments give inf, small ones go through the subnormals to 0, NaN gives NaN.
 //
 // To be included by per-level sources only.

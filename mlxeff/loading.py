@@ -21,8 +21,7 @@ from .checkpoint import Source, open_source
 from .errors import MlxeffError, notices
 from .models import llama, openelm
 from .models.fused import fuse
-from .models.layers import DecoderModel
-from .models.layers import fits
+from .models.layers import DecoderModel, fits
 from .tokenizer import Tokenizer, from_folder, from_gguf
 
 SAMPLE_BYTES = 1 << 16  # of each end of a weight file that goes into the fingerprint

@@ -75,7 +75,7 @@ def random_quantised(config, seed=0):
     """A model with random weights; queries and keys large enough for sharp attention."""
     mx.random.seed(seed)
     model = build_model(config)
-    for path, module in model.named_modules():
+    for _path, module in model.named_modules():
         if isinstance(module, (nn.QuantizedLinear, nn.QuantizedEmbedding)):
             rows, columns = module.scales.shape[0], module.scales.shape[1] * module.group_size
             weight = mx.random.normal((rows, columns)) * 0.15
@@ -244,7 +244,18 @@ def test_loading_chooses_the_fused_form_and_can_be_told_not_to(tmp_path):
     folder = quantised_folder(tmp_path)
     loaded = load_path(folder)
     assert loaded.backend == f"native {native.isa()}"
-    command = [sys.executable, "-m", "mlxeff", "generate", "--model", str(folder), "Hello", "--max-tokens", "20", "--json"]
+    command = [
+        sys.executable,
+        "-m",
+        "mlxeff",
+        "generate",
+        "--model",
+        str(folder),
+        "Hello",
+        "--max-tokens",
+        "20",
+        "--json",
+    ]
     results = []
     for value in ("1", "0"):
         environment = os.environ | {"MLXEFF_NATIVE": value}

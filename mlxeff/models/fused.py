@@ -1,7 +1,8 @@
 """A decoder's whole forward pass as one native CPU call (`cpu/decoder.cpp`), from the modules of an ordinary model.
 
 A family describes its layers as `LayerParts`, by reference to its own modules, so there is no second copy of a model's
-code or weights. The fused form applies on a CPU, to one sequence, where every matrix is affine-quantised; it computes in
+code or weights. The fused form applies on a CPU, to one sequence, where every matrix is affine-quantised; it computes
+in
 float32 with exact products, and equals the unfused model to float32 rounding.
 """
 
@@ -142,4 +143,6 @@ def _uniform(model) -> bool:
     """One norm epsilon, one head size."""
     ends, layers = model.end_parts(), list(model.layer_parts())
     norms = [norm for part in layers for norm in (part.attention_norm, part.ffn_norm, part.q_norm, part.k_norm)]
-    return {norm.eps for norm in norms if norm is not None} <= {ends.norm.eps} and len({part.rope.size for part in layers}) == 1
+    return {norm.eps for norm in norms if norm is not None} <= {ends.norm.eps} and len(
+        {part.rope.size for part in layers}
+    ) == 1

@@ -6,7 +6,6 @@ Llama 3.1's release; SwiGLU (2002.05202).
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import MISSING, dataclass, fields
 from types import UnionType
 from typing import get_args, get_origin
@@ -114,7 +113,7 @@ def swiglu(gate: mx.array, up: mx.array) -> mx.array:
 
 @dataclass(frozen=True)
 class Rope:
-    """Rotary embedding in half-rotation pairing, for heads of `size`; one of `base` and `wavelengths` sets the angles."""
+    """Rotary embedding in half-rotation pairing, for heads of `size`; `base` or `wavelengths` sets the angles."""
 
     size: int
     base: float | None

@@ -1,0 +1,132 @@
+"""Dense matmul of the native CPU library and its backward products against float64 numpy, at every level here."""
+
+import numpy as np
+import pytest
+
+from cpu_library import (
+    BAD_ARGUMENT,
+    BAD_DTYPE,
+    BF16,
+    COMPUTE_BF16,
+    EXACT,
+    F16,
+    F32,
+    LEVELS,
+    OK,
+    STORAGE_ERROR,
+    address,
+    assert_close,
+    lib,
+    matmul,
+    product,
+    to_dtype,
+    to_float64,
+)  # fmt: skip
+
+SIZES = [
+    (m, n, k)
+    for m in (1, 2, 3, 8, 16, 17, 33, 100)
+    for n, k in ((1, 1), (3, 5), (17, 33), (48, 300), (576, 64), (70, 1536))
+]
+
+
+@pytest.fixture(params=LEVELS)
+def level(request):
+    assert lib.mlxeff_set_isa(request.param.encode()) == OK
+    yield request.param
+    assert lib.mlxeff_set_isa(None) == OK
+
+
+def all_products(rng, sizes, dtypes, mode):
+    """(name, result, (want, size)) of y = x w^T, dx = dy w, dw = dy^T x on random operands."""
+    m, n, k = sizes
+    x, w, dy = (
+        to_dtype(rng.standard_normal(shape), dtype)
+        for shape, dtype in zip(((m, k), (n, k), (m, n)), dtypes, strict=True)
+    )
+    out = dtypes[2]
+    yield "matmul", matmul("matmul", x, w, (m, n), sizes, out, mode), product(x, w)
+    yield "matmul_dx", matmul("matmul_dx", dy, w, (m, k), sizes, out, mode), product(dy, w.T)
+    yield "matmul_dw", matmul("matmul_dw", dy, x, (n, k), sizes, out, mode), product(dy.T, x.T)
+
+
+@pytest.mark.parametrize(("mode", "tolerance"), [(EXACT, 4e-6), (COMPUTE_BF16, 3e-2)])
+def test_fp32(level, mode, tolerance):
+    rng = np.random.default_rng(1)
+    for sizes in SIZES:
+        for name, got, want in all_products(rng, sizes, (F32, F32, F32), mode):
+            assert_close(got, want, tolerance, f"{level} {name} M, N, K = {sizes}")
+
+
+@pytest.mark.parametrize("x_dtype", [F32, F16, BF16])
+@pytest.mark.parametrize("w_dtype", [F32, F16, BF16])
+@pytest.mark.parametrize("y_dtype", [F32, F16, BF16])
+def test_dtypes(level, x_dtype, w_dtype, y_dtype):
+    rng = np.random.default_rng(2)
+    for mode, tolerance in ((EXACT, 4e-6), (COMPUTE_BF16, 3e-2)):
+        for sizes in ((1, 35, 70), (5, 33, 41), (40, 67, 131)):
+            for name, got, want in all_products(rng, sizes, (x_dtype, w_dtype, y_dtype), mode):
+                assert_close(
+                    got,
+                    want,
+                    tolerance + STORAGE_ERROR[y_dtype],
+                    f"{level} {name} {sizes} {x_dtype} {w_dtype} {y_dtype}",
+                )
+
+
+def test_long_contraction(level):
+    """More than one block of K and of rows."""
+    rng = np.random.default_rng(3)
+    for mode, tolerance in ((EXACT, 6e-6), (COMPUTE_BF16, 3e-2)):
+        for sizes in ((1100, 40, 1100), (30, 1060, 40)):
+            for name, got, want in all_products(rng, sizes, (F32, F32, F32), mode):
+                assert_close(got, want, tolerance, f"{level} {name} {sizes}")
+
+
+def test_bf16_operands_are_exact_in_bf16_mode(level):
+    """Products of bf16 values are exact in fp32, so the mode costs nothing when the operands are bf16 already."""
+    rng = np.random.default_rng(4)
+    x, w = to_dtype(rng.standard_normal((64, 96)), BF16), to_dtype(rng.standard_normal((40, 96)), BF16)
+    assert_close(matmul("matmul", x, w, (64, 40), (64, 40, 96), F32, COMPUTE_BF16), product(x, w), 4e-6, level)
+
+
+@pytest.mark.parametrize("threads", [2, 5])
+def test_threads(level, threads):
+    """The result does not depend on the number of threads, bit for bit."""
+    for sizes in ((1, 300, 576), (100, 300, 576)):
+        results = []
+        for count in (1, threads):
+            assert lib.mlxeff_set_num_threads(count) == OK
+            results.append([got for _, got, _ in all_products(np.random.default_rng(5), sizes, (F32, F32, F32), EXACT)])
+        assert lib.mlxeff_set_num_threads(0) == OK
+        assert all(np.array_equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_strided_operands_and_infinities(level):
+    rng = np.random.default_rng(6)
+    storage = rng.standard_normal((40, 90), np.float32)
+    x, w = storage[:20, 3:53], storage[20:37, 7:57]
+    assert_close(matmul("matmul", x, w, (20, 17), (20, 17, 50)), product(x, w), 4e-6, level)
+    x = np.array(x)
+    x[3, 4] = np.inf
+    y = matmul("matmul", x, w, (20, 17), (20, 17, 50))
+    assert np.isinf(y[3]).all()
+    assert np.isfinite(np.delete(y, 3, 0)).all()
+
+
+def test_empty_and_bad():
+    x = np.ones((2, 4), np.float32)
+    y = np.full((2, 2), 9, np.float32)
+    call = lambda m, n, k, dtype=F32, mode=EXACT: lib.mlxeff_matmul(  # noqa: E731
+        address(x), 4, dtype, address(x), 4, F32, address(y), 2, F32, m, n, k, mode)  # fmt: skip
+    assert call(0, 2, 4) == OK
+    assert (y == 9).all()
+    assert call(2, 2, 0) == OK
+    assert (y == 0).all()
+    assert call(2, 2, 5) == BAD_ARGUMENT
+    assert call(-1, 2, 4) == BAD_ARGUMENT
+    assert call(2, 2, 4, dtype=5) == BAD_DTYPE
+    assert call(2, 2, 4, mode=2) == BAD_DTYPE
+    assert call(2, 2, 4) == OK
+    assert (y == 4).all()
+    assert to_float64(to_dtype([1.0], BF16)) == 1

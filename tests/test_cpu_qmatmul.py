@@ -1,0 +1,217 @@
+"""Quantised matmul of the native CPU library against float64 numpy, at every instruction-set level of this machine."""
+
+import ctypes
+
+import numpy as np
+import pytest
+
+from cpu_library import (
+    BAD_ARGUMENT,
+    BAD_DTYPE,
+    BF16,
+    COMPUTE_BF16,
+    COMPUTE_INT8,
+    EXACT,
+    F16,
+    F32,
+    LEVELS,
+    OK,
+    STORAGE_ERROR,
+    Quantized,
+    address,
+    assert_close,
+    empty,
+    lib,
+    product,
+    qmm,
+    to_dtype,
+)  # fmt: skip
+
+ROWS = (1, 2, 3, 8, 16, 17, 33, 100)
+COLUMNS = (1, 3, 17, 576)
+
+
+@pytest.fixture(params=LEVELS)
+def level(request):
+    assert lib.mlxeff_set_isa(request.param.encode()) == OK
+    yield request.param
+    assert lib.mlxeff_set_isa(None) == OK
+
+
+@pytest.fixture(params=(1, 2, 5))
+def threads(request):
+    assert lib.mlxeff_set_num_threads(request.param) == OK
+    yield request.param
+    assert lib.mlxeff_set_num_threads(0) == OK
+
+
+def activations_of_integers(rng, m, k, group):
+    """x whose int8 rounding is beyond doubt (no near ties), and the rounded x: the largest of a group is 127 steps."""
+    integers = rng.integers(-127, 128, (m, k // group, group))
+    integers[..., 0] = rng.choice([-127, 127], (m, k // group))
+    noise = rng.uniform(-0.4, 0.4, integers.shape) * (np.abs(integers) < 127)
+    step = rng.uniform(0.001, 0.1, (m, k // group, 1))
+    return ((integers + noise) * step).reshape(m, k).astype(np.float32), (integers * step).reshape(m, k)
+
+
+def test_levels_include_scalar():
+    assert "scalar" in LEVELS
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
+@pytest.mark.parametrize("group", [32, 64, 128])
+def test_exact(level, bits, group):
+    rng = np.random.default_rng(bits * 1000 + group)
+    for k in sorted({group, 3 * group, 9 * group, 1536 if bits in (4, 8) else 5 * group}):
+        for n in COLUMNS:
+            weight = Quantized(rng, n, k, bits, group)
+            dense = weight.dense()
+            for m in ROWS:
+                x = rng.standard_normal((m, k), np.float32)
+                assert_close(
+                    qmm(weight, x, F32), product(x, dense), 4e-6, f"{level} {bits} bit g{group} M={m} N={n} K={k}"
+                )
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
+@pytest.mark.parametrize("group", [32, 64, 128])
+def test_int8_activations(level, bits, group):
+    """Rounding x is the only difference to the exact mode, and sums inside a group are exact."""
+    rng = np.random.default_rng(bits * 1000 + group + 1)
+    for k in (group, 3 * group, 9 * group):
+        for n in COLUMNS:
+            weight = Quantized(rng, n, k, bits, group)
+            for m in ROWS:
+                x, rounded = activations_of_integers(rng, m, k, group)
+                got = qmm(weight, x, F32, COMPUTE_INT8)
+                what = f"{level} {bits} bit g{group} M={m} N={n} K={k}"
+                assert_close(got, product(rounded, weight.dense()), 4e-6, what)
+
+
+@pytest.mark.parametrize("scale_dtype", [F32, F16, BF16])
+@pytest.mark.parametrize("x_dtype", [F32, F16, BF16])
+@pytest.mark.parametrize("y_dtype", [F32, F16, BF16])
+def test_dtypes(level, scale_dtype, x_dtype, y_dtype):
+    rng = np.random.default_rng(7)
+    for bits, group, k in ((4, 32, 576), (8, 64, 192), (3, 128, 384)):
+        weight = Quantized(rng, 83, k, bits, group, scale_dtype)
+        for m in (1, 3, 40):
+            x = to_dtype(rng.standard_normal((m, k)), x_dtype)
+            want = product(x, weight.dense())
+            what = f"{level} {bits} bit M={m} dtypes {scale_dtype} {x_dtype} {y_dtype}"
+            assert_close(qmm(weight, x, y_dtype), want, 4e-6 + STORAGE_ERROR[y_dtype], what)
+
+
+def test_bf16_mode(level):
+    """Both operands rounded to 8 bits of mantissa: errors of 2^-9 each, averaging out over K."""
+    rng = np.random.default_rng(8)
+    for bits, group, n, k in (
+        (4, 32, 576, 1536),
+        (8, 32, 35, 1056),
+        (4, 64, 17, 2112),
+        (6, 128, 100, 128),
+        (4, 32, 1, 32),
+    ):
+        weight = Quantized(rng, n, k, bits, group, F16)
+        for m in ROWS:
+            x = rng.standard_normal((m, k), np.float32)
+            for y_dtype in (F32, BF16):
+                got = qmm(weight, x, y_dtype, COMPUTE_BF16)
+                assert_close(got, product(x, weight.dense()), 2e-2, f"{level} {bits} bit M={m} N={n} K={k}")
+
+
+@pytest.mark.parametrize("mode", [EXACT, COMPUTE_BF16, COMPUTE_INT8])
+def test_threads(level, threads, mode):
+    """The result does not depend on the number of threads, bit for bit."""
+    rng = np.random.default_rng(9)
+    weight = Quantized(rng, 1536, 576, 4, 32, F16)
+    for m in (1, 8, 100):
+        x = rng.standard_normal((m, 576), np.float32)
+        got = qmm(weight, x, F32, mode)
+        assert lib.mlxeff_set_num_threads(1) == OK
+        want = qmm(weight, x, F32, mode)
+        assert lib.mlxeff_set_num_threads(threads) == OK
+        assert np.array_equal(got, want)
+
+
+def test_strided_rows(level):
+    rng = np.random.default_rng(10)
+    weight = Quantized(rng, 50, 96, 4, 32)
+    storage = rng.standard_normal((20, 128), np.float32)
+    for m in (1, 4, 20):
+        assert_close(
+            qmm(weight, storage[:m, 5:101], F32), product(storage[:m, 5:101], weight.dense()), 4e-6, f"{level} M={m}"
+        )
+    y = np.full((20, 60), 7.0, np.float32)
+    x = np.ascontiguousarray(storage[:, :96])
+    assert lib.mlxeff_qmm(ctypes.byref(weight.c), address(x), 96, F32, address(y), 60, F32, 20, EXACT) == OK
+    assert (y[:, 50:] == 7).all()
+    assert np.array_equal(y[:, :50], qmm(weight, x, F32))
+
+
+def test_zero_activations(level):
+    weight = Quantized(np.random.default_rng(11), 40, 64, 4, 32)
+    for mode in (EXACT, COMPUTE_BF16, COMPUTE_INT8):
+        for m in (1, 20):
+            assert (qmm(weight, np.zeros((m, 64), np.float32), F32, mode) == 0).all()
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
+def test_rows_and_dequantize(level, bits):
+    rng = np.random.default_rng(bits)
+    for group in (32, 64, 128):
+        for out_dtype in (F32, F16, BF16):
+            weight = Quantized(rng, 37, group * 3, bits, group, F16)
+            out = empty((37, group * 3), out_dtype)
+            assert lib.mlxeff_dequantize(ctypes.byref(weight.c), address(out), group * 3, out_dtype) == OK
+            assert_close(out, weight.dense(), 4e-7 + STORAGE_ERROR[out_dtype], f"{level} dequantize {bits}")
+            ids = rng.integers(0, 37, 50).astype(np.int32)
+            rows = empty((50, group * 3), out_dtype)
+            assert (
+                lib.mlxeff_qmm_rows(ctypes.byref(weight.c), address(ids), 50, address(rows), group * 3, out_dtype) == OK
+            )
+            assert np.array_equal(rows, out[ids])
+
+
+def test_same_as_mlx():
+    mx = pytest.importorskip("mlx.core")
+    rng = np.random.default_rng(12)
+    for bits in (2, 3, 4, 5, 6, 8):
+        for group in (32, 64, 128):
+            packed, scales, biases = mx.quantize(mx.array(rng.standard_normal((96, 384), np.float32)), group, bits)
+            x = mx.array(rng.standard_normal((5, 384), np.float32))
+            want = np.array(mx.quantized_matmul(x, packed, scales, biases, True, group, bits))
+            weight = Quantized(rng, 96, 384, bits, group)
+            arrays = [np.array(a) for a in (packed, scales, biases)]
+            weight.c.packed, weight.c.scales, weight.c.biases = (address(a) for a in arrays)
+            assert_close(qmm(weight, np.array(x), F32), want.astype(np.float64), 4e-6, f"mlx {bits} bit g{group}")
+
+
+def test_refuses_bad_arguments():
+    weight = Quantized(np.random.default_rng(0), 4, 64, 4, 32)
+    x, y = np.zeros((1, 64), np.float32), np.zeros((1, 4), np.float32)
+
+    def call(m=1, x_dtype=F32, mode=EXACT, y=y, **changes):
+        changed = type(weight.c)(*(changes.get(name, getattr(weight.c, name)) for name, _ in weight.c._fields_))
+        return lib.mlxeff_qmm(
+            ctypes.byref(changed), address(x), 64, x_dtype, y is not None and address(y), 4, F32, m, mode
+        )
+
+    assert call() == OK
+    assert call(m=0) == OK
+    for changes in (
+        {"bits": 7},
+        {"bits": 1},
+        {"group": 16},
+        {"K": 48},
+        {"K": 0},
+        {"N": -1},
+        {"packed": None},
+        {"m": -1},
+        {"y": None},
+    ):
+        assert call(**changes) == BAD_ARGUMENT, changes
+    for changes in ({"scale_dtype": 3}, {"x_dtype": 9}, {"mode": 3}):
+        assert call(**changes) == BAD_DTYPE, changes
+    ids, out = np.array([0, 4], np.int32), np.zeros((2, 64), np.float32)
+    assert lib.mlxeff_qmm_rows(ctypes.byref(weight.c), address(ids), 2, address(out), 64, F32) == BAD_ARGUMENT
