@@ -1,5 +1,6 @@
 # Everything a newcomer types. Needs Python 3.10 or newer and nothing else; `make demo PYTHON=/path/to/python` picks one.
-# .venv is made once and holds the checkout in editable form: it follows the sources, and is renewed when pyproject.toml changes.
+# .venv is made once and holds the checkout in editable form: it follows the Python sources, and is renewed when
+# pyproject.toml or the native kernels in cpu/ change.
 
 VENV = .venv
 BIN = $(VENV)/bin
@@ -10,6 +11,7 @@ PROBE = import platform, sys; \
   intel = sys.platform == "darwin" and platform.machine() != "arm64"; \
   print("%d.%d%s" % (sys.version_info[0], sys.version_info[1], " for Intel" if intel else "")); \
   sys.exit(intel or sys.version_info < (3, 10))
+BUILT_FROM = pyproject.toml $(wildcard cpu/*.cpp cpu/*.h cpu/CMakeLists.txt)
 PROMPT = Explain in two sentences why the sky is blue.
 
 .NOTPARALLEL:
@@ -62,17 +64,17 @@ $(BIN)/python:
 	echo "making $(VENV) with $$found ($$version)"; \
 	$$found -m venv --clear $(VENV) || { rm -rf $(VENV); exit 1; }
 
-$(VENV)/.installed: $(BIN)/python pyproject.toml
-	@echo "installing mlxeff and its libraries into $(VENV) (the first time: about a minute)"
+$(VENV)/.installed: $(BIN)/python $(BUILT_FROM)
+	@echo "installing mlxeff and its libraries into $(VENV) (the first time: some minutes)"
 	@$(PIP) install -e .
 	@touch $@
 
-$(VENV)/.installed-test: $(BIN)/python pyproject.toml
+$(VENV)/.installed-test: $(BIN)/python $(BUILT_FROM)
 	@echo "installing mlxeff and its test libraries into $(VENV)"
 	@$(PIP) install -e '.[test]'
 	@touch $@ $(VENV)/.installed
 
-$(VENV)/.installed-dev: $(BIN)/python pyproject.toml
+$(VENV)/.installed-dev: $(BIN)/python $(BUILT_FROM)
 	@echo "installing mlxeff and its development tools into $(VENV)"
 	@$(PIP) install -e '.[dev]'
 	@touch $@ $(VENV)/.installed

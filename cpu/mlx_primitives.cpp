@@ -10,6 +10,8 @@
 
 #include <string.h>
 
+#include <string>
+
 #include "decoder.h"
 #include "mlx/backend/cpu/encoder.h"
 #include "mlx/mlx.h"
@@ -206,7 +208,7 @@ std::vector<mx::array> forward(const Handle& handle, const mx::array& tokens, co
 }  // namespace
 
 NB_MODULE(_native, m) {
-  m.attr("mlx_version") = MLX_VERSION_NUMERIC;
+  m.attr("mlx_version") = std::to_string(MLX_VERSION_MAJOR) + "." + std::to_string(MLX_VERSION_MINOR) + "." + std::to_string(MLX_VERSION_PATCH);
   m.def("accepts", [](const mx::array&) {}, "Fails where arrays of this MLX are unknown here.");
   m.attr("EXACT") = int(MLXEFF_EXACT);
   m.attr("COMPUTE_BF16") = int(MLXEFF_COMPUTE_BF16);

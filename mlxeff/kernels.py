@@ -33,12 +33,8 @@ def native() -> tuple[ModuleType | None, str]:
     except ImportError as error:
         missing = error.name == f"{__package__}._native" or "cannot import name" in str(error)
         return None, "not built at installation (no C++ compiler?)" if missing else str(error).splitlines()[0]
-    numbers = [int(part) for part in mx.__version__.split(".")[:3]]
-    if _native.mlx_version != 100000 * numbers[0] + 1000 * numbers[1] + numbers[2]:
-        return (
-            None,
-            f"built for MLX {_native.mlx_version // 1000 % 100}.{_native.mlx_version % 1000}, not for {mx.__version__}",
-        )
+    if _native.mlx_version != mx.__version__:
+        return None, f"built for MLX {_native.mlx_version}, not for {mx.__version__}: install mlxeff again"
     try:
         _native.accepts(mx.array(0))
     except TypeError:

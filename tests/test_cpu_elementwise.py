@@ -251,7 +251,7 @@ def lse_reference(x):
 
 
 def test_exp_within_two_ulp():
-    """softmax of (x, 0) in a row of two is exp(x) / (1 + exp(x)); cross-entropy's gradient shows the bare exponential."""
+    """softmax of (x, 0) in a row of two is exp(x) / (1 + exp(x)); cross-entropy's gradient shows the bare exp."""
     x = np.linspace(-87, 0, 200001).astype(np.float32)[None]
     dx, lse, one = empty(x.shape), np.zeros(1, np.float32), np.ones(1, np.float32)
     call("mlxeff_cross_entropy_backward", *matrix(x), np.array([0], np.int32), lse, one, *matrix(dx), *x.shape)
