@@ -1,6 +1,8 @@
 // Kernels of the affine-quantised matmul at one instruction-set level: the form of x that each regime reads, and the
-// choice of the regime by M, mode and bit width. qmatmul_strip.h and qmatmul_panel.h hold the products.
+// choice of the regime by M, mode and bit width. qmatmul_row.h (one row), qmatmul_strip.h (few) and
+// qmatmul_panel.h (many) hold the products.
 #include "qmatmul_panel.h"
+#include "qmatmul_row.h"
 
 namespace mlxeff {
 namespace MLXEFF_ISA {
@@ -9,6 +11,8 @@ namespace {
 bool few_rows(const QmmArgs& args) {
   return args.M <= (args.w.bits == 4 || args.w.bits == 8 ? direct_rows : 1);
 }
+
+bool one_row(const QmmArgs& args) { return args.M == 1 && (args.w.bits == 4 || args.w.bits == 8); }
 
 bool uses_amx(const QmmArgs& args) {
 #if defined(MLXEFF_AMX)
@@ -29,7 +33,7 @@ int64_t rows_read(const QmmArgs& args) {
 }
 
 bool reads_x_in_place(const QmmArgs& args) {
-  return args.mode != MLXEFF_COMPUTE_INT8 && !uses_amx(args) && args.x_dtype == MLXEFF_F32 && args.M == 1;
+  return args.mode != MLXEFF_COMPUTE_INT8 && !uses_amx(args) && args.x_dtype == MLXEFF_F32 && args.M == 1 && !one_row(args);
 }
 
 struct Layout {
@@ -41,7 +45,8 @@ Layout layout(const QmmArgs& args) {
   const bool int8 = args.mode == MLXEFF_COMPUTE_INT8, amx = uses_amx(args);
   const int64_t element = int8 ? 1 : amx ? 2 : 4;
   Layout at = {};
-  const size_t values = reads_x_in_place(args) ? 0 : size_t(rows * padded_stride(args.w.K, element) * element);
+  const int64_t columns = one_row(args) ? round_up(args.w.K, row_padding) : padded_stride(args.w.K, element);
+  const size_t values = reads_x_in_place(args) ? 0 : size_t(rows * columns * element);
   const size_t group_floats = size_t(round_up(rows * groups * 4, 64));
   at.sums = at.values + values;
   at.scales = at.sums + (amx ? 0 : group_floats);
@@ -101,7 +106,34 @@ void round_to_int8(const float* x, int count, int bits, int8_t* out, float* scal
   *sum = *scale * MLXEFF_ISA::sum(__builtin_convertvector(total, vf));
 }
 
+// The forms that the kernels of qmatmul_row.h read; x_sum and x_scale end with zeros up to a whole vector.
+template <int bits>
+void prepare_one_row(const QmmArgs& args) {
+  const int64_t K = args.w.K, group = args.w.group, groups = K / group;
+  const bool int8 = args.mode == MLXEFF_COMPUTE_INT8;
+  if (int8) memset(args.x_int8, 0, size_t(round_up(K, row_padding)));
+  else arrange_exact<bits>(args.x, args.x_dtype, K, const_cast<float*>(args.x_f32));
+  for (int64_t g = 0; g < groups; ++g) {
+    float values[128];
+    to_floats(values, static_cast<const char*>(args.x) + g * group * int64_t(dtype_size(args.x_dtype)), args.x_dtype, group);
+    if (int8) {
+      int8_t rounded[128];
+      round_to_int8(values, int(group), 8, rounded, args.x_scale + g, args.x_sum + g);
+      for (int64_t i = 0; i < group; i += 32) arrange_int8<bits>(rounded + i, g * group + i, args.x_int8);
+    } else {
+      vf total = zero();
+      for (int64_t i = 0; i < group; i += VL) total += load(values + i);
+      args.x_sum[g] = sum(total);
+    }
+  }
+  for (int64_t g = groups; g % VL != 0; ++g) {
+    args.x_sum[g] = 0;
+    if (int8) args.x_scale[g] = 0;
+  }
+}
+
 void prepare_row(const QmmArgs& args, int64_t m) {
+  if (one_row(args)) return args.w.bits == 4 ? prepare_one_row<4>(args) : prepare_one_row<8>(args);
   const int64_t K = args.w.K, group = args.w.group, groups = K / group;
   const char* const x = static_cast<const char*>(args.x) + m * args.ldx * int64_t(dtype_size(args.x_dtype));
   if (uses_amx(args)) {
@@ -164,6 +196,8 @@ int64_t piece(const QmmArgs& args, int threads) {
 
 template <int bits>
 int run_bits(const QmmArgs& args, int64_t n_begin, int64_t n_end) {
+  if constexpr (bits == 4 || bits == 8)
+    if (args.M == 1) return run_rows<bits>(args, n_begin, n_end);
   if (few_rows(args)) return run_strips<bits>(args, n_begin, n_end);
 #if defined(MLXEFF_AMX)
   if (args.mode == MLXEFF_COMPUTE_BF16) return run_panel_amx<bits>(args, n_begin, n_end);

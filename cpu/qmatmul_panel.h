@@ -25,9 +25,11 @@ struct StripPair {
 };
 static StripPair load_strip_pair(const mlxeff_qweight& w, int64_t n, int64_t n_end, float bias_shift, float* buffer) {
   StripPair pair = {};
+  Prefetcher next;
+  next.start(w, n);
   for (; pair.count < 2 && n + pair.count * VL < n_end; ++pair.count) {
     const int64_t first = n + pair.count * VL;
-    pair.strip[pair.count] = load_strip(w, first, min_of(VL, n_end - first), bias_shift, buffer + pair.count * strip_floats(w));
+    pair.strip[pair.count] = load_strip(w, first, min_of(VL, n_end - first), bias_shift, buffer + pair.count * strip_floats(w), next);
   }
   if (pair.count == 1) pair.strip[1] = pair.strip[0];  // computed twice, stored once
   return pair;

@@ -37,8 +37,40 @@ MLXEFF_INLINE int64_t strip_floats(const mlxeff_qweight& w) {  // scratch that l
   return 2 * VL * round_up(w.K / w.group, 4) + VL * round_up(w.K / w.group, 4) + VL * row_bytes(w) / 4;
 }
 
+// Fetches the next strip while the present one is read and computed, in the order of its addresses. Lines are asked for
+// at an even pace over all of that time, reading the scales included: a core has few outstanding misses, and memory
+// that is left waiting once is not caught up with.
+struct Prefetcher {
+  const char *packed = nullptr, *scales = nullptr, *biases = nullptr;
+  int64_t group_bytes = 0;  // of scales
+  int64_t pace = 0, due = 0;  // sixteenths of a line a block of 32 values
+
+  static constexpr int lines_with_scales = 2;  // for each four groups of scales or biases
+  inline __attribute__((always_inline)) void start(const mlxeff_qweight& w, int64_t n) {
+    const int64_t size = int64_t(dtype_size(w.scale_dtype)), groups = w.K / w.group, lines = VL * row_bytes(w) / 64;
+    packed = reinterpret_cast<const char*>(w.packed) + n * row_bytes(w);
+    scales = static_cast<const char*>(w.scales) + n * groups * size;
+    biases = static_cast<const char*>(w.biases) + n * groups * size;
+    group_bytes = VL * size;
+    pace = max_of(0, 16 * (lines - ceil_div(groups, 4) * 2 * lines_with_scales)) / (w.K / 32) + 1;
+  }
+  inline __attribute__((always_inline)) void fetch(int lines) {
+    for (int i = 0; i < lines; ++i, packed += 64) __builtin_prefetch(packed, 0, 3);
+  }
+  inline __attribute__((always_inline)) void block() {
+    for (due += pace; due >= 16; due -= 16, packed += 64) __builtin_prefetch(packed, 0, 3);
+  }
+  inline __attribute__((always_inline)) void group() {
+    __builtin_prefetch(scales, 0, 3);
+    __builtin_prefetch(biases, 0, 3);
+    scales += group_bytes;
+    biases += group_bytes;
+  }
+};
+
 // out [groups][VL] = VL rows of a scale or bias matrix, transposed and converted; rows beyond `rows` repeat the last.
-static inline void load_scales(const void* matrix, int dtype, int64_t groups, int64_t n, int64_t rows, float* rows_f32, float* out) {
+static inline void load_scales(const void* matrix, int dtype, int64_t groups, int64_t n, int64_t rows, float* rows_f32, float* out,
+                               Prefetcher& next) {
   const int64_t padded = round_up(groups, 4);
   for (int r = 0; r < VL; ++r) {
     const int64_t offset = (n + min_of(r, rows - 1)) * groups * int64_t(dtype_size(dtype));
@@ -46,6 +78,7 @@ static inline void load_scales(const void* matrix, int dtype, int64_t groups, in
     for (int64_t g = groups; g < padded; ++g) rows_f32[r * padded + g] = 0;
   }
   for (int64_t g = 0; g < padded; g += 4) {
+    next.fetch(Prefetcher::lines_with_scales);
     vu quad[4];
     load_words4(reinterpret_cast<const char*>(rows_f32 + g), padded * 4, quad);
     for (int i = 0; i < 4; ++i) store(out + (g + i) * VL, (vf)quad[i]);
@@ -53,11 +86,11 @@ static inline void load_scales(const void* matrix, int dtype, int64_t groups, in
 }
 
 // Rows [n, n + rows) of W, rows <= VL, in the strip form. `bias_shift` times the scale is added to each bias.
-static inline Strip load_strip(const mlxeff_qweight& w, int64_t n, int64_t rows, float bias_shift, float* buffer) {
+static inline Strip load_strip(const mlxeff_qweight& w, int64_t n, int64_t rows, float bias_shift, float* buffer, Prefetcher& next) {
   const int64_t groups = w.K / w.group, padded = round_up(groups, 4), bytes = row_bytes(w);
   float *scales = buffer, *biases = scales + VL * padded, *rows_f32 = biases + VL * padded;
-  load_scales(w.scales, w.scale_dtype, groups, n, rows, rows_f32, scales);
-  load_scales(w.biases, w.scale_dtype, groups, n, rows, rows_f32, biases);
+  load_scales(w.scales, w.scale_dtype, groups, n, rows, rows_f32, scales, next);
+  load_scales(w.biases, w.scale_dtype, groups, n, rows, rows_f32, biases, next);
   if (bias_shift != 0)
     for (int64_t i = 0; i < VL * groups; i += VL) store(biases + i, load(biases + i) + load(scales + i) * bias_shift);
   const char* packed = reinterpret_cast<const char*>(w.packed) + n * bytes;
@@ -69,21 +102,8 @@ static inline Strip load_strip(const mlxeff_qweight& w, int64_t n, int64_t rows,
   return {packed, bytes, scales, biases};
 }
 
-// Fetches the bytes of the next strip, as many lines at each step as the present strip consumes.
-struct Prefetcher {
-  const char* next;
-  int64_t lines_16;  // lines a block of 32 values, times 16
-  int64_t due = 0;
-
-  explicit Prefetcher(const mlxeff_qweight& w, int64_t n)
-      : next(reinterpret_cast<const char*>(w.packed) + n * row_bytes(w)), lines_16(VL * w.bits) {}
-  inline __attribute__((always_inline)) void step() {
-    for (due += lines_16; due >= 256; due -= 256, next += 64) __builtin_prefetch(next, 0, 3);
-  }
-};
-
 template <int bits, int rows>
-static void strip_exact(const QmmArgs& args, const Strip& strip, Prefetcher prefetcher, vf y[]) {
+static void strip_exact(const QmmArgs& args, const Strip& strip, Prefetcher next, vf y[]) {
   const int64_t groups = args.w.K / args.w.group;
   const int blocks = args.w.group / 32;
   vf sum[rows];
@@ -93,7 +113,7 @@ static void strip_exact(const QmmArgs& args, const Strip& strip, Prefetcher pref
     vf part[rows][rows == 1 ? 4 : 1] = {};
     for (int b = 0; b < blocks; ++b) {
       const int64_t k = g * args.w.group + b * 32;
-      prefetcher.step();
+      next.block();
       const Block<bits> block = Block<bits>::load(strip.packed + k * bits / 8, strip.stride);
 #pragma GCC unroll 32
       for (int i = 0; i < 32; ++i) {
@@ -105,6 +125,7 @@ static void strip_exact(const QmmArgs& args, const Strip& strip, Prefetcher pref
         }
       }
     }
+    next.group();
     const vf scale = load(strip.scales + g * VL), bias = load(strip.biases + g * VL);
 #pragma GCC unroll 8
     for (int m = 0; m < rows; ++m) {
@@ -118,7 +139,7 @@ static void strip_exact(const QmmArgs& args, const Strip& strip, Prefetcher pref
 }
 
 template <int bits, int rows>
-static void strip_int8(const QmmArgs& args, const Strip& strip, Prefetcher prefetcher, vf y[]) {
+static void strip_int8(const QmmArgs& args, const Strip& strip, Prefetcher next, vf y[]) {
   const int64_t groups = args.w.K / args.w.group, ldx = padded_stride(args.w.K, 1);
   const int blocks = args.w.group / 32;
   vf sum[rows];
@@ -128,7 +149,7 @@ static void strip_int8(const QmmArgs& args, const Strip& strip, Prefetcher prefe
     vi part[rows][rows == 1 ? 2 : 1] = {};
     for (int b = 0; b < blocks; ++b) {
       const int64_t k = g * args.w.group + b * 32;
-      prefetcher.step();
+      next.block();
       const Block<bits> block = Block<bits>::load(strip.packed + k * bits / 8, strip.stride);
 #pragma GCC unroll 8
       for (int i = 0; i < 8; ++i) {
@@ -142,6 +163,7 @@ static void strip_int8(const QmmArgs& args, const Strip& strip, Prefetcher prefe
         }
       }
     }
+    next.group();
     const vf scale = load(strip.scales + g * VL), bias = load(strip.biases + g * VL);
 #pragma GCC unroll 8
     for (int m = 0; m < rows; ++m) {
@@ -157,7 +179,8 @@ static void strip_int8(const QmmArgs& args, const Strip& strip, Prefetcher prefe
 
 typedef void StripKernel(const QmmArgs&, const Strip&, Prefetcher, vf*);
 
-// The kernel for `rows` rows of x: only 4- and 8-bit weights have kernels for more than one.
+// The kernel for `rows` rows of x: 4- and 8-bit weights have kernels for several (qmatmul_row.h has those for one), the others
+// for one.
 template <int bits>
 static StripKernel* strip_kernel(int mode, int64_t rows) {
   const bool int8 = mode == MLXEFF_COMPUTE_INT8;
@@ -166,9 +189,10 @@ static StripKernel* strip_kernel(int mode, int64_t rows) {
     if (rows > 4) return int8 ? strip_int8<bits, 8> : strip_exact<bits, 8>;
 #endif
     if (rows > 2) return int8 ? strip_int8<bits, 4> : strip_exact<bits, 4>;
-    if (rows > 1) return int8 ? strip_int8<bits, 2> : strip_exact<bits, 2>;
+    return int8 ? strip_int8<bits, 2> : strip_exact<bits, 2>;
+  } else {
+    return int8 ? strip_int8<bits, 1> : strip_exact<bits, 1>;
   }
-  return int8 ? strip_int8<bits, 1> : strip_exact<bits, 1>;
 }
 
 template <int bits>
@@ -179,9 +203,11 @@ static int run_strips(const QmmArgs& args, int64_t n_begin, int64_t n_end) {
   const float bias_shift = args.mode == MLXEFF_COMPUTE_INT8 ? byte_offset<bits> : 0;
   for (int64_t n = n_begin; n < n_end; n += VL) {
     const int64_t rows = min_of(VL, n_end - n);
-    const Strip strip = load_strip(args.w, n, rows, bias_shift, buffer);
+    Prefetcher next;
+    next.start(args.w, min_of(n + VL, args.w.N - 1));
+    const Strip strip = load_strip(args.w, n, rows, bias_shift, buffer, next);
     vf y[direct_rows];
-    kernel(args, strip, Prefetcher(args.w, min_of(n + VL, args.w.N)), y);
+    kernel(args, strip, next, y);
     for (int64_t m = 0; m < args.M; ++m) {
       float row[VL];
       store(row, y[m]);

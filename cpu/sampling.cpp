@@ -8,9 +8,10 @@
 // token is the first, in the order of ids, at which the running sum of exp((logit - max) / temp) of the kept tokens exceeds u times
 // their total. Below a temperature of 1e-6 it is the first of the ranking.
 //
-// A floor under the kept logits comes first: min-p gives one; top-p gives another, since tokens less probable than
-// (1 - top_p) / V sum to less than 1 - top_p. What lies above is gathered (usually a few hundred of V), and the end of the
-// beginning is found by quickselect on counts and probability sums, in linear time.
+// A floor under the kept logits comes first. min-p gives one; top-p gives another, since tokens less probable than
+// (1 - top_p) / V sum to less than 1 - top_p; and top-k a third, the k-th largest of the maxima of groups of 64. What lies above is
+// gathered (usually a few hundred of V), and the end of the beginning is found by quickselect on counts and probability
+// sums, in linear time.
 //
 // Logits in fp16 and bf16 are widened; probabilities are fp32 and their sums fp64.
 #include "sampling_kernels.h"
@@ -54,6 +55,21 @@ class Row {
   int64_t n_;
   float values_[block];
 };
+
+// At least k logits are not below it; -inf if there are fewer than k groups.
+float floor_of_top_k(Row& row, const SamplingKernels& kernels, int64_t V, int64_t k) {
+  const int64_t groups = ceil_div(V, sampling_group);
+  if (k > groups) return -infinity;
+  float* const maxima = static_cast<float*>(scratch(Scratch::accumulator, size_t(groups) * 4));
+  if (!maxima) return -infinity;
+  for (int64_t i = 0; i < row.blocks(); ++i) {
+    int64_t count;
+    const float* const values = row.load(i, &count);
+    kernels.group_maxima(values, count, maxima + i * (block / sampling_group));
+  }
+  std::nth_element(maxima, maxima + (k - 1), maxima + groups, [](float a, float b) { return a > b; });
+  return maxima[k - 1];
+}
 
 // The last kept token in the ranking: a token is kept if it ranks before it or is it.
 Candidate last_kept(Candidate* candidates, int64_t n, int64_t most, double mass, float max) {
@@ -114,6 +130,7 @@ extern "C" int mlxeff_sample(const void* logits, int dtype, int64_t V, float tem
   if (by_mass || by_count) {
     // A little below the bound, which rounding must not lift above a token that belongs.
     if (by_mass) floor = std::max(floor, max + std::log((1 - top_p) * total / float(V)) - 1e-3f);
+    if (by_count) floor = std::max(floor, floor_of_top_k(row, kernels, V, top_k));
     Candidate* const candidates = static_cast<Candidate*>(scratch(Scratch::panel, size_t(V + 1) * sizeof(Candidate)));
     if (!candidates) return MLXEFF_NO_MEMORY;
     int64_t n = 0;

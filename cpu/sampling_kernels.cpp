@@ -2,6 +2,8 @@
 // lanes. x and w have room for whole vectors, and x is -inf beyond n.
 #include "sampling_kernels.h"
 
+#include <math.h>
+
 #include "simd_math.h"
 
 namespace mlxeff {
@@ -15,6 +17,14 @@ static bool any(vi lanes) {
 #else
   return (lanes[0] | lanes[1] | lanes[2] | lanes[3]) != 0;
 #endif
+}
+
+static void group_maxima(const float* x, int64_t n, float* out) {
+  for (int64_t begin = 0; begin < n; begin += sampling_group) {
+    vf most = broadcast(-INFINITY);
+    for (int64_t j = begin; j < min_of(n, begin + sampling_group); j += VL) most = max(load(x + j), most);
+    *out++ = max(most);
+  }
 }
 
 static int64_t gather(const float* x, int64_t n, int32_t first_id, float floor, Candidate* out) {
@@ -42,7 +52,7 @@ static double weights(const float* x, float* w, int64_t n, float max, float inve
 }
 
 const SamplingKernels& sampling_kernels() {
-  static const SamplingKernels table = {gather, weights};
+  static const SamplingKernels table = {group_maxima, gather, weights};
   return table;
 }
 

@@ -112,12 +112,33 @@ MLXEFF_INLINE float max(vf v) {
 }
 #endif
 
-// dst[0, n) = src[0, n), converted; with the elements beyond the last whole vector one at a time.
+// The first n elements, n > 0; the lanes beyond are zero, and nothing beyond is read.
+#if defined(__AVX512F__)
+MLXEFF_INLINE __mmask16 first_lanes(int64_t n) { return __mmask16((1u << min_of(n, VL)) - 1); }
+MLXEFF_INLINE vf load_up_to(const float* p, int64_t n) { return (vf)_mm512_maskz_loadu_ps(first_lanes(n), p); }
+MLXEFF_INLINE vf load_up_to(const f16* p, int64_t n) { return (vf)_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first_lanes(n), p)); }
+MLXEFF_INLINE vf load_up_to(const bf16* p, int64_t n) {
+  return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first_lanes(n), p)), 16);
+}
+#else
+template <class T>
+MLXEFF_INLINE vf load_up_to(const T* p, int64_t n) {
+  if (n >= VL) return load(p);
+  T block[VL] = {};
+  for (int64_t i = 0; i < n; ++i) block[i] = p[i];
+  return load(block);
+}
+#endif
+
+// dst[0, n) = src[0, n), converted. The last vector overlaps the one before; fewer elements than a vector go one at a time.
 template <class To, class From>
 MLXEFF_INLINE void convert(To* MLXEFF_RESTRICT dst, const From* MLXEFF_RESTRICT src, int64_t n) {
-  int64_t i = 0;
-  for (; i + VL <= n; i += VL) store(dst + i, load(src + i));
-  for (; i < n; ++i) from_float(to_float(src[i]), dst + i);
+  if (n < VL) {
+    for (int64_t i = 0; i < n; ++i) from_float(to_float(src[i]), dst + i);
+    return;
+  }
+  for (int64_t i = 0; i + VL <= n; i += VL) store(dst + i, load(src + i));
+  if (n % VL) store(dst + n - VL, load(src + n - VL));
 }
 MLXEFF_INLINE void to_floats(float* dst, const void* src, int dtype, int64_t n) {
   if (dtype == MLXEFF_F32) memcpy(dst, src, size_t(n) * 4);

@@ -1,0 +1,113 @@
+"""Microbenchmark of the native attention kernels: decode in GB/s of keys and values read, prefill in GFLOPS.
+
+    python benchmarks/cpu_attention.py [--isa avx2] [--quick]
+
+Decode visits several caches in turn, together over 256 MB, so that they come from memory (or from a shared last-level
+cache that is larger). The FLOPS of prefill count the causal half: 4 E S (S + 1) / 2 a query head; of the backward pass
+14 E instead, as it recomputes the scores twice. Times are medians; process CPU time at one thread, wall time at two.
+"""
+
+import argparse
+import os
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+import cpu_calls as native
+
+SHAPES = {"SmolLM2-135M": (9, 3, 64), "Llama-3.2-1B": (32, 8, 64)}
+
+
+def median_us(call, threads: int, budget: float) -> float:
+    clock = time.process_time_ns if threads == 1 else time.perf_counter_ns
+    call()
+    samples, end = [], time.perf_counter() + budget
+    while len(samples) < 5 or time.perf_counter() < end:
+        start = clock()
+        call()
+        samples.append((clock() - start) / 1e3)
+    return statistics.median(samples)
+
+
+def decode(heads, groups, size, depth, threads, budget, dtype):
+    rng = np.random.default_rng(0)
+    cache_bytes = 2 * groups * depth * size * np.dtype(dtype).itemsize
+    copies = max(1, -(-256_000_000 // cache_bytes))
+    fill = rng.standard_normal((2, 1, groups, depth, size), dtype=np.float32).astype(dtype)
+    caches = [fill.copy() for _ in range(copies)]
+    q = rng.standard_normal((1, heads, 1, size), dtype=np.float32)
+    out = np.empty_like(q)
+    calls = [native.attention_args(q, keys, values, out, size**-0.5) for keys, values in caches]
+    inner = max(1, min(copies, 64))
+
+    def call():
+        for _i in range(inner):
+            native.attention(calls[call.at])
+            call.at = (call.at + 1) % copies
+
+    call.at = 0
+    us = median_us(call, threads, budget) / inner
+    return us, cache_bytes / us / 1e3, copies
+
+
+def prefill(heads, groups, size, length, threads, budget, mode, dtype):
+    rng = np.random.default_rng(0)
+    q = rng.standard_normal((1, heads, length, size), dtype=np.float32)
+    k, v = (rng.standard_normal((1, groups, length, size), dtype=np.float32).astype(dtype) for _ in range(2))
+    out = np.empty_like(q)
+    args = native.attention_args(q, k, v, out, size**-0.5, mode=mode)
+    us = median_us(lambda: native.attention(args), threads, budget)
+    return us, 4 * heads * size * length * (length + 1) / 2 / us / 1e3
+
+
+def backward(heads, groups, size, length, threads, budget):
+    rng = np.random.default_rng(0)
+    q, dout = (rng.standard_normal((1, heads, length, size), dtype=np.float32) for _ in range(2))
+    k, v = (rng.standard_normal((1, groups, length, size), dtype=np.float32) for _ in range(2))
+    out, lse, dq, dk, dv = (
+        np.empty_like(q),
+        np.empty((1, heads, length), np.float32),
+        np.empty_like(q),
+        np.empty_like(k),
+        np.empty_like(v),
+    )
+    args = native.attention_args(q, k, v, out, size**-0.5, lse=lse)
+    native.attention(args)
+    us = median_us(lambda: native.attention_backward(args, dout, dq, dk, dv), threads, budget)
+    return us, 14 * heads * size * length * (length + 1) / 2 / us / 1e3
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--isa", help="instruction-set level, default the best")
+    parser.add_argument("--quick", action="store_true", help="short runs")
+    options = parser.parse_args()
+    if options.isa:
+        native.set_isa(options.isa)
+    budget = 0.15 if options.quick else 0.6
+    print(f"isa {native.isa()}, {os.cpu_count()} CPUs, load {os.getloadavg()[0]:.1f}")
+    for threads in (1, 2):
+        native.set_threads(threads)
+        for name, (heads, groups, size) in SHAPES.items():
+            for depth in (512, 2048, 4096):
+                us, rate, copies = decode(heads, groups, size, depth, threads, budget, np.float16)
+                print(
+                    f"{threads} thread(s) {name:13} decode  fp16 T={depth:5} {us:9.1f} us {rate:7.1f} GB/s"
+                    f" ({copies} caches)"
+                )
+            for length in (512, 2048):
+                for mode, label in ((0, "exact"), (1, "bf16")):
+                    us, rate = prefill(heads, groups, size, length, threads, budget, mode, np.float16)
+                    print(
+                        f"{threads} thread(s) {name:13} prefill {label:5} S={length:5} {us:9.1f} us {rate:7.1f} GFLOPS"
+                    )
+            us, rate = backward(heads, groups, size, 512, threads, budget)
+            print(f"{threads} thread(s) {name:13} backward fp32 S=  512 {us:9.1f} us {rate:7.1f} GFLOPS")
+
+
+if __name__ == "__main__":
+    main()

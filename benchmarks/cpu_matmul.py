@@ -1,0 +1,131 @@
+"""Speed of the native matmul kernels against this machine's read bandwidth and multiply-add peak.
+
+    python benchmarks/cpu_matmul.py [--threads 1 2] [--isa NAME] [--shape 2048x2048x4 ...] [--json FILE]
+
+Weights are cold: each call takes the next of enough matrices to exceed 256 MB. GB/s counts the packed words, scales and
+biases. Times are medians, on a machine that should do nothing else. The ceiling for one row is the read bandwidth of
+`sum` over 256 MB, measured in the same run; for many rows, the best fp32 rate that a 12 x 32 tile reaches on operands
+in the first-level cache.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+from cpu_library import COMPUTE_BF16, COMPUTE_INT8, EXACT, F16, F32, OK, QuantizedWeight, address, ctypes, lib
+
+SHAPES = ("1536x576x4", "576x1536x4", "2048x2048x4", "8192x2048x4", "49152x576x8")
+MODES = {"exact": EXACT, "int8": COMPUTE_INT8, "bf16": COMPUTE_BF16}
+
+
+def median_time(call, seconds=0.3, least=7):
+    call(0)
+    times, stop = [], time.perf_counter() + seconds
+    while len(times) < least or time.perf_counter() < stop:
+        start = time.perf_counter()
+        call(len(times) + 1)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+class ColdWeights:
+    """Copies of one random matrix, more than the caches hold."""
+
+    def __init__(self, n, k, bits, group=32, total=256 << 20):
+        self.bytes = n * k * bits // 8 + 2 * 2 * n * k // group
+        count = max(2, -(-total // self.bytes))
+        rng = np.random.default_rng(0)
+        one = rng.integers(0, 1 << 32, (n, k * bits // 32), np.uint32)
+        self.arrays = [
+            (one + np.uint32(i), *(rng.uniform(0.01, 0.02, (2, n, k // group)).astype(np.float16)))
+            for i in range(count)
+        ]
+        self.weights = [
+            QuantizedWeight(*(address(a) for a in arrays), n, k, bits, group, F16) for arrays in self.arrays
+        ]
+
+    def __getitem__(self, i):
+        return ctypes.byref(self.weights[i % len(self.weights)])
+
+
+def read_bandwidth(threads):
+    """GB/s of a matrix-vector product with fp32 weights, the kernel that reads most plainly; 256 MB."""
+    n, k = 16384, 4096
+    w, x, y = np.ones((n, k), np.float32), np.ones((1, k), np.float32), np.empty((1, n), np.float32)
+    assert lib.mlxeff_set_num_threads(threads) == OK
+    seconds = median_time(
+        lambda _: lib.mlxeff_matmul(address(x), k, F32, address(w), k, F32, address(y), n, F32, 1, n, k, EXACT)
+    )
+    return w.nbytes / seconds / 1e9
+
+
+def fp32_peak(threads):
+    """GFLOPS of a product whose operands fit the caches."""
+    m, n, k = 960, 256 * threads, 256
+    w, x, y = np.ones((n, k), np.float32), np.ones((m, k), np.float32), np.empty((m, n), np.float32)
+    assert lib.mlxeff_set_num_threads(threads) == OK
+    seconds = median_time(
+        lambda _: lib.mlxeff_matmul(address(x), k, F32, address(w), k, F32, address(y), n, F32, m, n, k, EXACT)
+    )
+    return 2 * m * n * k / seconds / 1e9
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--isa")
+    parser.add_argument("--shape", nargs="+", default=SHAPES, help="NxKxbits")
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 2, 4, 8, 16, 512])
+    parser.add_argument("--modes", nargs="+", default=list(MODES))
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    if options.isa and lib.mlxeff_set_isa(options.isa.encode()) != OK:
+        parser.error(f"{options.isa} is not usable here; there are {lib.mlxeff_isa_available().decode()}")
+    ceilings = {t: (read_bandwidth(t), fp32_peak(t)) for t in options.threads}
+    card = {
+        "host": platform.node(),
+        "isa": lib.mlxeff_isa().decode(),
+        "cpus": os.cpu_count(),
+        "python": platform.python_version(),
+    }
+    for t, (bandwidth, peak) in ceilings.items():
+        print(f"{t} thread(s): read {bandwidth:.1f} GB/s, fp32 {peak:.0f} GFLOPS ({card['isa']})")
+        card[f"ceiling_{t}"] = {"gb_per_s": bandwidth, "gflops": peak}
+    print(
+        f"{'N x K x bits':>14} {'M':>4} {'mode':>6} {'thr':>3} {'us':>9} {'GB/s':>6} "
+        f"{'of read':>7} {'GFLOPS':>7} {'of fp32':>7}"
+    )
+    rows = []
+    for shape in options.shape:
+        n, k, bits = map(int, shape.split("x"))
+        weights = ColdWeights(n, k, bits)
+        for m in options.rows:
+            if m * n > 1 << 24:
+                continue
+            x, y = np.random.default_rng(1).standard_normal((m, k), np.float32), np.empty((m, n), np.float32)
+            for mode in options.modes:
+                for threads in options.threads:
+                    assert lib.mlxeff_set_num_threads(threads) == OK
+                    seconds = median_time(
+                        lambda i: lib.mlxeff_qmm(weights[i], address(x), k, F32, address(y), n, F32, m, MODES[mode])  # noqa: B023
+                    )
+                    rate, flops = weights.bytes / seconds / 1e9, 2 * m * n * k / seconds / 1e9
+                    bandwidth, peak = ceilings[threads]
+                    rows.append({"shape": shape, "M": m, "mode": mode, "threads": threads, "seconds": seconds})
+                    print(f"{shape:>14} {m:4} {mode:>6} {threads:3} {seconds * 1e6:9.1f} {rate:6.1f} "
+                          f"{rate / bandwidth:7.0%} "
+                          f"{flops:7.0f} {flops / peak:7.0%}", flush=True)  # fmt: skip
+    if options.json:
+        options.json.write_text(json.dumps({**card, "rows": rows}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

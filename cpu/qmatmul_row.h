@@ -1,0 +1,256 @@
+// Quantised matmul, one row of x, 4- and 8-bit weights: the product of a decoding step, limited by reading W.
+//
+// W is read in the order of its addresses, a row at a time, with the values of K in the lanes and a horizontal sum at the
+// end of each row. (The strips of qmatmul_strip.h would need the scales transposed, a third of the work here.)
+//
+//   EXACT  y[n] = sum over blocks of scale * sum(q * x) + bias * sum(x) in fp32. A vector of VL words holds 32 / bits values a
+//          lane: value j of every lane is q[j] = word >> (j * bits), so x is stored as [vector][j][lane].
+//   INT8   the formula and rounding of qmatmul_strip.h; sums of 32 values in integers. 4-bit weights give the even values of
+//          a vector's bytes by a mask and the odd ones by a shift, so x is stored as [vector][even, odd].
+//
+// To be included by per-level sources only.
+#pragma once
+#include "qmatmul_strip.h"
+
+namespace mlxeff {
+namespace MLXEFF_ISA {
+
+constexpr int64_t prefetch_distance = 4096;
+
+// Lanes and vector types of the int8 products: 256 bits suffice to keep ahead of the memory and have three ports.
+#if defined(__AVX2__)
+constexpr int BL = 8;
+#else
+constexpr int BL = 4;
+#endif
+typedef uint32_t bu __attribute__((vector_size(BL * 4)));
+typedef int32_t bi __attribute__((vector_size(BL * 4)));
+typedef float bf __attribute__((vector_size(BL * 4)));
+
+// Values of K that one vector of words holds, and that a row is padded to (with x = 0).
+template <int bits>
+constexpr int exact_step = VL * 32 / bits;
+template <int bits>
+constexpr int int8_step = BL * 32 / bits;
+constexpr int64_t row_padding = 128;  // the largest step
+
+// The first `count` of a vector of words, a multiple of 4; the rest are zero, and nothing beyond is read.
+template <class Vector>
+MLXEFF_INLINE Vector load_words_up_to(const char* p, int64_t count) {
+  constexpr int lanes = int(sizeof(Vector) / 4);
+  Vector v = {};
+  if (count >= lanes) {
+    memcpy(&v, p, sizeof v);
+    return v;
+  }
+#if defined(__AVX512F__)
+  if constexpr (lanes == 16) return (Vector)_mm512_maskz_loadu_epi32(first_lanes(count), p);
+#endif
+  if (count > 0) memcpy(&v, p, 16);  // a vector of 8 words
+  return v;
+}
+
+// Lane i = scale of the group that word first + i belongs to, a group having `group_words` words; first is a multiple of VL
+// (of BL in the int8 form).
+template <int group_words>
+MLXEFF_INLINE vf spread_scales(const float* scales, int64_t first) {
+#if defined(__AVX2__)
+  if constexpr (group_words < VL) {
+    const vf v = load(scales + first / group_words);
+#if defined(__AVX512F__)
+    if (group_words == 4) return __builtin_shufflevector(v, v, 0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+    return __builtin_shufflevector(v, v, 0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
+#else
+    return __builtin_shufflevector(v, v, 0, 0, 0, 0, 1, 1, 1, 1);
+#endif
+  }
+#endif
+  return broadcast(scales[first / group_words]);
+}
+template <int group_words>
+MLXEFF_INLINE bf spread_scales_int8(const float* scales, int64_t first) {
+#if defined(__AVX2__)
+  if constexpr (group_words == 4) {
+    const __m256d pair = _mm256_broadcast_sd((const double*)(scales + first / 4));
+    return (bf)_mm256_permutevar_ps(_mm256_castpd_ps(pair), _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1));
+  }
+#endif
+  return scales[first / group_words] - bf{};
+}
+
+// scales[g] = scale of group g of row n, times its factor if there are any; returns bias * x_sum, whose lanes are
+// to be summed.
+template <class T>
+MLXEFF_INLINE vf load_row_scales(const QmmArgs& args, int64_t n, float bias_shift, const float* factors, float* scales) {
+  const int64_t groups = args.w.K / args.w.group;
+  const T* const row_scales = static_cast<const T*>(args.w.scales) + n * groups;
+  const T* const row_biases = static_cast<const T*>(args.w.biases) + n * groups;
+  vf total = zero();
+  for (int64_t g = 0; g < groups; g += VL) {
+    const vf scale = load_up_to(row_scales + g, groups - g), bias = load_up_to(row_biases + g, groups - g);
+    total = fma(bias_shift * scale + bias, load(args.x_sum + g), total);
+    store(scales + g, factors ? scale * load(factors + g) : scale);
+  }
+  return total;
+}
+
+template <int bits>
+MLXEFF_INLINE vf word_value(vu words, int j) {
+#if defined(__AVX512F__)
+  if (bits == 4) {
+    const __m512 table = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    return (vf)_mm512_permutexvar_ps((__m512i)(words >> (4 * j)), table);
+  }
+#endif
+  return __builtin_convertvector((vi)((words >> (bits * j)) & ((1u << bits) - 1)), vf);
+}
+
+template <int bits, int group>
+static float row_exact(const QmmArgs& args, const char* packed, const float* scales, vf total) {
+  const int64_t words = args.w.K * bits / 32;
+  const float* x = args.x_f32;
+  for (int64_t i = 0; i < words; i += VL, x += exact_step<bits>) {
+    __builtin_prefetch(packed + i * 4 + prefetch_distance, 0, 3);
+    const vu q = load_words_up_to<vu>(packed + i * 4, words - i);
+    vf even = word_value<bits>(q, 0) * load(x), odd = word_value<bits>(q, 1) * load(x + VL);
+#pragma GCC unroll 8
+    for (int j = 2; j < 32 / bits; j += 2) {
+      even = fma(word_value<bits>(q, j), load(x + j * VL), even);
+      odd = fma(word_value<bits>(q, j + 1), load(x + (j + 1) * VL), odd);
+    }
+    total = fma(even + odd, spread_scales<bits * group / 32>(scales, i), total);
+  }
+  return sum(total);
+}
+
+MLXEFF_INLINE float sum_lanes(bf v) {
+#if defined(__AVX2__)
+  __m128 half = _mm_add_ps(_mm256_castps256_ps128((__m256)v), _mm256_extractf128_ps((__m256)v, 1));
+  half = _mm_add_ps(half, _mm_movehl_ps(half, half));
+  return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
+#else
+  return sum(v);
+#endif
+}
+
+// acc + products of the unsigned bytes of w and the signed bytes at x, four to a lane.
+template <int bits>
+MLXEFF_INLINE bi dot_vector(bi acc, bu w, const int8_t* x) {
+#if defined(__AVX2__)
+  const __m256i bytes = (__m256i)w, factors = _mm256_loadu_si256((const __m256i*)x);
+#if defined(__AVX512VNNI__)
+  return (bi)_mm256_dpbusd_epi32((__m256i)acc, bytes, factors);
+#else
+  if constexpr (bits <= 6) {
+    return acc + (bi)_mm256_madd_epi16(_mm256_maddubs_epi16(bytes, factors), _mm256_set1_epi16(1));
+  } else {
+    const __m256i nibbles = _mm256_set1_epi8(15);
+    const __m256i low = _mm256_maddubs_epi16(_mm256_and_si256(bytes, nibbles), factors);
+    const __m256i high = _mm256_maddubs_epi16(_mm256_and_si256(_mm256_srli_epi16(bytes, 4), nibbles), factors);
+    return acc + (bi)_mm256_madd_epi16(low, _mm256_set1_epi16(1)) + (bi)_mm256_madd_epi16(high, _mm256_set1_epi16(16));
+  }
+#endif
+#elif defined(__ARM_FEATURE_DOTPROD)
+  const int8x16_t bytes = bits == 8 ? (int8x16_t)(w ^ 0x80808080u) : (int8x16_t)w;
+  return (bi)vdotq_s32((int32x4_t)acc, bytes, vld1q_s8(x));
+#else
+  int32_t factors[BL];
+  memcpy(factors, x, sizeof factors);
+  const bu packed = {uint32_t(factors[0]), uint32_t(factors[1]), uint32_t(factors[2]), uint32_t(factors[3])};
+#pragma GCC unroll 4
+  for (int b = 0; b < 4; ++b) acc += (bi)(w >> (8 * b) & 0xffu) * ((bi)(packed << (24 - 8 * b)) >> 24);
+  return acc;
+#endif
+}
+
+template <int bits, int group>
+static float row_int8(const QmmArgs& args, const char* packed, const float* scales, vf bias) {
+  const int64_t words = args.w.K * bits / 32;
+  const int8_t* x = args.x_int8;
+  bf total[2] = {};
+  for (int64_t i = 0; i < words; i += 2 * BL, x += 2 * int8_step<bits>) {
+    __builtin_prefetch(packed + i * 4 + prefetch_distance, 0, 3);
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; ++half) {
+      const int64_t at = i + half * BL;
+      if (at >= words) break;
+      const bu q = load_words_up_to<bu>(packed + at * 4, words - at);
+      const int8_t* const values = x + half * int8_step<bits>;
+      bi dot;
+      if constexpr (bits == 4) {
+        dot = dot_vector<bits>(bi{}, q & 0x0f0f0f0fu, values);
+        dot = dot_vector<bits>(dot, (q >> 4) & 0x0f0f0f0fu, values + BL * 4);
+      } else {
+        dot = dot_vector<bits>(bi{}, q, values);
+      }
+      total[half] += __builtin_convertvector(dot, bf) * spread_scales_int8<bits * group / 32>(scales, at);
+    }
+  }
+  return sum_lanes(total[0] + total[1]) + sum(bias);
+}
+
+// The fp32 form of x: padded with zeros, and its values in the order in which row_exact meets them.
+template <int bits>
+static void arrange_exact(const void* x, int dtype, int64_t K, float* out) {
+  constexpr int per_word = 32 / bits, step = exact_step<bits>;
+  for (int64_t k = 0; k < K; k += step, out += step) {
+    float natural[step] = {};
+    to_floats(natural, static_cast<const char*>(x) + k * int64_t(dtype_size(dtype)), dtype, min_of(step, K - k));
+    for (int j = 0; j < per_word; ++j)
+      for (int lane = 0; lane < VL; ++lane) out[j * VL + lane] = natural[lane * per_word + j];
+  }
+}
+// 32 rounded values, from k on, put where row_int8 meets them.
+template <int bits>
+static void arrange_int8(const int8_t* natural, int64_t k, int8_t* out) {
+  if (bits == 8) {
+    memcpy(out + k, natural, 32);
+    return;
+  }
+  constexpr int step = BL * 8;
+  int8_t* const even = out + k / step * step + k % step / 2;
+  for (int i = 0; i < 16; ++i) even[i] = natural[2 * i], even[step / 2 + i] = natural[2 * i + 1];
+}
+
+template <int bits, int group, class T>
+static int run_rows_as(const QmmArgs& args, int64_t n_begin, int64_t n_end) {
+  const mlxeff_qweight& w = args.w;
+  const bool int8 = args.mode == MLXEFF_COMPUTE_INT8;
+  const float shift = int8 ? byte_offset<bits> : 0;
+  const float* const factors = int8 ? args.x_scale : nullptr;
+  const int64_t padded = round_up(w.K / group, VL) + VL, bytes = row_bytes(w), scale_bytes = w.K / group * int64_t(sizeof(T));
+  const int64_t ahead = max_of(1, prefetch_distance / bytes);
+  float* const scales = static_cast<float*>(scratch(Scratch::strip, size_t(padded) * 4));
+  if (!scales) return MLXEFF_NO_MEMORY;
+  memset(scales, 0, size_t(padded) * 4);
+  float out[16];
+  for (int64_t n = n_begin; n < n_end; ++n) {
+    for (int64_t i = 0; i < scale_bytes; i += 64) {
+      __builtin_prefetch(static_cast<const char*>(w.scales) + (n + ahead) * scale_bytes + i, 0, 3);
+      __builtin_prefetch(static_cast<const char*>(w.biases) + (n + ahead) * scale_bytes + i, 0, 3);
+    }
+    const vf bias = load_row_scales<T>(args, n, shift, factors, scales);
+    const char* const packed = reinterpret_cast<const char*>(w.packed) + n * bytes;
+    const int64_t slot = (n - n_begin) % 16;
+    out[slot] = (int8 ? row_int8<bits, group> : row_exact<bits, group>)(args, packed, scales, bias);
+    if (slot == 15 || n + 1 == n_end) store_columns(out, 0, 1, slot + 1, args.y, args.ldy, args.y_dtype, n - slot);
+  }
+  return MLXEFF_OK;
+}
+
+template <int bits, int group>
+static int run_rows_of_group(const QmmArgs& args, int64_t n_begin, int64_t n_end) {
+  if (args.w.scale_dtype == MLXEFF_F32) return run_rows_as<bits, group, float>(args, n_begin, n_end);
+  if (args.w.scale_dtype == MLXEFF_F16) return run_rows_as<bits, group, f16>(args, n_begin, n_end);
+  return run_rows_as<bits, group, bf16>(args, n_begin, n_end);
+}
+
+template <int bits>
+static int run_rows(const QmmArgs& args, int64_t n_begin, int64_t n_end) {
+  if (args.w.group == 32) return run_rows_of_group<bits, 32>(args, n_begin, n_end);
+  if (args.w.group == 64) return run_rows_of_group<bits, 64>(args, n_begin, n_end);
+  return run_rows_of_group<bits, 128>(args, n_begin, n_end);
+}
+
+}  // namespace MLXEFF_ISA
+}  // namespace mlxeff
