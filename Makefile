@@ -15,13 +15,14 @@ BUILT_FROM = pyproject.toml $(wildcard cpu/*.cpp cpu/*.h cpu/CMakeLists.txt)
 PROMPT = Explain in two sentences why the sky is blue.
 
 .NOTPARALLEL:
-.PHONY: help demo test lint format wheel-check clean
+.PHONY: help demo test lint format wheel-check native-check clean
 
 help:
 	@echo "make demo         install into .venv, fetch the built-in model, stream an answer with its timings"
 	@echo "make test         install the test extras into .venv, run the tests (make test ARGS='-k cache' for some)"
 	@echo "make lint         check style and formatting; make format mends both"
 	@echo "make wheel-check  build the wheel, install it in a clean environment, try it from several folders"
+	@echo "make native-check run the C++ kernels under sanitizers"
 	@echo "make clean        remove .venv, builds and caches (the models in the user's cache stay)"
 
 demo: $(VENV)/.installed
@@ -40,6 +41,18 @@ format: $(VENV)/.installed-dev
 
 wheel-check: $(VENV)/.installed-dev
 	$(BIN)/python .ci/wheel_check.py
+
+# The kernels under the address, undefined-behaviour and thread sanitizers, and the symbols of each instruction-set level.
+native-check: $(VENV)/.installed-dev $(VENV)/.installed-test
+	for kind in address,undefined thread; do \
+	  PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S cpu -B build/$$kind -G Ninja -DMLXEFF_SANITIZE=$$kind -DMLXEFF_BUILD_DRIVER=ON && \
+	  $(BIN)/ninja -C build/$$kind mlxeff_driver || exit 1; \
+	done
+	build/address,undefined/mlxeff_driver
+	build/thread/mlxeff_driver nofork
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S cpu -B build/plain -G Ninja
+	$(BIN)/ninja -C build/plain
+	MLXEFF_CPU_LIBRARY=build/plain/libmlxeff_cpu.so $(BIN)/python -m pytest tests/test_cpu_symbols.py
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis

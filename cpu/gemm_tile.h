@@ -31,13 +31,12 @@ static void gemm_tile(const float* MLXEFF_RESTRICT x, int64_t ldx, const float* 
 #pragma GCC unroll 12
   for (int m = 0; m < rows; ++m)
     for (int j = 0; j < 2; ++j) sum[m][j] = accumulate ? load(c + m * panel_width + j * VL) : zero();
-  const float* const x4 = x + (rows > 4 ? 4 * ldx : 0);
-  const float* const x8 = x + (rows > 8 ? 8 * ldx : 0);
+  const float* const fourth[3] = {x, x + (rows > 4 ? 4 : 0) * ldx, x + (rows > 8 ? 8 : 0) * ldx};  // rows 0, 4, 8
   for (int64_t k = 0; k < K; ++k) {
     const vf w0 = load(panel + k * panel_width), w1 = load(panel + k * panel_width + VL);
 #pragma GCC unroll 12
     for (int m = 0; m < rows; ++m) {
-      const vf value = broadcast((m < 4 ? x : m < 8 ? x4 : x8)[m % 4 * ldx + k]);
+      const vf value = broadcast(fourth[m / 4][m % 4 * ldx + k]);
       sum[m][0] = fma(value, w0, sum[m][0]);
       sum[m][1] = fma(value, w1, sum[m][1]);
     }
