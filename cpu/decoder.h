@@ -44,9 +44,6 @@ class Decoder {
  public:
   explicit Decoder(DecoderSpec spec);
 
-  int64_t vocab() const { return spec_.head.weight.N; }
-  const DecoderSpec& spec() const { return spec_; }
-
   // Append `rows` tokens after `offset` tokens in the cache, kv[layer]; write fp32 logits of all rows, or of the last one.
   // Returns an MLXEFF_* code; MLXEFF_BAD_ARGUMENT for a token outside the vocabulary or a cache that is too short.
   int forward(const int32_t* tokens, int64_t rows, int64_t offset, const KvBuffer* kv, float* logits, bool all_rows, int mode);
