@@ -1,6 +1,6 @@
-// A decoder's forward pass inside one parallel region. Activations are fp32; the products are those of qmatmul, in its
-// modes; the attention is that of attention.cpp. A step of the pass is one for_chunks: when it returns, the step is complete,
-// so steps need no other synchronisation. Members of the team compute the same plan from the same arguments.
+// A decoder's forward pass inside one parallel region. Activations are fp32; the products are those of the matrix families,
+// in their modes; the attention is that of attention.cpp. A step of the pass is one for_chunks: when it returns, the step is
+// complete, so steps need no other synchronisation. Members of the team compute the same plan from the same arguments.
 #include "decoder.h"
 
 #include <math.h>
@@ -11,7 +11,6 @@
 #include "decoder_kernels.h"
 #include "norm_kernels.h"
 #include "pool.h"
-#include "qmatmul_kernels.h"
 #include "rope_kernels.h"
 #include "swiglu_kernels.h"
 
@@ -23,21 +22,14 @@ constexpr int64_t alignment = 16;  // floats
 
 int64_t padded(int64_t floats) { return round_up(floats, alignment); }
 
-struct Product {
+struct Output {
   const Linear* linear;
   float* y;
 };
 
-QmmArgs product_args(const mlxeff_qweight& w, const float* x, float* y, int64_t rows, int mode) {
-  return {w, x, w.K, MLXEFF_F32, y, w.N, MLXEFF_F32, rows, mode, nullptr, 0, nullptr, nullptr, nullptr, nullptr};
-}
-
 // What the inputs of up to three products need in the form that the products read.
 int64_t prepared_bytes(const DecoderSpec& spec, int64_t rows, int mode) {
-  const QmatmulKernels& kernels = MLXEFF_DISPATCH(qmatmul_kernels);
-  const auto bytes = [&](const Linear& linear) {
-    return round_up(int64_t(kernels.workspace_bytes(product_args(linear.weight, nullptr, nullptr, rows, mode))), 64);
-  };
+  const auto bytes = [&](const Linear& linear) { return Product(linear.weight, nullptr, nullptr, rows, mode).workspace_bytes(); };
   int64_t most = bytes(spec.head);
   for (const DecoderLayer& l : spec.layers) {
     most = max_of(most, max_of(bytes(l.q) + bytes(l.k) + bytes(l.v), bytes(l.gate) + bytes(l.up)));
@@ -53,59 +45,83 @@ struct Buffers {
   float* partial;  // of attention
 };
 
-AttentionArgs attention_args(const DecoderSpec& spec, int64_t heads, int64_t groups, int64_t window, const Buffers& b, const KvBuffer& kv,
-                             int64_t rows, int64_t offset, int mode) {
-  const int64_t size = spec.head_dim, wide = heads * size, stride = kv.capacity * size;
-  return {{b.queries, 0, size, wide, MLXEFF_F32}, {kv.keys, 0, stride, size, kv.dtype}, {kv.values, 0, stride, size, kv.dtype},
-          {b.attended, 0, size, wide, MLXEFF_F32}, 1, heads, groups, rows, offset + rows, size, 1.0f / sqrtf(float(size)), window,
+// What a pass works on: `length` new tokens of each of `batch` sequences, the last one at position end - 1.
+struct Span {
+  int64_t batch, length, end;
+  int64_t rows() const { return batch * length; }
+};
+
+AttentionArgs attention_args(const DecoderSpec& spec, const DecoderLayer& l, const Buffers& b, const KvBuffer& kv, const Span& span, int mode) {
+  const int64_t size = spec.head_dim, wide = l.heads * size, stride = kv.capacity * size, sequence = l.groups * stride;
+  return {{b.queries, span.length * wide, size, wide, MLXEFF_F32}, {kv.keys, sequence, stride, size, kv.dtype},
+          {kv.values, sequence, stride, size, kv.dtype}, {b.attended, span.length * wide, size, wide, MLXEFF_F32},
+          span.batch, l.heads, l.groups, span.length, span.end, size, 1.0f / sqrtf(float(size)), l.window,
           mode == MLXEFF_EXACT ? MLXEFF_EXACT : MLXEFF_COMPUTE_BF16, nullptr};
 }
 
 // The largest workspace of the attention of any layer, for a team of any size.
-int64_t partial_bytes(const DecoderSpec& spec, int64_t rows, int64_t offset) {
+int64_t partial_bytes(const DecoderSpec& spec, const Span& span) {
   int64_t most = 0;
   for (const DecoderLayer& l : spec.layers)
-    for (int threads = 1; threads <= num_threads(); ++threads)
-      most = max_of(most, plan_attention(attention_args(spec, l.heads, l.groups, l.window, {}, {}, rows, offset, MLXEFF_EXACT), threads).workspace);
+    for (const int64_t length : {span.length, int64_t(1)})
+      for (int threads = 1; threads <= num_threads(); ++threads)
+        most = max_of(most, plan_attention(attention_args(spec, l, {}, {}, {span.batch, length, span.end}, MLXEFF_EXACT), threads).workspace);
   return most;
 }
 
 // One call of forward, as one member of the team sees it.
 class Pass {
  public:
-  Pass(const DecoderSpec& spec, Team& team, const Buffers& buffers, const KvBuffer* kv, const int32_t* tokens, int64_t rows,
-       int64_t offset, int mode, std::atomic<int>& error)
-      : spec_(spec), team_(team), b_(buffers), kv_(kv), tokens_(tokens), rows_(rows), offset_(offset), mode_(mode), error_(error),
+  Pass(const DecoderSpec& spec, Team& team, const Buffers& buffers, const KvBuffer* kv, const int32_t* tokens, const Span& span, int mode,
+       std::atomic<int>& error)
+      : spec_(spec), team_(team), b_(buffers), kv_(kv), tokens_(tokens), span_(span), mode_(mode), error_(error),
         row_(MLXEFF_DISPATCH(decoder_kernels)), norm_(MLXEFF_DISPATCH(norm_kernels)), rope_(MLXEFF_DISPATCH(rope_kernels)),
-        swiglu_(MLXEFF_DISPATCH(swiglu_kernels)), product_(MLXEFF_DISPATCH(qmatmul_kernels)), attention_(MLXEFF_DISPATCH(attention_kernels)) {}
+        swiglu_(MLXEFF_DISPATCH(swiglu_kernels)), attention_(MLXEFF_DISPATCH(attention_kernels)) {}
 
+  void run(float* logits, bool all_rows) {
+    embed();
+    const int64_t layers = int64_t(spec_.layers.size());
+    for (int64_t i = 0; i < layers; ++i) layer(i, i + 1 == layers && !all_rows);
+    head(logits);
+  }
+
+ private:
   void embed() {
+    each_row([&](int64_t r) { embedding_row(tokens_[r], b_.x + r * spec_.dim); });
     const int64_t half = spec_.head_dim / 2;
-    each_row([&](int64_t r) {
-      product_.dequantize_row(spec_.embedding, tokens_[r], b_.x + r * spec_.dim, MLXEFF_F32);
-      for (int64_t i = 0; i < half; ++i) {
-        const double angle = double(offset_ + r) * double(spec_.inverse_frequencies[i]);
-        b_.cosines[r * half + i] = float(spec_.rope_magnitude * cos(angle));
-        b_.sines[r * half + i] = float(spec_.rope_magnitude * sin(angle));
-      }
+    team_.for_chunks(span_.length, 16, [&](int64_t begin, int64_t end) {
+      for (int64_t t = begin; t < end; ++t)
+        for (int64_t i = 0; i < half; ++i) {
+          const double angle = double(position(t)) * double(spec_.inverse_frequencies[i]);
+          b_.cosines[t * half + i] = float(spec_.rope_magnitude * cos(angle));
+          b_.sines[t * half + i] = float(spec_.rope_magnitude * sin(angle));
+        }
     });
   }
 
-  void layer(int64_t index) {
+  void embedding_row(int64_t token, float* out) {
+    const Matrix& w = spec_.embedding;
+    if (w.is_dense()) row_.load(out, static_cast<const char*>(w.dense) + token * w.K * int64_t(dtype_size(w.dtype)), w.dtype, w.K);
+    else MLXEFF_DISPATCH(qmatmul_kernels).dequantize_row(w.quantised, token, out, MLXEFF_F32);
+  }
+
+  // With last_only, keys and values of all tokens, and the rest of the layer for each sequence's last token.
+  void layer(int64_t index, bool last_only) {
     const DecoderLayer& l = spec_.layers[size_t(index)];
     const float* const before = index ? b_.added : nullptr;
     const float* const before_bias = index ? spec_.layers[size_t(index - 1)].down.bias : nullptr;
-    const Product qkv[] = {{&l.q, b_.queries}, {&l.k, b_.keys}, {&l.v, b_.values}};
-    multiply(b_.normed, qkv, 3, 0, rows_, [&](int64_t r) { add_and_norm(r, before, before_bias, l.attention_norm); });
+    const Output qkv[] = {{&l.q, b_.queries}, {&l.k, b_.keys}, {&l.v, b_.values}};
+    multiply(b_.normed, qkv, 3, [&](int64_t r) { add_and_norm(r, before, before_bias, l.attention_norm); });
     each_row([&](int64_t r) { append(l, kv_[index], r); });
+    if (last_only && span_.length > 1) keep_last_rows(l);
     attend(l, kv_[index]);
-    const Product o[] = {{&l.o, b_.added}};
-    multiply(b_.attended, o, 1, 0, rows_, [](int64_t) {});
-    const Product gated[] = {{&l.gate, b_.gate}, {&l.up, b_.up}};
-    multiply(b_.normed, gated, 2, 0, rows_, [&](int64_t r) { add_and_norm(r, b_.added, l.o.bias, l.ffn_norm); });
+    const Output o[] = {{&l.o, b_.added}};
+    multiply(b_.attended, o, 1, [](int64_t) {});
+    const Output gated[] = {{&l.gate, b_.gate}, {&l.up, b_.up}};
+    multiply(b_.normed, gated, 2, [&](int64_t r) { add_and_norm(r, b_.added, l.o.bias, l.ffn_norm); });
     const int64_t width = l.gate.weight.N;
-    const Product down[] = {{&l.down, b_.added}};
-    multiply(b_.gate, down, 1, 0, rows_, [&](int64_t r) {
+    const Output down[] = {{&l.down, b_.added}};
+    multiply(b_.gate, down, 1, [&](int64_t r) {
       float* const gate = b_.gate + r * width;
       float* const up = b_.up + r * width;
       add(gate, l.gate.bias, width);
@@ -114,21 +130,33 @@ class Pass {
     });
   }
 
-  void head(float* logits, bool all_rows) {
-    const int64_t first = all_rows ? 0 : rows_ - 1;
+  void head(float* logits) {
     const float* const bias = spec_.layers.back().down.bias;
-    const Product product[] = {{&spec_.head, logits}};
-    multiply(b_.normed, product, 1, first, rows_ - first, [&](int64_t r) { add_and_norm(r, b_.added, bias, spec_.final_norm); });
-    if (spec_.head.bias)
-      team_.for_chunks(rows_ - first, 1, [&](int64_t begin, int64_t end) {
-        for (int64_t r = begin; r < end; ++r) add(logits + r * spec_.head.weight.N, spec_.head.bias, spec_.head.weight.N);
-      });
+    const Output output[] = {{&spec_.head, logits}};
+    multiply(b_.normed, output, 1, [&](int64_t r) { add_and_norm(r, b_.added, bias, spec_.final_norm); });
+    const int64_t width = spec_.head.weight.N;
+    if (spec_.head.bias) each_row([&](int64_t r) { add(logits + r * width, spec_.head.bias, width); });
   }
 
- private:
+  // Narrows the pass to the last token of each sequence: their hidden states and queries move to the first rows.
+  void keep_last_rows(const DecoderLayer& l) {
+    const int64_t wide = l.heads * spec_.head_dim;
+    team_.for_chunks(1, 1, [&](int64_t, int64_t) {
+      for (int64_t b = 0; b < span_.batch; ++b) {
+        const int64_t last = (b + 1) * span_.length - 1;
+        memmove(b_.x + b * spec_.dim, b_.x + last * spec_.dim, size_t(spec_.dim) * 4);
+        memmove(b_.queries + b * wide, b_.queries + last * wide, size_t(wide) * 4);
+      }
+    });
+    span_.length = 1;
+  }
+
+  int64_t position(int64_t t) const { return span_.end - span_.length + t; }
+
   template <class Body>
   void each_row(Body&& body) {
-    team_.for_chunks(rows_, row_chunk(rows_), [&](int64_t begin, int64_t end) {
+    const int64_t rows = span_.rows();
+    team_.for_chunks(rows, row_chunk(rows), [&](int64_t begin, int64_t end) {
       for (int64_t r = begin; r < end; ++r) body(r);
     });
   }
@@ -152,33 +180,33 @@ class Pass {
     if (!norm_.rows({from, to, {}, weight, MLXEFF_F32, 1, n, spec_.eps}, 0, count)) error_ = MLXEFF_NO_MEMORY;
   }
 
-  // products[i].y (rows, N_i) = x W_i^T of the rows [first, first + rows) of x, after make_row(r) has written them.
+  // outputs[i].y (rows, N_i) = x W_i^T, after make_row(r) has written row r of x.
   template <class MakeRow>
-  void multiply(const float* x, const Product* products, int count, int64_t first, int64_t rows, MakeRow&& make_row) {
-    QmmArgs args[most_products];
+  void multiply(const float* x, const Output* outputs, int count, MakeRow&& make_row) {
+    const int64_t rows = span_.rows();
+    Product products[most_products];
     bool owner[most_products];
     int64_t pieces[most_products], piece[most_products], total = 0;
     char* workspace = b_.prepared;
     for (int i = 0; i < count; ++i) {
-      const mlxeff_qweight& w = products[i].linear->weight;
-      args[i] = product_args(w, x + first * w.K, products[i].y, rows, mode_);
+      products[i] = Product(outputs[i].linear->weight, x, outputs[i].y, rows, mode_);
       int same = 0;
-      while (same < i && !(args[same].w.bits == w.bits && args[same].w.group == w.group)) ++same;
+      while (same < i && !products[i].same_input(products[same])) ++same;
       owner[i] = same == i;
       if (owner[i]) {
-        product_.bind(args[i], workspace);
-        workspace += round_up(int64_t(product_.workspace_bytes(args[i])), 64);
+        products[i].bind(workspace);
+        workspace += products[i].workspace_bytes();
       } else {
-        args[i] = with_input_of(args[i], args[same]);
+        products[i].share_input(products[same]);
       }
-      piece[i] = product_.piece(args[i], team_.count);
-      pieces[i] = ceil_div(w.N, piece[i]);
+      piece[i] = products[i].piece(team_.count);
+      pieces[i] = ceil_div(products[i].matrix().N, piece[i]);
       total += pieces[i];
     }
     team_.for_chunks(rows, row_chunk(rows), [&](int64_t begin, int64_t end) {
-      for (int64_t r = begin; r < end; ++r) make_row(first + r);
+      for (int64_t r = begin; r < end; ++r) make_row(r);
       for (int i = 0; i < count; ++i)
-        if (owner[i]) product_.prepare(args[i], begin, end);
+        if (owner[i]) products[i].prepare(begin, end);
     });
     team_.for_chunks(total, 1, [&](int64_t begin, int64_t end) {
       for (int64_t p = begin; p < end; ++p) {
@@ -186,19 +214,9 @@ class Pass {
         int64_t index = p;
         while (index >= pieces[i]) index -= pieces[i++];
         const int64_t n = index * piece[i];
-        if (const int code = product_.run(args[i], n, min_of(n + piece[i], args[i].w.N))) error_ = code;
+        if (const int code = products[i].run(n, min_of(n + piece[i], products[i].matrix().N))) error_ = code;
       }
     });
-  }
-
-  static QmmArgs with_input_of(QmmArgs args, const QmmArgs& other) {
-    args.x_f32 = other.x_f32;
-    args.ldx_f32 = other.ldx_f32;
-    args.x_sum = other.x_sum;
-    args.x_int8 = other.x_int8;
-    args.x_scale = other.x_scale;
-    args.x_bf16 = other.x_bf16;
-    return args;
   }
 
   // Bias, norm and rotation of the row's queries and keys; keys and values go into the cache.
@@ -212,26 +230,27 @@ class Pass {
     add(v, l.v.bias, l.groups * size);
     if (l.q_norm) norm(q, q, l.q_norm, l.heads, size);
     if (l.k_norm) norm(k, k, l.k_norm, l.groups, size);
-    const int64_t place = (offset_ + r) * size * width, stride = kv.capacity * size;
-    rotate(q, {q, 0, size, 0, MLXEFF_F32}, l.heads, r);
-    rotate(k, {static_cast<char*>(kv.keys) + place, 0, stride, 0, kv.dtype}, l.groups, r);
+    const int64_t t = r % span_.length, stride = kv.capacity * size;
+    const int64_t place = (r / span_.length * l.groups * stride + position(t) * size) * width;
+    rotate(q, {q, 0, size, 0, MLXEFF_F32}, l.heads, t);
+    rotate(k, {static_cast<char*>(kv.keys) + place, 0, stride, 0, kv.dtype}, l.groups, t);
     for (int64_t g = 0; g < l.groups; ++g) row_.store(static_cast<char*>(kv.values) + place + g * stride * width, kv.dtype, v + g * size, size);
   }
 
-  // The heads of one token, to the angles of row r.
-  void rotate(float* x, const mlxeff_heads& to, int64_t heads, int64_t r) {
+  // The heads of one token, to the angles of new token t.
+  void rotate(float* x, const mlxeff_heads& to, int64_t heads, int64_t t) {
     const int64_t size = spec_.head_dim, half = size / 2;
-    rope_.rows({{x, 0, size, 0, MLXEFF_F32}, to, 1, heads, 1, size, size, b_.cosines + r * half, b_.sines + r * half, false}, 0, heads);
+    rope_.rows({{x, 0, size, 0, MLXEFF_F32}, to, 1, heads, 1, size, size, b_.cosines + t * half, b_.sines + t * half, false}, 0, heads);
   }
 
   void attend(const DecoderLayer& l, const KvBuffer& kv) {
-    const AttentionArgs args = attention_args(spec_, l.heads, l.groups, l.window, b_, kv, rows_, offset_, mode_);
+    const AttentionArgs args = attention_args(spec_, l, b_, kv, span_, mode_);
     const AttentionPlan plan = plan_attention(args, team_.count);
     team_.for_chunks(plan.tasks, 1, [&](int64_t begin, int64_t end) {
       if (!attention_.run(args, plan, b_.partial, begin, end)) error_ = MLXEFF_NO_MEMORY;
     });
     if (plan.parts > 1)
-      team_.for_chunks(args.H * rows_, 64, [&](int64_t begin, int64_t end) { attention_.merge(args, plan, b_.partial, begin, end); });
+      team_.for_chunks(args.B * args.H * args.S, 64, [&](int64_t begin, int64_t end) { attention_.merge(args, plan, b_.partial, begin, end); });
   }
 
   const DecoderSpec& spec_;
@@ -239,14 +258,13 @@ class Pass {
   const Buffers& b_;
   const KvBuffer* kv_;
   const int32_t* tokens_;
-  int64_t rows_, offset_;
+  Span span_;
   int mode_;
   std::atomic<int>& error_;
   const DecoderKernels& row_;
   const NormKernels& norm_;
   const RopeKernels& rope_;
   const SwigluKernels& swiglu_;
-  const QmatmulKernels& product_;
   const AttentionKernels& attention_;
 };
 
@@ -260,17 +278,20 @@ Decoder::Decoder(DecoderSpec spec) : spec_(std::move(spec)) {
   }
 }
 
-int Decoder::forward(const int32_t* tokens, int64_t rows, int64_t offset, const KvBuffer* kv, float* logits, bool all_rows, int mode) {
-  if (rows < 1 || offset < 0 || spec_.layers.empty()) return MLXEFF_BAD_ARGUMENT;
+int Decoder::forward(const int32_t* tokens, int64_t batch, int64_t length, int64_t offset, const KvBuffer* kv, float* logits,
+                     bool all_rows, int mode) {
+  const Span span = {batch, length, offset + length};
+  const int64_t rows = span.rows();
+  if (batch < 1 || length < 1 || offset < 0 || spec_.layers.empty()) return MLXEFF_BAD_ARGUMENT;
   for (int64_t r = 0; r < rows; ++r)
     if (tokens[r] < 0 || tokens[r] >= spec_.embedding.N) return MLXEFF_BAD_ARGUMENT;
   for (size_t i = 0; i < spec_.layers.size(); ++i)
-    if (kv[i].capacity < offset + rows) return MLXEFF_BAD_ARGUMENT;
+    if (kv[i].capacity < span.end) return MLXEFF_BAD_ARGUMENT;
 
   const int64_t size = spec_.head_dim, queries = widest_heads_ * size, keys = widest_groups_ * size;
-  const int64_t prepared = prepared_bytes(spec_, rows, mode) / 4, partial = partial_bytes(spec_, rows, offset) / 4;
+  const int64_t prepared = prepared_bytes(spec_, rows, mode) / 4, partial = partial_bytes(spec_, span) / 4;
   const int64_t widths[] = {rows * spec_.dim, rows * spec_.dim, rows * queries, rows * keys, rows * keys, rows * queries,
-                            rows * widest_ffn_, rows * widest_ffn_, rows * spec_.dim, rows * size / 2, rows * size / 2, prepared, partial};
+                            rows * widest_ffn_, rows * widest_ffn_, rows * spec_.dim, length * size / 2, length * size / 2, prepared, partial};
   int64_t total = alignment;
   for (const int64_t width : widths) total += padded(width);
 
@@ -290,10 +311,7 @@ int Decoder::forward(const int32_t* tokens, int64_t rows, int64_t offset, const 
                            reinterpret_cast<char*>(parts[11]), parts[12]};
   std::atomic<int> error{MLXEFF_OK};
   team_run([&](Team& team) {
-    Pass pass(spec_, team, buffers, kv, tokens, rows, offset, mode, error);
-    pass.embed();
-    for (int64_t i = 0; i < int64_t(spec_.layers.size()); ++i) pass.layer(i);
-    pass.head(logits, all_rows);
+    Pass(spec_, team, buffers, kv, tokens, span, mode, error).run(logits, all_rows);
   });
   return error;
 }

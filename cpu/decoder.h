@@ -4,14 +4,13 @@
 #include <mutex>
 #include <vector>
 
-#include "common.h"
-#include "mlxeff_cpu.h"
+#include "product.h"
 
 namespace mlxeff {
 
 // y = x W^T + bias; bias (N) is fp32 or null.
 struct Linear {
-  mlxeff_qweight weight = {};
+  Matrix weight = {};
   const float* bias = nullptr;
 };
 
@@ -22,7 +21,7 @@ struct DecoderLayer {
   int64_t heads, groups, window;
 };
 
-// Keys or values of one layer: (1, groups, capacity, head_dim), row-major.
+// Keys and values of one layer: (batch, groups, capacity, head_dim), row-major.
 struct KvBuffer {
   void *keys, *values;
   int64_t capacity;
@@ -35,7 +34,7 @@ struct DecoderSpec {
   const float* inverse_frequencies;  // (head_dim / 2), radians a position
   float rope_magnitude;              // factor of rotated queries and keys (YaRN)
   const float* final_norm;
-  mlxeff_qweight embedding;
+  Matrix embedding;
   Linear head;
   std::vector<DecoderLayer> layers;
 };
@@ -44,9 +43,10 @@ class Decoder {
  public:
   explicit Decoder(DecoderSpec spec);
 
-  // Append `rows` tokens after `offset` tokens in the cache, kv[layer]; write fp32 logits of all rows, or of the last one.
+  // Append tokens (batch, length) after `offset` tokens in the cache, kv[layer]; write fp32 logits of all of them,
+  // (batch, length, vocabulary), or of each sequence's last one, (batch, vocabulary).
   // Returns an MLXEFF_* code; MLXEFF_BAD_ARGUMENT for a token outside the vocabulary or a cache that is too short.
-  int forward(const int32_t* tokens, int64_t rows, int64_t offset, const KvBuffer* kv, float* logits, bool all_rows, int mode);
+  int forward(const int32_t* tokens, int64_t batch, int64_t length, int64_t offset, const KvBuffer* kv, float* logits, bool all_rows, int mode);
 
  private:
   DecoderSpec spec_;

@@ -12,10 +12,11 @@ static void add(float* x, const float* term, int64_t n) {
   for (; i < n; ++i) x[i] += term[i];
 }
 
+static void load_row(float* out, const void* x, int dtype, int64_t n) { to_floats(out, x, dtype, n); }
 static void store_row(void* out, int dtype, const float* x, int64_t n) { from_floats(out, dtype, x, n); }
 
 const DecoderKernels& decoder_kernels() {
-  static const DecoderKernels table = {add, store_row};
+  static const DecoderKernels table = {add, load_row, store_row};
   return table;
 }
 

@@ -54,12 +54,13 @@ class Kept {
   std::vector<mx::array> arrays_;
 };
 
-using Matrix = std::tuple<mx::array, mx::array, mx::array, int, int, std::optional<mx::array>>;  // packed, scales, biases, group, bits, bias
+// A matrix and its bias: packed, scales, biases, group size, bits, bias; or, dense, the matrix, None, None, 0, 0, bias.
+using Arrays = std::tuple<mx::array, std::optional<mx::array>, std::optional<mx::array>, int, int, std::optional<mx::array>>;
 
 class Model {
  public:
   Model(int64_t dim, int64_t head_dim, float eps, const mx::array& inverse_frequencies, float rope_magnitude, const mx::array& final_norm,
-        const Matrix& embedding, const Matrix& head) {
+        const Arrays& embedding, const Arrays& head) {
     spec_.dim = dim;
     spec_.head_dim = head_dim;
     spec_.eps = eps;
@@ -74,7 +75,7 @@ class Model {
   }
 
   void add_layer(const mx::array& attention_norm, const mx::array& ffn_norm, const std::optional<mx::array>& q_norm,
-                 const std::optional<mx::array>& k_norm, const std::vector<Matrix>& matrices, int64_t heads, int64_t groups, int64_t window) {
+                 const std::optional<mx::array>& k_norm, const std::vector<Arrays>& matrices, int64_t heads, int64_t groups, int64_t window) {
     if (decoder_) throw std::logic_error("decoder: a layer after the first call");
     if (matrices.size() != 7) throw std::invalid_argument("decoder: wanted 7 matrices");
     mlxeff::Linear m[7];
@@ -97,20 +98,29 @@ class Model {
   const DecoderSpec& spec() const { return spec_; }
 
  private:
-  mlxeff::Linear matrix(const Matrix& m) {
-    const auto& [packed, scales, biases, group, bits, bias] = m;
+  mlxeff::Linear matrix(const Arrays& m) {
+    const auto& [weight, scales, biases, group, bits, bias] = m;
     mlxeff::Linear linear;
-    const mx::array& p = kept_(packed);
-    if (p.dtype() != mx::uint32 || p.ndim() != 2 || scales.shape() != biases.shape() || scales.dtype() != biases.dtype())
-      throw std::invalid_argument("decoder: wanted an affine-quantised matrix");
-    const int64_t columns = int64_t(p.shape(1)) * 32 / bits;
-    if (scales.shape() != mx::Shape{p.shape(0), int(columns / group)} || (bias && bias->size() != size_t(p.shape(0))))
-      throw std::invalid_argument("decoder: scales or bias do not fit the matrix");
-    linear.weight = {p.data<uint32_t>(), nullptr, nullptr, p.shape(0), columns, bits, group, dtype_of(scales)};
-    linear.weight.scales = kept_(scales).data<void>();
-    linear.weight.biases = kept_(biases).data<void>();
+    linear.weight = scales && biases ? quantised(weight, *scales, *biases, group, bits) : dense(weight);
+    if (bias && bias->size() != size_t(linear.weight.N)) throw std::invalid_argument("decoder: a bias does not fit its matrix");
     linear.bias = kept_.floats(bias);
     return linear;
+  }
+
+  mlxeff::Matrix quantised(const mx::array& packed, const mx::array& scales, const mx::array& biases, int group, int bits) {
+    if (packed.dtype() != mx::uint32 || packed.ndim() != 2 || scales.shape() != biases.shape() || scales.dtype() != biases.dtype())
+      throw std::invalid_argument("decoder: wanted an affine-quantised matrix");
+    const int64_t rows = packed.shape(0), columns = int64_t(packed.shape(1)) * 32 / bits;
+    if (scales.shape() != mx::Shape{packed.shape(0), int(columns / group)}) throw std::invalid_argument("decoder: scales do not fit their matrix");
+    const int type = dtype_of(scales);
+    return {rows, columns, {kept_(packed).data<uint32_t>(), kept_(scales).data<void>(), kept_(biases).data<void>(), rows, columns, bits, group, type},
+            nullptr, type};
+  }
+
+  mlxeff::Matrix dense(const mx::array& weight) {
+    if (weight.ndim() != 2) throw std::invalid_argument("decoder: wanted a matrix");
+    const int type = dtype_of(weight);
+    return {weight.shape(0), weight.shape(1), {}, kept_(weight).data<void>(), type};
   }
 
   Kept kept_;
@@ -156,13 +166,13 @@ class DecoderForward : public mx::Primitive {
       buffer.capacity = out.shape(2);
       buffer.dtype = dtype_of(out);
     }
-    const int64_t rows = int64_t(inputs[0].size());
-    encoder.dispatch([model = model_, kv = std::move(kv), copies = std::move(copies), tokens = inputs[0].data<int32_t>(), rows,
+    const int64_t batch = inputs[0].shape(0), length = inputs[0].shape(1);
+    encoder.dispatch([model = model_, kv = std::move(kv), copies = std::move(copies), tokens = inputs[0].data<int32_t>(), batch, length,
                       offset = offset_, logits = outputs[0].data<float>(), all_rows = all_rows_, mode = mode_]() {
       const size_t layers = kv.size();
       for (size_t i = 0; i < copies.size(); ++i)
         if (copies[i].first) memcpy(i < layers ? kv[i].keys : kv[i - layers].values, copies[i].first, copies[i].second);
-      check(model->decoder().forward(tokens, rows, offset, kv.data(), logits, all_rows, mode));
+      check(model->decoder().forward(tokens, batch, length, offset, kv.data(), logits, all_rows, mode));
     });
   }
   void eval_gpu(const std::vector<mx::array>&, std::vector<mx::array>&) override { throw std::runtime_error("decoder: has no GPU form"); }
@@ -184,16 +194,17 @@ std::vector<mx::array> forward(const Handle& handle, const mx::array& tokens, co
                                const std::vector<mx::array>& values, int64_t offset, bool all_rows, int mode) {
   const DecoderSpec& spec = handle.model->spec();
   const size_t layers = spec.layers.size();
-  if (tokens.ndim() != 2 || tokens.shape(0) != 1 || tokens.shape(1) < 1) throw std::invalid_argument("decoder: wanted tokens of shape (1, S)");
+  if (tokens.ndim() != 2 || tokens.size() < 1) throw std::invalid_argument("decoder: wanted tokens of shape (B, S)");
+  const int batch = tokens.shape(0);
   if (keys.size() != layers || values.size() != layers) throw std::invalid_argument("decoder: wanted a cache buffer for each layer");
   const mx::Stream stream = mx::default_stream(mx::Device::cpu);
   std::vector<mx::array> inputs = {mx::contiguous(mx::astype(tokens, mx::int32, stream), false, stream)};
-  std::vector<mx::Shape> shapes = {{1, all_rows ? tokens.shape(1) : 1, int(spec.head.weight.N)}};
+  std::vector<mx::Shape> shapes = {{batch, all_rows ? tokens.shape(1) : 1, int(spec.head.weight.N)}};
   std::vector<mx::Dtype> dtypes = {mx::float32};
   for (const auto* buffers : {&keys, &values})
     for (size_t i = 0; i < layers; ++i) {
       const mx::array& buffer = (*buffers)[i];
-      const mx::Shape wanted = {1, int(spec.layers[i].groups), keys[i].shape(2), int(spec.head_dim)};
+      const mx::Shape wanted = {batch, int(spec.layers[i].groups), keys[i].shape(2), int(spec.head_dim)};
       if (buffer.shape() != wanted || buffer.shape(2) < offset + tokens.shape(1) || buffer.dtype() != keys[i].dtype())
         throw std::invalid_argument("decoder: a cache buffer does not fit");
       dtype_of(buffer);
@@ -221,12 +232,12 @@ NB_MODULE(_native, m) {
   nb::class_<Handle>(m, "Decoder")
       .def("__init__",
            [](Handle* self, int64_t dim, int64_t head_dim, float eps, const mx::array& inverse_frequencies, float rope_magnitude,
-              const mx::array& final_norm, const Matrix& embedding, const Matrix& head) {
+              const mx::array& final_norm, const Arrays& embedding, const Arrays& head) {
              new (self) Handle{std::make_shared<Model>(dim, head_dim, eps, inverse_frequencies, rope_magnitude, final_norm, embedding, head)};
            })
       .def("add_layer",
            [](Handle& self, const mx::array& attention_norm, const mx::array& ffn_norm, const std::optional<mx::array>& q_norm,
-              const std::optional<mx::array>& k_norm, const std::vector<Matrix>& matrices, int64_t heads, int64_t groups, int64_t window) {
+              const std::optional<mx::array>& k_norm, const std::vector<Arrays>& matrices, int64_t heads, int64_t groups, int64_t window) {
              self.model->add_layer(attention_norm, ffn_norm, q_norm, k_norm, matrices, heads, groups, window);
            },
            nb::arg("attention_norm"), nb::arg("ffn_norm"), nb::arg("q_norm").none(), nb::arg("k_norm").none(),

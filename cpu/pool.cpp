@@ -1,8 +1,9 @@
 // The thread pool: one a process, created at the first parallel region, never destroyed.
 //
 // Joining     A region is announced by one atomic word, the gate: generation, an open flag, and the members so far. Idle
-//             workers see it and enter by compare-and-swap; the caller closes it. A worker that the system has not
-//             scheduled simply is not a member, so a region never waits for a thread that has not started on it.
+//             workers see it and enter by compare-and-swap until the caller, done with its own part, closes it. A worker that
+//             the system has not scheduled simply is not a member, so a region never waits for a thread that has not
+//             started on it; one that arrives late still shares the rest of the work.
 // Work        Pieces are handed out by an atomic counter, so a slowed-down member takes fewer of them.
 // Waiting     Every wait spins for a bounded time and then sleeps on a condition variable; wakers pay for a system call
 //             only when somebody sleeps.
@@ -31,8 +32,8 @@ namespace mlxeff {
 namespace {
 
 using Clock = std::chrono::steady_clock;
-constexpr auto spin_time = std::chrono::microseconds(50);
-constexpr auto join_time = std::chrono::microseconds(200);  // a sleeping worker answers in 50-100 us
+constexpr auto idle_spin = std::chrono::microseconds(50);
+constexpr auto step_spin = std::chrono::microseconds(200);  // inside a region: a piece of work is rarely longer
 constexpr int max_threads = 256;
 
 thread_local bool inside_region = false;
@@ -60,9 +61,10 @@ bool spin_until(Ready ready, Clock::duration limit) {
 // Waits for a condition on sequentially consistent atomics. Whoever makes it true calls wake() afterwards.
 class WaitPoint {
  public:
+  explicit WaitPoint(Clock::duration spin) : spin_(spin) {}
   template <class Ready>
   void wait(Ready ready) {
-    if (spin_until(ready, spin_time)) return;
+    if (spin_until(ready, spin_)) return;
     std::unique_lock<std::mutex> lock(mutex_);
     ++sleepers_;
     while (!ready()) changed_.wait(lock);
@@ -76,6 +78,7 @@ class WaitPoint {
   }
 
  private:
+  const Clock::duration spin_;
   std::atomic<int> sleepers_{0};
   std::mutex mutex_;
   std::condition_variable changed_;
@@ -85,15 +88,14 @@ class WaitPoint {
 
 class Pool {
  public:
-  static Team team_of_one() { return Team(0, 1, nullptr); }
+  static Team team_of_one() { return Team(1, nullptr); }
 
   std::mutex running;  // held by the thread whose region uses the pool
 
   // Both are called with `running` held.
   void resize(int threads);
-  void run(void (*function)(Team&, void*), void* context, bool fixed_team);
+  void run(void (*function)(Team&, void*), void* context);
 
-  void barrier(int count);
   void for_chunks(uint32_t phase, int64_t n, int64_t chunk, void (*body)(void*, int64_t, int64_t), void* context);
 
  private:
@@ -101,7 +103,7 @@ class Pool {
   static uint32_t generation(uint64_t gate) { return uint32_t(gate >> 32); }
   void work(uint32_t seen);
   void keep_off_this_cpu();
-  void execute(int index, int count);
+  void execute();
 
   int threads_ = 1;
   std::thread workers_[max_threads];
@@ -111,10 +113,8 @@ class Pool {
   // The region in progress.
   void (*function_)(Team&, void*) = nullptr;
   void* context_ = nullptr;
-  bool fixed_team_ = false;
   alignas(64) std::atomic<uint64_t> gate_{0};  // generation << 32 | open flag | members
   alignas(64) std::atomic<int> left_{0};       // workers that have finished with the region
-  alignas(64) std::atomic<uint32_t> arrived_{0}, barrier_round_{0};
 
   // for_chunks number p uses slot p % ring: (p mod 2^24) << 40 | pieces taken << 20 | pieces finished. The first member
   // to reach a phase turns its slot over; a late member recognises by the number that the slot has moved on.
@@ -125,7 +125,7 @@ class Pool {
   };
   Slot slots_[ring];
 
-  WaitPoint idle_, progress_;
+  WaitPoint idle_{idle_spin}, progress_{step_spin};
 };
 
 void Pool::resize(int threads) {
@@ -159,13 +159,7 @@ void Pool::work(uint32_t seen) {
     while ((gate & open_flag) && !gate_.compare_exchange_weak(gate, gate + 1)) relax();
     seen = generation(gate);
     if (!(gate & open_flag)) continue;
-    const int index = int(gate & member_mask);
-    int count = threads_;
-    if (fixed_team_) {
-      progress_.wait([&] { return !(gate_.load() & open_flag); });
-      count = int(gate_.load() & member_mask);
-    }
-    execute(index, count);
+    execute();
     ++left_;
     progress_.wake();
   }
@@ -188,38 +182,22 @@ void Pool::keep_off_this_cpu() {
 #endif
 }
 
-void Pool::execute(int index, int count) {
-  Team team(index, count, count > 1 ? this : nullptr);
+void Pool::execute() {
+  Team team(threads_, this);
   function_(team, context_);
 }
 
-void Pool::run(void (*function)(Team&, void*), void* context, bool fixed_team) {
+void Pool::run(void (*function)(Team&, void*), void* context) {
   function_ = function;
   context_ = context;
-  fixed_team_ = fixed_team;
   left_ = 0;
-  if (fixed_team)
-    for (uint32_t i = 0; i < ring; ++i) slots_[i].state.store(uint64_t(i) << 40, std::memory_order_relaxed);
+  for (uint32_t i = 0; i < ring; ++i) slots_[i].state.store(uint64_t(i) << 40, std::memory_order_relaxed);
   gate_ = uint64_t(generation(gate_.load()) + 1) << 32 | open_flag | 1;
   if (idle_.has_sleepers()) keep_off_this_cpu();
   idle_.wake();
-  if (!fixed_team) execute(0, threads_);
-  else spin_until([&] { return int(gate_.load() & member_mask) == threads_; }, join_time);
+  execute();
   const int members = int(gate_.fetch_and(~open_flag) & member_mask);
-  progress_.wake();
-  if (fixed_team) execute(0, members);
   progress_.wait([&] { return left_.load() == members - 1; });
-}
-
-void Pool::barrier(int count) {
-  const uint32_t round = barrier_round_.load();
-  if (int(arrived_.fetch_add(1)) + 1 == count) {
-    arrived_ = 0;
-    barrier_round_ = round + 1;
-    progress_.wake();
-  } else {
-    progress_.wait([&] { return barrier_round_.load() != round; });
-  }
 }
 
 void Pool::for_chunks(uint32_t phase, int64_t n, int64_t chunk, void (*body)(void*, int64_t, int64_t), void* context) {
@@ -271,27 +249,23 @@ int default_threads() {
   return count;
 }
 
-void run_region(void (*function)(Team&, void*), void* context, bool fixed_team) {
+}  // namespace
+
+void team_run(void (*function)(Team&, void*), void* context) {
   Team alone = Pool::team_of_one();
   if (inside_region || num_threads() == 1) return function(alone, context);
   Pool* const pool = mlxeff::pool();
   if (!pool->running.try_lock()) return function(alone, context);
   inside_region = true;
   pool->resize(num_threads());
-  pool->run(function, context, fixed_team);
+  pool->run(function, context);
   inside_region = false;
   pool->running.unlock();
 }
 
-}  // namespace
-
 int num_threads() {
   const int wanted = wanted_threads.load(std::memory_order_relaxed);
   return wanted ? wanted : default_threads();
-}
-
-void Team::barrier() {
-  if (pool_) pool_->barrier(count);
 }
 
 void Team::for_chunks(int64_t n, int64_t chunk, void (*body)(void*, int64_t, int64_t), void* context) {
@@ -299,25 +273,10 @@ void Team::for_chunks(int64_t n, int64_t chunk, void (*body)(void*, int64_t, int
   if (n > 0) body(context, 0, n);
 }
 
-void team_run(void (*function)(Team&, void*), void* context) {
-  run_region(function, context, true);
-}
-
 void parallel_for(int64_t n, int64_t chunk, void (*body)(void*, int64_t, int64_t), void* context) {
   if (n <= 0) return;
   if (n <= chunk || inside_region) return body(context, 0, n);
-  struct Loop {
-    int64_t n, chunk;
-    void (*body)(void*, int64_t, int64_t);
-    void* context;
-    alignas(64) std::atomic<int64_t> next{0};
-  } loop{n, chunk, body, context};
-  const auto take_pieces = [](Team&, void* context) {
-    Loop& loop = *static_cast<Loop*>(context);
-    for (int64_t begin; (begin = loop.next.fetch_add(loop.chunk)) < loop.n;)
-      loop.body(loop.context, begin, min_of(loop.n, begin + loop.chunk));
-  };
-  run_region(take_pieces, &loop, false);
+  team_run([&](Team& team) { team.for_chunks(n, chunk, body, context); });
 }
 
 void* scratch(Scratch slot, size_t bytes) {

@@ -6,14 +6,11 @@
 
 namespace mlxeff {
 
-// The threads that execute one parallel region together. `index` 0 is the caller.
+// The threads that execute one parallel region together. A member may arrive at any time: it runs through the steps that are
+// done already and takes part from there.
 class Team {
  public:
-  int index;
-  int count;
-
-  // Wait until every member of the team has arrived.
-  void barrier();
+  int count;  // the most members there can be; the same number for each of them
 
   // Run body(context, begin, end) over [0, n) in pieces of `chunk`, and return when all of it is done. Members take
   // pieces as they become free, so a member that the system has suspended delays the others by the piece that it
@@ -29,14 +26,14 @@ class Team {
 
  private:
   friend class Pool;
-  Team(int index, int count, class Pool* pool) : index(index), count(count), pool_(pool) {}
+  Team(int count, class Pool* pool) : count(count), pool_(pool) {}
   class Pool* pool_;  // null for a team of one
   uint32_t phase_ = 0;
 };
 
-// Run function(team, context) once on each member of a team, the caller being one. The team consists of the threads
-// that answer within a few microseconds, so it is never held up by a thread that has no CPU; it may be the caller alone.
-// From inside a region, or while another thread uses the pool, the team is the caller alone.
+// Run function(team, context) on each member of a team: the caller, and idle threads as they wake. It returns when the
+// caller's call and those of all who joined have. From inside a region, or while another thread uses the pool, the team is
+// the caller alone.
 void team_run(void (*function)(Team& team, void* context), void* context);
 
 // body(context, begin, end) over [0, n) in pieces of `chunk`, by as many threads as are free. Idle threads may join at any time.

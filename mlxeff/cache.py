@@ -85,7 +85,7 @@ class LayerCache:
 
         def extend(old: mx.array | None) -> mx.array:
             held = 0 if old is None else self.length
-            room = mx.zeros((batch, heads, capacity - held, size), dtype)
+            room = mx.zeros((batch, heads, capacity - held, size), dtype if old is None else old.dtype)
             return room if old is None else mx.concatenate([old[:, :, :held], room], axis=2)
 
         self.keys, self.values = extend(self.keys), extend(self.values)

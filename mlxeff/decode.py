@@ -2,7 +2,8 @@
 about text.
 
 The only module on the way from prompt to text that evaluates. One token is always in flight: the next step is launched
-before the present one is read, so the host never holds up the device beyond the token itself.
+before the present one is read, so the host never holds up the device beyond the token itself. On a CPU it is launched
+when the present one is complete: a step in flight holds the cache's buffers, and the next one would have to copy them.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
+from .kernels import device
 from .sampling import LogitsProcessor, Sampler
 
 Progress = Callable[[int, int], None]  # (prompt tokens done, prompt tokens in all)
@@ -56,7 +58,7 @@ def decode(
     `history` (N,) are the tokens before, for the processors. Whenever the consumer stops, the cache holds the prompt
     and every yielded token but the last: a step in flight is trimmed away.
     """
-    start, yielded = cache.length, 0
+    start, yielded, on_cpu = cache.length, 0, device() == "cpu"
     token, logprobs = _pick(logits, sampler, processors, history)
     mx.async_eval(token, logprobs)
     try:
@@ -64,6 +66,8 @@ def decode(
             if yielded + 1 != max_tokens:
                 if processors:
                     history = mx.concatenate([history, token])
+                if on_cpu:
+                    mx.eval(token)
                 logits = model.last_logits(token[:, None], cache)
                 following = _pick(logits, sampler, processors, history)
                 mx.async_eval(*following)

@@ -1,9 +1,12 @@
 """A decoder's whole forward pass as one native CPU call (`cpu/decoder.cpp`), from the modules of an ordinary model.
 
 A family describes its layers as `LayerParts`, by reference to its own modules, so there is no second copy of a model's
-code or weights. The fused form applies on a CPU, to one sequence, where every matrix is affine-quantised; it computes
-in
-float32 with exact products, and equals the unfused model to float32 rounding.
+code or weights. The fused form applies on a CPU where every matrix is dense or affine-quantised. Activations are
+float32; `compute` says how the products treat them:
+
+exact   float32 products: equals the unfused model in float32 to rounding (the default).
+bf16    operands of the large products are rounded to bfloat16 where the CPU multiplies it faster (AMX); else as exact.
+int8    as bf16, and activations that meet quantised weights are rounded to int8, one scale for each group of weights.
 """
 
 from collections.abc import Iterator
@@ -14,7 +17,10 @@ import mlx.nn as nn
 
 from .. import kernels
 from ..cache import KVCache, LayerCache
+from ..errors import MlxeffError
 
+COMPUTE = ("exact", "bf16", "int8")
+KV_DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 BITS, GROUPS = (2, 3, 4, 5, 6, 8), (32, 64, 128)
 
 
@@ -30,13 +36,17 @@ class Rows:
     def native(self) -> bool:
         """Whether the native kernels can multiply by it."""
         module = self.module
-        quantised = type(module) in (nn.QuantizedLinear, nn.QuantizedEmbedding)
-        return quantised and module.mode == "affine" and module.bits in BITS and module.group_size in GROUPS
+        if type(module) in (nn.QuantizedLinear, nn.QuantizedEmbedding):
+            return module.mode == "affine" and module.bits in BITS and module.group_size in GROUPS
+        return type(module) in (nn.Linear, nn.Embedding)
 
     def arrays(self) -> tuple:
-        """(packed, scales, biases, group size, bits, bias or None), as the native decoder takes it."""
+        """(packed, scales, biases, group size, bits, bias or None), as the native decoder takes it; a dense matrix is
+        (weight, None, None, 0, 0, bias or None)."""
         module, part = self.module, slice(self.start, self.stop)
         bias = module.bias[part] if "bias" in module else None
+        if type(module) in (nn.Linear, nn.Embedding):
+            return (module.weight[part], None, None, 0, 0, bias)
         packed = (module.weight[part], module.scales[part], module.biases[part])
         return (*packed, module.group_size, module.bits, bias)
 
@@ -67,13 +77,19 @@ class LayerParts:
 
 
 class FusedDecoder:
-    """`fused(tokens, cache, all_rows)` → logits of a model that `fuse` accepted."""
+    """`fused(tokens, cache, all_rows)` → logits of a model that `fuse` accepted.
+
+    `compute` (see above) and `kv_dtype`, the type of the KV cache's buffers, may be set between calls.
+    """
+
+    compute = "exact"
+    kv_dtype = mx.float32
 
     def __init__(self, native, model):
         layers, ends = list(model.layer_parts()), model.end_parts()
         rope, size = layers[0].rope, layers[0].rope.size
         self._native, self._model = native, model
-        self._dtype = layers[0].q.module.scales.dtype
+        self._modes = dict(zip(COMPUTE, (native.EXACT, native.COMPUTE_BF16, native.COMPUTE_INT8), strict=True))
         self._groups = [layer.groups for layer in layers]
         self._size = size
         self._decoder = native.Decoder(
@@ -90,22 +106,22 @@ class FusedDecoder:
                 window=layer.window or 0,
             )
 
-    def applies(self, tokens: mx.array, cache: KVCache) -> bool:
-        """Whether this call can be fused: one sequence, an ordinary cache, a CPU, not in training."""
+    def applies(self, cache: KVCache) -> bool:
+        """Whether this call can be fused: an ordinary cache, a CPU, not in training."""
         ordinary = type(cache) is KVCache and all(type(layer) is LayerCache for layer in cache.layers)
-        return tokens.shape[0] == 1 and ordinary and kernels.device() == "cpu" and not self._model.training
+        return ordinary and kernels.device() == "cpu" and not self._model.training
 
     def __call__(self, tokens: mx.array, cache: KVCache, all_rows: bool) -> mx.array:
-        """Token ids (1, S) → logits (1, S, V), or (1, 1, V) of the last position."""
-        new, count = tokens.shape[1], len(cache.layers)
+        """Token ids (B, S) → logits (B, S, V), or (B, 1, V) of the last position; float32."""
+        (batch, new), count = tokens.shape, len(cache.layers)
         buffers = [
-            layer.room(new, (1, groups, self._size), self._dtype)
+            layer.room(new, (batch, groups, self._size), self.kv_dtype)
             for layer, groups in zip(cache.layers, self._groups, strict=True)
         ]
         keys, values = zip(*buffers, strict=True)
-        exact = self._native.EXACT
+        mode = self._modes[self.compute]
         logits, *written = self._native.forward(
-            self._decoder, tokens, list(keys), list(values), cache.length, all_rows, exact
+            self._decoder, tokens, list(keys), list(values), cache.length, all_rows, mode
         )
         for layer, held_keys, held_values in zip(cache.layers, written[:count], written[count:], strict=True):
             layer.replace(held_keys, held_values, new)
@@ -146,3 +162,17 @@ def _uniform(model) -> bool:
     return {norm.eps for norm in norms if norm is not None} <= {ends.norm.eps} and len(
         {part.rope.size for part in layers}
     ) == 1
+
+
+def set_precision(model, compute: str, kv_dtype: str) -> None:
+    """Choose the arithmetic of the fused form and the type of its KV cache; refuses other than the defaults of a
+    model that has no fused form."""
+    if compute not in COMPUTE:
+        raise MlxeffError(f"compute: wanted one of {', '.join(COMPUTE)}, got {compute!r}")
+    if kv_dtype not in KV_DTYPES:
+        raise MlxeffError(f"KV dtype: wanted one of {', '.join(KV_DTYPES)}, got {kv_dtype!r}")
+    fused = getattr(model, "_fused", None)
+    if fused is not None:
+        fused.compute, fused.kv_dtype = compute, KV_DTYPES[kv_dtype]
+    elif (compute, kv_dtype) != ("exact", "float32"):
+        raise MlxeffError(f"compute {compute}, KV dtype {kv_dtype}: only the native CPU kernels have them (see doctor)")

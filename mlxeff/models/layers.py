@@ -94,13 +94,13 @@ class DecoderModel(nn.Module):
 
     def __call__(self, tokens: mx.array, cache: KVCache) -> mx.array:
         """Token ids (B, S) that follow what `cache` holds → logits (B, S, V)."""
-        if self._fused is not None and self._fused.applies(tokens, cache):
+        if self._fused is not None and self._fused.applies(cache):
             return self._fused(tokens, cache, all_rows=True)
         return self.head(self.hidden(tokens, cache))
 
     def last_logits(self, tokens: mx.array, cache: KVCache) -> mx.array:
         """The same for the last position only, (B, V): the head runs on one row."""
-        if self._fused is not None and self._fused.applies(tokens, cache):
+        if self._fused is not None and self._fused.applies(cache):
             return self._fused(tokens, cache, all_rows=False)[:, 0]
         return self.head(self.hidden(tokens, cache)[:, -1])
 
