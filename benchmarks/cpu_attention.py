@@ -17,7 +17,8 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-import cpu_calls as native
+from cpu_calls import attention, attention_args, attention_backward
+from cpu_library import lib, set_isa, set_threads
 
 SHAPES = {"SmolLM2-135M": (9, 3, 64), "Llama-3.2-1B": (32, 8, 64)}
 
@@ -41,12 +42,12 @@ def decode(heads, groups, size, depth, threads, budget, dtype):
     caches = [fill.copy() for _ in range(copies)]
     q = rng.standard_normal((1, heads, 1, size), dtype=np.float32)
     out = np.empty_like(q)
-    calls = [native.attention_args(q, keys, values, out, size**-0.5) for keys, values in caches]
+    calls = [attention_args(q, keys, values, out, size**-0.5) for keys, values in caches]
     inner = max(1, min(copies, 64))
 
     def call():
         for _i in range(inner):
-            native.attention(calls[call.at])
+            attention(calls[call.at])
             call.at = (call.at + 1) % copies
 
     call.at = 0
@@ -59,8 +60,8 @@ def prefill(heads, groups, size, length, threads, budget, mode, dtype):
     q = rng.standard_normal((1, heads, length, size), dtype=np.float32)
     k, v = (rng.standard_normal((1, groups, length, size), dtype=np.float32).astype(dtype) for _ in range(2))
     out = np.empty_like(q)
-    args = native.attention_args(q, k, v, out, size**-0.5, mode=mode)
-    us = median_us(lambda: native.attention(args), threads, budget)
+    args = attention_args(q, k, v, out, size**-0.5, mode=mode)
+    us = median_us(lambda: attention(args), threads, budget)
     return us, 4 * heads * size * length * (length + 1) / 2 / us / 1e3
 
 
@@ -75,9 +76,9 @@ def backward(heads, groups, size, length, threads, budget):
         np.empty_like(k),
         np.empty_like(v),
     )
-    args = native.attention_args(q, k, v, out, size**-0.5, lse=lse)
-    native.attention(args)
-    us = median_us(lambda: native.attention_backward(args, dout, dq, dk, dv), threads, budget)
+    args = attention_args(q, k, v, out, size**-0.5, lse=lse)
+    attention(args)
+    us = median_us(lambda: attention_backward(args, dout, dq, dk, dv), threads, budget)
     return us, 14 * heads * size * length * (length + 1) / 2 / us / 1e3
 
 
@@ -87,11 +88,11 @@ def main():
     parser.add_argument("--quick", action="store_true", help="short runs")
     options = parser.parse_args()
     if options.isa:
-        native.set_isa(options.isa)
+        set_isa(options.isa)
     budget = 0.15 if options.quick else 0.6
-    print(f"isa {native.isa()}, {os.cpu_count()} CPUs, load {os.getloadavg()[0]:.1f}")
+    print(f"isa {lib.mlxeff_isa().decode()}, {os.cpu_count()} CPUs, load {os.getloadavg()[0]:.1f}")
     for threads in (1, 2):
-        native.set_threads(threads)
+        set_threads(threads)
         for name, (heads, groups, size) in SHAPES.items():
             for depth in (512, 2048, 4096):
                 us, rate, copies = decode(heads, groups, size, depth, threads, budget, np.float16)

@@ -60,12 +60,5 @@ static inline void gemm_panel(const float* x, int64_t ldx, int64_t M, const floa
     tiles[min_of(height, M - m) - 1](x + m * ldx, ldx, panel, K, c + m * panel_width, accumulate);
 }
 
-// y [M, n_begin .. n_begin + columns) = c [M][stride], converted.
-static inline void store_columns(const float* c, int64_t stride, int64_t M, int64_t columns, void* y, int64_t ldy, int y_dtype,
-                                 int64_t n_begin) {
-  for (int64_t m = 0; m < M; ++m)
-    from_floats(static_cast<char*>(y) + (m * ldy + n_begin) * int64_t(dtype_size(y_dtype)), y_dtype, c + m * stride, columns);
-}
-
 }  // namespace MLXEFF_ISA
 }  // namespace mlxeff

@@ -5,50 +5,27 @@
 //   EXACT     B is copied into fp32 panels of 2 * VL columns by 256 of K, which meet all rows of A in register tiles;
 //             products and sums in fp32.
 //   BF16      (AMX) both operands rounded to bf16, products exact, sums in fp32.
-#include "amx_tile.h"
-#include "gemm_tile.h"
 #include "matmul_kernels.h"
-#include "pool.h"
+#include "panel_product.h"
 #include "qmatmul_decode.h"
 
 namespace mlxeff {
 namespace MLXEFF_ISA {
 namespace {
 
-#if defined(__AVX512F__) || defined(__aarch64__)
-constexpr int most_direct_rows = 8;
-#else
-constexpr int most_direct_rows = 4;
-#endif
-constexpr int64_t panel_depth = 256, amx_panel_depth = 1024, most_rows_at_once = 1024;
-
-bool few_rows(const MatmulArgs& args) { return args.M <= most_direct_rows && args.b.transposed; }
-
-bool uses_amx(const MatmulArgs& args) {
-#if defined(MLXEFF_AMX)
-  return args.mode == MLXEFF_COMPUTE_BF16 && !few_rows(args);
-#else
-  (void)args;
-  return false;
-#endif
-}
-
-// Direct kernels exist for 1, 2, 4 and 8 rows.
-int64_t rows_read(const MatmulArgs& args) {
-  if (uses_amx(args)) return round_up(args.M, 32);
-  if (!few_rows(args)) return args.M;
-  int64_t rows = 1;
-  while (rows < args.M) rows *= 2;
-  return rows;
-}
+bool few_rows(const MatmulArgs& args) { return args.M <= direct_rows && args.b.transposed; }
+bool uses_amx(const MatmulArgs& args) { return amx_mode(args.mode) && !few_rows(args); }
+int64_t a_rows(const MatmulArgs& args) { return rows_read(args.M, few_rows(args), uses_amx(args)); }
 int64_t a_stride(const MatmulArgs& args) { return padded_stride(args.K, uses_amx(args) ? 2 : 4); }
 
-size_t workspace_bytes(const MatmulArgs& args) { return size_t(rows_read(args) * a_stride(args) * (uses_amx(args) ? 2 : 4)); }
+size_t workspace_bytes(const MatmulArgs& args) { return size_t(a_rows(args) * a_stride(args) * (uses_amx(args) ? 2 : 4)); }
 
 void bind(MatmulArgs& args, void* workspace) {
   args.a_f32 = static_cast<float*>(workspace);
   args.a_bf16 = static_cast<bf16*>(workspace);
 }
+
+Output output(const MatmulArgs& args) { return {args.c, args.ldc, args.c_dtype}; }
 
 // Sixteen bytes of each of VL rows, transposed: out[i] lane r = row r, column i, as fp32. Rows and columns that do not
 // exist are zero.
@@ -97,16 +74,6 @@ MLXEFF_INLINE void load_columns(const T* p, int64_t ld, int64_t rows, int64_t co
   load_words(p, ld, rows, columns, words);
   widen(words, out, p);
 }
-// Consecutive elements; those beyond `count` are zero.
-template <class T>
-MLXEFF_INLINE vf load_some(const T* p, int64_t count) {
-  if (count >= VL) return load(p);
-  T block[VL];
-  memset(block, 0, sizeof block);
-  if (count > 0) memcpy(block, p, size_t(count) * sizeof(T));
-  return load(block);
-}
-
 // --- A ---------------------------------------------------------------------------------------------------------
 
 template <class To, class T>
@@ -145,7 +112,7 @@ void prepare(const MatmulArgs& args, int64_t m_begin, int64_t m_end) {
   if (m_end < args.M) return;
   const int64_t row_size = a_stride(args) * (amx ? 2 : 4);
   char* const base = reinterpret_cast<char*>(args.a_f32);
-  memset(base + args.M * row_size, 0, size_t((rows_read(args) - args.M) * row_size));
+  memset(base + args.M * row_size, 0, size_t((a_rows(args) - args.M) * row_size));
 }
 
 // --- few rows ----------------------------------------------------------------------------------------------------
@@ -167,13 +134,12 @@ void direct_strip(const MatmulArgs& args, int64_t n, int64_t lanes) {
 #pragma GCC unroll 8
       for (int m = 0; m < rows; ++m) sum[m][i % chains] = fma(w[i], broadcast(args.a_f32[m * lda + k + i]), sum[m][i % chains]);
   }
-  for (int m = 0; m < rows && m < args.M; ++m) {
-    vf total = sum[m][0];
-    for (int i = 1; i < chains; ++i) total += sum[m][i];
-    float row[VL];
-    store(row, total);
-    store_columns(row, VL, 1, lanes, args.c, args.ldc, args.c_dtype, m * args.ldc + n);
+  vf total[rows];
+  for (int m = 0; m < rows; ++m) {
+    total[m] = sum[m][0];
+    for (int i = 1; i < chains; ++i) total[m] += sum[m][i];
   }
+  store_strip(total, args.M, lanes, output(args), n);
 }
 
 template <class T>
@@ -202,7 +168,7 @@ void fill_panel(const MatmulArgs& args, int64_t n, int64_t n_end, int64_t k_begi
   for (int j = 0; j < 2; ++j) {
     const int64_t first = n + j * VL, lanes = max_of(0, min_of(VL, n_end - first));
     if (!args.b.transposed) {
-      for (int64_t k = k_begin; k < k_end; ++k) store(panel + (k - k_begin) * panel_width + j * VL, load_some(b + k * args.b.ld + first, lanes));
+      for (int64_t k = k_begin; k < k_end; ++k) store(panel + (k - k_begin) * panel_width + j * VL, load_up_to(b + k * args.b.ld + first, lanes));
       continue;
     }
     for (int64_t k = k_begin; k < k_end; k += columns_of<T>) {
@@ -216,21 +182,9 @@ void fill_panel(const MatmulArgs& args, int64_t n, int64_t n_end, int64_t k_begi
 
 template <class T>
 int run_panel(const MatmulArgs& args, int64_t n_begin, int64_t n_end) {
-  const int64_t lda = a_stride(args);
-  float* const panel = static_cast<float*>(scratch(Scratch::panel, size_t(panel_depth * panel_width) * 4));
-  float* const sums = static_cast<float*>(scratch(Scratch::accumulator, size_t(min_of(args.M, most_rows_at_once) * panel_width) * 4));
-  if (!panel || !sums) return MLXEFF_NO_MEMORY;
-  for (int64_t n = n_begin; n < n_end; n += panel_width)
-    for (int64_t m = 0; m < args.M; m += most_rows_at_once) {
-      const int64_t rows = min_of(most_rows_at_once, args.M - m);
-      for (int64_t k = 0; k < args.K; k += panel_depth) {
-        const int64_t k_end = min_of(args.K, k + panel_depth);
-        fill_panel<T>(args, n, n_end, k, k_end, panel);
-        gemm_panel(args.a_f32 + m * lda + k, lda, rows, panel, k_end - k, sums, k > 0);
-      }
-      store_columns(sums, panel_width, rows, min_of(panel_width, n_end - n), args.c, args.ldc, args.c_dtype, m * args.ldc + n);
-    }
-  return MLXEFF_OK;
+  return panel_product(args.a_f32, a_stride(args), args.M, args.K, n_begin, n_end, output(args), [&](int64_t n, int64_t k, int64_t k_end, float* panel) {
+    fill_panel<T>(args, n, n_end, k, k_end, panel);
+  });
 }
 
 #if defined(MLXEFF_AMX)
@@ -259,7 +213,7 @@ void fill_pairs(const MatmulArgs& args, int64_t n, int64_t n_end, int64_t k_begi
         store_column_pairs(words, out, step / 2, b);
       } else {
         const T* const row = b + k * args.b.ld + first;
-        store_pairs(out, load_some(row, k < args.K ? lanes : 0), load_some(row + args.b.ld, k + 1 < args.K ? lanes : 0));
+        store_pairs(out, load_up_to(row, k < args.K ? lanes : 0), load_up_to(row + args.b.ld, k + 1 < args.K ? lanes : 0));
       }
     }
   }
@@ -267,38 +221,14 @@ void fill_pairs(const MatmulArgs& args, int64_t n, int64_t n_end, int64_t k_begi
 
 template <class T>
 int run_amx(const MatmulArgs& args, int64_t n_begin, int64_t n_end) {
-  const int64_t panels = ceil_div(n_end - n_begin, panel_width), columns = panels * panel_width, lda = a_stride(args);
-  const int64_t padded_rows = round_up(args.M, 32), padded_k = round_up(args.K, 32), depth = min_of(padded_k, amx_panel_depth);
-  bf16* const weights = static_cast<bf16*>(scratch(Scratch::panel, size_t(depth * columns) * 2));
-  float* const sums = static_cast<float*>(scratch(Scratch::accumulator, size_t(min_of(padded_rows, most_rows_at_once) * columns) * 4));
-  if (!weights || !sums) return MLXEFF_NO_MEMORY;
-  amx_begin();
-  for (int64_t m = 0; m < padded_rows; m += most_rows_at_once) {
-    const int64_t rows = min_of(most_rows_at_once, padded_rows - m);
-    for (int64_t k = 0; k < padded_k; k += depth) {
-      const int64_t k_end = min_of(padded_k, k + depth);
-      for (int64_t p = 0; p < panels; ++p) fill_pairs<T>(args, n_begin + p * panel_width, n_end, k, k_end, weights + p * depth * panel_width);
-      for (int64_t i = 0; i < rows; i += 32)
-        for (int64_t p = 0; p < panels; ++p)
-          amx_tile(args.a_bf16 + (m + i) * lda + k, lda, weights + p * depth * panel_width, k_end - k,
-                   sums + i * columns + p * panel_width, columns, k > 0);
-    }
-    store_columns(sums, columns, min_of(rows, args.M - m), n_end - n_begin, args.c, args.ldc, args.c_dtype, m * args.ldc + n_begin);
-  }
-  amx_end();
-  return MLXEFF_OK;
+  return amx_product(args.a_bf16, a_stride(args), args.M, args.K, n_begin, n_end, output(args), [&](int64_t n, int64_t k, int64_t k_end, bf16* panel) {
+    fill_pairs<T>(args, n, n_end, k, k_end, panel);
+  });
 }
 #endif
 
-// As for quantised weights: about 64 KiB of B, one panel, or with AMX up to four.
 int64_t piece(const MatmulArgs& args, int threads) {
-  if (few_rows(args)) {
-    const int64_t strip_bytes = VL * args.K * int64_t(dtype_size(args.b.dtype));
-    return VL * max_of(1, min_of(65536 / strip_bytes, args.N / (VL * threads * 4)));
-  }
-  if (!uses_amx(args)) return panel_width;
-  const int64_t widest = 4 * panel_width, rounds = ceil_div(args.N, widest * threads);
-  return round_up(ceil_div(args.N, rounds * threads), panel_width);
+  return few_rows(args) ? direct_piece(args.N, args.K * int64_t(dtype_size(args.b.dtype)), threads) : panel_piece(args.N, uses_amx(args), threads);
 }
 
 template <class T>

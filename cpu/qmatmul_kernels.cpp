@@ -14,23 +14,7 @@ bool few_rows(const QmmArgs& args) {
 
 bool one_row(const QmmArgs& args) { return args.M == 1 && (args.w.bits == 4 || args.w.bits == 8); }
 
-bool uses_amx(const QmmArgs& args) {
-#if defined(MLXEFF_AMX)
-  return args.mode == MLXEFF_COMPUTE_BF16 && !few_rows(args);
-#else
-  (void)args;
-  return false;
-#endif
-}
-
-// Strip kernels exist for 1, 2, 4 and 8 rows, and read that many rows of x; those beyond M are zeros.
-int64_t rows_read(const QmmArgs& args) {
-  if (uses_amx(args)) return round_up(args.M, 32);
-  if (!few_rows(args)) return args.M;
-  int64_t rows = 1;
-  while (rows < args.M) rows *= 2;
-  return rows;
-}
+bool uses_amx(const QmmArgs& args) { return amx_mode(args.mode) && !few_rows(args); }
 
 bool reads_x_in_place(const QmmArgs& args) {
   return args.mode != MLXEFF_COMPUTE_INT8 && !uses_amx(args) && args.x_dtype == MLXEFF_F32 && args.M == 1 && !one_row(args);
@@ -41,7 +25,7 @@ struct Layout {
 };
 
 Layout layout(const QmmArgs& args) {
-  const int64_t rows = rows_read(args), groups = args.w.K / args.w.group;
+  const int64_t rows = rows_read(args.M, few_rows(args), uses_amx(args)), groups = args.w.K / args.w.group;
   const bool int8 = args.mode == MLXEFF_COMPUTE_INT8, amx = uses_amx(args);
   const int64_t element = int8 ? 1 : amx ? 2 : 4;
   Layout at = {};
@@ -181,17 +165,11 @@ void clear_row(const QmmArgs& args, int64_t m) {
 void prepare(const QmmArgs& args, int64_t m_begin, int64_t m_end) {
   for (int64_t m = m_begin; m < m_end; ++m) prepare_row(args, m);
   if (m_end == args.M)
-    for (int64_t m = args.M; m < rows_read(args); ++m) clear_row(args, m);
+    for (int64_t m = args.M; m < rows_read(args.M, few_rows(args), uses_amx(args)); ++m) clear_row(args, m);
 }
 
-// Few rows: about 64 KiB of weights, to share the work evenly at little cost. Many: whole panels; with AMX up to four,
-// so that a tile of x is used several times while it is near.
 int64_t piece(const QmmArgs& args, int threads) {
-  const int64_t N = args.w.N;
-  if (few_rows(args)) return VL * max_of(1, min_of(65536 / (VL * row_bytes(args.w)), N / (VL * threads * 4)));
-  if (!uses_amx(args)) return panel_width;
-  const int64_t widest = 4 * panel_width, rounds = ceil_div(N, widest * threads);
-  return round_up(ceil_div(N, rounds * threads), panel_width);
+  return few_rows(args) ? direct_piece(args.w.N, row_bytes(args.w), threads) : panel_piece(args.w.N, uses_amx(args), threads);
 }
 
 template <int bits>

@@ -8,15 +8,10 @@
 //
 // To be included by per-level sources only.
 #pragma once
-#include "amx_tile.h"
 #include "qmatmul_strip.h"
 
 namespace mlxeff {
 namespace MLXEFF_ISA {
-
-constexpr int64_t panel_k = 256;        // 256 x 32 fp32 = 32 KiB stay in the first-level cache
-constexpr int64_t amx_panel_k = 1024;   // longer: loading and storing accumulator tiles costs as much as two products
-constexpr int64_t rows_at_once = 1024;  // of x, before a panel is decoded anew; bounds the accumulators
 
 // The strips of the columns [n, n_end), at most two; `count` tells how many hold columns.
 struct StripPair {
@@ -50,26 +45,16 @@ template <int bits>
 static int run_panel_exact(const QmmArgs& args, int64_t n_begin, int64_t n_end) {
   const mlxeff_qweight& w = args.w;
   float* const strips = static_cast<float*>(scratch(Scratch::strip, size_t(2 * strip_floats(w)) * 4));
-  float* const panel = static_cast<float*>(scratch(Scratch::panel, size_t(panel_k * panel_width) * 4));
-  float* const sums = static_cast<float*>(scratch(Scratch::accumulator, size_t(min_of(args.M, rows_at_once) * panel_width) * 4));
-  if (!strips || !panel || !sums) return MLXEFF_NO_MEMORY;
-  for (int64_t n = n_begin; n < n_end; n += panel_width) {
-    const StripPair pair = load_strip_pair(w, n, n_end, 0, strips);
-    for (int64_t m = 0; m < args.M; m += rows_at_once) {
-      const int64_t rows = min_of(rows_at_once, args.M - m);
-      for (int64_t k = 0; k < w.K; k += panel_k) {
-        const int64_t k_end = min_of(w.K, k + panel_k);
-        for (int j = 0; j < 2; ++j)
-          decode_strip<bits>(w, pair.strip[j], k, k_end, [&](int64_t i, vf even, vf odd) {
-            store(panel + (i - k) * panel_width + j * VL, even);
-            store(panel + (i + 1 - k) * panel_width + j * VL, odd);
-          });
-        gemm_panel(args.x_f32 + m * args.ldx_f32 + k, args.ldx_f32, rows, panel, k_end - k, sums, k > 0);
-      }
-      store_columns(sums, panel_width, rows, min_of(panel_width, n_end - n), args.y, args.ldy, args.y_dtype, m * args.ldy + n);
-    }
-  }
-  return MLXEFF_OK;
+  if (!strips) return MLXEFF_NO_MEMORY;
+  StripPair pair = {};
+  return panel_product(args.x_f32, args.ldx_f32, args.M, w.K, n_begin, n_end, output(args), [&](int64_t n, int64_t k, int64_t k_end, float* panel) {
+    if (k == 0) pair = load_strip_pair(w, n, n_end, 0, strips);
+    for (int j = 0; j < 2; ++j)
+      decode_strip<bits>(w, pair.strip[j], k, k_end, [&](int64_t i, vf even, vf odd) {
+        store(panel + (i - k) * panel_width + j * VL, even);
+        store(panel + (i + 1 - k) * panel_width + j * VL, odd);
+      });
+  });
 }
 
 #if defined(__AVX512F__) || defined(__aarch64__)
@@ -144,46 +129,25 @@ static int run_panel_int8(const QmmArgs& args, int64_t n_begin, int64_t n_end) {
       float y[int8_tile_rows * panel_width];
       const int64_t rows = min_of(height, args.M - m);
       tiles[rows - 1](args, m, panel, pair, y);
-      store_columns(y, panel_width, rows, min_of(panel_width, n_end - n), args.y, args.ldy, args.y_dtype, m * args.ldy + n);
+      store_block(y, panel_width, rows, min_of(panel_width, n_end - n), output(args), m, n);
     }
   }
   return MLXEFF_OK;
 }
 
 #if defined(MLXEFF_AMX)
-// Columns [n_begin, n_end), at most a few panels wide: all of them are decoded before x is read, so that each tile of x
-// serves every panel while it is in the cache.
 template <int bits>
 static int run_panel_amx(const QmmArgs& args, int64_t n_begin, int64_t n_end) {
   const mlxeff_qweight& w = args.w;
-  const int64_t panels = ceil_div(n_end - n_begin, panel_width), columns = panels * panel_width;
-  const int64_t depth = min_of(w.K, amx_panel_k), ldx = padded_stride(w.K, 2), padded_rows = round_up(args.M, 32);
   float* const strips = static_cast<float*>(scratch(Scratch::strip, size_t(2 * strip_floats(w)) * 4));
-  bf16* const weights = static_cast<bf16*>(scratch(Scratch::panel, size_t(depth * columns) * 2));
-  float* const sums = static_cast<float*>(scratch(Scratch::accumulator, size_t(min_of(padded_rows, rows_at_once) * columns) * 4));
-  if (!strips || !weights || !sums) return MLXEFF_NO_MEMORY;
-  amx_begin();
-  for (int64_t m = 0; m < padded_rows; m += rows_at_once) {
-    const int64_t rows = min_of(rows_at_once, padded_rows - m);
-    for (int64_t k = 0; k < w.K; k += depth) {
-      const int64_t k_end = min_of(w.K, k + depth);
-      for (int64_t p = 0; p < panels; ++p) {
-        const StripPair pair = load_strip_pair(w, n_begin + p * panel_width, n_end, 0, strips);
-        bf16* const panel = weights + p * depth * panel_width;
-        for (int j = 0; j < 2; ++j)
-          decode_strip<bits>(w, pair.strip[j], k, k_end, [&](int64_t i, vf even, vf odd) {
-            store_pairs(panel + (i - k) * panel_width + j * VL * 2, even, odd);
-          });
-      }
-      for (int64_t i = 0; i < rows; i += 32)
-        for (int64_t p = 0; p < panels; ++p)
-          amx_tile(args.x_bf16 + (m + i) * ldx + k, ldx, weights + p * depth * panel_width, k_end - k,
-                   sums + i * columns + p * panel_width, columns, k > 0);
-    }
-    store_columns(sums, columns, min_of(rows, args.M - m), n_end - n_begin, args.y, args.ldy, args.y_dtype, m * args.ldy + n_begin);
-  }
-  amx_end();
-  return MLXEFF_OK;
+  if (!strips) return MLXEFF_NO_MEMORY;
+  return amx_product(args.x_bf16, padded_stride(w.K, 2), args.M, w.K, n_begin, n_end, output(args), [&](int64_t n, int64_t k, int64_t k_end, bf16* panel) {
+    const StripPair pair = load_strip_pair(w, n, n_end, 0, strips);
+    for (int j = 0; j < 2; ++j)
+      decode_strip<bits>(w, pair.strip[j], k, k_end, [&](int64_t i, vf even, vf odd) {
+        store_pairs(panel + (i - k) * panel_width + j * VL * 2, even, odd);
+      });
+  });
 }
 #endif
 

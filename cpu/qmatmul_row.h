@@ -233,7 +233,7 @@ static int run_rows_as(const QmmArgs& args, int64_t n_begin, int64_t n_end) {
     const char* const packed = reinterpret_cast<const char*>(w.packed) + n * bytes;
     const int64_t slot = (n - n_begin) % 16;
     out[slot] = (int8 ? row_int8<bits, group> : row_exact<bits, group>)(args, packed, scales, bias);
-    if (slot == 15 || n + 1 == n_end) store_columns(out, 0, 1, slot + 1, args.y, args.ldy, args.y_dtype, n - slot);
+    if (slot == 15 || n + 1 == n_end) store_block(out, 0, 1, slot + 1, output(args), 0, n - slot);
   }
   return MLXEFF_OK;
 }

@@ -10,19 +10,14 @@
 //
 // To be included by per-level sources only.
 #pragma once
-#include "gemm_tile.h"
-#include "pool.h"
+#include "panel_product.h"
 #include "qmatmul_decode.h"
 #include "qmatmul_kernels.h"
 
 namespace mlxeff {
 namespace MLXEFF_ISA {
 
-#if defined(__AVX512F__) || defined(__aarch64__)
-constexpr int direct_rows = 8;
-#else
-constexpr int direct_rows = 4;
-#endif
+MLXEFF_INLINE Output output(const QmmArgs& args) { return {args.y, args.ldy, args.y_dtype}; }
 
 // One strip as the kernels read it: packed rows, and scales and biases with a group's VL values side by side.
 struct Strip {
@@ -102,76 +97,68 @@ static inline Strip load_strip(const mlxeff_qweight& w, int64_t n, int64_t rows,
   return {packed, bytes, scales, biases};
 }
 
-template <int bits, int rows>
-static void strip_exact(const QmmArgs& args, const Strip& strip, Prefetcher next, vf y[]) {
-  const int64_t groups = args.w.K / args.w.group;
-  const int blocks = args.w.group / 32;
-  vf sum[rows];
-#pragma GCC unroll 8
-  for (int m = 0; m < rows; ++m) sum[m] = zero();
-  for (int64_t g = 0; g < groups; ++g) {
-    vf part[rows][rows == 1 ? 4 : 1] = {};
-    for (int b = 0; b < blocks; ++b) {
-      const int64_t k = g * args.w.group + b * 32;
-      next.block();
-      const Block<bits> block = Block<bits>::load(strip.packed + k * bits / 8, strip.stride);
+// The sums of a group's products, in chains: one row of x alone does not keep the arithmetic units busy.
+template <int rows, bool int8>
+struct Part {
+  static constexpr int chains = rows == 1 ? 4 : 1;
+  vf sum[rows][chains] = {};
+
+  // A block of 32 values, from value k of a row on.
+  template <int bits>
+  inline __attribute__((always_inline)) void add(const QmmArgs& args, const Block<bits>& block, int64_t k) {
 #pragma GCC unroll 32
-      for (int i = 0; i < 32; ++i) {
-        const vf q = block.value_f32(i);
+    for (int i = 0; i < 32; ++i) {
+      const vf q = block.value_f32(i);
 #pragma GCC unroll 8
-        for (int m = 0; m < rows; ++m) {
-          vf& acc = part[m][rows == 1 ? i % 4 : 0];
-          acc = fma(q, broadcast(args.x_f32[m * args.ldx_f32 + k + i]), acc);
-        }
-      }
-    }
-    next.group();
-    const vf scale = load(strip.scales + g * VL), bias = load(strip.biases + g * VL);
-#pragma GCC unroll 8
-    for (int m = 0; m < rows; ++m) {
-      vf dot = part[m][0];
-      if constexpr (rows == 1) dot = (part[m][0] + part[m][1]) + (part[m][2] + part[m][3]);
-      sum[m] = fma(scale, dot, fma(bias, broadcast(args.x_sum[m * groups + g]), sum[m]));
+      for (int m = 0; m < rows; ++m)
+        sum[m][i % chains] = fma(q, broadcast(args.x_f32[m * args.ldx_f32 + k + i]), sum[m][i % chains]);
     }
   }
-#pragma GCC unroll 8
-  for (int m = 0; m < rows; ++m) y[m] = sum[m];
-}
+  inline __attribute__((always_inline)) vf dot(const QmmArgs&, int m, int64_t) const {
+    return rows == 1 ? (sum[m][0] + sum[m][1 % chains]) + (sum[m][2 % chains] + sum[m][3 % chains]) : sum[m][0];
+  }
+};
+template <int rows>
+struct Part<rows, true> {
+  static constexpr int chains = rows == 1 ? 2 : 1;
+  vi sum[rows][chains] = {};
 
-template <int bits, int rows>
-static void strip_int8(const QmmArgs& args, const Strip& strip, Prefetcher next, vf y[]) {
-  const int64_t groups = args.w.K / args.w.group, ldx = padded_stride(args.w.K, 1);
-  const int blocks = args.w.group / 32;
+  template <int bits>
+  inline __attribute__((always_inline)) void add(const QmmArgs& args, const Block<bits>& block, int64_t k) {
+    const int64_t ldx = padded_stride(args.w.K, 1);
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i) {
+      const vu q = block.bytes(i);
+#pragma GCC unroll 8
+      for (int m = 0; m < rows; ++m) {
+        int32_t x;
+        memcpy(&x, args.x_int8 + m * ldx + k + i * 4, 4);
+        sum[m][i % chains] = dot_bytes<bits>(sum[m][i % chains], q, x);
+      }
+    }
+  }
+  inline __attribute__((always_inline)) vf dot(const QmmArgs& args, int m, int64_t group_index) const {
+    return __builtin_convertvector(rows == 1 ? sum[m][0] + sum[m][1 % chains] : sum[m][0], vf) * broadcast(args.x_scale[group_index]);
+  }
+};
+
+template <int bits, int rows, bool int8>
+static void strip_product(const QmmArgs& args, const Strip& strip, Prefetcher next, vf y[]) {
+  const int64_t group = args.w.group, groups = args.w.K / group;
   vf sum[rows];
 #pragma GCC unroll 8
   for (int m = 0; m < rows; ++m) sum[m] = zero();
   for (int64_t g = 0; g < groups; ++g) {
-    vi part[rows][rows == 1 ? 2 : 1] = {};
-    for (int b = 0; b < blocks; ++b) {
-      const int64_t k = g * args.w.group + b * 32;
+    Part<rows, int8> part;
+    for (int64_t k = g * group; k < (g + 1) * group; k += 32) {
       next.block();
-      const Block<bits> block = Block<bits>::load(strip.packed + k * bits / 8, strip.stride);
-#pragma GCC unroll 8
-      for (int i = 0; i < 8; ++i) {
-        const vu q = block.bytes(i);
-#pragma GCC unroll 8
-        for (int m = 0; m < rows; ++m) {
-          int32_t x;
-          memcpy(&x, args.x_int8 + m * ldx + k + i * 4, 4);
-          vi& acc = part[m][rows == 1 ? i % 2 : 0];
-          acc = dot_bytes<bits>(acc, q, x);
-        }
-      }
+      part.template add<bits>(args, Block<bits>::load(strip.packed + k * bits / 8, strip.stride), k);
     }
     next.group();
     const vf scale = load(strip.scales + g * VL), bias = load(strip.biases + g * VL);
 #pragma GCC unroll 8
-    for (int m = 0; m < rows; ++m) {
-      vi dot = part[m][0];
-      if constexpr (rows == 1) dot += part[m][1];
-      const vf product = __builtin_convertvector(dot, vf) * broadcast(args.x_scale[m * groups + g]);
-      sum[m] = fma(scale, product, fma(bias, broadcast(args.x_sum[m * groups + g]), sum[m]));
-    }
+    for (int m = 0; m < rows; ++m)
+      sum[m] = fma(scale, part.dot(args, m, m * groups + g), fma(bias, broadcast(args.x_sum[m * groups + g]), sum[m]));
   }
 #pragma GCC unroll 8
   for (int m = 0; m < rows; ++m) y[m] = sum[m];
@@ -181,26 +168,25 @@ typedef void StripKernel(const QmmArgs&, const Strip&, Prefetcher, vf*);
 
 // The kernel for `rows` rows of x: 4- and 8-bit weights have kernels for several (qmatmul_row.h has those for one), the others
 // for one.
-template <int bits>
-static StripKernel* strip_kernel(int mode, int64_t rows) {
-  const bool int8 = mode == MLXEFF_COMPUTE_INT8;
+template <int bits, bool int8>
+static StripKernel* strip_kernel(int64_t rows) {
   if constexpr (bits == 4 || bits == 8) {
 #if defined(__AVX512F__) || defined(__aarch64__)
-    if (rows > 4) return int8 ? strip_int8<bits, 8> : strip_exact<bits, 8>;
+    if (rows > 4) return strip_product<bits, 8, int8>;
 #endif
-    if (rows > 2) return int8 ? strip_int8<bits, 4> : strip_exact<bits, 4>;
-    return int8 ? strip_int8<bits, 2> : strip_exact<bits, 2>;
+    return rows > 2 ? strip_product<bits, 4, int8> : strip_product<bits, 2, int8>;
   } else {
-    return int8 ? strip_int8<bits, 1> : strip_exact<bits, 1>;
+    return strip_product<bits, 1, int8>;
   }
 }
 
 template <int bits>
 static int run_strips(const QmmArgs& args, int64_t n_begin, int64_t n_end) {
-  StripKernel* const kernel = strip_kernel<bits>(args.mode, args.M);
+  const bool int8 = args.mode == MLXEFF_COMPUTE_INT8;
+  StripKernel* const kernel = int8 ? strip_kernel<bits, true>(args.M) : strip_kernel<bits, false>(args.M);
   float* const buffer = static_cast<float*>(scratch(Scratch::strip, size_t(strip_floats(args.w)) * 4));
   if (!buffer) return MLXEFF_NO_MEMORY;
-  const float bias_shift = args.mode == MLXEFF_COMPUTE_INT8 ? byte_offset<bits> : 0;
+  const float bias_shift = int8 ? byte_offset<bits> : 0;
   for (int64_t n = n_begin; n < n_end; n += VL) {
     const int64_t rows = min_of(VL, n_end - n);
     Prefetcher next;
@@ -208,11 +194,7 @@ static int run_strips(const QmmArgs& args, int64_t n_begin, int64_t n_end) {
     const Strip strip = load_strip(args.w, n, rows, bias_shift, buffer, next);
     vf y[direct_rows];
     kernel(args, strip, next, y);
-    for (int64_t m = 0; m < args.M; ++m) {
-      float row[VL];
-      store(row, y[m]);
-      store_columns(row, VL, 1, rows, args.y, args.ldy, args.y_dtype, m * args.ldy + n);
-    }
+    store_strip(y, args.M, rows, output(args), n);
   }
   return MLXEFF_OK;
 }

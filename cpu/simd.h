@@ -112,7 +112,7 @@ MLXEFF_INLINE float max(vf v) {
 }
 #endif
 
-// The first n elements, n > 0; the lanes beyond are zero, and nothing beyond is read.
+// The first n elements, n >= 0; the lanes beyond are zero, and nothing beyond is read.
 #if defined(__AVX512F__)
 MLXEFF_INLINE __mmask16 first_lanes(int64_t n) { return __mmask16((1u << min_of(n, VL)) - 1); }
 MLXEFF_INLINE vf load_up_to(const float* p, int64_t n) { return (vf)_mm512_maskz_loadu_ps(first_lanes(n), p); }

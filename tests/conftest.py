@@ -5,8 +5,6 @@ import sys
 
 import pytest
 
-from tiny_model import write_tiny_model
-
 
 def pytest_collection_modifyitems(items):
     """Skip what needs an Apple GPU, with the reason; where MLXEFF_REQUIRE_METAL is set, let it run and fail instead."""
@@ -20,6 +18,24 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason=f"needs an Apple GPU, this is {sys.platform}"))
 
 
+def pytest_generate_tests(metafunc):
+    """The fixture `level` runs a test of the native kernels at each instruction-set level of this machine."""
+    if "level" in metafunc.fixturenames:
+        from cpu_library import LEVELS
+
+        metafunc.parametrize("level", LEVELS, indirect=True)
+
+
+@pytest.fixture
+def level(request):
+    from cpu_library import set_isa, set_threads
+
+    set_isa(request.param)
+    yield request.param
+    set_isa(None)
+    set_threads(0)
+
+
 @pytest.fixture(scope="session")
 def smollm2_gguf():
     """The built-in model's GGUF file, fetched into the user's cache the first time."""
@@ -31,4 +47,6 @@ def smollm2_gguf():
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory):
     """A two-layer random Llama with a byte tokenizer and a chat template, as a Hugging Face folder."""
+    from tiny_model import write_tiny_model
+
     return write_tiny_model(tmp_path_factory.mktemp("models") / "tiny-llama")

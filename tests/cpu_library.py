@@ -1,57 +1,95 @@
 """The C functions of the native kernels through ctypes, with numpy arrays; bfloat16 arrays are uint16 bit patterns.
 
-They are those of the installed extension, or of the library that MLXEFF_CPU_LIBRARY names (a sanitizer build, say).
+They are those of the installed extension, or of the library that MLXEFF_CPU_LIBRARY names (a sanitizer build, say; then
+neither the package nor MLX is imported). Their types are read from the header.
 """
 
 import ctypes
 import os
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
-
-from mlxeff import kernels
 
 F32, F16, BF16 = 0, 1, 2
 EXACT, COMPUTE_BF16, COMPUTE_INT8 = 0, 1, 2
 OK, BAD_ARGUMENT, BAD_DTYPE, UNSUPPORTED, NO_MEMORY, BUSY = range(6)
 
-native, reason = kernels.native()
-if native is None and "MLXEFF_CPU_LIBRARY" not in os.environ:
-    pytest.skip(f"the native kernels are {reason}", allow_module_level=True)
-lib = ctypes.CDLL(os.environ.get("MLXEFF_CPU_LIBRARY") or native.__file__)
-_pointer, _long, _int = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+HEADER = Path(__file__).parent.parent / "cpu" / "mlxeff_cpu.h"
+
+
+def prototypes():
+    """(result, name, [argument, ...]) of each function of the header, in C."""
+    text = re.sub(r"//.*", "", HEADER.read_text(encoding="utf-8"))
+    for result, name, arguments in re.findall(r"MLXEFF_API ([\w *]+?) ?(mlxeff_\w+)\(([^)]*)\);", text):
+        yield result, name, [" ".join(a.split()) for a in arguments.split(",") if a.strip() != "void"]
+
+
+def _ctype(declaration):
+    if "char*" in declaration:
+        return ctypes.c_char_p
+    types = {"int": ctypes.c_int, "int64_t": ctypes.c_int64, "float": ctypes.c_float, "double": ctypes.c_double}
+    return ctypes.c_void_p if "*" in declaration else types[declaration.split()[0]]
+
+
+def _load():
+    path = os.environ.get("MLXEFF_CPU_LIBRARY")
+    if not path:
+        from mlxeff import kernels
+
+        native, reason = kernels.native()
+        if native is None:
+            pytest.skip(f"the native kernels are {reason}", allow_module_level=True)
+        path = native.__file__
+    library = ctypes.CDLL(path)
+    for result, name, arguments in prototypes():
+        getattr(library, name).restype = _ctype(result)
+        getattr(library, name).argtypes = [_ctype(a) for a in arguments]
+    return library
+
+
+lib = _load()
+LEVELS = lib.mlxeff_isa_available().decode().split()
+
+
+class NativeError(Exception):
+    def __init__(self, code):
+        super().__init__(lib.mlxeff_error_string(code).decode())
+        self.code = code
+
+
+def call(name, *args):
+    """Run an entry point, arrays as pointers; raise on a code other than OK."""
+    if code := getattr(lib, name)(*(address(a) if isinstance(a, np.ndarray) else a for a in args)):
+        raise NativeError(code)
+
+
+def set_isa(name):
+    """None restores the best level."""
+    call("mlxeff_set_isa", name and name.encode())
+
+
+def set_threads(n):
+    """0 restores the default number."""
+    call("mlxeff_set_num_threads", n)
 
 
 class QuantizedWeight(ctypes.Structure):
+    _pointer, _long, _int = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     _fields_ = [("packed", _pointer), ("scales", _pointer), ("biases", _pointer), ("N", _long), ("K", _long),
                 ("bits", _int), ("group", _int), ("scale_dtype", _int)]  # fmt: skip
 
 
-_weight = ctypes.POINTER(QuantizedWeight)
-_operand = [_pointer, _long, _int]
-lib.mlxeff_qmm.argtypes = [_weight, *_operand, *_operand, _long, _int]
-lib.mlxeff_qmm_rows.argtypes = [_weight, _pointer, _long, _pointer, _long, _int]
-lib.mlxeff_dequantize.argtypes = [_weight, _pointer, _long, _int]
-for _name in ("mlxeff_isa", "mlxeff_isa_available", "mlxeff_error_string"):
-    getattr(lib, _name).restype = ctypes.c_char_p
-lib.mlxeff_set_isa.argtypes = [ctypes.c_char_p]
-for _name in ("mlxeff_matmul", "mlxeff_matmul_dx", "mlxeff_matmul_dw"):
-    getattr(lib, _name).argtypes = [*_operand, *_operand, *_operand, _long, _long, _long, _int]
-
-LEVELS = lib.mlxeff_isa_available().decode().split()
-
-
-def to_dtype(values, dtype):
-    """float array -> storage array of the dtype, rounded to nearest even."""
-    if dtype == F32:
-        return np.ascontiguousarray(values, np.float32)
-    if dtype == F16:
-        return np.ascontiguousarray(values, np.float16)
-    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
+def cast(values, dtype):
+    """float array -> contiguous storage array of the dtype, rounded to nearest even."""
+    if dtype != BF16:
+        return np.ascontiguousarray(values, np.float16 if dtype == F16 else np.float32)
+    bits = np.ascontiguousarray(values, np.float32).view(np.uint32).astype(np.uint64)
     return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
 
 
-def to_float64(array):
+def widen(array):
     """storage array -> float64."""
     if array.dtype == np.uint16:
         return (array.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
@@ -70,6 +108,11 @@ def address(array):
     return array.ctypes.data
 
 
+def operand(array):
+    """A matrix, possibly a view with contiguous rows, as three arguments: the array, its row stride, its dtype."""
+    return array, array.strides[0] // array.itemsize, dtype_of(array)
+
+
 def pack(q, bits):
     """(N, K) integers -> (N, K * bits / 32) uint32 words, least significant bits first."""
     n, k = q.shape
@@ -84,15 +127,15 @@ class Quantized:
         self.q = rng.integers(0, 1 << bits, (n, k))
         scale = rng.uniform(0.5, 1.5, (n, k // group)) / (1 << bits)
         self.packed = pack(self.q, bits)
-        self.scales = to_dtype(scale, scale_dtype)
-        self.biases = to_dtype(-scale * (1 << bits) / 2 * rng.uniform(0.8, 1.2, scale.shape), scale_dtype)
+        self.scales = cast(scale, scale_dtype)
+        self.biases = cast(-scale * (1 << bits) / 2 * rng.uniform(0.8, 1.2, scale.shape), scale_dtype)
         self.c = QuantizedWeight(
             address(self.packed), address(self.scales), address(self.biases), n, k, bits, group, scale_dtype
         )
         self.group = group
 
     def scale_bias(self):
-        return (np.repeat(to_float64(a), self.group, axis=1) for a in (self.scales, self.biases))
+        return (np.repeat(widen(a), self.group, axis=1) for a in (self.scales, self.biases))
 
     def dense(self):
         scale, bias = self.scale_bias()
@@ -101,26 +144,20 @@ class Quantized:
 
 def qmm(weight, x, y_dtype, mode=EXACT):
     y = empty((x.shape[0], weight.c.N), y_dtype)
-    code = lib.mlxeff_qmm(
-        ctypes.byref(weight.c), address(x), x.strides[0] // x.itemsize, dtype_of(x), address(y), y.shape[1],
-                          y_dtype, x.shape[0], mode)  # fmt: skip
-    assert code == OK, lib.mlxeff_error_string(code)
+    call("mlxeff_qmm", ctypes.byref(weight.c), *operand(x), *operand(y), x.shape[0], mode)
     return y
 
 
 def matmul(name, a, b, out_shape, sizes, out_dtype=F32, mode=EXACT):
     """`name` is matmul, matmul_dx or matmul_dw; sizes = (M, N, K)."""
     out = empty(out_shape, out_dtype)
-    code = getattr(lib, f"mlxeff_{name}")(
-        address(a), a.strides[0] // a.itemsize, dtype_of(a), address(b), b.strides[0] // b.itemsize, dtype_of(b),
-        address(out), out_shape[1], out_dtype, *sizes, mode)  # fmt: skip
-    assert code == OK, lib.mlxeff_error_string(code)
+    call(f"mlxeff_{name}", *operand(a), *operand(b), *operand(out), *sizes, mode)
     return out
 
 
 def product(x, w):
     """x @ w.T in float64, and the size of a typical element: |x| |w| / sqrt(K), the scale of errors that cancel."""
-    x, w = to_float64(x), to_float64(w)
+    x, w = widen(x), widen(w)
     size = np.linalg.norm(x, axis=1, keepdims=True) * np.linalg.norm(w, axis=1).max() / np.sqrt(x.shape[1])
     return x @ w.T, size
 
@@ -134,7 +171,7 @@ STORAGE_ERROR = {F32: 2e-6, F16: 2**-11, BF16: 2**-8}
 def assert_close(got, want, tolerance, what):
     """`want` is an array, or the pair that product() returns."""
     want, size = want if isinstance(want, tuple) else (want, 0)
-    got = to_float64(got)
+    got = widen(got)
     assert np.isfinite(got).all(), f"{what}: not finite at {np.argwhere(~np.isfinite(got))[0]}"
     scale = np.maximum(np.abs(want).max(axis=-1, keepdims=True), size) + 1e-30
     error = np.abs(got - want) / scale

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from cpu_calls import (
+from cpu_calls import assert_close, attention, attention_args, attention_backward
+from cpu_library import (
     BAD_ARGUMENT,
     BAD_DTYPE,
     BF16,
@@ -12,13 +13,7 @@ from cpu_calls import (
     F16,
     F32,
     NativeError,
-    assert_close,
-    attention,
-    attention_args,
-    attention_backward,
     cast,
-    levels,
-    set_isa,
     set_threads,
     widen,
 )  # fmt: skip
@@ -30,12 +25,7 @@ TOLERANCE = {F32: 5e-6, F16: 1e-3, BF16: 8e-3}  # half precision: half a step of
 BF16_COMPUTE_TOLERANCE = 4e-2
 
 
-@pytest.fixture(params=levels(), autouse=True)
-def level(request):
-    set_isa(request.param)
-    yield request.param
-    set_isa(None)
-    set_threads(0)
+pytestmark = pytest.mark.usefixtures("level")
 
 
 def mask(S, T, window):

@@ -5,20 +5,17 @@ import ctypes as C
 import numpy as np
 import pytest
 
-from cpu_calls import (
+from cpu_calls import Heads, assert_close
+from cpu_library import (
     BAD_ARGUMENT,
     BAD_DTYPE,
     BF16,
     F16,
     F32,
-    Heads,
     NativeError,
-    assert_close,
     call,
     cast,
     dtype_of,
-    levels,
-    set_isa,
     set_threads,
     widen,
 )  # fmt: skip
@@ -28,12 +25,7 @@ DTYPES = [F32, F16, BF16]
 TOLERANCE = {F32: 2e-6, F16: 5.5e-4, BF16: 4.2e-3}
 
 
-@pytest.fixture(params=levels(), autouse=True)
-def level(request):
-    set_isa(request.param)
-    yield request.param
-    set_isa(None)
-    set_threads(0)
+pytestmark = pytest.mark.usefixtures("level")
 
 
 def normal(seed, shape, dtype=F32, scale=1.0):

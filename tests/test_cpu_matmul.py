@@ -11,7 +11,6 @@ from cpu_library import (
     EXACT,
     F16,
     F32,
-    LEVELS,
     OK,
     STORAGE_ERROR,
     address,
@@ -19,8 +18,8 @@ from cpu_library import (
     lib,
     matmul,
     product,
-    to_dtype,
-    to_float64,
+    cast,
+    widen,
 )  # fmt: skip
 
 SIZES = [
@@ -30,18 +29,11 @@ SIZES = [
 ]
 
 
-@pytest.fixture(params=LEVELS)
-def level(request):
-    assert lib.mlxeff_set_isa(request.param.encode()) == OK
-    yield request.param
-    assert lib.mlxeff_set_isa(None) == OK
-
-
 def all_products(rng, sizes, dtypes, mode):
     """(name, result, (want, size)) of y = x w^T, dx = dy w, dw = dy^T x on random operands."""
     m, n, k = sizes
     x, w, dy = (
-        to_dtype(rng.standard_normal(shape), dtype)
+        cast(rng.standard_normal(shape), dtype)
         for shape, dtype in zip(((m, k), (n, k), (m, n)), dtypes, strict=True)
     )
     out = dtypes[2]
@@ -86,7 +78,7 @@ def test_long_contraction(level):
 def test_bf16_operands_are_exact_in_bf16_mode(level):
     """Products of bf16 values are exact in fp32, so the mode costs nothing when the operands are bf16 already."""
     rng = np.random.default_rng(4)
-    x, w = to_dtype(rng.standard_normal((64, 96)), BF16), to_dtype(rng.standard_normal((40, 96)), BF16)
+    x, w = cast(rng.standard_normal((64, 96)), BF16), cast(rng.standard_normal((40, 96)), BF16)
     assert_close(matmul("matmul", x, w, (64, 40), (64, 40, 96), F32, COMPUTE_BF16), product(x, w), 4e-6, level)
 
 
@@ -129,4 +121,4 @@ def test_empty_and_bad():
     assert call(2, 2, 4, mode=2) == BAD_DTYPE
     assert call(2, 2, 4) == OK
     assert (y == 4).all()
-    assert to_float64(to_dtype([1.0], BF16)) == 1
+    assert widen(cast([1.0], BF16)) == 1

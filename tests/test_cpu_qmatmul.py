@@ -24,18 +24,11 @@ from cpu_library import (
     lib,
     product,
     qmm,
-    to_dtype,
+    cast,
 )  # fmt: skip
 
 ROWS = (1, 2, 3, 8, 16, 17, 33, 100)
 COLUMNS = (1, 3, 17, 576)
-
-
-@pytest.fixture(params=LEVELS)
-def level(request):
-    assert lib.mlxeff_set_isa(request.param.encode()) == OK
-    yield request.param
-    assert lib.mlxeff_set_isa(None) == OK
 
 
 @pytest.fixture(params=(1, 2, 5))
@@ -96,7 +89,7 @@ def test_dtypes(level, scale_dtype, x_dtype, y_dtype):
     for bits, group, k in ((4, 32, 576), (8, 64, 192), (3, 128, 384)):
         weight = Quantized(rng, 83, k, bits, group, scale_dtype)
         for m in (1, 3, 40):
-            x = to_dtype(rng.standard_normal((m, k)), x_dtype)
+            x = cast(rng.standard_normal((m, k)), x_dtype)
             want = product(x, weight.dense())
             what = f"{level} {bits} bit M={m} dtypes {scale_dtype} {x_dtype} {y_dtype}"
             assert_close(qmm(weight, x, y_dtype), want, 4e-6 + STORAGE_ERROR[y_dtype], what)

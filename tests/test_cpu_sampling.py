@@ -5,14 +5,10 @@ import ctypes as C
 import numpy as np
 import pytest
 
-from cpu_calls import BAD_ARGUMENT, BF16, F16, F32, NativeError, call, cast, levels, set_isa, widen
+from cpu_library import BAD_ARGUMENT, BF16, F16, F32, NativeError, call, cast, widen
 
 
-@pytest.fixture(params=levels(), autouse=True)
-def level(request):
-    set_isa(request.param)
-    yield request.param
-    set_isa(None)
+pytestmark = pytest.mark.usefixtures("level")
 
 
 def sample(logits, u, temp=1.0, top_k=0, top_p=0.0, min_p=0.0, dtype=F32) -> int:

@@ -3,20 +3,11 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-#include <cstdio>
-#include <cstdlib>
 #include <thread>
 #include <vector>
 
+#include "checks.h"
 #include "pool.h"
-
-#define CHECK(condition)                                                      \
-  do {                                                                        \
-    if (!(condition)) {                                                       \
-      std::fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #condition);    \
-      std::exit(1);                                                           \
-    }                                                                         \
-  } while (0)
 
 inline void check_parallel_for(int64_t n, int64_t chunk) {
   std::vector<int> hits(size_t(n), 0);
