@@ -3,9 +3,9 @@
     python benchmarks/cpu_matmul.py [--threads 1 2] [--isa NAME] [--shape 2048x2048x4 ...] [--json FILE]
 
 Weights are cold: each call takes the next of enough matrices to exceed 256 MB. GB/s counts the packed words, scales and
-biases. Times are medians, on a machine that should do nothing else. Ceilings, measured in the same run with numpy's BLAS,
-one thread of it in each of the given number of Python threads: for one row the bandwidth of sdot(a, a) over 256 MB a
-thread; for many rows the rate of sgemm, 1024 x 1024 x 1024.
+biases. Times are medians, on a machine that should do nothing else. Ceilings, measured in the same run with numpy's
+BLAS, one thread of it in each of the given number of Python threads: for one row the bandwidth of sdot(a, a) over
+256 MB a thread; for many rows the rate of sgemm, 1024 x 1024 x 1024.
 """
 
 import argparse

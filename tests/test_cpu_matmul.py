@@ -15,10 +15,10 @@ from cpu_library import (
     STORAGE_ERROR,
     address,
     assert_close,
+    cast,
     lib,
     matmul,
     product,
-    cast,
     widen,
 )  # fmt: skip
 
@@ -33,8 +33,7 @@ def all_products(rng, sizes, dtypes, mode):
     """(name, result, (want, size)) of y = x w^T, dx = dy w, dw = dy^T x on random operands."""
     m, n, k = sizes
     x, w, dy = (
-        cast(rng.standard_normal(shape), dtype)
-        for shape, dtype in zip(((m, k), (n, k), (m, n)), dtypes, strict=True)
+        cast(rng.standard_normal(shape), dtype) for shape, dtype in zip(((m, k), (n, k), (m, n)), dtypes, strict=True)
     )
     out = dtypes[2]
     yield "matmul", matmul("matmul", x, w, (m, n), sizes, out, mode), product(x, w)

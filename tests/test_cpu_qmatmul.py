@@ -20,11 +20,11 @@ from cpu_library import (
     Quantized,
     address,
     assert_close,
+    cast,
     empty,
     lib,
     product,
     qmm,
-    cast,
 )  # fmt: skip
 
 ROWS = (1, 2, 3, 8, 16, 17, 33, 100)

@@ -7,7 +7,6 @@ import pytest
 
 from cpu_library import BAD_ARGUMENT, BF16, F16, F32, NativeError, call, cast, widen
 
-
 pytestmark = pytest.mark.usefixtures("level")
 
 
