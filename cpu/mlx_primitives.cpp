@@ -1,4 +1,4 @@
-// The native kernels as MLX primitives: the Python module mlxeff._native. Only this file knows MLX and Python.
+// The native kernels as MLX primitives: the Python module mlxeff._native. Only the files mlx_* know MLX and Python.
 //
 // A primitive's work is handed to the stream's command encoder with raw pointers; MLX keeps inputs and outputs alive until it
 // is done. So the graph stays lazy and the calls compose with mx.eval, mx.async_eval and streams.
@@ -17,6 +17,7 @@
 #include "mlx/mlx.h"
 #include "mlx/primitives.h"
 #include "mlx/version.h"
+#include "mlx_ops.h"
 
 namespace nb = nanobind;
 namespace mx = mlx::core;
@@ -26,16 +27,8 @@ namespace {
 using mlxeff::Decoder;
 using mlxeff::DecoderSpec;
 
-int dtype_of(const mx::array& a) {
-  if (a.dtype() == mx::float32) return MLXEFF_F32;
-  if (a.dtype() == mx::float16) return MLXEFF_F16;
-  if (a.dtype() == mx::bfloat16) return MLXEFF_BF16;
-  throw std::invalid_argument("wanted a float32, float16 or bfloat16 array");
-}
-
-void check(int code) {
-  if (code != MLXEFF_OK) throw std::runtime_error(std::string("native kernel: ") + mlxeff_error_string(code));
-}
+using mlxeff::check;
+using mlxeff::dtype_of;
 
 // Weights that a decoder reads for as long as it lives: evaluated, row-contiguous, kept.
 class Kept {
@@ -242,6 +235,7 @@ NB_MODULE(_native, m) {
            },
            nb::arg("attention_norm"), nb::arg("ffn_norm"), nb::arg("q_norm").none(), nb::arg("k_norm").none(),
            nb::arg("matrices"), nb::arg("heads"), nb::arg("groups"), nb::arg("window"));
+  mlxeff::bind_ops(m);
   m.def("forward", &forward, nb::arg("decoder"), nb::arg("tokens"), nb::arg("keys"), nb::arg("values"), nb::arg("offset"), nb::arg("all_rows"),
         nb::arg("mode"), "(logits, keys..., values...): the buffers hold the new tokens after `offset`.");
 }

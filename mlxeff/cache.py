@@ -13,6 +13,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from .errors import MlxeffError
+from .ops import attention
 
 FORMAT_VERSION = "1"
 
@@ -34,14 +35,10 @@ class LayerCache:
 
     def attend(self, queries: mx.array, keys: mx.array, values: mx.array, scale: float) -> mx.array:
         """Append `keys`, `values` (B, G, S, E), attend causally with `queries` (B, H, S, E); returns (B, H, S, E)."""
-        held_keys, held_values = self.append(keys, values)
-        new = queries.shape[2]
-        mask: str | mx.array | None = None if new == 1 else "causal"
-        if self.window is not None and self.length > self.window:
-            first = max(0, self.length - new - self.window + 1)  # the oldest token that the first query still sees
-            held_keys, held_values = held_keys[:, :, first:], held_values[:, :, first:]
-            mask = None if new == 1 else _window_mask(new, held_keys.shape[2], self.window)
-        return mx.fast.scaled_dot_product_attention(queries, held_keys, held_values, scale=scale, mask=mask)
+        held = self.append(keys, values)
+        if self.length == keys.shape[2]:  # nothing was held before: no detour, of gradients either, over the buffers
+            held = keys, values
+        return attention(queries, *held, scale, self.window)
 
     def append(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Store (B, G, S, E) after the tokens held; returns all keys and values held, (B, G, T, E)."""
@@ -156,12 +153,6 @@ def common_prefix(held: Sequence[int], wanted: Sequence[int]) -> int:
             break
         length += 1
     return length
-
-
-def _window_mask(new: int, held: int, window: int) -> mx.array:
-    """True where a query may look: causal and fewer than `window` tokens back; (new, held)."""
-    rows, columns = mx.arange(held - new, held)[:, None], mx.arange(held)[None]
-    return (columns <= rows) & (rows < columns + window)
 
 
 def _write(path: Path, arrays: dict[str, mx.array], metadata: dict[str, str]) -> None:

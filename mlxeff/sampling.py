@@ -10,7 +10,9 @@ from collections.abc import Callable
 
 import mlx.core as mx
 
+from . import kernels
 from .errors import MlxeffError
+from .ops import argmax, native_for
 
 Sampler = Callable[[mx.array], mx.array]  # log-probabilities (B, V) → tokens (B,)
 LogitsProcessor = Callable[[mx.array, mx.array], mx.array]  # tokens so far (N,), logits (B, V) → logits (B, V)
@@ -24,7 +26,8 @@ def make_sampler(
     """A function from log-probabilities (B, V) to tokens (B,).
 
     `temp` 0 (or below COLDEST) is greedy. `top_p`, `min_p`, `top_k` of 0 are off; they filter in that order, before
-    the temperature. Draws come from MLX's global random state, so `mx.random.seed` makes them repeatable.
+    the temperature. Draws come from MLX's global random state, so `mx.random.seed` makes them repeatable (on a CPU,
+    with the native kernels and without them each).
     """
     _check("temperature", temp, 0 <= temp < math.inf, "0 or more")
     _check("top-p", top_p, 0 <= top_p <= 1, "0 to 1")
@@ -32,18 +35,37 @@ def make_sampler(
     _check("top-k", top_k, isinstance(top_k, int) and top_k >= 0, "a whole number, 0 or more")
     _check("min_tokens_to_keep", min_tokens_to_keep, min_tokens_to_keep >= 1, "1 or more")
     if temp < COLDEST:
-        return lambda logprobs: mx.argmax(logprobs, axis=-1)
+        return argmax
+    filters = {"top_p": top_p, "min_p": min_p, "top_k": top_k}
 
     def sample(logprobs: mx.array) -> mx.array:
-        if 0 < top_p < 1:
-            logprobs = keep_top_p(logprobs, top_p)
-        if min_p > 0:
-            logprobs = keep_min_p(logprobs, min_p, min_tokens_to_keep)
-        if 0 < top_k < logprobs.shape[-1]:
-            logprobs = keep_top_k(logprobs, top_k)
-        return mx.random.categorical(logprobs * (1 / temp))
+        if min_tokens_to_keep == 1 and native_for(logprobs):
+            return sample_cpu(logprobs, temp, **filters)
+        return sample_ops(logprobs, temp, min_tokens_to_keep=min_tokens_to_keep, **filters)
 
     return sample
+
+
+def sample_ops(
+    logprobs: mx.array, temp: float, top_p: float, min_p: float, top_k: int, min_tokens_to_keep: int = 1
+) -> mx.array:
+    """Tokens (B,) of log-probabilities (B, V) after the filters, by MLX's operations on whole rows."""
+    if 0 < top_p < 1:
+        logprobs = keep_top_p(logprobs, top_p)
+    if min_p > 0:
+        logprobs = keep_min_p(logprobs, min_p, min_tokens_to_keep)
+    if 0 < top_k < logprobs.shape[-1]:
+        logprobs = keep_top_k(logprobs, top_k)
+    return mx.random.categorical(logprobs * (1 / temp))
+
+
+def sample_cpu(logprobs: mx.array, temp: float, top_p: float, min_p: float, top_k: int) -> mx.array:
+    """The same distribution by the native kernel (cpu/sampling.cpp), which sorts no row.
+
+    It inverts the distribution function at one uniform number a row: one seed draws other tokens than in `sample_ops`.
+    """
+    native, _ = kernels.native()
+    return native.sample(logprobs, mx.random.uniform(shape=logprobs.shape[:-1]), temp, top_k, top_p, min_p)
 
 
 def keep_top_k(logprobs: mx.array, top_k: int) -> mx.array:

@@ -36,6 +36,15 @@ def level(request):
     set_threads(0)
 
 
+@pytest.fixture
+def mlx_only():
+    """MLX's own operations in place of the native kernels, for results that are compared with MLX's or mlx-lm's."""
+    from mlxeff import ops
+
+    with ops.mlx_only():
+        yield
+
+
 @pytest.fixture(scope="session")
 def smollm2_gguf():
     """The built-in model's GGUF file, fetched into the user's cache the first time."""

@@ -23,7 +23,10 @@ from tiny_model import write_tiny_model
 
 ROOT = Path(__file__).resolve().parent.parent
 native, reason = kernels.native()
-pytestmark = pytest.mark.skipif(native is None or kernels.device() != "cpu", reason=reason or "the device is a GPU")
+pytestmark = [
+    pytest.mark.skipif(native is None or kernels.device() != "cpu", reason=reason or "the device is a GPU"),
+    pytest.mark.usefixtures("mlx_only"),  # of the unfused model
+]
 
 LLAMA = {
     "model_type": "llama",

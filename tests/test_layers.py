@@ -14,13 +14,20 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = {
     "_native": -1,
-    **dict.fromkeys(("errors", "kernels", "sampling", "checkpoint", "tokenizer", "hub"), 0),
-    **dict.fromkeys(("cache", "decode"), 1),
+    **dict.fromkeys(("errors", "kernels", "ops", "sampling", "checkpoint", "tokenizer", "hub"), 0),
+    **dict.fromkeys(("cache", "decode", "modules"), 1),
     **dict.fromkeys(("models", "kvprediction", "quantspec", "seedlm", "dynamoe"), 2),
     **dict.fromkeys(("loading", "generation"), 3),
     **dict.fromkeys(("cli", "convert", "bench", "plan", "__main__"), 4),
 }
-SAME_LAYER = {("decode", "cache"), ("generation", "loading")}  # (importer, imported)
+# (importer, imported)
+SAME_LAYER = {
+    ("ops", "kernels"),
+    ("sampling", "ops"),
+    ("sampling", "kernels"),
+    ("decode", "cache"),
+    ("generation", "loading"),
+}
 SLOW_TO_IMPORT = {
     "coremltools",
     "gguf",

@@ -18,10 +18,11 @@ import mlx.nn as nn
 from .. import kernels
 from ..cache import KVCache, LayerCache
 from ..errors import MlxeffError
+from ..modules import Embedding, Linear, QuantizedEmbedding, QuantizedLinear
+from ..ops import BITS, GROUPS
 
 COMPUTE = ("exact", "bf16", "int8")
 KV_DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
-BITS, GROUPS = (2, 3, 4, 5, 6, 8), (32, 64, 128)
 
 
 @dataclass(frozen=True)
@@ -36,16 +37,16 @@ class Rows:
     def native(self) -> bool:
         """Whether the native kernels can multiply by it."""
         module = self.module
-        if type(module) in (nn.QuantizedLinear, nn.QuantizedEmbedding):
+        if type(module) in (QuantizedLinear, QuantizedEmbedding):
             return module.mode == "affine" and module.bits in BITS and module.group_size in GROUPS
-        return type(module) in (nn.Linear, nn.Embedding)
+        return type(module) in (Linear, Embedding)
 
     def arrays(self) -> tuple:
         """(packed, scales, biases, group size, bits, bias or None), as the native decoder takes it; a dense matrix is
         (weight, None, None, 0, 0, bias or None)."""
         module, part = self.module, slice(self.start, self.stop)
         bias = module.bias[part] if "bias" in module else None
-        if type(module) in (nn.Linear, nn.Embedding):
+        if type(module) in (Linear, Embedding):
             return (module.weight[part], None, None, 0, 0, bias)
         packed = (module.weight[part], module.scales[part], module.biases[part])
         return (*packed, module.group_size, module.bits, bias)

@@ -1,12 +1,12 @@
-"""What the decoder families share: reading a config strictly, rotary embedding, SwiGLU, and the call protocol of a
-model.
+"""What the decoder families share: reading a config strictly, the angles of rotary embedding, and the call protocol of
+a model.
 
 Sources: RoPE (arXiv 2104.09864) with position interpolation (2306.15595), YaRN (2309.00071) and the frequency rule of
 Llama 3.1's release; SwiGLU (2002.05202).
 """
 
 import math
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, fields
 from types import UnionType
 from typing import get_args, get_origin
 
@@ -15,7 +15,7 @@ import mlx.nn as nn
 
 from ..cache import KVCache
 from ..errors import MlxeffError
-from ..kernels import fused
+from ..ops import Rope
 
 ROPE_KEYS = frozenset(
     "rope_type type factor rope_theta original_max_position_embeddings low_freq_factor high_freq_factor "
@@ -103,38 +103,6 @@ class DecoderModel(nn.Module):
         if self._fused is not None and self._fused.applies(cache):
             return self._fused(tokens, cache, all_rows=False)[:, 0]
         return self.head(self.hidden(tokens, cache)[:, -1])
-
-
-@fused
-def swiglu(gate: mx.array, up: mx.array) -> mx.array:
-    """silu(gate) · up."""
-    return gate * mx.sigmoid(gate) * up
-
-
-@dataclass(frozen=True)
-class Rope:
-    """Rotary embedding in half-rotation pairing, for heads of `size`; `base` or `wavelengths` sets the angles."""
-
-    size: int
-    base: float | None
-    scale: float = 1.0  # positions are multiplied by it
-    wavelengths: mx.array | None = None  # (size / 2), positions a radian
-    magnitude: float = 1.0  # x is multiplied by it
-
-    def __call__(self, x: mx.array, offset: int) -> mx.array:
-        """x (B, H, S, size), its first token at position `offset` → x rotated by its positions."""
-        x = x if self.magnitude == 1 else x * self.magnitude
-        return mx.fast.rope(
-            x, self.size, traditional=False, base=self.base, scale=self.scale, offset=offset, freqs=self.wavelengths
-        )
-
-    @property
-    def frequencies(self) -> mx.array:
-        """Radians a position, (size / 2)."""
-        if self.wavelengths is not None:
-            return self.scale / self.wavelengths
-        exponents = mx.arange(0, self.size, 2, dtype=mx.float32) / self.size
-        return self.scale * mx.exp(exponents * -math.log(self.base))
 
 
 def make_rope(size: int, base: float, scaling: dict | None, kind: str) -> Rope:

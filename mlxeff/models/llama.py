@@ -13,8 +13,10 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..cache import KVCache, LayerCache
+from ..modules import Embedding, Linear, RMSNorm
+from ..ops import swiglu
 from .fused import EndParts, LayerParts, Rows
-from .layers import DecoderModel, fits, make_rope, read_config, require, swiglu
+from .layers import DecoderModel, fits, make_rope, read_config, require
 
 # What a family fixes that its config.json does not say.
 FAMILIES: dict[str, dict] = {
@@ -113,14 +115,14 @@ class Attention(nn.Module):
         hidden, size = config.hidden_size, config.head_dim
         self.heads, self.groups, self.scale = config.num_attention_heads, config.num_key_value_heads, size**-0.5
         qkv_bias = config.attention_bias or config.qkv_bias
-        self.q_proj = nn.Linear(hidden, self.heads * size, bias=qkv_bias)
-        self.k_proj = nn.Linear(hidden, self.groups * size, bias=qkv_bias)
-        self.v_proj = nn.Linear(hidden, self.groups * size, bias=qkv_bias)
-        self.o_proj = nn.Linear(self.heads * size, hidden, bias=config.attention_bias)
+        self.q_proj = Linear(hidden, self.heads * size, bias=qkv_bias)
+        self.k_proj = Linear(hidden, self.groups * size, bias=qkv_bias)
+        self.v_proj = Linear(hidden, self.groups * size, bias=qkv_bias)
+        self.o_proj = Linear(self.heads * size, hidden, bias=config.attention_bias)
         self.q_norm = self.k_norm = None
         if config.qk_norm:
-            self.q_norm = nn.RMSNorm(size, eps=config.rms_norm_eps)
-            self.k_norm = nn.RMSNorm(size, eps=config.rms_norm_eps)
+            self.q_norm = RMSNorm(size, eps=config.rms_norm_eps)
+            self.k_norm = RMSNorm(size, eps=config.rms_norm_eps)
         self._rope = make_rope(size, config.rope_theta, config.rope_scaling, config.model_type)
 
     def __call__(self, x: mx.array, cache: LayerCache) -> mx.array:
@@ -140,9 +142,9 @@ class FeedForward(nn.Module):
     def __init__(self, config: LlamaConfig):
         super().__init__()
         hidden, inner = config.hidden_size, config.intermediate_size
-        self.gate_proj = nn.Linear(hidden, inner, bias=config.mlp_bias)
-        self.up_proj = nn.Linear(hidden, inner, bias=config.mlp_bias)
-        self.down_proj = nn.Linear(inner, hidden, bias=config.mlp_bias)
+        self.gate_proj = Linear(hidden, inner, bias=config.mlp_bias)
+        self.up_proj = Linear(hidden, inner, bias=config.mlp_bias)
+        self.down_proj = Linear(inner, hidden, bias=config.mlp_bias)
 
     def __call__(self, x: mx.array) -> mx.array:
         return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
@@ -153,8 +155,8 @@ class Layer(nn.Module):
         super().__init__()
         self.self_attn = Attention(config)
         self.mlp = FeedForward(config)
-        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def __call__(self, x: mx.array, cache: LayerCache) -> mx.array:
         x = x + self.self_attn(self.input_layernorm(x), cache)
@@ -164,9 +166,9 @@ class Layer(nn.Module):
 class Decoder(nn.Module):
     def __init__(self, config: LlamaConfig):
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = [Layer(config) for _ in range(config.num_hidden_layers)]
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def __call__(self, tokens: mx.array, cache: KVCache) -> mx.array:
         x = self.embed_tokens(tokens)
@@ -185,7 +187,7 @@ class Model(DecoderModel):
         self.config = config
         self.model = Decoder(config)
         if not config.tie_word_embeddings:
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
 
     @property
     def layers(self) -> list[Layer]:

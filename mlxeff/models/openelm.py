@@ -14,8 +14,10 @@ import mlx.nn as nn
 
 from ..cache import KVCache, LayerCache
 from ..errors import MlxeffError
+from ..modules import Embedding, Linear, RMSNorm
+from ..ops import swiglu
 from .fused import EndParts, LayerParts, Rows
-from .layers import DecoderModel, make_rope, read_config, require, swiglu
+from .layers import DecoderModel, make_rope, read_config, require
 
 # size → (layers, D, E) of the published models; all else they share.
 SIZES = {"270M": (16, 1280, 64), "450M": (20, 1536, 64), "1_1B": (28, 2048, 64), "3B": (36, 3072, 128)}
@@ -122,12 +124,12 @@ class Attention(nn.Module):
         super().__init__()
         size, self.heads, self.groups = config.head_dim, config.num_query_heads[layer], config.num_kv_heads[layer]
         self.scale = size**-0.5
-        self.qkv_proj = nn.Linear(config.model_dim, (self.heads + 2 * self.groups) * size, bias=False)
-        self.out_proj = nn.Linear(self.heads * size, config.model_dim, bias=False)
+        self.qkv_proj = Linear(config.model_dim, (self.heads + 2 * self.groups) * size, bias=False)
+        self.out_proj = Linear(self.heads * size, config.model_dim, bias=False)
         self.q_norm = self.k_norm = None
         if config.normalize_qk_projections:
-            self.q_norm = nn.RMSNorm(size, eps=config.rms_norm_eps)
-            self.k_norm = nn.RMSNorm(size, eps=config.rms_norm_eps)
+            self.q_norm = RMSNorm(size, eps=config.rms_norm_eps)
+            self.k_norm = RMSNorm(size, eps=config.rms_norm_eps)
         self._rope = make_rope(size, config.rope_freq_constant, None, "openelm")
 
     def __call__(self, x: mx.array, cache: LayerCache) -> mx.array:
@@ -147,8 +149,8 @@ class FeedForward(nn.Module):
     def __init__(self, config: OpenELMConfig, layer: int):
         super().__init__()
         inner, self.glu = config.ffn_dim(layer), config.ffn_with_glu
-        self.proj_1 = nn.Linear(config.model_dim, inner * (2 if self.glu else 1), bias=False)
-        self.proj_2 = nn.Linear(inner, config.model_dim, bias=False)
+        self.proj_1 = Linear(config.model_dim, inner * (2 if self.glu else 1), bias=False)
+        self.proj_2 = Linear(inner, config.model_dim, bias=False)
 
     def __call__(self, x: mx.array) -> mx.array:
         inner = self.proj_1(x)
@@ -162,8 +164,8 @@ class Layer(nn.Module):
         super().__init__()
         self.attn = Attention(config, layer)
         self.ffn = FeedForward(config, layer)
-        self.attn_norm = nn.RMSNorm(config.model_dim, eps=config.rms_norm_eps)
-        self.ffn_norm = nn.RMSNorm(config.model_dim, eps=config.rms_norm_eps)
+        self.attn_norm = RMSNorm(config.model_dim, eps=config.rms_norm_eps)
+        self.ffn_norm = RMSNorm(config.model_dim, eps=config.rms_norm_eps)
 
     def __call__(self, x: mx.array, cache: LayerCache) -> mx.array:
         x = x + self.attn(self.attn_norm(x), cache)
@@ -173,9 +175,9 @@ class Layer(nn.Module):
 class Decoder(nn.Module):
     def __init__(self, config: OpenELMConfig):
         super().__init__()
-        self.token_embeddings = nn.Embedding(config.vocab_size, config.model_dim)
+        self.token_embeddings = Embedding(config.vocab_size, config.model_dim)
         self.layers = [Layer(config, i) for i in range(config.num_transformer_layers)]
-        self.norm = nn.RMSNorm(config.model_dim, eps=config.rms_norm_eps)
+        self.norm = RMSNorm(config.model_dim, eps=config.rms_norm_eps)
 
     def __call__(self, tokens: mx.array, cache: KVCache) -> mx.array:
         x = self.token_embeddings(tokens)
@@ -194,7 +196,7 @@ class Model(DecoderModel):
         self.config = config
         self.transformer = Decoder(config)
         if not config.share_input_output_layers:
-            self.lm_head = nn.Linear(config.model_dim, config.vocab_size, bias=False)
+            self.lm_head = Linear(config.model_dim, config.vocab_size, bias=False)
 
     @property
     def layers(self) -> list[Layer]:

@@ -1,0 +1,54 @@
+"""MLX's modules with the operations of `ops.py`: the same parameters, names and initial values, another `__call__`.
+
+Each is a subclass of MLX's, so what replaces or wraps an `nn.Linear` (quantisation, LoRA, the linear seam) finds one.
+"""
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from . import ops
+
+
+def _matrix(module: nn.Module) -> ops.Quantized:
+    return ops.Quantized(
+        module["weight"], module["scales"], module.get("biases"), module.group_size, module.bits, module.mode
+    )
+
+
+class QuantizedLinear(nn.QuantizedLinear):
+    def __call__(self, x: mx.array) -> mx.array:
+        y = ops.quantized_linear(x, _matrix(self))
+        return y + self["bias"] if "bias" in self else y
+
+
+class Linear(nn.Linear):
+    def __call__(self, x: mx.array) -> mx.array:
+        return ops.linear(x, self["weight"], self.get("bias"))
+
+    def to_quantized(self, group_size=None, bits=None, mode="affine", quantize_input=False) -> nn.Module:
+        """The quantised layer; one that quantises its input too is MLX's."""
+        if quantize_input:
+            return super().to_quantized(group_size, bits, mode, quantize_input)
+        return QuantizedLinear.from_linear(self, group_size, bits, mode)
+
+
+class QuantizedEmbedding(nn.QuantizedEmbedding):
+    def as_linear(self, x: mx.array) -> mx.array:
+        """Hidden states (…, dims) → logits (…, rows)."""
+        return ops.quantized_linear(x, _matrix(self))
+
+
+class Embedding(nn.Embedding):
+    def as_linear(self, x: mx.array) -> mx.array:
+        """Hidden states (…, dims) → logits (…, rows)."""
+        return ops.linear(x, self["weight"])
+
+    def to_quantized(self, group_size=None, bits=None, mode="affine", quantize_input=False) -> nn.Module:
+        if quantize_input:
+            return super().to_quantized(group_size, bits, mode, quantize_input)  # refuses
+        return QuantizedEmbedding.from_embedding(self, group_size, bits, mode)
+
+
+class RMSNorm(nn.RMSNorm):
+    def __call__(self, x: mx.array) -> mx.array:
+        return ops.rms_norm(x, self["weight"], self.eps)
