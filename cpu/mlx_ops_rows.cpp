@@ -170,9 +170,14 @@ class CrossEntropy : public NativePrimitive {
   }
   std::vector<mx::array> vjp(const std::vector<mx::array>& primals, const std::vector<mx::array>& cotangents, const std::vector<int>& argnums,
                              const std::vector<mx::array>& outputs) override {
-    if (argnums.size() != 1 || argnums[0] != 0) refuse_to("be differentiated with respect to targets");
-    return {mx::array(primals[0].shape(), primals[0].dtype(), std::make_shared<CrossEntropyGradient>(stream()),
-                      {primals[0], primals[1], outputs[1], mx::contiguous(cotangents[0], false, stream())})};
+    std::vector<mx::array> gradients;
+    for (int argument : argnums) {
+      if (argument == 0)
+        gradients.push_back(mx::array(primals[0].shape(), primals[0].dtype(), std::make_shared<CrossEntropyGradient>(stream()),
+                                      {primals[0], primals[1], outputs[1], mx::contiguous(cotangents[0], false, stream())}));
+      else gradients.push_back(mx::zeros_like(primals[1], stream()));  // whole numbers
+    }
+    return gradients;
   }
   bool is_equivalent(const mx::Primitive&) const override { return true; }
   std::vector<mx::Shape> output_shapes(const std::vector<mx::array>& inputs) override { return {inputs[1].shape(), inputs[1].shape()}; }

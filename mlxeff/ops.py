@@ -57,8 +57,10 @@ def linear_ops(x: mx.array, weight: mx.array, bias: mx.array | None = None) -> m
 
 
 def linear_cpu(x: mx.array, weight: mx.array, bias: mx.array | None = None) -> mx.array:
-    y = _native().linear(x, weight)
-    return y if bias is None else y + bias
+    if bias is None:
+        return _native().linear(x, weight)
+    dtype = mx.result_type(x, weight, bias)  # rounded once, after the bias
+    return (_native().linear(x.astype(mx.float32), weight) + bias).astype(dtype)
 
 
 def linear(x: mx.array, weight: mx.array, bias: mx.array | None = None) -> mx.array:
