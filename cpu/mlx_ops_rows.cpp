@@ -1,4 +1,4 @@
-// Operators on rows, with gradients: RMSNorm, SwiGLU, cross-entropy; and without: argmax, sampling.
+// Operators on rows, with gradients: RMSNorm, SwiGLU, cross-entropy, logsumexp; and without: argmax, sampling.
 #include <nanobind/stl/optional.h>
 
 #include <memory>
@@ -200,6 +200,37 @@ mx::array cross_entropy(const mx::array& logits, const mx::array& targets) {
                                 {logits, mx::contiguous(mx::astype(targets, mx::int32, stream), false, stream)})[0];
 }
 
+// lse (..., 1), fp32, of x (..., V).
+class LogSumExp : public NativePrimitive {
+ public:
+  explicit LogSumExp(mx::Stream stream) : NativePrimitive(stream, "native logsumexp") {}
+
+  void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override {
+    allocate(outputs[0]);
+    if (outputs[0].size() == 0) return;
+    const Matrix x = matrix(inputs[0]);
+    dispatch([=, out = outputs[0].data<float>()] { check(mlxeff_logsumexp(x.data, x.ld, x.dtype, out, x.rows, x.columns), "logsumexp: "); });
+  }
+  std::vector<mx::array> vjp(const std::vector<mx::array>& primals, const std::vector<mx::array>& cotangents, const std::vector<int>&,
+                             const std::vector<mx::array>& outputs) override {
+    const mx::array softmax = mx::exp(mx::subtract(primals[0], outputs[0], stream()), stream());
+    return {mx::astype(mx::multiply(softmax, cotangents[0], stream()), primals[0].dtype(), stream())};
+  }
+  bool is_equivalent(const mx::Primitive&) const override { return true; }
+  std::vector<mx::Shape> output_shapes(const std::vector<mx::array>& inputs) override {
+    mx::Shape shape = inputs[0].shape();
+    shape.back() = 1;
+    return {shape};
+  }
+};
+
+mx::array logsumexp(const mx::array& x) {
+  check_rows("logsumexp", x);
+  mx::Shape shape = x.shape();
+  shape.back() = 1;
+  return mx::array(std::move(shape), mx::float32, std::make_shared<LogSumExp>(cpu_stream()), {x});
+}
+
 class Argmax : public NativePrimitive {
  public:
   explicit Argmax(mx::Stream stream) : NativePrimitive(stream, "native argmax") {}
@@ -265,6 +296,7 @@ void bind_rows(nb::module_& m) {
   m.def("swiglu", &swiglu, nb::arg("gate"), nb::arg("up"), "gate * sigmoid(gate) * up.");
   m.def("cross_entropy", &cross_entropy, nb::arg("logits"), nb::arg("targets"),
         "logits (..., V), targets (...) -> float32 losses (...); 0 where the target is negative.");
+  m.def("logsumexp", &logsumexp, nb::arg("x"), "x (..., V) -> float32 (..., 1).");
   m.def("argmax", &argmax, nb::arg("x"), "x (..., V) -> the first of the largest, uint32 (...).");
   m.def("sample", &sample, nb::arg("logits"), nb::arg("u"), nb::arg("temp"), nb::arg("top_k"), nb::arg("top_p"), nb::arg("min_p"),
         "logits (..., V), u in [0, 1) (...) -> tokens, uint32 (...).");

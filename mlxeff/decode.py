@@ -6,12 +6,15 @@ before the present one is read, so the host never holds up the device beyond the
 when the present one is complete: a step in flight holds the cache's buffers, and the next one would have to copy them.
 """
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
 
+from .errors import MlxeffError
 from .kernels import device
+from .ops import log_softmax
 from .sampling import LogitsProcessor, Sampler
 
 Progress = Callable[[int, int], None]  # (prompt tokens done, prompt tokens in all)
@@ -60,7 +63,6 @@ def decode(
     """
     start, yielded, on_cpu = cache.length, 0, device() == "cpu"
     token, logprobs = _pick(logits, sampler, processors, history)
-    mx.async_eval(token, logprobs)
     try:
         while yielded != max_tokens:
             if yielded + 1 != max_tokens:
@@ -70,9 +72,8 @@ def decode(
                     mx.eval(token)
                 logits = model.last_logits(token[:, None], cache)
                 following = _pick(logits, sampler, processors, history)
-                mx.async_eval(*following)
             yielded += 1
-            yield Step(token.item(), logprobs[0])
+            yield Step(_read(token), logprobs[0])
             if yielded != max_tokens:
                 token, logprobs = following
     finally:
@@ -82,7 +83,25 @@ def decode(
 
 
 def _pick(logits: mx.array, sampler: Sampler, processors: Sequence[LogitsProcessor], history: mx.array | None):
+    """(token, logprobs), launched."""
     for process in processors:
         logits = process(history, logits)
-    logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-    return sampler(logprobs), logprobs
+    logprobs = log_softmax(logits)
+    token = sampler(logprobs)
+    with _errors_in_one_line():
+        mx.async_eval(token, logprobs)
+    return token, logprobs
+
+
+def _read(token: mx.array) -> int:
+    with _errors_in_one_line():
+        return token.item()
+
+
+@contextlib.contextmanager
+def _errors_in_one_line() -> Iterator[None]:
+    """What a kernel refuses, such as logits that are not numbers, is known when it runs."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise MlxeffError(f"decoding: {str(error).splitlines()[0]}") from error

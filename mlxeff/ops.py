@@ -242,6 +242,20 @@ def cross_entropy(logits: mx.array, targets: mx.array) -> mx.array:
     return (cross_entropy_cpu if native_for(logits) else cross_entropy_ops)(logits, targets)
 
 
+def log_softmax_ops(logits: mx.array) -> mx.array:
+    """logits - logsumexp(logits) over the last axis."""
+    return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+
+
+def log_softmax_cpu(logits: mx.array) -> mx.array:
+    return (logits - _native().logsumexp(logits)).astype(logits.dtype)
+
+
+def log_softmax(logits: mx.array) -> mx.array:
+    """Logits (…, V) → log-probabilities (…, V)."""
+    return (log_softmax_cpu if native_for(logits) else log_softmax_ops)(logits)
+
+
 def argmax_ops(x: mx.array) -> mx.array:
     """The index of the largest element of the last axis, the first of equals."""
     return mx.argmax(x, axis=-1)

@@ -2,12 +2,15 @@
 chi-square; refused values.
 """
 
+import contextlib
+
 import mlx.core as mx
 import numpy as np
 import pytest
 
 from helpers import assert_close
-from mlxeff import MlxeffError
+from mlxeff import MlxeffError, kernels
+from mlxeff.ops import mlx_only
 from mlxeff.sampling import keep_min_p, keep_top_k, keep_top_p, make_logits_processors, make_sampler
 
 VOCABULARY = 40
@@ -44,11 +47,18 @@ def softmax(row: np.ndarray) -> np.ndarray:
     return shifted / shifted.sum()
 
 
+@pytest.fixture(params=["native", "mlx"])
+def arithmetic(request):
+    """Both ways to draw; one and the same where the native kernels are not built."""
+    with mlx_only() if request.param == "mlx" else contextlib.nullcontext():
+        yield
+
+
 LOGITS = {"random": random_logits(), "hostile": hostile_logits()}
 
 
 @pytest.mark.parametrize("kind", LOGITS)
-def test_greedy(kind):
+def test_greedy(kind, arithmetic):
     logits = LOGITS[kind]
     got = make_sampler()(logprobs_of(logits))
     assert got.tolist() == logits.argmax(axis=-1).tolist()
@@ -152,7 +162,7 @@ def expected(logits: np.ndarray, temp: float, top_p: float = 0, min_p: float = 0
     ],
     ids=str,
 )
-def test_draws_follow_the_distribution(options):
+def test_draws_follow_the_distribution(options, arithmetic):
     """Pearson's chi-square of 40,000 draws; tokens expected fewer than 5 times are counted together."""
     logits = random_logits(1, seed=11)[0] / 2
     draws, want = 40_000, expected(logits, **options)
@@ -178,7 +188,7 @@ def test_the_test_of_draws_can_fail():
     assert ((counts - wanted) ** 2 / wanted).sum() > CHI_SQUARE[VOCABULARY - 1]
 
 
-def test_one_seed_one_sequence():
+def test_one_seed_one_sequence(arithmetic):
     logprobs, sample = logprobs_of(random_logits(1)), make_sampler(temp=1.0, top_p=0.9)
 
     def draw(seed: int) -> list[int]:
@@ -189,7 +199,53 @@ def test_one_seed_one_sequence():
     assert draw(3) != draw(4)
 
 
-def test_impossible_tokens_are_never_drawn():
+def needs_native():
+    native, reason = kernels.native()
+    if native is None or kernels.device() != "cpu":
+        pytest.skip(reason or "the device is a GPU")
+    return native
+
+
+@pytest.mark.parametrize("options", [{}, {"top_p": 0.9}, {"top_k": 50}, {"min_p": 0.01}, {"top_p": 0.95, "top_k": 400}])
+def test_the_native_kernel_inverts_the_distribution_of_mlxs_filters(options):
+    """At evenly spaced numbers each token comes as often as the filtered softmax says, give or take one."""
+    native, rows, vocabulary = needs_native(), 8_000, 5_003
+    logits = np.random.default_rng(6).standard_normal(vocabulary).astype(np.float32) * 3
+    want = expected(logits, 0.7, **options) * rows
+    settings = {"top_p": 0.0, "min_p": 0.0, "top_k": 0} | options
+    u = mx.array((np.arange(rows) + 0.5) / rows, mx.float32)
+    tokens = native.sample(mx.broadcast_to(mx.array(logits), (rows, vocabulary)), u, 0.7, **settings)
+    counts = np.bincount(np.array(tokens), minlength=vocabulary)
+    # One for the spacing at each end; rounding u to 2^-25 moves an end by less than a thousandth of the spacing.
+    assert np.abs(counts - want).max() < 1.01
+    assert counts[want == 0].sum() == 0
+
+
+def test_a_minimum_of_tokens_to_keep_is_drawn_by_mlx():
+    mx.random.seed(2)
+    logprobs = mx.broadcast_to(logprobs_of(random_logits(1)), (500, VOCABULARY))
+    tokens = make_sampler(temp=1.0, min_p=0.99, min_tokens_to_keep=3)(logprobs)
+    assert set(tokens.tolist()) == set(np.argsort(-random_logits(1)[0])[:3].tolist())
+
+
+def test_one_seed_draws_the_same_on_any_number_of_threads_and_in_a_batch():
+    native, logprobs = needs_native(), logprobs_of(random_logits(8))
+    draws = []
+    try:
+        for threads in (1, 2, 5):
+            native.set_num_threads(threads)
+            mx.random.seed(4)
+            draws.append(make_sampler(temp=1.2, top_p=0.95)(logprobs).tolist())
+    finally:
+        native.set_num_threads(0)
+    assert draws[0] == draws[1] == draws[2]
+    mx.random.seed(4)
+    u = mx.random.uniform(shape=(8,))
+    alone = [native.sample(logprobs[i : i + 1], u[i : i + 1], 1.2, 0, 0.95, 0.0).item() for i in range(8)]
+    assert alone == draws[0]
+
+
+def test_impossible_tokens_are_never_drawn(arithmetic):
     logits = hostile_logits()
     mx.random.seed(0)
     for options in (
