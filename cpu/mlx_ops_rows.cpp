@@ -268,6 +268,7 @@ class Sample : public NativePrimitive {
     const Matrix x = matrix(inputs[0]);
     dispatch([=, u = inputs[1].data<float>(), out = outputs[0].data<int32_t>(), o = options_] {
       const int64_t row_size = x.ld * int64_t(dtype_size(x.dtype));
+      memset(out, 0, size_t(x.rows) * sizeof(int32_t));  // after a row that is refused, tasks already launched read valid ids
       for (int64_t row = 0; row < x.rows; ++row)
         check(mlxeff_sample(x.data + row * row_size, x.dtype, x.columns, o.temp, o.top_k, o.top_p, o.min_p, double(u[row]), out + row),
               "sample: ", "wanted logits without NaN and +inf, one above -inf");

@@ -6,7 +6,6 @@ before the present one is read, so the host never holds up the device beyond the
 when the present one is complete: a step in flight holds the cache's buffers, and the next one would have to copy them.
 """
 
-import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -62,8 +61,9 @@ def decode(
     and every yielded token but the last: a step in flight is trimmed away.
     """
     start, yielded, on_cpu = cache.length, 0, device() == "cpu"
-    token, logprobs = _pick(logits, sampler, processors, history)
     try:
+        token, logprobs = _pick(logits, sampler, processors, history)
+        mx.async_eval(token, logprobs)
         while yielded != max_tokens:
             if yielded + 1 != max_tokens:
                 if processors:
@@ -72,10 +72,15 @@ def decode(
                     mx.eval(token)
                 logits = model.last_logits(token[:, None], cache)
                 following = _pick(logits, sampler, processors, history)
+                mx.async_eval(*following)
             yielded += 1
-            yield Step(_read(token), logprobs[0])
+            yield Step(token.item(), logprobs[0])
             if yielded != max_tokens:
                 token, logprobs = following
+    except RuntimeError as error:  # what a kernel refuses, such as logits that are not numbers, is known when it runs
+        if not str(error).startswith("native kernel: "):
+            raise
+        raise MlxeffError(f"decoding: {error}") from error
     finally:
         surplus = cache.length - start - max(0, yielded - 1)
         if surplus and cache.trimmable:
@@ -83,25 +88,7 @@ def decode(
 
 
 def _pick(logits: mx.array, sampler: Sampler, processors: Sequence[LogitsProcessor], history: mx.array | None):
-    """(token, logprobs), launched."""
     for process in processors:
         logits = process(history, logits)
     logprobs = log_softmax(logits)
-    token = sampler(logprobs)
-    with _errors_in_one_line():
-        mx.async_eval(token, logprobs)
-    return token, logprobs
-
-
-def _read(token: mx.array) -> int:
-    with _errors_in_one_line():
-        return token.item()
-
-
-@contextlib.contextmanager
-def _errors_in_one_line() -> Iterator[None]:
-    """What a kernel refuses, such as logits that are not numbers, is known when it runs."""
-    try:
-        yield
-    except RuntimeError as error:
-        raise MlxeffError(f"decoding: {str(error).splitlines()[0]}") from error
+    return sampler(logprobs), logprobs

@@ -1,0 +1,172 @@
+"""Forward and backward pass of the built-in model's shape on this CPU: the native operations beside MLX's own.
+
+    python benchmarks/cpu_training.py [--shapes 4x256 1x32] [--mlx-tokens 32] [--rounds 3] [--save]
+
+The weights of SmolLM2-135M are dequantised to float32 and all of them trained: tokens of a text (batch x tokens),
+cross-entropy, gradients of every parameter. Each measurement is a process of its own, the arms take turns, medians are
+shown; the first pass of a process is not counted. MLX's operations run the shapes of up to --mlx-tokens tokens only.
+The last line is one JSON document with every sample; --save writes it to benchmarks/results/.
+"""
+
+import argparse
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+ARMS = {
+    "native": {},
+    "native, 1 thread": {"MLXEFF_NUM_THREADS": "1"},
+    "MLX": {"MLXEFF_NATIVE": "0"},
+}
+PASSES = 3  # counted, of a process; MLX's arm has one
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shapes", nargs="+", default=["4x256", "1x32"], metavar="BATCHxTOKENS")
+    parser.add_argument("--mlx-tokens", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--save", action="store_true")
+    parser.add_argument("--worker", nargs=2, metavar=("SHAPE", "PASSES"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker:
+        shape, passes = options.worker
+        print(json.dumps(train(*size_of(shape), int(passes))))
+        return
+    results = {"card": card(), "samples": measure(options)}
+    print_table(results)
+    if options.save:
+        chip = results["card"]["cpu"].replace(" ", "-").replace("(R)", "")
+        path = ROOT / "benchmarks/results" / f"{chip}-cpu-training-mlx-{results['card']['mlx']}.json"
+        path.write_text(json.dumps(results, indent=1) + "\n")
+    print(json.dumps(results))
+
+
+def size_of(shape: str) -> tuple[int, int]:
+    batch, tokens = shape.split("x")
+    return int(batch), int(tokens)
+
+
+def card() -> dict:
+    """What was measured, where."""
+    import mlx.core as mx
+
+    import mlxeff
+    from mlxeff import kernels
+
+    native, reason = kernels.native()
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return {
+        "command": " ".join(["python", "benchmarks/cpu_training.py", *sys.argv[1:]]),
+        "cpu": names[0] if names else platform.processor() or platform.machine(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "native": native.isa() if native else reason,
+        "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
+        "mlx": mx.__version__,
+        "mlxeff": mlxeff.__version__,
+    }
+
+
+def measure(options) -> list[dict]:
+    """All samples, the arms interleaved."""
+    samples = []
+    for _ in range(options.rounds):
+        for shape in options.shapes:
+            batch, tokens = size_of(shape)
+            for arm, environment in ARMS.items():
+                if arm == "MLX" and batch * tokens > options.mlx_tokens:
+                    continue
+                passes = 1 if arm == "MLX" else PASSES
+                command = [sys.executable, __file__, "--worker", shape, str(passes)]
+                run = subprocess.run(
+                    command, capture_output=True, text=True, check=True, env=os.environ | environment, cwd=ROOT
+                )
+                samples.append({"arm": arm, "shape": shape} | json.loads(run.stdout.splitlines()[-1]))
+                print(f"{arm}, {shape}: {samples[-1]['seconds']}", file=sys.stderr)
+    return samples
+
+
+def train(batch: int, tokens: int, passes: int) -> dict:
+    """Seconds of each pass, the loss, peak resident MiB, and multiply-adds a pass in units of 1e9 operations."""
+    import mlx.core as mx
+    import mlx.nn as nn
+    from mlx.utils import tree_flatten
+
+    from mlxeff import ops
+
+    model, tokenizer = dense_model()
+    ids = tokenizer.encode((ROOT / "LICENSE").read_text())[: batch * (tokens + 1)]
+    data = mx.array(ids).reshape(batch, tokens + 1)
+
+    def loss(model, data):
+        return ops.cross_entropy(model(data[:, :-1], model.new_cache()), data[:, 1:]).mean()
+
+    step, seconds = nn.value_and_grad(model, loss), []
+    for _ in range(passes + 1):
+        began = time.perf_counter()
+        value, gradients = step(model, data)
+        mx.eval(value, gradients)
+        seconds.append(time.perf_counter() - began)
+        del gradients
+    weights = sum(
+        p.size for _, p in tree_flatten(model.parameters()) if p.ndim == 2
+    )  # the embedding once: it is the head
+    return {
+        "seconds": seconds[1:],
+        "loss": value.item(),
+        "gflop": 6e-9 * weights * batch * tokens,  # of the matrix products, without attention's
+        "rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform == "linux" else 1024**2),
+    }
+
+
+def dense_model():
+    """(the built-in model in training mode, its matrices dequantised to float32; its tokenizer)."""
+    import mlx.core as mx
+    import mlx.nn as nn
+    from mlx.utils import tree_flatten
+
+    from mlxeff import hub
+    from mlxeff.loading import build_model, load_path
+
+    loaded = load_path(hub.resolve(hub.DEFAULT_MODEL))
+    weights = dict(tree_flatten(loaded.model.parameters()))
+    for path, module in loaded.model.named_modules():
+        if isinstance(module, (nn.QuantizedLinear, nn.QuantizedEmbedding)):
+            parts = [weights.pop(f"{path}.{name}") for name in ("weight", "scales", "biases")]
+            weights[f"{path}.weight"] = mx.dequantize(*parts, module.group_size, module.bits)
+    model = build_model({key: value for key, value in loaded.config.items() if key != "quantization"})
+    model.load_weights([(name, value.astype(mx.float32)) for name, value in weights.items()])
+    mx.eval(model.parameters())
+    return model.train(), loaded.tokenizer
+
+
+def print_table(results: dict) -> None:
+    for key, value in results["card"].items():
+        print(f"{key}: {value}")
+    print("\n| operations | batch x tokens | s | tokens/s | GFLOP/s | peak RSS MiB | loss |")
+    print("|---|---|---|---|---|---|---|")
+    for shape in dict.fromkeys(sample["shape"] for sample in results["samples"]):
+        batch, tokens = size_of(shape)
+        for arm in ARMS:
+            chosen = [s for s in results["samples"] if (s["arm"], s["shape"]) == (arm, shape)]
+            if not chosen:
+                continue
+            seconds = statistics.median(t for sample in chosen for t in sample["seconds"])
+            rss = statistics.median(sample["rss_mib"] for sample in chosen)
+            rate, speed = batch * tokens / seconds, chosen[0]["gflop"] / seconds
+            print(
+                f"| {arm} | {shape} | {seconds:.3f} | {rate:.1f} | {speed:.0f} | {rss:.0f} | {chosen[0]['loss']:.6f} |"
+            )
+
+
+if __name__ == "__main__":
+    main()
