@@ -25,7 +25,7 @@ ARMS = {
     "native, 1 thread": {"MLXEFF_NUM_THREADS": "1"},
     "MLX": {"MLXEFF_NATIVE": "0"},
 }
-PASSES = 3  # counted, of a process; MLX's arm has one
+PASSES = 2  # counted, of a process; MLX's arm has one
 
 
 def main():

@@ -38,7 +38,7 @@ class Loaded:
     path: Path
     fingerprint: str
     dtype: str
-    backend: str  # what computes: "mlx", or "native" with the instruction set of the CPU kernels
+    backend: str  # what computes: "mlx", or "native" with the instruction set of the CPU kernels, "unfused" one by one
 
 
 def load(
@@ -99,7 +99,7 @@ def _fuse(path: Path, model) -> str:
     if native is None:
         notices.warning("%s: native CPU kernels: %s; MLX's own are used, which are slower", path, problem)
         return "mlx"
-    return f"native {native.isa()}" if fuse(model) else "mlx"
+    return f"native {native.isa()}" if fuse(model) else f"native {native.isa()}, unfused"
 
 
 def build_model(config: dict, tensors: Collection[str] | None = None) -> nn.Module:

@@ -2,6 +2,8 @@
 step by step.
 """
 
+import subprocess
+import sys
 from pathlib import Path
 
 import mlx.core as mx
@@ -19,7 +21,8 @@ from tiny_model import CONFIG, random_model
 native, reason = kernels.native()
 pytestmark = pytest.mark.skipif(native is None or kernels.device() != "cpu", reason=reason or "the device is a GPU")
 
-TEXT = (Path(__file__).resolve().parent.parent / "LICENSE").read_bytes()
+ROOT = Path(__file__).resolve().parent.parent
+TEXT = (ROOT / "LICENSE").read_bytes()
 OPENELM = {
     "model_type": "openelm",
     "num_transformer_layers": 2,
@@ -208,3 +211,18 @@ def test_unfused_inference_of_a_batch_equals_one_by_one():
         with mlx_only():
             want = model(tokens[row : row + 1], model.new_cache())
         assert_close(got[row : row + 1], want, f"row {row}", rtol=2.0**-15)
+
+
+def test_a_pass_in_flight_at_the_end_of_the_process():
+    code = """if True:
+        import mlx.core as mx
+        from mlxeff import ops
+        x, w = mx.ones((64, 256)), mx.ones((256, 256))
+        def loss(x, w):
+            for _ in range(20):
+                x = ops.rms_norm(ops.swiglu(ops.linear(x, w), x), w[0], 1e-5)
+            return ops.cross_entropy(x, mx.zeros((64,), mx.int32)).mean()
+        mx.async_eval(mx.value_and_grad(loss, argnums=(0, 1))(x, w))
+    """
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
