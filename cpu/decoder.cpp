@@ -100,7 +100,7 @@ class Pass {
   }
 
   void embedding_row(int64_t token, float* out) {
-    const Matrix& w = spec_.embedding;
+    const WeightMatrix& w = spec_.embedding;
     if (w.is_dense()) row_.load(out, static_cast<const char*>(w.dense) + token * w.K * int64_t(dtype_size(w.dtype)), w.dtype, w.K);
     else MLXEFF_DISPATCH(qmatmul_kernels).dequantize_row(w.quantised, token, out, MLXEFF_F32);
   }

@@ -10,7 +10,7 @@ namespace mlxeff {
 
 // y = x W^T + bias; bias (N) is fp32 or null.
 struct Linear {
-  Matrix weight = {};
+  WeightMatrix weight = {};
   const float* bias = nullptr;
 };
 
@@ -34,7 +34,7 @@ struct DecoderSpec {
   const float* inverse_frequencies;  // (head_dim / 2), radians a position
   float rope_magnitude;              // factor of rotated queries and keys (YaRN)
   const float* final_norm;
-  Matrix embedding;
+  WeightMatrix embedding;
   Linear head;
   std::vector<DecoderLayer> layers;
 };

@@ -100,7 +100,7 @@ class Model {
     return linear;
   }
 
-  mlxeff::Matrix quantised(const mx::array& packed, const mx::array& scales, const mx::array& biases, int group, int bits) {
+  mlxeff::WeightMatrix quantised(const mx::array& packed, const mx::array& scales, const mx::array& biases, int group, int bits) {
     if (packed.dtype() != mx::uint32 || packed.ndim() != 2 || scales.shape() != biases.shape() || scales.dtype() != biases.dtype())
       throw std::invalid_argument("decoder: wanted an affine-quantised matrix");
     const int64_t rows = packed.shape(0), columns = int64_t(packed.shape(1)) * 32 / bits;
@@ -110,7 +110,7 @@ class Model {
             nullptr, type};
   }
 
-  mlxeff::Matrix dense(const mx::array& weight) {
+  mlxeff::WeightMatrix dense(const mx::array& weight) {
     if (weight.ndim() != 2) throw std::invalid_argument("decoder: wanted a matrix");
     const int type = dtype_of(weight);
     return {weight.shape(0), weight.shape(1), {}, kept_(weight).data<void>(), type};

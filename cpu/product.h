@@ -6,7 +6,7 @@
 namespace mlxeff {
 
 // W (N, K): affine-quantised, or dense (row-major, contiguous) where `quantised.packed` is null.
-struct Matrix {
+struct WeightMatrix {
   int64_t N, K;
   mlxeff_qweight quantised;
   const void* dense;
@@ -19,7 +19,7 @@ struct Matrix {
 class Product {
  public:
   Product() = default;
-  Product(const Matrix& w, const float* x, float* y, int64_t rows, int mode)
+  Product(const WeightMatrix& w, const float* x, float* y, int64_t rows, int mode)
       : matrix_(&w), rows_(rows), quantised_(&MLXEFF_DISPATCH(qmatmul_kernels)), dense_(&MLXEFF_DISPATCH(matmul_kernels)) {
     if (w.is_dense()) {
       const int dense_mode = mode == MLXEFF_EXACT ? MLXEFF_EXACT : MLXEFF_COMPUTE_BF16;
@@ -29,7 +29,7 @@ class Product {
     }
   }
 
-  const Matrix& matrix() const { return *matrix_; }
+  const WeightMatrix& matrix() const { return *matrix_; }
   int64_t workspace_bytes() const {
     return round_up(int64_t(matrix_->is_dense() ? dense_->workspace_bytes(d_) : quantised_->workspace_bytes(q_)), 64);
   }
@@ -46,7 +46,7 @@ class Product {
 
   // Whether `other`, of the same x, needs it in the same form; share_input then replaces its bind and prepare.
   bool same_input(const Product& other) const {
-    const Matrix &a = *matrix_, &b = *other.matrix_;
+    const WeightMatrix &a = *matrix_, &b = *other.matrix_;
     if (a.is_dense() != b.is_dense()) return false;
     return a.is_dense() || (a.quantised.bits == b.quantised.bits && a.quantised.group == b.quantised.group);
   }
@@ -62,7 +62,7 @@ class Product {
   }
 
  private:
-  const Matrix* matrix_ = nullptr;
+  const WeightMatrix* matrix_ = nullptr;
   int64_t rows_ = 0;
   const QmatmulKernels* quantised_ = nullptr;
   const MatmulKernels* dense_ = nullptr;

@@ -64,9 +64,9 @@ def bound_buffer_cache() -> None:
 def arithmetic_dtype(stored: mx.Dtype, quantized: bool) -> mx.Dtype:
     """The type to compute in, for weights (or quantisation scales) stored as `stored`.
 
-    On a GPU the stored type. MLX's CPU kernels without Metal have no half-precision SIMD: float16 anywhere, and
-    half-precision scales in quantised layers, run several times slower than float32, so those are widened (which
-    loses nothing). Dense bfloat16 stays: there it is the faster one.
+    On a GPU the stored type. (The native CPU kernels read weights of any type.) MLX's CPU kernels without Metal have
+    no half-precision SIMD: float16 anywhere, and half-precision scales in quantised layers, run several times slower
+    than float32, so those are widened (which loses nothing). Dense bfloat16 stays: there it is the faster one.
     """
     if has_metal() or stored == mx.float32:
         return stored

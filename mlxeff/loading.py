@@ -22,6 +22,7 @@ from .errors import MlxeffError, notices
 from .models import llama, openelm
 from .models.fused import fuse
 from .models.layers import DecoderModel, fits
+from .ops import native_for
 from .tokenizer import Tokenizer, from_folder, from_gguf
 
 SAMPLE_BYTES = 1 << 16  # of each end of a weight file that goes into the fingerprint
@@ -37,7 +38,7 @@ class Loaded:
     config: dict
     path: Path
     fingerprint: str
-    dtype: str
+    dtype: str  # of the activations
     backend: str  # what computes: "mlx", or "native" with the instruction set of the CPU kernels, "unfused" one by one
 
 
@@ -88,7 +89,8 @@ def load_path(path: Path, overrides: dict | None = None, lazy: bool = False, tru
     if not lazy:
         mx.eval(model.parameters())
         backend = _fuse(path, model)
-    return Loaded(model, tokenizer, config, Path(path), fingerprint(source, config), _dtype_name(model), backend)
+    dtype = "float32" if native_for() and isinstance(model, DecoderModel) else _dtype_name(model)
+    return Loaded(model, tokenizer, config, Path(path), fingerprint(source, config), dtype, backend)
 
 
 def _fuse(path: Path, model) -> str:
@@ -98,6 +100,8 @@ def _fuse(path: Path, model) -> str:
         return "mlx"
     if native is None:
         notices.warning("%s: native CPU kernels: %s; MLX's own are used, which are slower", path, problem)
+        return "mlx"
+    if not native_for():
         return "mlx"
     return f"native {native.isa()}" if fuse(model) else f"native {native.isa()}, unfused"
 
@@ -147,7 +151,8 @@ def _quantize(model: nn.Module, quantization: dict, tensors: Collection[str] | N
 
 
 def fill(model: nn.Module, weights: dict[str, mx.array], origin: str) -> None:
-    """Put `weights` into `model`: every name and shape must match; floats become the device's arithmetic type."""
+    """Put `weights` into `model`: every name and shape must match; floats become the device's arithmetic type, where it
+    has one."""
     wanted = dict(tree_flatten(model.parameters()))
     if missing := sorted(set(wanted) - set(weights)):
         raise MlxeffError(f"{origin}: missing {len(missing)} tensors: {_some(missing)}")
@@ -158,9 +163,10 @@ def fill(model: nn.Module, weights: dict[str, mx.array], origin: str) -> None:
             raise MlxeffError(f"{origin}: tensor {name}: wanted shape {wanted[name].shape}, got {value.shape}")
         if _is_float(value) != _is_float(wanted[name]):
             raise MlxeffError(f"{origin}: tensor {name}: wanted dtype {wanted[name].dtype}, got {value.dtype}")
-    dtype = _arithmetic_dtype(weights, any(name.endswith(".scales") for name in weights))
-    cast = {name: value.astype(dtype) if _is_float(value) else value for name, value in weights.items()}
-    model.update(tree_unflatten(list(cast.items())))
+    if not native_for():  # the native kernels read weights of any type
+        dtype = _arithmetic_dtype(weights, any(name.endswith(".scales") for name in weights))
+        weights = {name: value.astype(dtype) if _is_float(value) else value for name, value in weights.items()}
+    model.update(tree_unflatten(list(weights.items())))
 
 
 def require_seam(model, seam: str, technique: str) -> None:

@@ -8,6 +8,8 @@ import mlx.nn as nn
 
 from . import ops
 
+PARTS = ("weight", "scales", "biases")  # of a quantised module
+
 
 def _matrix(module: nn.Module) -> ops.Quantized:
     return ops.Quantized(
@@ -33,12 +35,23 @@ class Linear(nn.Linear):
 
 
 class QuantizedEmbedding(nn.QuantizedEmbedding):
+    def __call__(self, tokens: mx.array) -> mx.array:
+        """Token ids (…) → rows (…, dims)."""
+        packed, scales, biases = (None if part is None else part[tokens] for part in map(self.get, PARTS))
+        if self.mode == "affine":
+            scales, biases = ops.activations(scales), ops.activations(biases)
+        return mx.dequantize(packed, scales, biases, self.group_size, self.bits, self.mode)
+
     def as_linear(self, x: mx.array) -> mx.array:
         """Hidden states (…, dims) → logits (…, rows)."""
         return ops.quantized_linear(x, _matrix(self))
 
 
 class Embedding(nn.Embedding):
+    def __call__(self, tokens: mx.array) -> mx.array:
+        """Token ids (…) → rows (…, dims)."""
+        return ops.activations(super().__call__(tokens))
+
     def as_linear(self, x: mx.array) -> mx.array:
         """Hidden states (…, dims) → logits (…, rows)."""
         return ops.linear(x, self["weight"])

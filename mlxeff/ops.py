@@ -31,7 +31,8 @@ _mlx_only: ContextVar[bool] = ContextVar("mlx_only", default=False)
 def mlx_only() -> Iterator[None]:
     """Choose MLX's own operations inside the block, in this thread: it matters where the graph is built, not evaluated.
 
-    A model's fused form (models/fused.py) is not an operation of this module and stays.
+    A model loaded inside the block has no fused form (models/fused.py) and the weights that MLX's operations need; the
+    fused form of one loaded before is not an operation of this module and stays.
     """
     token = _mlx_only.set(True)
     try:
@@ -41,7 +42,7 @@ def mlx_only() -> Iterator[None]:
 
 
 def native_for(*arrays: mx.array) -> bool:
-    """Whether the native kernels compute on these arrays here and now."""
+    """Whether the native kernels compute on these arrays here and now; without arrays, whether they compute at all."""
     if _mlx_only.get() or kernels.native()[0] is None or kernels.device() != "cpu":
         return False
     return all(array.dtype in FLOATS for array in arrays)
@@ -49,6 +50,12 @@ def native_for(*arrays: mx.array) -> bool:
 
 def _native() -> ModuleType:
     return kernels.native()[0]
+
+
+def activations(rows: mx.array) -> mx.array:
+    """Rows of an embedding, or the numbers they are made of, in the type that activations have from there on: float32
+    for the native kernels, which read weights of any type, else the weights' own."""
+    return rows.astype(mx.float32) if native_for(rows) else rows
 
 
 def linear_ops(x: mx.array, weight: mx.array, bias: mx.array | None = None) -> mx.array:

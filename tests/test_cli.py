@@ -514,7 +514,8 @@ def test_chat_in_a_terminal(endless):
     assert "Traceback" not in seen
 
 
-def test_a_progress_bar_shows_on_a_terminal_only(endless):
+def test_a_progress_bar_shows_on_a_terminal_only(endless, monkeypatch):
+    monkeypatch.setenv("MLXEFF_NATIVE", "0")  # slow enough to show one
     arguments = ["generate", "--model", endless, "x" * 6000, "--raw", "--max-tokens", 2, "--prefill-step", 16]
     seen, code = in_terminal(arguments, [], "TTFT")
     assert code == 0

@@ -32,19 +32,25 @@ def logits_of(loaded) -> mx.array:
 
 
 def assert_equals_mlx_lm(folder) -> None:
-    """Exactly mlx-lm's logits of the folder, in our arithmetic type."""
+    """mlx-lm's logits of the folder in our arithmetic type: exactly by MLX's operations, to rounding by native ones."""
     from mlx_lm.models.cache import make_prompt_cache
     from mlx_lm.utils import load_model
 
+    def theirs(dtype: str) -> mx.array:
+        model, _ = load_model(folder)
+        model.set_dtype(DTYPES[dtype])
+        return model(TOKENS, cache=make_prompt_cache(model))
+
     loaded = load_path(folder)
-    theirs, _ = load_model(folder)
-    theirs.set_dtype(DTYPES[loaded.dtype])
-    want = theirs(TOKENS, cache=make_prompt_cache(theirs))
-    if getattr(loaded.model, "_fused", None):
-        assert_close(logits_of(loaded), want, f"{folder.name}, fused", rtol=2.0**-15)
+    if loaded.backend.startswith("native"):
+        assert loaded.dtype == "float32"
+        assert_close(logits_of(loaded), theirs("float32"), f"{folder.name}, {loaded.backend}", rtol=2.0**-15)
         loaded.model._fused = None
+        assert_close(logits_of(loaded), theirs("float32"), f"{folder.name}, native operators", rtol=2.0**-15)
     with mlx_only():
-        assert_close(logits_of(loaded), want, folder.name, rtol=0, atol=0)
+        plain = load_path(folder)
+        want = theirs(plain.dtype)
+        assert_close(logits_of(plain), want, folder.name, rtol=0, atol=0)
     assert np.std(np.array(want.astype(mx.float32))) > 0.1, "constant logits would compare nothing"
 
 
@@ -79,7 +85,8 @@ def test_folders_that_mlx_lm_quantised(tmp_path, tiny_folder, bits, group, mode)
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_quantised_with_half_precision_scales(tmp_path, tiny_folder, dtype):
     folder = quantised(tiny_folder, tmp_path / "quantised", 4, 32, dtype=dtype)
-    assert load_path(folder).dtype == (dtype if kernels.has_metal() else "float32")
+    with mlx_only():
+        assert load_path(folder).dtype == (dtype if kernels.has_metal() else "float32")
     assert_equals_mlx_lm(folder)
 
 
@@ -107,7 +114,8 @@ def test_dense_folders(tmp_path, tiny_folder, dtype):
     from mlx_lm import convert
 
     convert(str(tiny_folder), str(tmp_path / "dense"), dtype=dtype)
-    loaded = load_path(tmp_path / "dense")
+    with mlx_only():
+        loaded = load_path(tmp_path / "dense")
     widened = dtype == "float16" and not kernels.has_metal()
     assert loaded.dtype == ("float32" if widened else dtype)
     assert {value.dtype for _, value in tree_flatten(loaded.model.parameters())} == {DTYPES[loaded.dtype]}
@@ -132,11 +140,23 @@ def test_arithmetic_type(monkeypatch, metal, stored, quantized, wanted):
     assert kernels.arithmetic_dtype(stored, quantized) == wanted
 
 
+@pytest.mark.skipif(kernels.native()[0] is None or kernels.has_metal(), reason="no native CPU kernels in use")
+@pytest.mark.parametrize("bits", [None, 4])
+def test_native_kernels_take_weights_as_they_are_stored(tmp_path, tiny_folder, bits):
+    folder = tiny_folder if bits is None else quantised(tiny_folder, tmp_path / "quantised", bits, 32, dtype="float16")
+    loaded = load_path(folder)
+    stored = {name: value.dtype for name, value in weights_in(folder).items()}
+    assert {name: value.dtype for name, value in tree_flatten(loaded.model.parameters())} == stored
+    assert logits_of(loaded).dtype == mx.float32
+    assert_equals_mlx_lm(folder)
+
+
 def test_a_few_float32_norms_do_not_decide(tmp_path):
     """The commonest dtype by bytes is the stored one; all floats come to one type."""
     folder = write_tiny_model(tmp_path / "tiny")
     change(folder, lambda w: {k: v if "norm" in k else v.astype(mx.bfloat16) for k, v in w.items()})
-    loaded = load_path(folder)
+    with mlx_only():
+        loaded = load_path(folder)
     assert loaded.dtype == "bfloat16"
     assert {str(v.dtype) for _, v in tree_flatten(loaded.model.parameters())} == {"mlx.core.bfloat16"}
 
