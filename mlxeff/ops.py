@@ -43,7 +43,7 @@ def mlx_only() -> Iterator[None]:
 
 def native_for(*arrays: mx.array) -> bool:
     """Whether the native kernels compute on these arrays here and now; without arrays, whether they compute at all."""
-    if _mlx_only.get() or kernels.native()[0] is None or kernels.device() != "cpu":
+    if _mlx_only.get() or kernels.device() != "cpu" or kernels.native()[0] is None:
         return False
     return all(array.dtype in FLOATS for array in arrays)
 
