@@ -48,7 +48,7 @@ static bool collapses(const mx::array& x, int64_t* ld) {
   return *ld >= x.shape(last);
 }
 
-Matrix NativePrimitive::matrix(const mx::array& x) {
+MatrixView NativePrimitive::matrix(const mx::array& x) {
   int64_t ld;
   if (!collapses(x, &ld)) return matrix(row_contiguous(x));
   const int64_t columns = x.shape(-1);
@@ -81,7 +81,7 @@ mlxeff_heads allocate_heads(mx::array& out) {
   return heads_of(out);
 }
 
-Matrix matrix_of(mx::array& out) {
+MatrixView matrix_of(mx::array& out) {
   const int64_t columns = out.shape(-1);
   return {out.data<char>(), columns, columns ? int64_t(out.size()) / columns : 0, columns, dtype_of(out)};
 }
@@ -98,7 +98,7 @@ class LinearProduct : public NativePrimitive {
   void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override {
     allocate(outputs[0]);
     if (outputs[0].size() == 0) return;
-    const Matrix a = matrix(inputs[0]), b = matrix(inputs[1]), c = matrix_of(outputs[0]);
+    const MatrixView a = matrix(inputs[0]), b = matrix(inputs[1]), c = matrix_of(outputs[0]);
     const auto kernel = product_ == Product::y ? mlxeff_matmul : product_ == Product::dx ? mlxeff_matmul_dx : mlxeff_matmul_dw;
     // M, N, K of the forward product: x (M, K), w (N, K), y (M, N).
     const int64_t M = product_ == Product::dw ? a.rows : c.rows;
@@ -141,7 +141,7 @@ mx::array linear(const mx::array& x, const mx::array& w) {
 constexpr int64_t dequantised_floats = 8 << 20;  // of the weights that are dequantised at a time for dx
 
 // dx (M, K) = dy (M, N) @ W (N, K), W dequantised in blocks of rows, whose products are summed in order, in fp32.
-void quantized_dx(const mlxeff_qweight& w, const Matrix& dy, const Matrix& dx) {
+void quantized_dx(const mlxeff_qweight& w, const MatrixView& dy, const MatrixView& dx) {
   const int64_t rows = max_of(1, min_of(w.N, dequantised_floats / w.K)), count = dy.rows * w.K;
   const bool direct = dx.dtype == MLXEFF_F32;
   const std::unique_ptr<float[]> weights(new float[size_t(rows * w.K)]), widened(direct ? nullptr : new float[size_t(count)]);
@@ -177,7 +177,7 @@ class QuantizedProduct : public NativePrimitive {
   void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override {
     allocate(outputs[0]);
     if (outputs[0].size() == 0) return;
-    const Matrix a = matrix(inputs[0]), out = matrix_of(outputs[0]);
+    const MatrixView a = matrix(inputs[0]), out = matrix_of(outputs[0]);
     // The packed words and the scales are made row-contiguous by quantized_matmul.
     const mx::array &packed = inputs[1], &scales = inputs[2], &biases = inputs[3];
     const mlxeff_qweight w = {packed.data<uint32_t>(),     scales.data<char>(), biases.data<char>(), packed.shape(0),

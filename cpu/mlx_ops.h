@@ -40,7 +40,7 @@ std::string text_of(const mx::Shape& shape);
 inline mx::Stream cpu_stream() { return mx::default_stream(mx::Device::cpu); }
 
 // Rows of `columns` contiguous elements, `ld` elements apart.
-struct Matrix {
+struct MatrixView {
   char* data;
   int64_t ld, rows, columns;
   int dtype;
@@ -74,7 +74,7 @@ class NativePrimitive : public mx::Primitive {
   }
 
   // The array (..., columns) as a matrix; a copy in place of one that is not laid out so.
-  Matrix matrix(const mx::array& x);
+  MatrixView matrix(const mx::array& x);
   // The array (B, heads, tokens, E) by its strides; a copy of one whose last axis is not contiguous.
   mlxeff_heads heads(const mx::array& x);
 
@@ -89,7 +89,7 @@ void allocate(mx::array& out);
 void allocate(mx::array& out, const mx::array& reused);
 // Memory for (B, heads, tokens, E) in the order (B, tokens, heads, E): what follows attention reads it so without a copy.
 mlxeff_heads allocate_heads(mx::array& out);
-Matrix matrix_of(mx::array& row_contiguous_output);
+MatrixView matrix_of(mx::array& row_contiguous_output);
 
 void bind_ops(nb::module_& m);
 void bind_attention(nb::module_& m);

@@ -20,7 +20,7 @@ class RmsNormGradient : public NativePrimitive {
     if (outputs[1].size() == 0) return;
     float* const dw = outputs[1].data<float>();
     if (inputs[0].size() == 0) return void(memset(dw, 0, outputs[1].nbytes()));
-    const Matrix x = matrix(inputs[0]), dy = matrix(inputs[2]), dx = matrix_of(outputs[0]);
+    const MatrixView x = matrix(inputs[0]), dy = matrix(inputs[2]), dx = matrix_of(outputs[0]);
     const void* const weight = inputs[1].data<char>();
     dispatch([=, weight_dtype = dtype_of(inputs[1]), eps = eps_] {
       check(mlxeff_rms_norm_backward(x.data, x.ld, x.dtype, weight, weight_dtype, dy.data, dy.ld, dy.dtype, dx.data, dx.ld, dx.dtype, dw,
@@ -54,7 +54,7 @@ class RmsNorm : public NativePrimitive {
     }
     allocate(outputs[0], x);
     if (x.size() == 0) return;
-    const Matrix in = matrix(x), out = matrix_of(outputs[0]);
+    const MatrixView in = matrix(x), out = matrix_of(outputs[0]);
     dispatch([=] {
       check(mlxeff_rms_norm(in.data, in.ld, in.dtype, nullptr, 0, 0, weight, weight_dtype, out.data, out.ld, out.dtype, in.rows, in.columns, eps),
             "rms_norm: ");
@@ -93,8 +93,8 @@ class SwigluGradient : public NativePrimitive {
   void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override {
     for (mx::array& out : outputs) allocate(out);
     if (outputs[0].size() == 0) return;
-    const Matrix gate = matrix(inputs[0]), up = matrix(inputs[1]), dy = matrix(inputs[2]);
-    const Matrix dgate = matrix_of(outputs[0]), dup = matrix_of(outputs[1]);
+    const MatrixView gate = matrix(inputs[0]), up = matrix(inputs[1]), dy = matrix(inputs[2]);
+    const MatrixView dgate = matrix_of(outputs[0]), dup = matrix_of(outputs[1]);
     dispatch([=] {
       check(mlxeff_swiglu_backward(gate.data, gate.ld, up.data, up.ld, dy.data, dy.ld, dgate.data, dgate.ld, dup.data, dup.ld, gate.rows,
                                    gate.columns, gate.dtype),
@@ -113,7 +113,7 @@ class Swiglu : public NativePrimitive {
   void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override {
     allocate(outputs[0], inputs[0]);
     if (outputs[0].size() == 0) return;
-    const Matrix gate = matrix(inputs[0]), up = matrix(inputs[1]), y = matrix_of(outputs[0]);
+    const MatrixView gate = matrix(inputs[0]), up = matrix(inputs[1]), y = matrix_of(outputs[0]);
     dispatch([=] { check(mlxeff_swiglu(gate.data, gate.ld, up.data, up.ld, y.data, y.ld, gate.rows, gate.columns, gate.dtype), "swiglu: "); });
   }
   std::vector<mx::array> vjp(const std::vector<mx::array>& primals, const std::vector<mx::array>& cotangents, const std::vector<int>& argnums,
@@ -145,7 +145,7 @@ class CrossEntropyGradient : public NativePrimitive {
   void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override {
     allocate(outputs[0], inputs[0]);
     if (outputs[0].size() == 0) return;
-    const Matrix x = matrix(inputs[0]), dx = matrix_of(outputs[0]);
+    const MatrixView x = matrix(inputs[0]), dx = matrix_of(outputs[0]);
     dispatch([=, targets = inputs[1].data<int32_t>(), lse = inputs[2].data<float>(), dloss = inputs[3].data<float>()] {
       check(mlxeff_cross_entropy_backward(x.data, x.ld, x.dtype, targets, lse, dloss, dx.data, dx.ld, dx.dtype, x.rows, x.columns),
             "cross_entropy: ", "wanted targets below the size of the vocabulary");
@@ -163,9 +163,10 @@ class CrossEntropy : public NativePrimitive {
   void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override {
     for (mx::array& out : outputs) allocate(out);
     if (outputs[0].size() == 0) return;
-    const Matrix x = matrix(inputs[0]);
+    const MatrixView x = matrix(inputs[0]);
     dispatch([=, targets = inputs[1].data<int32_t>(), loss = outputs[0].data<float>(), lse = outputs[1].data<float>()] {
-      check(mlxeff_cross_entropy(x.data, x.ld, x.dtype, targets, loss, lse, x.rows, x.columns), "cross_entropy: ", "wanted targets below the size of the vocabulary");
+      check(mlxeff_cross_entropy(x.data, x.ld, x.dtype, targets, loss, lse, x.rows, x.columns), "cross_entropy: ",
+            "wanted targets below the size of the vocabulary");
     });
   }
   std::vector<mx::array> vjp(const std::vector<mx::array>& primals, const std::vector<mx::array>& cotangents, const std::vector<int>& argnums,
@@ -208,7 +209,7 @@ class LogSumExp : public NativePrimitive {
   void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override {
     allocate(outputs[0]);
     if (outputs[0].size() == 0) return;
-    const Matrix x = matrix(inputs[0]);
+    const MatrixView x = matrix(inputs[0]);
     dispatch([=, out = outputs[0].data<float>()] { check(mlxeff_logsumexp(x.data, x.ld, x.dtype, out, x.rows, x.columns), "logsumexp: "); });
   }
   std::vector<mx::array> vjp(const std::vector<mx::array>& primals, const std::vector<mx::array>& cotangents, const std::vector<int>&,
@@ -238,7 +239,7 @@ class Argmax : public NativePrimitive {
   void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override {
     allocate(outputs[0]);
     if (outputs[0].size() == 0) return;
-    const Matrix x = matrix(inputs[0]);
+    const MatrixView x = matrix(inputs[0]);
     dispatch([=, out = outputs[0].data<int32_t>()] { check(mlxeff_argmax(x.data, x.ld, x.dtype, out, x.rows, x.columns), "argmax: "); });
   }
   bool is_equivalent(const mx::Primitive&) const override { return true; }
@@ -265,7 +266,7 @@ class Sample : public NativePrimitive {
   void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override {
     allocate(outputs[0]);
     if (outputs[0].size() == 0) return;
-    const Matrix x = matrix(inputs[0]);
+    const MatrixView x = matrix(inputs[0]);
     dispatch([=, u = inputs[1].data<float>(), out = outputs[0].data<int32_t>(), o = options_] {
       const int64_t row_size = x.ld * int64_t(dtype_size(x.dtype));
       memset(out, 0, size_t(x.rows) * sizeof(int32_t));  // after a row that is refused, tasks already launched read valid ids
