@@ -90,17 +90,21 @@ bool has_feature(const char* name) {
   return sysctlbyname(name, &value, &size, nullptr, 0) == 0 && value != 0;
 }
 bool has_dotprod() { return has_feature("hw.optional.arm.FEAT_DotProd") && has_feature("hw.optional.arm.FEAT_FP16"); }
+bool has_i8mm() { return has_dotprod() && has_feature("hw.optional.arm.FEAT_I8MM"); }
 #elif defined(__linux__)
 bool has_dotprod() {
   const unsigned long caps = getauxval(AT_HWCAP);
   return (caps >> 20 & 1) && (caps >> 10 & 1);  // ASIMDDP, ASIMDHP
 }
+bool has_i8mm() { return has_dotprod() && (getauxval(AT_HWCAP2) >> 13 & 1); }
 #else
 bool has_dotprod() { return false; }
+bool has_i8mm() { return false; }
 #endif
 const Level levels[] = {{Isa::scalar, "scalar", always},
                         {Isa::neon, "neon", always},
-                        {Isa::dotprod, "dotprod", has_dotprod}};
+                        {Isa::dotprod, "dotprod", has_dotprod},
+                        {Isa::i8mm, "i8mm", has_i8mm}};
 #else
 const Level levels[] = {{Isa::scalar, "scalar", always}};
 #endif

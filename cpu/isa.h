@@ -4,7 +4,7 @@
 
 namespace mlxeff {
 
-enum class Isa { scalar, avx2, avx512, amx, neon, dotprod };
+enum class Isa { scalar, avx2, avx512, amx, neon, dotprod, i8mm };
 
 // The level in use: the best one that the machine, the operating system, the build and MLXEFF_CPU_ISA allow.
 Isa active_isa();
@@ -29,11 +29,13 @@ Isa active_isa();
 #define MLXEFF_DECLARE_FAMILY(Table, getter) \
   namespace scalar { const Table& getter(); }  \
   namespace neon { const Table& getter(); }    \
-  namespace dotprod { const Table& getter(); }
-#define MLXEFF_DISPATCH(getter)                                    \
-  (::mlxeff::active_isa() == ::mlxeff::Isa::dotprod ? dotprod::getter() \
-   : ::mlxeff::active_isa() == ::mlxeff::Isa::neon  ? neon::getter()    \
-                                                    : scalar::getter())
+  namespace dotprod { const Table& getter(); } \
+  namespace i8mm { const Table& getter(); }
+#define MLXEFF_DISPATCH(getter)                                         \
+  (::mlxeff::active_isa() == ::mlxeff::Isa::i8mm      ? i8mm::getter()       \
+   : ::mlxeff::active_isa() == ::mlxeff::Isa::dotprod ? dotprod::getter()    \
+   : ::mlxeff::active_isa() == ::mlxeff::Isa::neon    ? neon::getter()       \
+                                                      : scalar::getter())
 #else
 #define MLXEFF_DECLARE_FAMILY(Table, getter) \
   namespace scalar { const Table& getter(); }

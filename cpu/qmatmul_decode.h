@@ -108,39 +108,5 @@ struct Block {
   }
 };
 
-// acc + the dot product of the four unsigned bytes of each lane of w and the four signed bytes x. Where the
-// instruction multiplies signed bytes only, 8-bit weights count from 128 (byte_offset) and the caller corrects the bias.
-#if defined(__ARM_FEATURE_DOTPROD)
-template <int bits>
-constexpr int byte_offset = bits == 8 ? 128 : 0;
-#else
-template <int bits>
-constexpr int byte_offset = 0;
-#endif
-
-template <int bits>
-MLXEFF_INLINE vi dot_bytes(vi acc, vu w, int32_t x) {
-#if defined(__AVX512F__)
-  return (vi)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)w, _mm512_set1_epi32(x));
-#elif defined(__AVX2__)
-  const __m256i bytes = (__m256i)w, factor = _mm256_set1_epi32(x);
-  if constexpr (bits <= 6) {  // 2 * 63 * 127 fits 16 bits
-    return acc + (vi)_mm256_madd_epi16(_mm256_maddubs_epi16(bytes, factor), _mm256_set1_epi16(1));
-  } else {
-    const __m256i nibbles = _mm256_set1_epi8(15);
-    const __m256i low = _mm256_maddubs_epi16(_mm256_and_si256(bytes, nibbles), factor);
-    const __m256i high = _mm256_maddubs_epi16(_mm256_and_si256(_mm256_srli_epi16(bytes, 4), nibbles), factor);
-    return acc + (vi)_mm256_madd_epi16(low, _mm256_set1_epi16(1)) + (vi)_mm256_madd_epi16(high, _mm256_set1_epi16(16));
-  }
-#elif defined(__ARM_FEATURE_DOTPROD)
-  const int8x16_t bytes = bits == 8 ? (int8x16_t)(w ^ 0x80808080u) : (int8x16_t)w;
-  return (vi)vdotq_s32((int32x4_t)acc, bytes, vreinterpretq_s8_s32(vdupq_n_s32(x)));
-#else
-#pragma GCC unroll 4
-  for (int b = 0; b < 4; ++b) acc += (vi)(w >> (8 * b) & 0xffu) * int32_t(int8_t(uint32_t(x) >> (8 * b)));
-  return acc;
-#endif
-}
-
 }  // namespace MLXEFF_ISA
 }  // namespace mlxeff

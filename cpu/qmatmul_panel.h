@@ -2,7 +2,7 @@
 // meets all rows of x in register-blocked tiles.
 //
 //   EXACT  panel of fp32 weights q * scale + bias, 256 values of K at a time; products and sums in fp32
-//   INT8   panel of the integers q and of scales and biases; sums of a group in integers, over groups in fp32 (the formula
+//   INT8   panel of the integers q, eight values of K together; sums of a group in integers, over groups in fp32 (the formula
 //          and the rounding of x are those of qmatmul_strip.h)
 //   BF16   (AMX) panel of weights rounded to bf16, x rounded to bf16, sums in fp32
 //
@@ -72,25 +72,18 @@ static void int8_tile(const QmmArgs& args, int64_t m, const char* panel, const S
 #pragma GCC unroll 6
   for (int r = 0; r < rows; ++r) sum[r][0] = sum[r][1] = zero();
   for (int64_t g = 0; g < groups; ++g) {
-    vi part[rows][2] = {};
-    for (int64_t k = g * group; k < (g + 1) * group; k += 4) {
-      vu q0, q1;
-      memcpy(&q0, panel + k * panel_width, sizeof q0);
-      memcpy(&q1, panel + k * panel_width + VL * 4, sizeof q1);
-#pragma GCC unroll 6
-      for (int r = 0; r < rows; ++r) {
-        int32_t value;
-        memcpy(&value, x + r * ldx + k, 4);
-        part[r][0] = dot_bytes<bits>(part[r][0], q0, value);
-        part[r][1] = dot_bytes<bits>(part[r][1], q1, value);
-      }
+    Int8Sums<rows> part[2];
+    part[0].clear(), part[1].clear();
+    for (int64_t k = g * group; k < (g + 1) * group; k += 8) {
+      part[0].template add<bits>(load_eight(panel + k * panel_width), x + k, ldx);
+      part[1].template add<bits>(load_eight(panel + k * panel_width + VL * 8), x + k, ldx);
     }
 #pragma GCC unroll 2
     for (int j = 0; j < 2; ++j) {
       const vf scale = load(pair.strip[j].scales + g * VL), bias = load(pair.strip[j].biases + g * VL);
 #pragma GCC unroll 6
       for (int r = 0; r < rows; ++r) {
-        const vf product = __builtin_convertvector(part[r][j], vf) * broadcast(args.x_scale[(m + r) * groups + g]);
+        const vf product = part[j].row(r) * broadcast(args.x_scale[(m + r) * groups + g]);
         sum[r][j] = fma(scale, product, fma(bias, broadcast(args.x_sum[(m + r) * groups + g]), sum[r][j]));
       }
     }
@@ -119,10 +112,10 @@ static int run_panel_int8(const QmmArgs& args, int64_t n_begin, int64_t n_end) {
     for (int j = 0; j < 2; ++j)
       for (int64_t k = 0; k < w.K; k += 32) {
         const Block<bits> block = Block<bits>::load(pair.strip[j].packed + k * bits / 8, pair.strip[j].stride);
-#pragma GCC unroll 8
-        for (int i = 0; i < 8; ++i) {
-          const vu q = block.bytes(i);
-          memcpy(panel + (k + i * 4) * panel_width + j * VL * 4, &q, sizeof q);
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) {
+          const Eight q = eight_values(block, i);
+          memcpy(panel + (k + i * 8) * panel_width + j * int64_t(sizeof q), &q, sizeof q);
         }
       }
     for (int64_t m = 0; m < args.M; m += height) {

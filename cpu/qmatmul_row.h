@@ -137,22 +137,9 @@ MLXEFF_INLINE float sum_lanes(bf v) {
 template <int bits>
 MLXEFF_INLINE bi dot_vector(bi acc, bu w, const int8_t* x) {
 #if defined(__AVX2__)
-  const __m256i bytes = (__m256i)w, factors = _mm256_loadu_si256((const __m256i*)x);
-#if defined(__AVX512VNNI__)
-  return (bi)_mm256_dpbusd_epi32((__m256i)acc, bytes, factors);
-#else
-  if constexpr (bits <= 6) {
-    return acc + (bi)_mm256_madd_epi16(_mm256_maddubs_epi16(bytes, factors), _mm256_set1_epi16(1));
-  } else {
-    const __m256i nibbles = _mm256_set1_epi8(15);
-    const __m256i low = _mm256_maddubs_epi16(_mm256_and_si256(bytes, nibbles), factors);
-    const __m256i high = _mm256_maddubs_epi16(_mm256_and_si256(_mm256_srli_epi16(bytes, 4), nibbles), factors);
-    return acc + (bi)_mm256_madd_epi16(low, _mm256_set1_epi16(1)) + (bi)_mm256_madd_epi16(high, _mm256_set1_epi16(16));
-  }
-#endif
+  return (bi)dot_quads<bits>((__m256i)acc, (__m256i)w, _mm256_loadu_si256((const __m256i*)x));
 #elif defined(__ARM_FEATURE_DOTPROD)
-  const int8x16_t bytes = bits == 8 ? (int8x16_t)(w ^ 0x80808080u) : (int8x16_t)w;
-  return (bi)vdotq_s32((int32x4_t)acc, bytes, vld1q_s8(x));
+  return (bi)dot_quads<bits>((int32x4_t)acc, (uint8x16_t)w, vld1q_s8(x));
 #else
   int32_t factors[BL];
   memcpy(factors, x, sizeof factors);

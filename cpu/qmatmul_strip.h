@@ -11,7 +11,7 @@
 // To be included by per-level sources only.
 #pragma once
 #include "panel_product.h"
-#include "qmatmul_decode.h"
+#include "qmatmul_int8.h"
 #include "qmatmul_kernels.h"
 
 namespace mlxeff {
@@ -120,25 +120,17 @@ struct Part {
 };
 template <int rows>
 struct Part<rows, true> {
-  static constexpr int chains = rows == 1 ? 2 : 1;
-  vi sum[rows][chains] = {};
+  Int8Sums<rows> sums;
+  Part() { sums.clear(); }
 
   template <int bits>
   inline __attribute__((always_inline)) void add(const QmmArgs& args, const Block<bits>& block, int64_t k) {
     const int64_t ldx = padded_stride(args.w.K, 1);
-#pragma GCC unroll 8
-    for (int i = 0; i < 8; ++i) {
-      const vu q = block.bytes(i);
-#pragma GCC unroll 8
-      for (int m = 0; m < rows; ++m) {
-        int32_t x;
-        memcpy(&x, args.x_int8 + m * ldx + k + i * 4, 4);
-        sum[m][i % chains] = dot_bytes<bits>(sum[m][i % chains], q, x);
-      }
-    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) sums.template add<bits>(eight_values(block, i), args.x_int8 + k + 8 * i, ldx);
   }
   inline __attribute__((always_inline)) vf dot(const QmmArgs& args, int m, int64_t group_index) const {
-    return __builtin_convertvector(rows == 1 ? sum[m][0] + sum[m][1 % chains] : sum[m][0], vf) * broadcast(args.x_scale[group_index]);
+    return sums.row(m) * broadcast(args.x_scale[group_index]);
   }
 };
 
