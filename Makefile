@@ -15,7 +15,7 @@ BUILT_FROM = pyproject.toml $(wildcard cpu/*.cpp cpu/*.h cpu/CMakeLists.txt)
 PROMPT = Explain in two sentences why the sky is blue.
 
 .NOTPARALLEL:
-.PHONY: help demo test lint format wheel-check native-check clean
+.PHONY: help demo test lint format wheel-check native-check arm-check old-cpu-check clean
 
 help:
 	@echo "make demo         install into .venv, fetch the built-in model, stream an answer with its timings"
@@ -23,6 +23,8 @@ help:
 	@echo "make lint         check style and formatting; make format mends both"
 	@echo "make wheel-check  build the wheel, install it in a clean environment, try it from several folders"
 	@echo "make native-check run the C++ kernels under sanitizers"
+	@echo "make arm-check    the C++ kernels on emulated 64-bit ARM, make old-cpu-check on emulated old x86-64 CPUs"
+	@echo "                  (Debian: apt install g++-aarch64-linux-gnu qemu-user)"
 	@echo "make clean        remove .venv, builds and caches (the models in the user's cache stay)"
 
 demo: $(VENV)/.installed
@@ -43,16 +45,34 @@ wheel-check: $(VENV)/.installed-dev
 	$(BIN)/python .ci/wheel_check.py
 
 # The kernels under the address, undefined-behaviour and thread sanitizers, and the symbols of each instruction-set level.
+# Level amx is emulated under the first two, so that its indices are checked on every machine with AVX-512.
+CONFIGURE = PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S cpu -G Ninja -DMLXEFF_BUILD_DRIVER=ON
 native-check: $(VENV)/.installed-dev $(VENV)/.installed-test
-	for kind in address,undefined thread; do \
-	  PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S cpu -B build/$$kind -G Ninja -DMLXEFF_SANITIZE=$$kind -DMLXEFF_BUILD_DRIVER=ON && \
-	  $(BIN)/ninja -C build/$$kind mlxeff_driver || exit 1; \
-	done
-	build/address,undefined/mlxeff_driver
+	$(CONFIGURE) -B build/address -DMLXEFF_SANITIZE=address,undefined -DMLXEFF_AMX_EMULATED=ON
+	$(BIN)/ninja -C build/address --quiet mlxeff_driver
+	build/address/mlxeff_driver
+	$(CONFIGURE) -B build/thread -DMLXEFF_SANITIZE=thread
+	$(BIN)/ninja -C build/thread --quiet mlxeff_driver
 	build/thread/mlxeff_driver nofork
-	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S cpu -B build/plain -G Ninja
-	$(BIN)/ninja -C build/plain
+	$(CONFIGURE) -B build/plain
+	$(BIN)/ninja -C build/plain --quiet
 	MLXEFF_CPU_LIBRARY=build/plain/libmlxeff_cpu.so $(BIN)/python -m pytest tests/test_cpu_symbols.py
+
+# Levels neon, dotprod and i8mm, each on a CPU that has no more. The emulator cannot fork a process with threads.
+arm-check: $(VENV)/.installed-dev
+	$(CONFIGURE) -B build/arm -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++
+	$(BIN)/ninja -C build/arm --quiet mlxeff_driver
+	for cpu in cortex-a72 neoverse-n1 max; do \
+	  qemu-aarch64 -L /usr/aarch64-linux-gnu -cpu $$cpu build/arm/mlxeff_driver nofork || exit 1; \
+	done
+
+# No illegal instruction on x86-64 without AVX2 and without AVX-512.
+old-cpu-check: $(VENV)/.installed-dev
+	$(CONFIGURE) -B build/plain
+	$(BIN)/ninja -C build/plain --quiet mlxeff_driver
+	for cpu in Nehalem Haswell-noTSX,-pcid,-x2apic,-tsc-deadline,-invpcid; do \
+	  qemu-x86_64 -cpu $$cpu build/plain/mlxeff_driver nofork || exit 1; \
+	done
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis

@@ -1,5 +1,5 @@
 // How many CPUs this process may use: the least of the affinity mask and the cgroup's CPU quota, at least 1.
-// On macOS, the performance cores. Included by pool.cpp only.
+// On macOS, the performance cores.
 #pragma once
 #include <unistd.h>
 
@@ -38,20 +38,20 @@ double read_quota(const std::string& folder) {
   return INFINITY;
 }
 
-// The smallest quota of this process's cgroup and of the groups above it.
-double cgroup_cpus() {
+// The smallest quota of this process's cgroup and of the groups above it; below `root` in place of the real file system.
+double cgroup_cpus(const std::string& root = "") {
   double least = INFINITY;
-  std::ifstream groups("/proc/self/cgroup");
+  std::ifstream groups(root + "/proc/self/cgroup");
   for (std::string line; std::getline(groups, line);) {  // "0::/path" (v2) or "4:cpu,cpuacct:/path" (v1)
     const size_t first = line.find(':'), second = line.find(':', first + 1);
     if (first == std::string::npos || second == std::string::npos) continue;
     const std::string controllers = "," + line.substr(first + 1, second - first - 1) + ",";
     const bool v2 = controllers == ",,";
     if (!v2 && controllers.find(",cpu,") == std::string::npos) continue;
-    const std::string root = v2 ? "/sys/fs/cgroup" : "/sys/fs/cgroup/cpu";
+    const std::string mount = root + (v2 ? "/sys/fs/cgroup" : "/sys/fs/cgroup/cpu");
     std::string path = line.substr(second + 1);
     while (true) {
-      least = std::fmin(least, read_quota(root + path));
+      least = std::fmin(least, read_quota(mount + path));
       const size_t slash = path.rfind('/');
       if (slash == std::string::npos || path.empty()) break;
       path.resize(slash);

@@ -34,7 +34,7 @@ enum { MLXEFF_EXACT = 0, MLXEFF_COMPUTE_BF16 = 1, MLXEFF_COMPUTE_INT8 = 2 };
 MLXEFF_API const char* mlxeff_error_string(int code);
 
 // --- isa.cpp: the instruction set in use -----------------------------------------------------------------
-// Name of the level in use: scalar, avx2, avx512, amx; or scalar, neon, dotprod.
+// Name of the level in use: scalar, avx2, avx512, amx; or scalar, neon, dotprod, i8mm.
 MLXEFF_API const char* mlxeff_isa(void);
 // Choose a level by name, e.g. "avx2". MLXEFF_UNSUPPORTED if this machine or this build lacks it. Null restores the
 // best level that MLXEFF_CPU_ISA allows. Not to be called while kernels run.

@@ -20,7 +20,8 @@ def pytest_collection_modifyitems(items):
 
 def pytest_generate_tests(metafunc):
     """The fixture `level` runs a test of the native kernels at each instruction-set level of this machine."""
-    if "level" in metafunc.fixturenames:
+    own = any(mark.args[0] == "level" for mark in metafunc.definition.iter_markers("parametrize"))
+    if "level" in metafunc.fixturenames and not own:
         from cpu_library import LEVELS
 
         metafunc.parametrize("level", LEVELS, indirect=True)

@@ -19,7 +19,7 @@ from mlxeff.loading import build_model, load_path
 from mlxeff.models.fused import fuse, set_precision
 from mlxeff.models.openelm import make_divisible
 from mlxeff.sampling import make_sampler
-from tiny_model import write_tiny_model
+from tiny_model import quantise_folder, write_tiny_model
 
 ROOT = Path(__file__).resolve().parent.parent
 native, reason = kernels.native()
@@ -313,25 +313,8 @@ def test_nanobind_has_the_abi_tag_of_mlx():
     assert run.returncode == 0, run.stderr
 
 
-def quantised_folder(tmp_path):
-    """The tiny model's folder, its weights quantised by MLX."""
-    folder = write_tiny_model(tmp_path / "tiny")
-    weights = mx.load(str(folder / "model.safetensors"))
-    packed = {}
-    for name, value in weights.items():
-        if value.ndim < 2:
-            packed[name] = value
-            continue
-        parts = mx.quantize(value, 32, 8)
-        packed |= dict(zip((name, name.replace("weight", "scales"), name.replace("weight", "biases")), parts))
-    mx.save_safetensors(str(folder / "model.safetensors"), packed, {"format": "mlx"})
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"quantization": {"group_size": 32, "bits": 8}}))
-    return folder
-
-
 def test_loading_chooses_the_fused_form_and_can_be_told_not_to(tmp_path):
-    folder = quantised_folder(tmp_path)
+    folder = quantise_folder(write_tiny_model(tmp_path / "tiny"))
     loaded = load_path(folder)
     assert loaded.backend == f"native {native.isa()}"
     command = [
@@ -360,7 +343,7 @@ def test_loading_chooses_the_fused_form_and_can_be_told_not_to(tmp_path):
 
 
 def test_a_step_in_flight_at_the_end_of_the_process(tmp_path):
-    folder = quantised_folder(tmp_path)
+    folder = quantise_folder(write_tiny_model(tmp_path / "tiny"))
     code = f"""if True:
         import mlx.core as mx
         from mlxeff.loading import load_path

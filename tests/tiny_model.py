@@ -133,3 +133,19 @@ def write_byte_tokenizer(folder: Path, template: str | None = TEMPLATE) -> None:
     if template is not None:
         config["chat_template"] = template
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+def quantise_folder(folder):
+    """Replace the weights of a folder by 8-bit ones, quantised by MLX in groups of 32; returns the folder."""
+    weights = mx.load(str(folder / "model.safetensors"))
+    packed = {}
+    for name, value in weights.items():
+        if value.ndim < 2:
+            packed[name] = value
+            continue
+        parts = mx.quantize(value, 32, 8)
+        packed |= dict(zip((name, name.replace("weight", "scales"), name.replace("weight", "biases")), parts))
+    mx.save_safetensors(str(folder / "model.safetensors"), packed, {"format": "mlx"})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization": {"group_size": 32, "bits": 8}}))
+    return folder

@@ -1,5 +1,6 @@
 // What the checks of the driver share: matrices on the heap without a byte to spare, and the comparison with plain loops.
 #pragma once
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>

@@ -1,11 +1,11 @@
 // Checks of every C function without Python, for the sanitizers and for machines that are emulated: on every level, with
 // heap buffers of exactly the needed size, against plain loops in double.
 //   mlxeff_driver [nofork]
-#include <algorithm>
 #include <cstring>
 
 #include "checks.h"
 #include "attention.h"
+#include "cpu_count_checks.h"
 #include "pool_checks.h"
 #include "products.h"
 #include "rows.h"
@@ -24,6 +24,7 @@ void check_levels() {
 
 int main(int count, char** arguments) {
   check_levels();
+  check_cpu_count();
   check_pool();
   if (count < 2 || std::strcmp(arguments[1], "nofork") != 0) check_fork();
   check_products();
