@@ -1,181 +1,201 @@
-"""Time to first token, decode speed, memory and load time of the built-in model on this CPU, side by side with mlx-lm.
+"""mlxeff on this CPU beside llama.cpp, mlx-lm and PyTorch: speed, memory, correctness, and the machine's own ceilings.
 
-    python benchmarks/cpu_peers.py [--prompts 64 512] [--generate 32] [--rounds 3] [--save]
+    python benchmarks/cpu_peers.py [--only KEY=VALUE ...] [--rounds 3] [--resume] [--save]
 
-Each measurement is a process of its own; the arms take turns, round by round, and medians are shown. Prompts are random
-token ids, decoding is greedy, the weights are the same (4-bit groups of 32, embedding 8-bit). The last line is one JSON
+One command regenerates the whole comparison: the peers come from PyPI into a folder of their own, llama.cpp is compiled
+there; each measurement is a process; the arms take turns, round by round, and medians are shown. Every sample is kept
+as it is made, so a run that was broken off goes on with --resume, and --only measures a part. The last line is one JSON
 document with every sample; --save writes it to benchmarks/results/.
 """
 
 import argparse
+import contextlib
+import fcntl
+import hashlib
 import json
-import os
-import platform
-import resource
-import statistics
-import subprocess
+import re
 import sys
-import tempfile
-import time
 from pathlib import Path
+from statistics import median
 
-ROOT = Path(__file__).resolve().parent.parent
-ARMS = {"mlxeff": {}, "mlxeff, 1 thread": {"MLXEFF_NUM_THREADS": "1"}, "mlx-lm": {}}
-SEED = 0
+from mlxeff.checkpoint import open_source
+from mlxeff.errors import MlxeffError
+from mlxeff.generation import prompt_ids
+from mlxeff.hub.catalog import cache_dir
+from mlxeff.tokenizer import from_gguf
+from peers import checkpoints
+from peers.card import card, cores, current_commit, identity, versions
+from peers.install import PEERS, Peer, install, recorded
+from peers.measure import COLD_PROMPT, ROOT, Measurer, Samples, needed
+from peers.report import Results, report
+from peers.table import FOUR, GENERATED, Job, jobs
+
+FILTERS = ("kind", "arm", "model", "threads", "depth", "round")
+QUALITY_PROMPTS = [
+    "What is the capital of France?",
+    "Explain in two sentences why the sky is blue.",
+    "Write a short poem about the sea.",
+    "List three uses of a paperclip.",
+    "Translate into German: the house is on the hill.",
+    "What is 17 times 23? Show your steps.",
+    "def fibonacci(n):",
+    "Summarise the plot of Romeo and Juliet in one paragraph.",
+]
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--prompts", type=int, nargs="+", default=[64, 512])
-    parser.add_argument("--generate", type=int, default=32)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--save", action="store_true")
-    parser.add_argument("--worker", nargs=4, metavar=("ARM", "PATH", "PROMPT", "GENERATE"), help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.worker:
-        arm, path, prompt, generate = options.worker
-        print(json.dumps(WORKERS[arm.partition(",")[0]](Path(path), int(prompt), int(generate))))
-        return
-    results = {"card": card(options), "samples": measure(options)}
-    print_table(results)
+def main() -> int:
+    options = parse()
+    options.cache.mkdir(parents=True, exist_ok=True)
+    chosen = [job for job in jobs(options.rounds, options.threads) if selected(job, options.only)]
+    if not chosen:
+        raise MlxeffError(f"--only {' '.join(options.only)}: no measurement is left")
+    with locked(options.cache):
+        results, costs = measure(options, chosen)
+    print(report(Results(results["samples"], costs), results["card"]))
     if options.save:
-        chip = results["card"]["cpu"].replace(" ", "-").replace("(R)", "")
-        path = ROOT / "benchmarks/results" / f"{chip}-cpu-peers-mlx-{results['card']['mlx']}.json"
-        path.write_text(json.dumps(results, indent=1) + "\n")
+        save(results)
     print(json.dumps(results))
+    return int(any("error" in sample for sample in results["samples"]))
 
 
-def card(options) -> dict:
-    """What was measured, where."""
-    import mlx.core as mx
-
-    import mlxeff
-    from mlxeff import kernels
-
-    native, reason = kernels.native()
-    names = [line.split(":")[1].strip() for line in cpu_lines() if line.startswith("model name")]
-    return {
-        "command": " ".join(["python", "benchmarks/cpu_peers.py", *sys.argv[1:]]),
-        "cpu": names[0] if names else platform.processor() or platform.machine(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "native": native.isa() if native else reason,
-        "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
-        "mlx": mx.__version__,
-        "mlxeff": mlxeff.__version__,
-        "mlx_lm": version("mlx-lm"),
-        "generated_tokens": options.generate,
-    }
+def measure(options: argparse.Namespace, chosen: list[Job]) -> tuple[dict, dict]:
+    """The card and all samples; what a token costs for each model in them."""
+    folder = options.cache
+    samples = Samples(folder / "samples.jsonl", identity(), options.resume, options.limit)
+    peers = {name: install(name, folder) for name in PEERS if any(needed(job) == name for job in chosen)}
+    models = {job.model for job in chosen if job.model}
+    files = {name: checkpoints.make(name, folder) for name in sorted(models)}
+    measurer = Measurer(folder, files, peers, options.limit)
+    prepare(measurer, chosen, folder)
+    run(chosen, measurer, samples)
+    others = {name: recorded(name, folder) or Peer(name, "", "", "not asked for") for name in PEERS}
+    costs = {name: checkpoints.costs(checkpoints.make(name, folder).gguf) for name in samples.models()}
+    return {"card": card(others | peers, samples.all, options.limit), "samples": samples.all}, costs
 
 
-def cpu_lines() -> list[str]:
-    path = Path("/proc/cpuinfo")
-    return path.read_text().splitlines() if path.exists() else []
+def run(chosen: list[Job], measurer: Measurer, samples: Samples) -> None:
+    """Measure what is not in `samples` yet, a line each on standard error."""
+    done, commit = samples.done(), current_commit()
+    left = [job for job in chosen if job.key not in done]
+    for number, job in enumerate(left, 1):
+        if (peer := measurer.absent(job)) is not None:
+            what = f"left out, {peer} is not there"
+        elif samples.hopeless(job):
+            what = "left out, beyond the time limit at this depth or a lesser one"
+        else:
+            sample = measurer.sample(job) | {"commit": commit}
+            samples.add(sample)
+            what = summary(sample)
+        print(f"[{number}/{len(left)}] {job}: {what}", file=sys.stderr, flush=True)
 
 
-def version(name: str) -> str:
-    from importlib.metadata import version as find
+def summary(sample: dict) -> str:
+    """The numbers of a sample, short."""
+    names = (
+        "gbps",
+        "gflops",
+        "first_token_s",
+        "ttft_s",
+        "decode_tps",
+        "load_s",
+        "rss_mib",
+        "equal",
+        "error",
+        "exceeded_s",
+    )
+    shown = {name: sample[name] for name in names if name in sample}
 
-    return find(name)
+    def short(value):
+        value = median(value) if isinstance(value, (list, tuple)) else value
+        return value if isinstance(value, str) else f"{value:.4g}"
 
-
-def measure(options) -> list[dict]:
-    """All samples, the arms interleaved."""
-    from mlxeff.convert import convert
-
-    from mlxeff import hub
-
-    gguf, samples = hub.resolve(hub.DEFAULT_MODEL), []
-    with tempfile.TemporaryDirectory() as folder:
-        converted = Path(folder) / "model"
-        convert(gguf, converted, dtype="float32")  # MLX's CPU kernels are fastest with float32 scales
-        for _ in range(options.rounds):
-            for prompt in options.prompts:
-                for arm, environment in ARMS.items():
-                    path = converted if arm == "mlx-lm" else gguf
-                    command = [sys.executable, __file__, "--worker", arm, path, str(prompt), str(options.generate)]
-                    run = subprocess.run(
-                        command, capture_output=True, text=True, check=True, env=os.environ | environment, cwd=ROOT
-                    )
-                    sample = {"arm": arm, "prompt": prompt} | json.loads(run.stdout.splitlines()[-1])
-                    samples.append(sample)
-                    print(f"{arm}, {prompt} tokens: TTFT {sample['ttft_s']:.3f} s", file=sys.stderr)
-    return samples
+    return ", ".join(f"{name} {short(value)}" for name, value in shown.items())
 
 
-def random_ids(count: int) -> list[int]:
-    import numpy as np
-
-    return np.random.default_rng(SEED).integers(100, 40000, count).tolist()
-
-
-def timed(load, steps, prompt: int, generate: int) -> dict:
-    """Seconds to load and to the first token, tokens a second after it, peak resident MiB."""
-    began = time.perf_counter()
-    model = load()
-    loaded = time.perf_counter()
-    times = []
-    for _ in steps(model, random_ids(prompt), generate):
-        times.append(time.perf_counter())
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform == "linux" else 1024**2)
-    return {
-        "load_s": loaded - began,
-        "ttft_s": times[0] - loaded,
-        "decode_tps": (len(times) - 1) / (times[-1] - times[0]),
-        "rss_mib": peak,
-    }
+def prepare(measurer: Measurer, chosen: list[Job], folder: Path) -> None:
+    """The token ids of the cold start, and the reference of correctness, where they will be needed."""
+    kinds = {job.kind for job in chosen}
+    if not kinds & {"quality", "cold start"}:
+        return
+    gguf = measurer.files[FOUR].gguf
+    tokenizer = from_gguf(open_source(gguf).metadata, str(gguf))
+    measurer.cold_ids = prompt_ids(tokenizer, COLD_PROMPT)
+    if "quality" not in kinds:
+        return
+    prompts = [tokenizer.apply_chat_template([{"role": "user", "content": text}]) for text in QUALITY_PROMPTS]
+    digest = hashlib.sha256(json.dumps([prompts, GENERATED, versions()]).encode()).hexdigest()[:12]
+    measurer.reference = folder / f"reference-{digest}.npz"
+    if not measurer.reference.exists():
+        print("computing the reference of correctness, some minutes", file=sys.stderr, flush=True)
+        paths = {"path": str(measurer.files[FOUR].mlx), "unfused": str(gguf), "reference": str(measurer.reference)}
+        measurer.run_task({"task": "reference", "threads": cores(), "prompts": prompts, "generate": GENERATED} | paths)
 
 
-def mlxeff_worker(path: Path, prompt: int, generate: int) -> dict:
-    def load():
-        from mlxeff.loading import load_path
-
-        return load_path(path).model
-
-    def steps(model, ids, count):
-        import mlx.core as mx
-
-        from mlxeff.decode import decode, prefill
-        from mlxeff.kernels import PREFILL_STEP, device
-        from mlxeff.sampling import make_sampler
-
-        cache = model.new_cache()
-        logits = prefill(model, cache, mx.array(ids), PREFILL_STEP[device()])
-        return decode(model, cache, logits, make_sampler(), max_tokens=count)
-
-    return timed(load, steps, prompt, generate)
-
-
-def mlx_lm_worker(path: Path, prompt: int, generate: int) -> dict:
-    def load():
-        from mlx_lm.utils import load_model
-
-        return load_model(path)[0]
-
-    def steps(model, ids, count):
-        import mlx.core as mx
-        from mlx_lm.generate import generate_step
-
-        return generate_step(mx.array(ids), model, max_tokens=count)
-
-    return timed(load, steps, prompt, generate)
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, nargs="+", default=sorted({1, cores()}), help="default: %(default)s")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        default=[],
+        metavar="KEY=VALUE",
+        help=f"measure a part: {', '.join(FILTERS)}; names by a part of them, one key several times: any of its values",
+    )
+    parser.add_argument("--resume", action="store_true", help="keep the samples of a run broken off, measure the rest")
+    parser.add_argument("--limit", type=float, default=240, metavar="SECONDS", help="a process; default %(default)g")
+    parser.add_argument("--cache", type=Path, default=default_cache(), help="default %(default)s")
+    parser.add_argument("--save", action="store_true", help="write the samples to benchmarks/results/")
+    options = parser.parse_args()
+    for text in options.only:
+        if text.partition("=")[0] not in FILTERS or "=" not in text:
+            parser.error(f"--only: wanted KEY=VALUE with a KEY of {', '.join(FILTERS)}, got {text!r}")
+    if options.rounds < 1 or min(options.threads) < 1:
+        parser.error("--rounds, --threads: wanted numbers above 0")
+    return options
 
 
-WORKERS = {"mlxeff": mlxeff_worker, "mlx-lm": mlx_lm_worker}
+def selected(job: Job, only: list[str]) -> bool:
+    """Whether a job passes: for every key named, one of its values; names match by a part, numbers whole."""
+    wanted: dict[str, list[str]] = {}
+    for text in only:
+        name, _, value = text.partition("=")
+        wanted.setdefault(name, []).append(value)
+    return all(any(_matches(getattr(job, name), value) for value in values) for name, values in wanted.items())
 
 
-def print_table(results: dict) -> None:
-    for key, value in results["card"].items():
-        print(f"{key}: {value}")
-    print("\n| engine | prompt | TTFT s | decode tok/s | load s | peak RSS MiB |\n|---|---|---|---|---|---|")
-    for arm in ARMS:
-        for prompt in sorted({sample["prompt"] for sample in results["samples"]}):
-            chosen = [s for s in results["samples"] if (s["arm"], s["prompt"]) == (arm, prompt)]
-            ttft, decode, load, rss = (
-                statistics.median(sample[key] for sample in chosen)
-                for key in ("ttft_s", "decode_tps", "load_s", "rss_mib")
-            )
-            print(f"| {arm} | {prompt} | {ttft:.3f} | {decode:.1f} | {load:.2f} | {rss:.0f} |")
+def _matches(got: str | int, wanted: str) -> bool:
+    return wanted in got if isinstance(got, str) else str(got) == wanted
+
+
+def default_cache() -> Path:
+    """`mlxeff-peers` in the user's cache folder."""
+    return cache_dir().with_name("mlxeff-peers")
+
+
+@contextlib.contextmanager
+def locked(folder: Path):
+    """One run in a folder at a time."""
+    with open(folder / "lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise MlxeffError(f"{folder}: another run of cpu_peers is using it") from None
+        yield
+
+
+def save(results: dict) -> None:
+    """Write benchmarks/results/<cpu>-cpu-peers-mlx-<version>.json."""
+    chip = re.sub(r"[^A-Za-z0-9.]+", "-", results["card"]["cpu"].replace("(R)", "")).strip("-")
+    path = ROOT / "benchmarks/results" / f"{chip}-cpu-peers-mlx-{results['card']['mlx']}.json"
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(results, indent=1) + "\n")
+    partial.replace(path)
+    print(f"written: {path}", file=sys.stderr)
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        sys.exit(main())
+    except MlxeffError as error:
+        sys.exit(f"cpu_peers: {error}")

@@ -1,0 +1,201 @@
+"""A job of `table` → a process → its sample, a dictionary of what was measured; and the file that keeps the samples.
+
+The processes see no OpenBLAS override of the caller's, and one number of threads.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+from mlxeff.errors import MlxeffError
+
+from .checkpoints import Files
+from .install import Peer
+from .table import ARMS, EXACT, GENERATED, Job, arm
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+READ_MIB, READ_PASSES = 512, 15  # far beyond a core's caches, and beyond the last-level cache of most machines
+COLD_STARTS = 5  # a round
+OVERRIDES = ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE")
+COLD_PROMPT = "Explain in two sentences why the sky is blue by day and why it turns red when the sun goes down."
+
+
+class Measurer:
+    """Runs jobs. `limit`: seconds a process may take."""
+
+    def __init__(self, folder: Path, files: dict[str, Files], peers: dict[str, Peer], limit: float):
+        self.folder, self.files, self.peers, self.limit = folder, files, peers, limit
+        self.bandwidth = compile_bandwidth(folder)
+        self.reference: Path | None = None  # set by who wants the kind "quality"
+        self.cold_ids: list[int] = []  # of COLD_PROMPT
+
+    def sample(self, job: Job) -> dict:
+        """What was measured; or `exceeded_s`, the limit; or `error`, one line."""
+        busy = os.getloadavg()[0]
+        try:
+            found = {"ceiling": self._ceiling, "cold start": self._cold_start}.get(job.kind, self._worker)(job)
+        except subprocess.TimeoutExpired:
+            found = {"exceeded_s": self.limit}
+        except subprocess.CalledProcessError as error:
+            lines = (error.stderr or "").strip().splitlines()
+            found = {"error": lines[-1] if lines else f"exit code {error.returncode}"}
+        return asdict(job) | found | {"load_average": busy}
+
+    def absent(self, job: Job) -> str | None:
+        """The peer that this job needs and that is not there, or cannot do it."""
+        name = needed(job)
+        peer = self.peers.get(name) if name else None
+        return name if peer and (not peer.present or (job.kind == "quality" and peer.engine == "xllamacpp")) else None
+
+    def _run(self, command: list, threads: int) -> str:
+        run = subprocess.run(
+            command, capture_output=True, text=True, check=True, timeout=self.limit, env=environment(threads), cwd=ROOT
+        )
+        return run.stdout.splitlines()[-1]
+
+    def run_task(self, task: dict, python: str = sys.executable) -> dict:
+        """What the worker answers to `task`."""
+        return json.loads(self._run(worker_command(task, python), task["threads"]))
+
+    def _task(self, job: Job) -> tuple[dict, str]:
+        """The worker's job of an arm, and the interpreter for it."""
+        chosen = arm(job.arm)
+        peer = self.peers.get(chosen.peer) if chosen.peer else None
+        task = {
+            "task": job.kind,
+            "engine": peer.engine if peer else chosen.engine,
+            "path": str(getattr(self.files[job.model], chosen.files)),
+            "options": chosen.options,
+            "threads": job.threads,
+            "depth": job.depth,
+            "generate": GENERATED,
+            "reference": str(self.reference),
+            "ids": self.cold_ids,
+        }
+        return task, peer.python if peer else sys.executable
+
+    def _worker(self, job: Job) -> dict:
+        return self.run_task(*self._task(job))
+
+    def _ceiling(self, job: Job) -> dict:
+        if job.arm == "memory read":
+            if self.bandwidth is None:
+                return self.run_task({"task": "read", "threads": job.threads, "mib": READ_MIB})
+            command = [self.bandwidth, str(READ_MIB), str(job.threads), str(READ_PASSES)]
+            return {"gbps": float(self._run(command, job.threads)), "how": "C"}
+        python = self.peers["torch"].python if job.arm == "bf16 matmul" else sys.executable
+        return self.run_task({"task": "matmul", "arm": job.arm, "threads": job.threads}, python)
+
+    def _cold_start(self, job: Job) -> dict:
+        if job.arm == EXACT:
+            command = [sys.executable, "-m", "mlxeff", "generate", "--device", "cpu", "--raw", "--quiet"]
+            command += ["--max-tokens", "4", "--model", str(self.files[job.model].gguf), COLD_PROMPT]
+        else:
+            command = worker_command(*self._task(job))
+        return {"first_token_s": [first_byte(command, job.threads, self.limit) for _ in range(COLD_STARTS)]}
+
+
+def worker_command(task: dict, python: str) -> list[str]:
+    return [python, "-m", "peers.worker", json.dumps(task)]
+
+
+def environment(threads: int) -> dict:
+    """The caller's without OVERRIDES, with `threads` for every library and the modules of this folder."""
+    count = str(threads)
+    counts = dict.fromkeys(
+        ("MLXEFF_NUM_THREADS", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS"),
+        count,
+    )
+    kept = {name: value for name, value in os.environ.items() if name not in OVERRIDES}
+    return kept | counts | {"PYTHONPATH": str(ROOT / "benchmarks"), "HF_HUB_OFFLINE": "1"}
+
+
+def first_byte(command: list[str], threads: int, limit: float) -> float:
+    """Seconds from starting a process to the first byte of its output."""
+    began = time.perf_counter()
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment(threads), cwd=ROOT
+    ) as process:
+        got = process.stdout.read(1)
+        seconds = time.perf_counter() - began
+        _, errors = process.communicate(timeout=limit)
+    if not got or process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, command, stderr=errors.decode(errors="replace"))
+    return seconds
+
+
+def compile_bandwidth(folder: Path) -> str | None:
+    """The program of bandwidth.c, or None where there is no C compiler: numpy reads then."""
+    compiler = shutil.which(os.environ.get("CC", "cc"))
+    if compiler is None:
+        print("memory read: no C compiler; measured with numpy's dot product", file=sys.stderr)
+        return None
+    source, program = Path(__file__).with_name("bandwidth.c"), folder / "bandwidth"
+    subprocess.run([compiler, "-O3", "-march=native", "-pthread", source, "-o", program], check=True)
+    return str(program)
+
+
+class Samples:
+    """Every sample, appended to a JSON-lines file as it is made; the first line is what must not differ on resuming."""
+
+    def __init__(self, path: Path, identity: dict, resume: bool, limit: float):
+        self.path, self.all = path, []
+        if resume and path.exists():
+            self._read(identity, limit)
+            return
+        if path.exists():
+            path.rename(path.with_suffix(".previous.jsonl"))
+        self._append(identity)
+
+    def _read(self, identity: dict, limit: float) -> None:
+        """Keep what need not run again: no failures, nothing that a lower time limit ended."""
+        lines = self.path.read_text().splitlines()
+        complete = [json.loads(line) for line in lines if line.endswith("}")]  # a killed run may leave half a line
+        if not complete or complete[0] != identity:
+            held = complete[0] if complete else {}
+            names = sorted(name for name in {*held, *identity} if held.get(name) != identity.get(name))
+            raise MlxeffError(
+                f"{self.path}: wanted samples of this machine and these versions, got others: {', '.join(names)} "
+                "differ; leave out --resume to begin anew"
+            )
+        newest = {key(sample): sample for sample in complete[1:]}
+        self.all = [s for s in newest.values() if "error" not in s and s.get("exceeded_s", limit) >= limit]
+
+    def _append(self, line: dict) -> None:
+        with open(self.path, "a") as file:
+            print(json.dumps(line), file=file)
+
+    def add(self, sample: dict) -> None:
+        self.all.append(sample)
+        self._append(sample)
+
+    def done(self) -> set[tuple]:
+        return {key(sample) for sample in self.all}
+
+    def models(self) -> list[str]:
+        return sorted({sample["model"] for sample in self.all} - {""})
+
+    def hopeless(self, job: Job) -> bool:
+        """Whether this arm exceeded the limit at this depth or a lesser one."""
+        return any(
+            (s["kind"], s["arm"], s["model"], s["threads"]) == job.key[:4] and s["depth"] <= job.depth
+            for s in self.all
+            if "exceeded_s" in s
+        )
+
+
+def key(sample: dict) -> tuple:
+    """`Job.key` of the job that a sample is of."""
+    return tuple(sample[name] for name in Job.__dataclass_fields__)
+
+
+def needed(job: Job) -> str | None:
+    """The peer, of `install.PEERS`, that a job runs on."""
+    if job.arm == "bf16 matmul":
+        return "torch"
+    return next((each.peer for each in ARMS if each.name == job.arm), None)

@@ -1,0 +1,235 @@
+"""Samples → medians → tables of Markdown: speed, shares of the machine's ceilings, correctness, the targets.
+
+llama.cpp stands in a ratio with its better attention setting for that metric.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import median
+
+from .checkpoints import Costs
+from .table import ARMS, COLD_START, DEPTHS, FOUR, GENERATED, LARGE
+
+TTFT_DEPTHS, DECODE_DEPTHS = (64, 512, 2048, 4096), (16, 512, 2048, 4096)
+LLAMA = [arm.name for arm in ARMS if arm.engine == "llama.cpp"]
+OURS = [arm for arm in ARMS if arm.ours]
+
+
+class Results:
+    """Medians of samples; a number that was not measured is None."""
+
+    def __init__(self, samples: list[dict], costs: dict[str, Costs]):
+        self.samples, self.costs = samples, costs
+        self.threads = sorted({s["threads"] for s in samples})
+
+    def get(self, metric: str, kind: str, arm: str, model: str = "", threads: int = 0, depth: int = 0) -> float | None:
+        """The median of all values of `metric`, of all rounds."""
+        values = []
+        for s in self.samples:
+            if (s["kind"], s["arm"], s["model"], s["threads"], s["depth"]) == (kind, arm, model, threads, depth):
+                value = s.get(metric, [])
+                values += value if isinstance(value, list) else [value]
+        return median(values) if values else None
+
+    def speed(self, metric: str, arm: str, model: str, threads: int, depth: int) -> float | None:
+        return self.get(metric, "speed", arm, model, threads, depth)
+
+    def llama(self, metric: str, model: str, threads: int, depth: int) -> float | None:
+        """The better of llama.cpp's settings: more tokens a second, or less of anything else."""
+        values = [self.speed(metric, name, model, threads, depth) for name in LLAMA]
+        best = max if metric == "decode_tps" else min
+        return best((value for value in values if value is not None), default=None)
+
+    def bandwidth_share(self, arm, model: str, threads: int, depth: int) -> float | None:
+        """Bytes that must be read a second while decoding, relative to the measured read bandwidth."""
+        rate = self.speed("decode_tps", arm.name, model, threads, depth)
+        ceiling = self.get("gbps", "ceiling", "memory read", threads=threads)
+        if rate is None or ceiling is None:
+            return None
+        return rate * self.costs[model].decode_bytes(depth + GENERATED / 2, arm.kv_bytes) / 1e9 / ceiling
+
+    def flops_share(self, arm, model: str, threads: int, depth: int, peak: str) -> float | None:
+        """Multiplications and additions of the prompt a second, relative to a measured peak."""
+        return quotient(
+            quotient(
+                self.costs[model].prefill_flops(depth) / 1e9, self.speed("ttft_s", arm.name, model, threads, depth)
+            ),
+            self.get("gflops", "ceiling", peak, threads=threads),
+        )
+
+
+def quotient(a: float | None, b: float | None) -> float | None:
+    return None if a is None or b is None else a / b
+
+
+@dataclass(frozen=True)
+class Target:
+    """What issue 3 asks of `value(results, arm, threads)`, at most or at least `wanted`."""
+
+    what: str
+    wanted: float
+    at_least: bool
+    value: Callable[[Results, object, int], float | None]
+
+    def row(self, results: Results, threads: int) -> list[str]:
+        cells = [self.what, f"{'≥' if self.at_least else '≤'} {self.wanted:g}"]
+        for arm in OURS:
+            got = self.value(results, arm, threads)
+            met = got is not None and (got >= self.wanted if self.at_least else got <= self.wanted)
+            cells.append("not measured" if got is None else f"{got:.3g} {'met' if met else 'missed'}")
+        return cells
+
+
+def ttft_ratio(depth: int):
+    return lambda results, arm, threads: quotient(
+        results.speed("ttft_s", arm.name, FOUR, threads, depth), results.llama("ttft_s", FOUR, threads, depth)
+    )
+
+
+def decode_ratio(depth: int):
+    return lambda results, arm, threads: quotient(
+        results.speed("decode_tps", arm.name, FOUR, threads, depth), results.llama("decode_tps", FOUR, threads, depth)
+    )
+
+
+def over_mlx_lm(results: Results, arm, threads: int) -> float | None:
+    ours = results.speed("ttft_s", arm.name, FOUR, threads, 512)
+    return quotient(results.speed("ttft_s", "mlx-lm", FOUR, threads, 512), ours)
+
+
+def more_memory(results: Results, arm, threads: int) -> float | None:
+    """MiB beyond llama.cpp's, at the depth where that is most."""
+    pairs = [
+        (results.speed("rss_mib", arm.name, FOUR, threads, depth), results.llama("rss_mib", FOUR, threads, depth))
+        for depth in DEPTHS[FOUR]
+    ]
+    return max((ours - theirs for ours, theirs in pairs if None not in (ours, theirs)), default=None)
+
+
+def cold_start(results: Results, arm, threads: int) -> float | None:
+    return results.get("first_token_s", "cold start", arm.name, FOUR, threads, 20)
+
+
+TARGETS = [
+    Target("TTFT 512 / llama.cpp", 0.55, False, ttft_ratio(512)),
+    Target("TTFT 2048 / llama.cpp", 0.35, False, ttft_ratio(2048)),
+    Target("decode at 16 / llama.cpp", 0.9, True, decode_ratio(16)),
+    Target("decode at 512 / llama.cpp", 1.1, True, decode_ratio(512)),
+    Target("decode at 2048 / llama.cpp", 1.3, True, decode_ratio(2048)),
+    Target("decode at 4096 / llama.cpp", 1.3, True, decode_ratio(4096)),
+    Target(
+        "share of read bandwidth, decode of 1B at 16", 0.8, True,
+        lambda results, arm, threads: results.bandwidth_share(arm, LARGE, threads, 16),
+    ),
+    Target(
+        "share of fp32 peak, whole prefill of 1B at 512", 0.5, True,
+        lambda results, arm, threads: results.flops_share(arm, LARGE, threads, 512, "fp32 matmul"),
+    ),
+    Target("TTFT 512, mlx-lm / ours", 150, True, over_mlx_lm),
+    Target("cold start, s", 1.0, False, cold_start),
+    Target("peak RSS - llama.cpp's, MiB", 100, False, more_memory),
+]  # fmt: skip
+
+
+def report(results: Results, card: dict) -> str:
+    """The card and all tables."""
+    parts = ["\n".join(f"{name}: {value}" for name, value in card.items()), ceilings(results)]
+    for model in DEPTHS:
+        for threads in results.threads:
+            parts += [speeds(results, model, threads), shares(results, model, threads)]
+    parts += [starts(results), qualities(results), failures(results)]
+    most = max(results.threads, default=0)
+    names = [f"target, {most} threads, SmolLM2-135M 4-bit", "wanted", *(arm.name for arm in OURS)]
+    parts.append(table(names, [target.row(results, most) for target in TARGETS]))
+    return "\n\n".join(part for part in parts if part)
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """Markdown; nothing without rows."""
+    lines = ["| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *rows)]
+    return "\n".join(lines) if rows else ""
+
+
+def cell(value: float | None, form: str = ".3g") -> str:
+    return "" if value is None else format(value, form)
+
+
+def measured(results: Results, model: str, threads: int) -> list:
+    return [
+        arm
+        for arm in ARMS
+        if any(
+            (s["kind"], s["arm"], s["model"], s["threads"]) == ("speed", arm.name, model, threads)
+            for s in results.samples
+        )
+    ]
+
+
+def speeds(results: Results, model: str, threads: int) -> str:
+    header = [f"{model}, {threads} threads", *(f"TTFT {depth}, s" for depth in TTFT_DEPTHS)]
+    header += [*(f"tok/s @{depth}" for depth in DECODE_DEPTHS), "load, s", "peak RSS at 512, MiB"]
+    rows = []
+    for arm in measured(results, model, threads):
+        key = arm.name, model, threads
+        rows.append(
+            [arm.name]
+            + [cell(results.speed("ttft_s", *key, depth), ".3f") for depth in TTFT_DEPTHS]
+            + [cell(results.speed("decode_tps", *key, depth), ".1f") for depth in DECODE_DEPTHS]
+            + [cell(results.speed("load_s", *key, 16), ".2f"), cell(results.speed("rss_mib", *key, 512), ".0f")]
+        )
+    return table(header, rows)
+
+
+def shares(results: Results, model: str, threads: int) -> str:
+    """Decode against the read bandwidth, prefill against the two peaks, in percent."""
+    header = [f"{model}, {threads} threads, % of", *(f"bandwidth @{depth}" for depth in DECODE_DEPTHS)]
+    header += [f"{peak[:4]} peak, {depth}" for peak in ("fp32 matmul", "bf16 matmul") for depth in (512, 2048)]
+    rows = []
+    for arm in measured(results, model, threads):
+        values = [results.bandwidth_share(arm, model, threads, depth) for depth in DECODE_DEPTHS]
+        values += [
+            results.flops_share(arm, model, threads, depth, peak)
+            for peak in ("fp32 matmul", "bf16 matmul")
+            for depth in (512, 2048)
+        ]
+        rows.append([arm.name, *(cell(None if value is None else 100 * value, ".0f") for value in values)])
+    return table(header, rows)
+
+
+def ceilings(results: Results) -> str:
+    rows = []
+    for threads in results.threads:
+        read = results.get("gbps", "ceiling", "memory read", threads=threads)
+        peaks = [results.get("gflops", "ceiling", name, threads=threads) for name in ("fp32 matmul", "bf16 matmul")]
+        rows.append([str(threads), cell(read, ".1f"), *(cell(peak, ".0f") for peak in peaks)])
+    return table(["threads", "memory read, GB/s", "fp32 matmul, GFLOPS", "bf16 matmul, GFLOPS"], rows)
+
+
+def starts(results: Results) -> str:
+    found = [(name, what, s["threads"]) for name, what in COLD_START.items() for s in results.samples
+             if (s["kind"], s["arm"]) == ("cold start", name)]  # fmt: skip
+    rows = [
+        [name, what, cell(results.get("first_token_s", "cold start", name, FOUR, threads, 20), ".2f")]
+        for name, what, threads in dict.fromkeys(found)
+    ]
+    return table(["cold start", "what is started", "first token, s"], rows)
+
+
+def qualities(results: Results) -> str:
+    rows = [
+        [s["arm"], s["model"], f"{s['equal']} of {s['prompts']}", cell(s["prefill_error"]), cell(s["decode_error"])]
+        for s in results.samples
+        if s["kind"] == "quality" and "equal" in s
+    ]
+    header = ["correctness", "model", "same tokens as mlx-lm fp32", "logits error, prefill", "logits error, decode"]
+    return table(header, rows)
+
+
+def failures(results: Results) -> str:
+    """What has no number, and why."""
+    rows = []
+    for s in results.samples:
+        if "error" in s or "exceeded_s" in s:
+            why = s.get("error") or f"beyond {s['exceeded_s']:g} s"
+            rows.append([s["kind"], s["arm"], s["model"], str(s["threads"]), str(s["depth"]), why])
+    return table(["not measured", "engine", "model", "threads", "depth", "why"], rows)

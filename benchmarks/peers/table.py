@@ -1,0 +1,90 @@
+"""What is measured: the arms (an engine in one mode), the models, the depths. A new mode of mlxeff is one line of ARMS.
+
+Knows nothing of how it is measured.
+"""
+
+from dataclasses import dataclass, field
+
+GENERATED = 32  # tokens decoded after each prompt
+FOUR, EIGHT, SIXTEEN, LARGE = "4-bit", "8-bit", "16-bit", "1B 4-bit"
+SMALL = (FOUR, EIGHT, SIXTEEN)
+DEPTHS = {  # prompt tokens: time to first token at it, decode speed after it
+    **dict.fromkeys(SMALL, (16, 64, 512, 2048, 4096)),
+    LARGE: (16, 512, 2048),
+}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """An engine in one mode, a row of each table."""
+
+    name: str
+    engine: str  # of worker.ENGINES
+    options: dict = field(default_factory=dict)  # what the worker gives the engine
+    models: tuple[str, ...] = (*SMALL, LARGE)
+    files: str = "gguf"  # which form of the model it reads: a key of `checkpoints.Files`
+    kv_bytes: int = 2  # a value of its KV cache
+    threaded: bool = True  # takes a number of threads; if not, it is measured once, among those of all cores
+    peer: str | None = None  # what must be installed for it, a key of `install.PEERS`
+
+    @property
+    def ours(self) -> bool:
+        return self.engine == "mlxeff"
+
+
+ARMS = [
+    Arm("mlxeff exact", "mlxeff", {}, kv_bytes=4),
+    Arm("llama.cpp, flash attention", "llama.cpp", {"flash_attention": True}, peer="llama.cpp"),
+    Arm("llama.cpp, plain attention", "llama.cpp", {"flash_attention": False}, peer="llama.cpp"),
+    Arm("torch bfloat16", "torch", {}, models=(SIXTEEN,), files="bfloat16", peer="torch"),
+    Arm("mlx-lm", "mlx-lm", {}, models=SMALL, files="mlx", kv_bytes=4, threaded=False),
+]
+EXACT = "mlxeff exact"  # the mode whose greedy tokens must be those of mlx-lm in float32
+CEILINGS = ("memory read", "fp32 matmul", "bf16 matmul")  # GB/s, GFLOPS, GFLOPS
+COLD_START = {  # arm: what is started
+    EXACT: "mlxeff generate",
+    "llama.cpp, flash attention": "import llama_cpp, load, first token",
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One measurement, a process of its own."""
+
+    kind: str  # "speed", "ceiling", "cold start", "quality"
+    arm: str
+    model: str
+    threads: int
+    depth: int  # prompt tokens; 0 where that means nothing
+    round: int
+
+    @property
+    def key(self) -> tuple:
+        return (self.kind, self.arm, self.model, self.threads, self.depth, self.round)
+
+    def __str__(self) -> str:
+        where = f", {self.model}" if self.model else ""
+        return f"{self.kind}: {self.arm}{where}, {self.threads} threads, depth {self.depth}, round {self.round + 1}"
+
+
+def jobs(rounds: int, threads: list[int]) -> list[Job]:
+    """All measurements, the arms taking turns: arms are innermost, rounds outermost."""
+    found, most = [], max(threads)
+    for number in range(rounds):
+        found += [Job("ceiling", name, "", count, 0, number) for name in CEILINGS for count in threads]
+        found += [Job("cold start", name, FOUR, most, 20, number) for name in COLD_START]
+        found += [
+            Job("speed", arm.name, model, count, depth, number)
+            for model, depths in DEPTHS.items()
+            for depth in depths
+            for count in threads
+            for arm in ARMS
+            if model in arm.models and (arm.threaded or count == most)
+        ]
+    # The reference of correctness is the 4-bit model; the 16-bit one has its weights, rounded to half precision.
+    found += [Job("quality", arm.name, FOUR if FOUR in arm.models else SIXTEEN, most, 0, 0) for arm in ARMS]
+    return found
+
+
+def arm(name: str) -> Arm:
+    return next(each for each in ARMS if each.name == name)
