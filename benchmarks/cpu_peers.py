@@ -14,6 +14,7 @@ import fcntl
 import hashlib
 import json
 import re
+import subprocess
 import sys
 from pathlib import Path
 from statistics import median
@@ -26,7 +27,7 @@ from mlxeff.tokenizer import from_gguf
 from peers import checkpoints
 from peers.card import card, cores, current_commit, identity, versions
 from peers.install import PEERS, Peer, install, recorded
-from peers.measure import COLD_PROMPT, ROOT, Measurer, Samples, needed
+from peers.measure import COLD_PROMPT, ROOT, Measurer, Samples, last_line, needed, reason, worker_command
 from peers.report import Results, report
 from peers.table import FOUR, GENERATED, Job, jobs
 
@@ -63,7 +64,9 @@ def measure(options: argparse.Namespace, chosen: list[Job]) -> tuple[dict, dict]
     folder = options.cache
     samples = Samples(folder / "samples.jsonl", identity(), options.resume, options.limit)
     peers = {name: install(name, folder) for name in PEERS if any(needed(job) == name for job in chosen)}
-    models = {job.model for job in chosen if job.model}
+    models = {job.model for job in chosen if job.model} | (
+        {FOUR} if {"quality", "cold start"} & kinds(chosen) else set()
+    )
     files = {name: checkpoints.make(name, folder) for name in sorted(models)}
     measurer = Measurer(folder, files, peers, options.limit)
     prepare(measurer, chosen, folder)
@@ -71,6 +74,10 @@ def measure(options: argparse.Namespace, chosen: list[Job]) -> tuple[dict, dict]
     others = {name: recorded(name, folder) or Peer(name, "", "", "not asked for") for name in PEERS}
     costs = {name: checkpoints.costs(checkpoints.make(name, folder).gguf) for name in samples.models()}
     return {"card": card(others | peers, samples.all, options.limit), "samples": samples.all}, costs
+
+
+def kinds(chosen: list[Job]) -> set[str]:
+    return {job.kind for job in chosen}
 
 
 def run(chosen: list[Job], measurer: Measurer, samples: Samples) -> None:
@@ -114,21 +121,30 @@ def summary(sample: dict) -> str:
 
 def prepare(measurer: Measurer, chosen: list[Job], folder: Path) -> None:
     """The token ids of the cold start, and the reference of correctness, where they will be needed."""
-    kinds = {job.kind for job in chosen}
-    if not kinds & {"quality", "cold start"}:
+    if not kinds(chosen) & {"quality", "cold start"}:
         return
     gguf = measurer.files[FOUR].gguf
     tokenizer = from_gguf(open_source(gguf).metadata, str(gguf))
     measurer.cold_ids = prompt_ids(tokenizer, COLD_PROMPT)
-    if "quality" not in kinds:
+    if "quality" not in kinds(chosen):
         return
     prompts = [tokenizer.apply_chat_template([{"role": "user", "content": text}]) for text in QUALITY_PROMPTS]
     digest = hashlib.sha256(json.dumps([prompts, GENERATED, versions()]).encode()).hexdigest()[:12]
     measurer.reference = folder / f"reference-{digest}.npz"
     if not measurer.reference.exists():
-        print("computing the reference of correctness, some minutes", file=sys.stderr, flush=True)
-        paths = {"path": str(measurer.files[FOUR].mlx), "unfused": str(gguf), "reference": str(measurer.reference)}
-        measurer.run_task({"task": "reference", "threads": cores(), "prompts": prompts, "generate": GENERATED} | paths)
+        write_reference(measurer, prompts)
+
+
+def write_reference(measurer: Measurer, prompts: list[list[int]]) -> None:
+    """The tokens and logits that the kind "quality" compares with."""
+    print("computing the reference of correctness, some minutes", file=sys.stderr, flush=True)
+    files = measurer.files[FOUR]
+    task = {"task": "reference", "threads": cores(), "prompts": prompts, "generate": GENERATED}
+    task |= {"path": str(files.mlx), "unfused": str(files.gguf), "reference": str(measurer.reference)}
+    try:
+        last_line(worker_command(task, sys.executable), cores(), limit=None)
+    except subprocess.CalledProcessError as error:
+        raise MlxeffError(f"reference of correctness: {reason(error)}") from error
 
 
 def parse() -> argparse.Namespace:

@@ -42,8 +42,7 @@ class Measurer:
         except subprocess.TimeoutExpired:
             found = {"exceeded_s": self.limit}
         except subprocess.CalledProcessError as error:
-            lines = (error.stderr or "").strip().splitlines()
-            found = {"error": lines[-1] if lines else f"exit code {error.returncode}"}
+            found = {"error": reason(error)}
         return asdict(job) | found | {"load_average": busy}
 
     def absent(self, job: Job) -> str | None:
@@ -52,15 +51,9 @@ class Measurer:
         peer = self.peers.get(name) if name else None
         return name if peer and (not peer.present or (job.kind == "quality" and peer.engine == "xllamacpp")) else None
 
-    def _run(self, command: list, threads: int) -> str:
-        run = subprocess.run(
-            command, capture_output=True, text=True, check=True, timeout=self.limit, env=environment(threads), cwd=ROOT
-        )
-        return run.stdout.splitlines()[-1]
-
     def run_task(self, task: dict, python: str = sys.executable) -> dict:
         """What the worker answers to `task`."""
-        return json.loads(self._run(worker_command(task, python), task["threads"]))
+        return json.loads(last_line(worker_command(task, python), task["threads"], self.limit))
 
     def _task(self, job: Job) -> tuple[dict, str]:
         """The worker's job of an arm, and the interpreter for it."""
@@ -87,7 +80,7 @@ class Measurer:
             if self.bandwidth is None:
                 return self.run_task({"task": "read", "threads": job.threads, "mib": READ_MIB})
             command = [self.bandwidth, str(READ_MIB), str(job.threads), str(READ_PASSES)]
-            return {"gbps": float(self._run(command, job.threads)), "how": "C"}
+            return {"gbps": float(last_line(command, job.threads, self.limit)), "how": "C"}
         python = self.peers["torch"].python if job.arm == "bf16 matmul" else sys.executable
         return self.run_task({"task": "matmul", "arm": job.arm, "threads": job.threads}, python)
 
@@ -98,6 +91,20 @@ class Measurer:
         else:
             command = worker_command(*self._task(job))
         return {"first_token_s": [first_byte(command, job.threads, self.limit) for _ in range(COLD_STARTS)]}
+
+
+def last_line(command: list, threads: int, limit: float | None) -> str:
+    """The last line that a process prints; errors of `subprocess` if it fails or takes longer than `limit` seconds."""
+    run = subprocess.run(
+        command, capture_output=True, text=True, check=True, timeout=limit, env=environment(threads), cwd=ROOT
+    )
+    return run.stdout.splitlines()[-1]
+
+
+def reason(error: subprocess.CalledProcessError) -> str:
+    """One line: what the process said last, or how it ended."""
+    lines = (error.stderr or "").strip().splitlines()
+    return lines[-1] if lines else f"ended with {error.returncode}"
 
 
 def worker_command(task: dict, python: str) -> list[str]:
@@ -165,6 +172,9 @@ class Samples:
             )
         newest = {key(sample): sample for sample in complete[1:]}
         self.all = [s for s in newest.values() if "error" not in s and s.get("exceeded_s", limit) >= limit]
+        partial = self.path.with_suffix(".partial")
+        partial.write_text("".join(json.dumps(line) + "\n" for line in (identity, *self.all)))
+        partial.replace(self.path)
 
     def _append(self, line: dict) -> None:
         with open(self.path, "a") as file:

@@ -50,12 +50,11 @@ class Results:
 
     def flops_share(self, arm, model: str, threads: int, depth: int, peak: str) -> float | None:
         """Multiplications and additions of the prompt a second, relative to a measured peak."""
-        return quotient(
-            quotient(
-                self.costs[model].prefill_flops(depth) / 1e9, self.speed("ttft_s", arm.name, model, threads, depth)
-            ),
-            self.get("gflops", "ceiling", peak, threads=threads),
-        )
+        seconds = self.speed("ttft_s", arm.name, model, threads, depth)
+        ceiling = self.get("gflops", "ceiling", peak, threads=threads)
+        if seconds is None or ceiling is None:
+            return None
+        return self.costs[model].prefill_flops(depth) / seconds / 1e9 / ceiling
 
 
 def quotient(a: float | None, b: float | None) -> float | None:
