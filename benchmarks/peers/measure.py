@@ -5,7 +5,6 @@ The processes see no OpenBLAS override of the caller's, and one number of thread
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -137,13 +136,15 @@ def first_byte(command: list[str], threads: int, limit: float) -> float:
 
 
 def compile_bandwidth(folder: Path) -> str | None:
-    """The program of bandwidth.c, or None where there is no C compiler: numpy reads then."""
-    compiler = shutil.which(os.environ.get("CC", "cc"))
-    if compiler is None:
-        print("memory read: no C compiler; measured with numpy's dot product", file=sys.stderr)
-        return None
+    """The program of bandwidth.c, or None where there is no working C compiler: numpy reads then."""
+    compiler = os.environ.get("CC", "cc")
     source, program = Path(__file__).with_name("bandwidth.c"), folder / "bandwidth"
-    subprocess.run([compiler, "-O3", "-march=native", "-pthread", source, "-o", program], check=True)
+    command = [compiler, "-O3", "-march=native", "-pthread", source, "-o", program]
+    try:
+        subprocess.run(command, capture_output=True, check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        print(f"memory read: no C compiler ({error}): measured with numpy's dot product", file=sys.stderr)
+        return None
     return str(program)
 
 

@@ -6,7 +6,7 @@ Knows nothing of how it is measured.
 from dataclasses import dataclass, field
 
 GENERATED = 32  # tokens decoded after each prompt
-FOUR, EIGHT, SIXTEEN, LARGE = "4-bit", "8-bit", "16-bit", "1B 4-bit"
+FOUR, EIGHT, SIXTEEN, LARGE = "4-bit", "8-bit", "16-bit", "1B random"
 SMALL = (FOUR, EIGHT, SIXTEEN)
 DEPTHS = {  # prompt tokens: time to first token at it, decode speed after it
     **dict.fromkeys(SMALL, (16, 64, 512, 2048, 4096)),

@@ -42,20 +42,30 @@ def speed(job: dict) -> dict:
     timed(engine, random_ids(WARM_UP), 4)
     ids = random_ids(job["depth"])
     began_prompts, samples = time.perf_counter(), [timed(engine, ids, job["generate"])]
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform == "linux" else 1024**2)
+    peak = peak_rss()
     while len(samples) < REPEATS and time.perf_counter() - began_prompts < SECONDS:
         samples.append(timed(engine, ids, job["generate"]))
     ttft, decode = zip(*samples, strict=True)
     return {"load_s": loaded - began, "ttft_s": ttft, "decode_tps": decode, "rss_mib": peak, "note": engine.note}
 
 
+def peak_rss() -> float:
+    """MiB resident at most, of this program only: Linux's `ru_maxrss` begins with what the parent held."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2  # macOS counts bytes
+    line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+    return int(line.split()[1]) / 1024
+
+
 def cold_start(job: dict) -> dict:
-    """Load, one token, written as soon as it is there: the parent times the process."""
-    engine = ENGINES[job["engine"]](job["path"], job["threads"], 256, job["options"])
-    token = (
-        next(iter(engine.generate(job["ids"], 1))) if hasattr(engine, "generate") else engine.complete(job["ids"], 1)
-    )
-    print(json.dumps(token), flush=True)
+    """Load, one token, a word as soon as it is there: the parent times the process."""
+    engine = ENGINES[job["engine"]](job | {"context": 256})
+    if hasattr(engine, "complete"):
+        engine.complete(job["ids"], 1)
+    else:
+        next(engine.generate(job["ids"], 1))
+    print("first token", flush=True)
     return {}
 
 
