@@ -103,7 +103,8 @@ class LlamaCpp:
     def _run(self, ids: list[int], all_rows: bool = False) -> np.ndarray:
         """Logits (1, V) after `ids`, or (len(ids), V)."""
         library = self.library
-        batch = library.llama_batch_get_one((ctypes.c_int32 * len(ids))(*ids), len(ids))
+        tokens = (ctypes.c_int32 * len(ids))(*ids)  # the batch points into it
+        batch = library.llama_batch_get_one(tokens, len(ids))
         if all_rows:
             batch.logits = (ctypes.c_int8 * len(ids))(*[1] * len(ids))
         if code := library.llama_decode(self.context, batch):
