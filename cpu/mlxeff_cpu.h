@@ -69,6 +69,28 @@ MLXEFF_API int mlxeff_qmm_rows(const mlxeff_qweight* w, const int32_t* ids, int6
 // out (N, K): all of W, dequantised.
 MLXEFF_API int mlxeff_dequantize(const mlxeff_qweight* w, void* out, int64_t ld, int out_dtype);
 
+// --- seedlm.cpp: matrices stored as seeds of a shift register ------------------------------------------------------
+// A weight matrix W (N, K) in SeedLM blocks of `columns` consecutive values of a row; mlxeff/seedlm/format.py states the layout
+// and the decoding. (columns, states) = (8, 3): `seeds` are the uint32 blocks (N, blocks), the other two arrays are null;
+// (8, 4) and (12, 4): seeds uint16 (N, blocks), coefficients (N, blocks), exponents (N, blocks / 2), blocks even.
+// blocks = ceil(K / columns), rounded up to even for states = 4. A seed is not 0. |exponent_bias| <= 96.
+typedef struct {
+  const void* seeds;
+  const uint16_t* coefficients;
+  const uint8_t* exponents;
+  int64_t N, K;
+  int columns, states;
+  int exponent_bias;
+} mlxeff_seedlm_weight;
+
+// y (M, N) = x (M, K) @ W^T. `mode` is MLXEFF_EXACT or MLXEFF_COMPUTE_BF16.
+MLXEFF_API int mlxeff_seedlm_matmul(const mlxeff_seedlm_weight* w, const void* x, int64_t ldx, int x_dtype, void* y, int64_t ldy,
+                                    int y_dtype, int64_t M, int mode);
+// out (count, K): the decoded rows ids[0], ids[1], ... of W. An id outside [0, N) is MLXEFF_BAD_ARGUMENT.
+MLXEFF_API int mlxeff_seedlm_rows(const mlxeff_seedlm_weight* w, const int32_t* ids, int64_t count, void* out, int64_t ld, int out_dtype);
+// out (N, K): all of W, decoded; fp32 values are the same bits at every level, other dtypes are rounded from them.
+MLXEFF_API int mlxeff_seedlm_decode(const mlxeff_seedlm_weight* w, void* out, int64_t ld, int out_dtype);
+
 // --- matmul.cpp: dense matrices -------------------------------------------------------------------------------
 // y (M, N) = x (M, K) @ w (N, K)^T. Modes: MLXEFF_EXACT, MLXEFF_COMPUTE_BF16. Each operand has its own dtype.
 MLXEFF_API int mlxeff_matmul(const void* x, int64_t ldx, int x_dtype, const void* w, int64_t ldw, int w_dtype, void* y,

@@ -1,0 +1,34 @@
+// Table of the SeedLM kernels of one instruction-set level. Each function runs on the calling thread; a product is made
+// as with QmatmulKernels: bind, prepare all rows of x, then run over all rows of W.
+#pragma once
+#include "isa.h"
+
+namespace mlxeff {
+
+struct SeedArgs {
+  mlxeff_seedlm_weight w;
+  const void* x;
+  int64_t ldx;
+  int x_dtype;
+  void* y;
+  int64_t ldy;
+  int y_dtype;
+  int64_t M;
+  int mode;
+  // Set by bind. The form of x that the kernels read:
+  float* x_f32;  // few rows: (M, chunk of VL blocks, C, VL), zeros beyond K; many: (M, K)
+  bf16* x_bf16;  // AMX: (M padded to 32, K padded)
+};
+
+struct SeedlmKernels {
+  size_t (*workspace_bytes)(const SeedArgs& args);
+  void (*bind)(SeedArgs& args, void* workspace);
+  void (*prepare)(const SeedArgs& args, int64_t m_begin, int64_t m_end);
+  int64_t (*piece)(const SeedArgs& args, int threads);  // rows of W a thread should take at once
+  int (*run)(const SeedArgs& args, int64_t n_begin, int64_t n_end);
+  void (*decode_row)(const mlxeff_seedlm_weight& w, int64_t n, void* out, int out_dtype);
+};
+
+MLXEFF_DECLARE_FAMILY(SeedlmKernels, seedlm_kernels)
+
+}  // namespace mlxeff
