@@ -91,6 +91,27 @@ MLXEFF_API int mlxeff_seedlm_rows(const mlxeff_seedlm_weight* w, const int32_t* 
 // out (N, K): all of W, decoded; fp32 values are the same bits at every level, other dtypes are rounded from them.
 MLXEFF_API int mlxeff_seedlm_decode(const mlxeff_seedlm_weight* w, void* out, int64_t ld, int out_dtype);
 
+// --- seedlm_search.cpp: the encoder ------------------------------------------------------------------------------
+// For each block the seed, coefficients and exponent code of least error, by exhaustive search. The error is the sum of
+// diagonal[c] * (w - decoded)^2 over the block's columns; diagonal (columns), positive, may be null for ones, and otherwise the
+// matrix is one column of blocks: cols <= columns. Columns beyond cols count as zeros. blocks a row = ceil(cols / columns), rounded
+// up to even for states = 4 unless there is a diagonal. `refine`: try exponent - 1 and the neighbours of every coefficient too. The
+// result does not depend on the number of threads. Weights that are not finite are MLXEFF_BAD_ARGUMENT.
+typedef struct {
+  const float* weights;  // (rows, cols), ld elements between rows
+  int64_t ld, rows, cols;
+  const float* diagonal;
+  int columns, states;  // (8, 3), (8, 4) or (12, 4)
+  int exponent_bias;    // exponent = code - 8 + exponent_bias
+  int refine;
+  uint16_t* seeds;       // (rows, blocks a row)
+  int8_t* coefficients;  // (rows, blocks a row, states)
+  uint8_t* codes;        // (rows, blocks a row)
+  float* decoded;        // (rows, cols), or null
+  double* errors;        // (rows, blocks a row) of what is decoded, or null
+} mlxeff_seedlm_encode_args;
+MLXEFF_API int mlxeff_seedlm_encode(const mlxeff_seedlm_encode_args* args);
+
 // --- matmul.cpp: dense matrices -------------------------------------------------------------------------------
 // y (M, N) = x (M, K) @ w (N, K)^T. Modes: MLXEFF_EXACT, MLXEFF_COMPUTE_BF16. Each operand has its own dtype.
 MLXEFF_API int mlxeff_matmul(const void* x, int64_t ldx, int x_dtype, const void* w, int64_t ldw, int w_dtype, void* y,
