@@ -18,6 +18,7 @@
 #include "mlx/primitives.h"
 #include "mlx/version.h"
 #include "mlx_ops.h"
+#include "mlx_seedlm.h"
 
 namespace nb = nanobind;
 namespace mx = mlx::core;
@@ -222,6 +223,7 @@ NB_MODULE(_native, m) {
   m.def("set_isa", [](std::optional<std::string> name) { check(mlxeff_set_isa(name ? name->c_str() : nullptr)); }, nb::arg("name").none());
   m.def("num_threads", [] { return mlxeff_num_threads(); });
   m.def("set_num_threads", [](int n) { check(mlxeff_set_num_threads(n)); }, "0 restores the default.");
+  bind_seedlm(m);
   nb::class_<Handle>(m, "Decoder")
       .def("__init__",
            [](Handle* self, int64_t dim, int64_t head_dim, float eps, const mx::array& inverse_frequencies, float rope_magnitude,

@@ -77,7 +77,7 @@ extern "C" int mlxeff_seedlm_encode(const mlxeff_seedlm_encode_args* a) {
   if (!owned.build(kernels, a->columns, a->states, a->diagonal)) return MLXEFF_NO_MEMORY;
   const SearchArgs args = {&owned.tables, a->weights, a->ld, a->cols, a_row, a->exponent_bias, a->refine != 0, a->seeds, a->coefficients, a->codes};
   std::atomic<int> result{MLXEFF_OK};
-  parallel_for(a->rows * a_row, 16, [&](int64_t begin, int64_t end) {
+  parallel_for(a->rows * a_row, 32, [&](int64_t begin, int64_t end) {
     if (const int error = kernels.search(args, begin, end)) {
       result = error;
       return;

@@ -17,7 +17,7 @@ namespace {
 constexpr int64_t segment = 65536 / VL;  // the last slot of the last lane is the first seed again
 constexpr int chunk = 32;                // steps
 constexpr int64_t chunks = segment / chunk;
-constexpr int tile = 16;                 // blocks
+constexpr int tile = 32;                 // blocks
 constexpr float slack = 2e-4f;
 constexpr float most_condition = 4000;   // trace(G) trace(G^-1) of seeds that are considered: above, fp32 energies lose the slack
 constexpr int most_evaluated = 256;      // seeds a block; only blocks below the exponents' range have more that qualify

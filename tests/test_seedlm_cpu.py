@@ -1,0 +1,178 @@
+"""The native SeedLM products and decoders, at every instruction-set level, against the NumPy reference and float64."""
+
+import ctypes
+
+import numpy as np
+import pytest
+
+from cpu_library import (
+    BAD_ARGUMENT,
+    BAD_DTYPE,
+    BF16,
+    COMPUTE_BF16,
+    COMPUTE_INT8,
+    EXACT,
+    F16,
+    F32,
+    LEVELS,
+    OK,
+    STORAGE_ERROR,
+    address,
+    assert_close,
+    lib,
+    product,
+    to_dtype,
+)
+from mlxeff.seedlm import codec
+from mlxeff.seedlm.format import BIAS_LIMIT, FORMATS
+from seedlm_calls import Seeded, SeedWeight, decode, matmul, rows
+
+ROWS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 33)  # of x
+SHAPES = ((1, 576), (3, 1536), (17, 1), (37, 100), (70, 24), (33, 257))
+
+
+@pytest.fixture(params=LEVELS)
+def level(request):
+    assert lib.mlxeff_set_isa(request.param.encode()) == OK
+    yield request.param
+    assert lib.mlxeff_set_isa(None) == OK
+
+
+@pytest.fixture(params=(1, 2, 5))
+def threads(request):
+    assert lib.mlxeff_set_num_threads(request.param) == OK
+    yield request.param
+    assert lib.mlxeff_set_num_threads(0) == OK
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_decoding_is_bit_exact_for_every_seed(level, name):
+    fmt, rng = FORMATS[name], np.random.default_rng(1)
+    for bias in (-BIAS_LIMIT, -7, BIAS_LIMIT):
+        shape = (64, 1024)
+        blocks = codec.Blocks(
+            np.resize(np.arange(1, 65536), shape).astype(np.uint16),
+            rng.integers(-8, 8, (*shape, fmt.states)).astype(np.int8),
+            rng.integers(0, 16, shape).astype(np.uint8),
+            bias,
+        )
+        weight = Seeded(name, blocks, 1024 * fmt.columns)
+        np.testing.assert_array_equal(decode(weight), weight.dense(), f"{level} {name} bias {bias}")
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_decoding_in_other_types_rounds_the_float32(level, name):
+    rng = np.random.default_rng(2)
+    for count, cols in SHAPES:
+        weight = Seeded.random(name, rng, count, cols)
+        for dtype in (F32, F16, BF16):
+            want = to_dtype(weight.dense(), dtype)
+            np.testing.assert_array_equal(decode(weight, dtype), want, f"{level} {name} {count}x{cols} dtype {dtype}")
+            ids = rng.integers(0, count, 5)
+            np.testing.assert_array_equal(rows(weight, ids, dtype), want[ids])
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_products(level, name):
+    rng = np.random.default_rng(3)
+    for count, cols in SHAPES:
+        weight = Seeded.random(name, rng, count, cols)
+        for m in ROWS:
+            x = rng.standard_normal((m, cols), np.float32)
+            what = f"{level} {name} M={m} {count}x{cols}"
+            assert_close(matmul(weight, x), product(x, weight.dense()), 4e-6, what)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("x_dtype", [F32, F16, BF16])
+@pytest.mark.parametrize("y_dtype", [F32, F16, BF16])
+def test_dtypes_and_strides(level, name, x_dtype, y_dtype):
+    rng = np.random.default_rng(4)
+    weight = Seeded.random(name, rng, 35, 260)
+    for m in (1, 3, 40):
+        x = to_dtype(rng.standard_normal((m, 300)), x_dtype)[:, 7:267]
+        want = product(x, weight.dense())
+        assert_close(matmul(weight, x, y_dtype), want, 4e-6 + STORAGE_ERROR[y_dtype], f"{level} {name} M={m}")
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_bf16_mode(level, name):
+    """Where there are AMX tiles both operands are rounded to 8 bits of mantissa: errors of 2^-9 that average out."""
+    rng = np.random.default_rng(5)
+    for count, cols in SHAPES:
+        weight = Seeded.random(name, rng, count, cols)
+        for m in (1, 8, 9, 33, 100):
+            x = rng.standard_normal((m, cols), np.float32)
+            got = matmul(weight, x, mode=COMPUTE_BF16)
+            assert_close(got, product(x, weight.dense()), 2e-2, f"{level} {name} M={m} {count}x{cols}")
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_threads_do_not_change_results(threads, name):
+    rng = np.random.default_rng(6)
+    weight = Seeded.random(name, rng, 301, 576)
+    for m in (1, 3, 33):
+        x = rng.standard_normal((m, 576), np.float32)
+        got = matmul(weight, x)
+        assert lib.mlxeff_set_num_threads(1) == OK
+        np.testing.assert_array_equal(got, matmul(weight, x))
+        assert lib.mlxeff_set_num_threads(threads) == OK
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_zeros_and_large_inputs(level, name):
+    weight = Seeded.random(name, np.random.default_rng(7), 19, 100)
+    for m in (1, 5, 20):
+        assert (matmul(weight, np.zeros((m, 100), np.float32)) == 0).all()
+        x = np.full((m, 100), 6e4, np.float32)
+        assert_close(matmul(weight, x), product(x, weight.dense()), 4e-6, f"{level} {name} M={m}")
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_nothing_beyond_the_arrays_is_read(level, name):
+    """The arrays end where an unreadable page begins."""
+    import mmap
+
+    page = mmap.PAGESIZE
+    libc = ctypes.CDLL(None)
+    for count, cols in ((3, 100), (17, 40)):
+        weight = Seeded.random(name, np.random.default_rng(8), count, cols)
+        held, pointers = [], []
+        for array in (a for n, a in weight.arrays.items() if n != "exponent_bias"):
+            pages = -(-array.nbytes // page) + 1
+            memory = mmap.mmap(-1, pages * page)
+            start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+            pointers.append(start + (pages - 1) * page - array.nbytes)
+            ctypes.memmove(pointers[-1], address(array), array.nbytes)
+            libc.mprotect(ctypes.c_void_p(start + (pages - 1) * page), ctypes.c_size_t(page), 0)
+            held.append((memory, start + (pages - 1) * page))
+        for field, pointer in zip(("seeds", "coefficients", "exponents"), pointers):
+            setattr(weight.c, field, pointer)
+        np.testing.assert_array_equal(decode(weight), weight.dense())
+        for m in (1, 9):
+            matmul(weight, np.ones((m, cols), np.float32))
+        for _, guard in held:
+            libc.mprotect(ctypes.c_void_p(guard), ctypes.c_size_t(page), 3)
+
+
+def test_bad_arguments():
+    weight = Seeded.random("4.5", np.random.default_rng(9), 4, 32)
+    x, y = np.ones((2, 32), np.float32), np.zeros((2, 4), np.float32)
+
+    def call(ldx=32, dtype=F32, m=2, mode=EXACT, **fields):
+        c = SeedWeight.from_buffer_copy(weight.c)
+        for field, value in fields.items():
+            setattr(c, field, value)
+        return lib.mlxeff_seedlm_matmul(ctypes.byref(c), address(x), ldx, dtype, address(y), 4, F32, m, mode)
+
+    assert call() == OK
+    bad = ({"seeds": None}, {"exponents": None}, {"K": 0}, {"N": -1}, {"columns": 9}, {"columns": 12, "states": 3},
+           {"exponent_bias": 97}, {"exponent_bias": -97}, {"ldx": 31}, {"m": -1})  # fmt: skip
+    for change in bad:
+        assert call(**change) == BAD_ARGUMENT, change
+    assert call(dtype=7) == BAD_DTYPE
+    assert call(mode=COMPUTE_INT8) == BAD_DTYPE
+    ids = np.array([0, 4], np.int32)
+    out = np.zeros((2, 32), np.float32)
+    assert lib.mlxeff_seedlm_rows(ctypes.byref(weight.c), address(ids), 2, address(out), 32, F32) == BAD_ARGUMENT
+    assert (out == 0).all()
