@@ -83,7 +83,8 @@ def rows(weight, ids, dtype=F32):
 class EncodeArgs(ctypes.Structure):
     _fields_ = [("weights", _pointer), ("ld", _long), ("rows", _long), ("cols", _long), ("diagonal", _pointer),
                 ("columns", _int), ("states", _int), ("exponent_bias", _int), ("refine", _int), ("seeds", _pointer),
-                ("coefficients", _pointer), ("codes", _pointer), ("decoded", _pointer), ("errors", _pointer)]  # fmt: skip
+                ("coefficients", _pointer), ("codes", _pointer), ("decoded", _pointer),
+                ("errors", _pointer)]  # fmt: skip
 
 
 lib.mlxeff_seedlm_encode.argtypes = [ctypes.POINTER(EncodeArgs)]

@@ -10,8 +10,9 @@ from mlxeff.seedlm.format import BIAS_LIMIT, FORMATS, block_format, check_arrays
 
 ALL_SEEDS = np.arange(1, 1 << 16)
 # Table 6 of the paper: tapped bits of registers of K bits.
-PAPER_TAPS = {2: (0, 1), 3: (0, 1), 4: (0, 1), 5: (0, 2), 6: (0, 1), 7: (0, 1), 8: (0, 2, 3, 4), 9: (0, 4), 10: (0, 3),
-              11: (0, 2), 12: (0, 1, 2, 8), 13: (0, 1, 2, 5), 14: (0, 1, 2, 12), 15: (0, 1), 16: (0, 1, 3, 12)}  # fmt: skip
+PAPER_TAPS = {2: (0, 1), 3: (0, 1), 4: (0, 1), 5: (0, 2), 6: (0, 1), 7: (0, 1), 8: (0, 2, 3, 4), 9: (0, 4),
+              10: (0, 3), 11: (0, 2), 12: (0, 1, 2, 8), 13: (0, 1, 2, 5), 14: (0, 1, 2, 12), 15: (0, 1),
+              16: (0, 1, 3, 12)}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +60,7 @@ def test_states_are_windows_of_the_expanded_word(windows):
 
 
 def test_neighbouring_columns_are_tied_by_a_sign(windows):
-    """u(n + 1) = (u(n) + s) / 2 - tiny, s the sign of the new top bit: facts of the register that decoders may not break."""
+    """u(n + 1) = (u(n) + s) / 2 - tiny, s the sign of the new top bit."""
     u = (windows - 32768) / 32767
     assert (u.min(), u.max()) == (-1, 1)
     assert abs(u[:, 0].mean()) < 1e-12
@@ -178,7 +179,8 @@ def test_blocks_that_cannot_be_stored_are_refused():
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("version", 2), ("taps", [0, 1, 3, 13]), ("register_bits", 17), ("seed", "paper"), ("taps", None)]
+    ("key", "value"),
+    [("version", 2), ("taps", [0, 1, 3, 13]), ("register_bits", 17), ("seed", "paper"), ("taps", None)],
 )
 def test_another_header_is_refused(key, value):
     check_header(header(), "config.json")

@@ -66,7 +66,7 @@ def check_blocks(fmt: BlockFormat, blocks: Blocks, origin: str) -> None:
     shapes = (shape, blocks.coefficients.shape, blocks.codes.shape)
     if len(shape) != 2 or shapes != (shape, (*shape, fmt.states), shape) or (fmt.planar and shape[1] % 2):
         raise MlxeffError(f"{origin}: SeedLM {fmt.name} bits: seeds, coefficients and codes of shapes {shapes}")
-    if (zero := np.argwhere((blocks.seeds == 0))).size:
+    if (zero := np.argwhere(blocks.seeds == 0)).size:
         raise MlxeffError(f"{origin}: wanted seeds 1 to 65535, got 0 at row {zero[0][0]}, block {zero[0][1]}")
     for name, array, low, high in (("coefficients", blocks.coefficients, -8, 7), ("codes", blocks.codes, 0, 15)):
         if array.size and not (low <= array.min() and array.max() <= high):

@@ -1,9 +1,9 @@
 """A weight matrix → its SeedLM blocks, by exhaustive search over all seeds (`cpu/seedlm_search*.cpp`).
 
-Plain ("data-free", the paper's method): every block is the nearest to its weights. Activation-aware: given the Gram matrix
-H = XᵀX of the layer's inputs, the error that counts is tr(E H Eᵀ). Columns of blocks are encoded one after the other, and the
-error of each is compensated in the columns not yet encoded, as GPTQ (arXiv 2210.17323) does for single columns; the search
-itself weighs the columns of a block by the diagonal of what is left of H.
+Plain ("data-free", the paper's method): every block is the nearest to its weights. Activation-aware: given the Gram
+matrix H = XᵀX of the layer's inputs, the error that counts is tr(E H Eᵀ). Columns of blocks are encoded one after the
+other, and the error of each is compensated in the columns not yet encoded, as GPTQ (arXiv 2210.17323) does for single
+columns; the search itself weighs the columns of a block by the diagonal of what is left of H.
 
 Memory: a few copies of the weights, and three of H in float64.
 """
@@ -45,7 +45,7 @@ def encode(
     *,
     refine: bool = True,
     damping: float = 0.01,
-    advance: Callable[[int], None] = lambda weights: None,
+    advance: Callable[[int], None] = lambda _: None,
     origin: str = "weight",
 ) -> Encoded:
     """Encode a matrix (rows, cols).
@@ -75,7 +75,8 @@ def exponent_bias(weight: np.ndarray, origin: str = "weight") -> int:
     rms = float(np.sqrt(np.mean(np.square(weight, dtype=np.float64))))
     bias = int(np.frexp(rms)[1]) - 3 if rms else 0
     if abs(bias) > BIAS_LIMIT:
-        raise MlxeffError(f"{origin}: wanted weights between 2^-{BIAS_LIMIT} and 2^{BIAS_LIMIT}, got {rms:.3g} on average")
+        wanted = f"weights between 2^-{BIAS_LIMIT} and 2^{BIAS_LIMIT}"
+        raise MlxeffError(f"{origin}: wanted {wanted}, got a root mean square of {rms:.3g}")
     return bias
 
 
@@ -138,8 +139,9 @@ def _with_feedback(fmt, weight, gram, bias, refine, damping, advance) -> tuple[B
             blocks.seeds[:, group], blocks.coefficients[:, group] = seeds[:, 0], coefficients[:, 0]
             blocks.codes[:, group] = codes[:, 0]
             decoded[:, column_order[here]] = values
-            scaled[:, here.start - begin : here.stop - begin] = (values - target[:, here]) @ inverse
-            target[:, here.stop : end] += scaled[:, here.start - begin : here.stop - begin] @ factor[here, here.stop : end]
+            feedback = (values - target[:, here]) @ inverse
+            scaled[:, here.start - begin : here.stop - begin] = feedback
+            target[:, here.stop : end] += feedback @ factor[here, here.stop : end]
             start = here.stop
             advance(values.size)
         target[:, end:] += scaled @ factor[begin:end, end:].astype(np.float32)

@@ -5,9 +5,9 @@ A matrix (rows, cols) is cut into blocks of C consecutive columns of a row. A bl
 
     w[c] = fl32(isum[c] · fl32(2^e / 32767)),   isum[c] = Σ_p q[p] · (V[c][p] - 32768),   e = code - 8 + exponent_bias
 
-with V[c][p] = state number c·P + p of a 16-bit Fibonacci register (`lfsr`) whose state number 0 is r itself: r = V[0][0] is the
-first state emitted, the successor of the paper's seed. r is never 0. |isum| < 2^20, so everything but the one
-multiplication is exact, and every decoder gives the same bits; other types are rounded from that float32.
+with V[c][p] = state number c·P + p of a 16-bit Fibonacci register (`lfsr`) whose state number 0 is r itself: r =
+V[0][0] is the first state emitted, the successor of the paper's seed. r is never 0. |isum| < 2^20, so everything but
+the one multiplication is exact, and every decoder gives the same bits; other types are rounded from that float32.
 
     format  C  P  arrays (NB blocks a row)
     "4"     8  3  blocks       uint32 (rows, NB)      bits 0-15 r, 16-19 q0, 20-23 q1, 24-27 q2, 28-31 code
@@ -17,8 +17,8 @@ multiplication is exact, and every decoder gives the same bits; other types are 
     "3"    12  4  as "4.5"
     all           exponent_bias int32 (1)
 
-NB = ceil(cols / C), for the planar formats rounded up to even. What a block decodes to beyond `cols` means nothing: readers
-drop it, products multiply it by zero.
+NB = ceil(cols / C), for the planar formats rounded up to even. What a block decodes to beyond `cols` means nothing:
+readers drop it, products multiply it by zero.
 """
 
 from collections.abc import Mapping
@@ -67,7 +67,9 @@ class BlockFormat:
         }
 
 
-FORMATS = {f.name: f for f in (BlockFormat("3", 12, 4, True), BlockFormat("4", 8, 3, False), BlockFormat("4.5", 8, 4, True))}
+FORMATS = {
+    f.name: f for f in (BlockFormat("3", 12, 4, True), BlockFormat("4", 8, 3, False), BlockFormat("4.5", 8, 4, True))
+}
 
 
 def block_format(name: object) -> BlockFormat:

@@ -1,8 +1,8 @@
 """The Fibonacci linear-feedback shift register of SeedLM: steps, and all states of a block from one table look-up.
 
-A step of a K-bit register: b = XOR of the tapped bits, s ← s >> 1 | b << (K - 1). So the states are the K-bit windows of
-one bit stream x[0], x[1], …: state n = x[n … n + K - 1]. The first 16 bits are the seed, and the `EXTRA` bits after them depend
-linearly (over GF(2)) on it: the XOR of one table entry for each of its bytes.
+A step of a K-bit register: b = XOR of the tapped bits, s ← s >> 1 | b << (K - 1). So the states are the K-bit windows
+of one bit stream x[0], x[1], …: state n = x[n … n + K - 1]. The first 16 bits are the seed, and the `EXTRA` bits
+after them depend linearly (over GF(2)) on it: the XOR of one table entry for each of its bytes.
 """
 
 import functools
@@ -23,7 +23,7 @@ def step(state, bits: int = REGISTER_BITS, taps: tuple[int, ...] = TAPS):
 
 
 def states(seeds, count: int, bits: int = REGISTER_BITS, taps: tuple[int, ...] = TAPS) -> np.ndarray:
-    """Integer array (...) of first states → int64 (..., count): each and its successors, by stepping (the reference)."""
+    """Integer array (...) of first states → int64 (..., count): each and its successors, by stepping."""
     state = np.asarray(seeds, np.int64)
     out = np.empty((*state.shape, count), np.int64)
     for n in range(count):
