@@ -1,24 +1,15 @@
-// SeedLM products y = x W^T at one instruction-set level. Weights are decoded to exact fp32 (seedlm_decode.h):
+// SeedLM products y = x W^T at one instruction-set level: the form of x that each regime reads, and the choice of the regime.
 //
-//   few rows   a row of W at a time, VL of its blocks in the lanes, used for all rows of x while in registers; the lanes of the sums are
-//              added at the row's end. x is stored as [chunk of VL blocks][column of the block][lane].
-//   many rows  2 * VL rows of W, one in each lane, into a panel in the cache that meets all rows of x (gemm_tile.h)
-//
-// In mode BF16 the panel and x are rounded to bf16 where there are AMX tiles; every other product is exact fp32 products and sums.
-#include "seedlm_kernels.h"
-
-#include "amx_tile.h"
-#include "gemm_tile.h"
-#include "pool.h"
-#include "seedlm_decode.h"
+// Few rows of x: a row of W at a time, VL of its blocks in the lanes, decoded to exact fp32 and used for all rows of x while in registers;
+// the lanes of the sums are added at the row's end. x is stored as [chunk of VL blocks][column of the block][lane]. Many rows of x:
+// seedlm_panel.h.
+#include "seedlm_panel.h"
 
 namespace mlxeff {
 namespace MLXEFF_ISA {
 namespace {
 
 constexpr int few_rows = 8;
-constexpr int64_t panel_k = 256;        // 256 x 32 fp32 = 32 KiB stay in the first-level cache
-constexpr int64_t rows_at_once = 1024;  // of x, before a panel is decoded anew; bounds the accumulators
 
 bool uses_amx(const SeedArgs& args) {
 #if defined(MLXEFF_AMX)
@@ -29,13 +20,11 @@ bool uses_amx(const SeedArgs& args) {
 #endif
 }
 
-int64_t row_floats(const SeedArgs& args) {  // of x
-  return args.M > few_rows ? padded_stride(args.w.K, 4) : round_up(blocks_a_row(args.w), VL) * args.w.columns;
-}
+int64_t few_stride(const SeedArgs& args) { return round_up(blocks_a_row(args.w), VL) * args.w.columns; }
 
 size_t workspace_bytes(const SeedArgs& args) {
-  if (uses_amx(args)) return size_t(round_up(args.M, 32) * padded_stride(round_up(args.w.K, 2), 2) * 2);
-  return size_t(args.M * row_floats(args)) * 4;
+  if (uses_amx(args)) return size_t(round_up(args.M, 32) * amx_panel_stride(args)) * 2;
+  return size_t(args.M * (args.M > few_rows ? panel_stride(args) : few_stride(args))) * 4;
 }
 
 void bind(SeedArgs& args, void* workspace) {
@@ -43,29 +32,35 @@ void bind(SeedArgs& args, void* workspace) {
   args.x_bf16 = static_cast<bf16*>(workspace);
 }
 
-// One row of x in the order of the few-rows kernel.
-void arrange(const float* x, int64_t K, int C, int64_t chunks, float* out) {
-  for (int64_t chunk = 0; chunk < chunks; ++chunk, out += C * VL)
+// One row of x in the order of the few-rows kernel, padded with zeros.
+void arrange(const void* x, int dtype, int64_t K, int C, int64_t stride, float* out) {
+  const int64_t step = C * VL, size = int64_t(dtype_size(dtype));
+  for (int64_t k = 0; k < stride; k += step, out += step) {
+    float natural[12 * VL] = {};
+    if (k < K) to_floats(natural, static_cast<const char*>(x) + k * size, dtype, min_of(step, K - k));
     for (int lane = 0; lane < VL; ++lane)
-      for (int c = 0; c < C; ++c) {
-        const int64_t k = (chunk * VL + lane) * C + c;
-        out[c * VL + lane] = k < K ? x[k] : 0.0f;
-      }
+      for (int c = 0; c < C; ++c) out[c * VL + lane] = natural[lane * C + c];
+  }
 }
 
+void to_bf16_row(bf16* out, const void* x, int dtype, int64_t K, int64_t stride) {
+  if (dtype == MLXEFF_BF16) memcpy(out, x, size_t(K) * 2);
+  else if (dtype == MLXEFF_F16) convert(out, static_cast<const f16*>(x), K);
+  else convert(out, static_cast<const float*>(x), K);
+  memset(out + K, 0, size_t(stride - K) * 2);
+}
+
+// Whoever prepares the last row also clears the rows that exist only in the workspace.
 void prepare(const SeedArgs& args, int64_t m_begin, int64_t m_end) {
   const int64_t K = args.w.K;
   for (int64_t m = m_begin; m < m_end; ++m) {
     const char* const x = static_cast<const char*>(args.x) + m * args.ldx * int64_t(dtype_size(args.x_dtype));
-    float* const out = args.x_f32 + m * row_floats(args);
-    if (args.M > few_rows) {
-      to_floats(out, x, args.x_dtype, K);
-    } else {
-      float* const natural = static_cast<float*>(scratch(Scratch::strip, size_t(K) * 4));
-      to_floats(natural, x, args.x_dtype, K);
-      arrange(natural, K, args.w.columns, ceil_div(blocks_a_row(args.w), VL), out);
-    }
+    if (uses_amx(args)) to_bf16_row(args.x_bf16 + m * amx_panel_stride(args), x, args.x_dtype, K, amx_panel_stride(args));
+    else if (args.M > few_rows) to_floats(args.x_f32 + m * panel_stride(args), x, args.x_dtype, K);
+    else arrange(x, args.x_dtype, K, args.w.columns, few_stride(args), args.x_f32 + m * few_stride(args));
   }
+  if (uses_amx(args) && m_end == args.M)
+    memset(args.x_bf16 + args.M * amx_panel_stride(args), 0, size_t((round_up(args.M, 32) - args.M) * amx_panel_stride(args)) * 2);
 }
 
 int64_t piece(const SeedArgs& args, int threads) {
@@ -77,7 +72,7 @@ int64_t piece(const SeedArgs& args, int threads) {
 template <int C, int P, int M>
 int run_few(const SeedArgs& args, int64_t n_begin, int64_t n_end) {
   const mlxeff_seedlm_weight w = args.w;
-  const int64_t per_row = blocks_a_row(w), ldx = row_floats(args);
+  const int64_t per_row = blocks_a_row(w), ldx = few_stride(args);
   for (int64_t n = n_begin; n < n_end; ++n) {
     vf sums[M][2] = {};
     const float* x = args.x_f32;
@@ -94,29 +89,6 @@ int run_few(const SeedArgs& args, int64_t n_begin, int64_t n_end) {
 }
 
 template <int C, int P>
-int run_panel(const SeedArgs& args, int64_t n_begin, int64_t n_end) {
-  const mlxeff_seedlm_weight w = args.w;
-  const int64_t per_row = blocks_a_row(w), ldx = row_floats(args), step = panel_k / C;
-  float* const panel = static_cast<float*>(scratch(Scratch::panel, size_t(panel_k * panel_width) * 4));
-  float* const sums = static_cast<float*>(scratch(Scratch::accumulator, size_t(min_of(args.M, rows_at_once) * panel_width) * 4));
-  if (!panel || !sums) return MLXEFF_NO_MEMORY;
-  for (int64_t n = n_begin; n < n_end; n += panel_width)
-    for (int64_t m = 0; m < args.M; m += rows_at_once) {
-      const int64_t rows = min_of(rows_at_once, args.M - m), columns = min_of(panel_width, n_end - n);
-      for (int64_t j = 0; j * C < w.K; j += step) {
-        const int64_t j_end = min_of(per_row, j + step);
-        for (int half = 0; half < 2 && half * VL < columns; ++half)
-          for (int64_t i = j; i < j_end; ++i)
-            decode_columns<C, P>(Blocks<C, P>::of_rows(w, n + half * VL, columns - half * VL, i, per_row), w,
-                                 [&](int c, vf weight) { store(panel + ((i - j) * C + c) * panel_width + half * VL, weight); });
-        gemm_panel(args.x_f32 + m * ldx + j * C, ldx, rows, panel, min_of(step * C, w.K - j * C), sums, j > 0);
-      }
-      store_columns(sums, panel_width, rows, columns, args.y, args.ldy, args.y_dtype, m * args.ldy + n);
-    }
-  return MLXEFF_OK;
-}
-
-template <int C, int P>
 int run_blocks(const SeedArgs& args, int64_t n_begin, int64_t n_end) {
   switch (args.M) {
     case 1: return run_few<C, P, 1>(args, n_begin, n_end);
@@ -128,6 +100,9 @@ int run_blocks(const SeedArgs& args, int64_t n_begin, int64_t n_end) {
     case 7: return run_few<C, P, 7>(args, n_begin, n_end);
     case 8: return run_few<C, P, 8>(args, n_begin, n_end);
   }
+#if defined(MLXEFF_AMX)
+  if (uses_amx(args)) return run_panel_amx<C, P>(args, n_begin, n_end);
+#endif
   return run_panel<C, P>(args, n_begin, n_end);
 }
 
