@@ -5,6 +5,7 @@ The one place that asks "Metal or CPU?". It knows nothing about models.
 """
 
 import functools
+import importlib.resources
 import os
 from collections.abc import Callable
 from types import ModuleType
@@ -40,6 +41,18 @@ def native() -> tuple[ModuleType | None, str]:
     except TypeError:
         return None, "built with a nanobind that does not match MLX's"
     return _native, ""
+
+
+@functools.cache
+def metal_kernel(family: str, name: str, inputs: tuple[str, ...], outputs: tuple[str, ...], body: str) -> Callable:
+    """The kernel `name` of metal/`family`.metal, built once: MLX's callable, which takes the launch's shapes and grid.
+
+    body: a few lines that call a function of that file; MLX gives it `inputs`, `outputs` and the thread's position.
+    """
+    header = importlib.resources.files(f"{__package__}.metal").joinpath(f"{family}.metal").read_text(encoding="utf-8")
+    return mx.fast.metal_kernel(
+        name=name, input_names=list(inputs), output_names=list(outputs), source=body, header=header
+    )
 
 
 def use_device(name: str) -> str:

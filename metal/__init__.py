@@ -1,0 +1,1 @@
+"""The Metal kernels: one .metal a family. `mlxeff.kernels` reads them."""
