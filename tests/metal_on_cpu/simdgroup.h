@@ -164,14 +164,12 @@ inline size_t matrix_place(ulong stride, ulong2 origin, bool transposed, int ele
 }
 template <typename T, int R, int C>
 inline void simdgroup_load(simdgroup_matrix<T, R, C>& m, const T* source, ulong stride = 8,
-                           ulong2 origin = ulong2(0, 0), bool transposed = false, int line = __builtin_LINE()) {
-  exchange(T(), "simdgroup_load", line);
+                           ulong2 origin = ulong2(0, 0), bool transposed = false) {
   for (int i = 0; i < 2; i++) m.held[i] = source[matrix_place<T, R, C>(stride, origin, transposed, i)];
 }
 template <typename T, int R, int C>
 inline void simdgroup_store(const simdgroup_matrix<T, R, C>& m, T* target, ulong stride = 8,
-                            ulong2 origin = ulong2(0, 0), bool transposed = false, int line = __builtin_LINE()) {
-  exchange(T(), "simdgroup_store", line);
+                            ulong2 origin = ulong2(0, 0), bool transposed = false) {
   for (int i = 0; i < 2; i++) target[matrix_place<T, R, C>(stride, origin, transposed, i)] = m.held[i];
 }
 template <typename D, typename A, typename B, typename E>

@@ -3,8 +3,10 @@
 import re
 
 ATTRIBUTE = re.compile(r"\[\[[^\[\]]*\]\]")
+COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/", re.DOTALL)
 SWIZZLE = re.compile(r"\.([xyzw]{2,4})\b(?!\s*\()")
-THREADGROUP = re.compile(r"\bthreadgroup\s+([^;(){}=*&]+);")
+THREADGROUP = re.compile(r"\bthreadgroup\s+([^;(){}=*&\[]*(?:\[[^\]]*\][^;(){}=*&\[]*)*);")
+UNTRANSLATED = re.compile(r"\bthreadgroup\s+[^;{}*&]*;")  # would be a variable of one thread
 DECLARATION = re.compile(r"^(.*?[\w>])\s+(\w+\s*(?:\[.*?)?(?:,.*)?)$", re.DOTALL)
 INSTANTIATION = re.compile(r"\ntemplate \[\[host_name\(.*?\)\]\] \[\[kernel\]\] decltype\((.*)\) .*;\n$")
 PARAMETER = re.compile(r"^\s*(.*?)\s*(\w+)\s*\[\[(\w+)(?:\((\d+)\))?\]\]$", re.DOTALL)
@@ -12,6 +14,7 @@ PARAMETER = re.compile(r"^\s*(.*?)\s*(\w+)\s*\[\[(\w+)(?:\((\d+)\))?\]\]$", re.D
 
 def translate(source, name):
     """C++ source of the kernel `name`; its lines keep their numbers in `source`."""
+    source = COMMENT.sub(lambda match: "\n" * match.group(0).count("\n"), source)
     found = INSTANTIATION.search(source)
     function = found.group(1) if found else name
     body = source[: found.start()] if found else source
@@ -54,4 +57,7 @@ def threadgroup_variables(body):
             count += 1
         return text.strip() + "\n" * match.group(0).count("\n")
 
-    return THREADGROUP.sub(declare, body)
+    body = THREADGROUP.sub(declare, body)
+    if left := UNTRANSLATED.search(body):
+        raise ValueError(f"metal_on_cpu: cannot translate the declaration {left.group(0)!r}")
+    return body
