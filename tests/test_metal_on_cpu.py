@@ -1,4 +1,4 @@
-"""The Metal-on-CPU harness: kernels give MLX's results, and a broken kernel is caught. It stands in where there is no GPU."""
+"""The Metal-on-CPU harness: kernels give MLX's results, and a broken kernel is caught."""
 
 import mlx.core as mx
 import numpy as np
@@ -6,9 +6,9 @@ import pytest
 
 import metal_on_cpu
 from helpers import assert_close, to_numpy
-from mlxeff import kernels
 from metal_on_cpu import MetalError
 from metal_on_cpu.translate import translate
+from mlxeff import kernels
 
 emulation = pytest.mark.skipif(kernels.has_metal(), reason="tests the emulation, here kernels run on the GPU")
 
@@ -197,7 +197,8 @@ def test_atomics_and_integer_functions():
     source = """
         uint i = thread_position_in_grid.x;
         atomic_fetch_add_explicit(&out[popcount(i)], 1, memory_order_relaxed);
-        atomic_fetch_max_explicit(&out[9], extract_bits(i, 4u, 4u) * 16 + reverse_bits(i) / (1 << 28), memory_order_relaxed);
+        uint bits = extract_bits(i, 4u, 4u) * 16 + reverse_bits(i) / (1 << 28);
+        atomic_fetch_max_explicit(&out[9], bits, memory_order_relaxed);
     """
     size = {"grid": (256, 1, 1), "threadgroup": (64, 1, 1), "atomic_outputs": True, "init_value": 0}
     for sanitizer in (None, "thread"):

@@ -1,7 +1,7 @@
 """Launches of the kernels in metal/seedlm.metal: decoding, embedding rows and products with seed-encoded matrices.
 
-The arguments and results are those of the mx operations in `codec`; the choice between the two is the caller's. Sums are kept
-in float32 and weights are not rounded before they are multiplied, whatever the type of x.
+The arguments and results are those of the mx operations in `codec`; the choice between the two is the caller's. Sums are
+kept in float32 and weights are not rounded before they are multiplied, whatever the type of x.
 """
 
 from collections.abc import Mapping
@@ -29,9 +29,8 @@ def rows_metal(fmt: BlockFormat, cols: int, arrays: Arrays, ids: mx.array, dtype
     """Rows `ids` (...) of the matrix: (..., cols) in `dtype`, as `codec.rows_ops`. The ids are not checked."""
     indices = ids.reshape(-1)
     body = """
-        uint place = thread_position_in_grid.y;
-        uint cols = uint(columns);
-        decode_row_block(store, exponent_bias[0], uint(indices[place]), thread_position_in_grid.x, cols, out + place * cols);
+        uint block = thread_position_in_grid.x, place = thread_position_in_grid.y, cols = uint(columns);
+        decode_row_block(store, exponent_bias[0], uint(indices[place]), block, cols, out + place * cols);
     """
     grid = (fmt.blocks(cols), indices.size, 1)
     names, inputs = ("indices", "columns"), [indices, mx.array(cols, mx.int32)]
@@ -78,8 +77,8 @@ def _many_tokens(fmt, arrays, vectors, rows):
         {TABLES}
         threadgroup float token_tile[{tile} * Tile<Store>::pitch];
         threadgroup float weight_tile[Tile<Store>::rows * Tile<Store>::pitch];
-        matmul<{tile}>(store, vectors, exponent_bias[0], {_first(fmt)}_shape[0], vectors_shape[1], vectors_shape[0], out,
-            tables, token_tile, weight_tile, threadgroup_position_in_grid.xy, simdgroup_index_in_threadgroup,
+        matmul<{tile}>(store, vectors, exponent_bias[0], {_first(fmt)}_shape[0], vectors_shape[1], vectors_shape[0],
+            out, tables, token_tile, weight_tile, threadgroup_position_in_grid.xy, simdgroup_index_in_threadgroup,
             thread_index_in_simdgroup);
     """
     grid = (-(-rows // TILE_ROWS) * 128, -(-tokens // tile), 1)

@@ -57,10 +57,8 @@ def emulated(sanitizer=None, descending=False):
         kernels.metal_kernel.cache_clear()
 
 
-def _call(kernel, sanitizer, descending, *, inputs, verbose=False, stream=None, **keywords):
+def _call(kernel, sanitizer, descending, *, inputs, stream=None, **keywords):
     """One call of a kernel as MLX's signature has it; the outputs come back as evaluated arrays."""
     arrays = [each if isinstance(each, mx.array) else mx.array(each) for each in inputs]
     launch = trace(kernel, arrays, **keywords)
-    if verbose:
-        print(launch.source)
     return execute(launch, arrays, sanitizer, descending)

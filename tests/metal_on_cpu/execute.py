@@ -116,7 +116,7 @@ def memory_of(view):
 
 
 def output_buffer(shape, dtype, init_value):
-    """Initial bytes of an output: `init_value`, or 0xFF where Metal leaves them undefined (a NaN in every float type)."""
+    """Initial bytes of an output: `init_value`, or 0xFF (NaN in every float type) where Metal leaves them undefined."""
     count = int(np.prod(shape))
     if init_value is None:
         return b"\xff" * (count * dtype.size)
