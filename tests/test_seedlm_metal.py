@@ -1,5 +1,7 @@
 """The SeedLM Metal kernels against the reference decoder: on the GPU, or emulated where there is none."""
 
+import os
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -14,6 +16,9 @@ BIAS = -12
 # offsets up to 2^8 times as large as the result; the others sum terms of the result's own size.
 BOUND = {"Windows": 1e-4, "Shifts": 1e-5, "weights": 1e-5}
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
+exhaustive = pytest.mark.skipif(
+    not os.environ.get("MLXEFF_EXHAUSTIVE"), reason="minutes of compilation where there is no GPU: MLXEFF_EXHAUSTIVE=1"
+)
 each_format = pytest.mark.parametrize("name", FORMATS)
 
 
@@ -130,7 +135,7 @@ def test_many_tokens(name, tokens, dtype):
         check_product(Encoded(name, rows, cols), activations(tokens, cols, DTYPES[dtype]))
 
 
-@pytest.mark.slow
+@exhaustive
 @each_format
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tokens", [1, 2, 3, 4, 5, 6, 7, 8, 9, 33, 65])
@@ -197,7 +202,7 @@ def test_sanitizers_find_nothing_in_decoding(name, sanitizer):
     assert_close(got, weight.dense, "decoding", rtol=0, atol=0)
 
 
-@pytest.mark.slow
+@exhaustive
 @each_format
 @pytest.mark.parametrize("sanitizer", ["address", "thread"])
 @pytest.mark.parametrize("kernel", KERNELS)

@@ -203,7 +203,7 @@ void renew_arena() {
   if (arena == MAP_FAILED) fail("no memory for threadgroup variables");
   group.arena = static_cast<unsigned char*>(arena);
 #ifdef METAL_ON_CPU_ADDRESS
-  ASAN_POISON_MEMORY_REGION(group.arena, arena_bytes);
+  __asan_poison_memory_region(group.arena, arena_bytes);
 #endif
   group.used = group.held = 0;
   group.variables.assign(group.variables.size(), nullptr);
@@ -286,7 +286,7 @@ void* threadgroup_memory(int id, size_t bytes) {
   group.used += (bytes + 2 * gap) / gap * gap + gap;
   if (group.used > arena_bytes) fail("more than %zu threadgroup variables", group.variables.size());
 #ifdef METAL_ON_CPU_ADDRESS
-  ASAN_UNPOISON_MEMORY_REGION(data, bytes);
+  __asan_unpoison_memory_region(data, bytes);
 #endif
   for (size_t i = 0; i < bytes; i++) static_cast<volatile unsigned char*>(data)[i] = 0xFF;
   return group.variables[id] = data;
