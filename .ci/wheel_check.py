@@ -22,12 +22,14 @@ else:
 
 ROOT = Path(__file__).resolve().parent.parent
 IMPORT_ALL = """
-import importlib, sys
+import importlib, importlib.resources, sys
 place, *names = sys.argv[1:]
 for name in names:
     found = importlib.import_module(name).__file__
     assert found.startswith(place), f"{name} is {found}, not below {place}"
-print(f"   {len(names)} modules import, all from {place}")
+kernels = [path for path in importlib.resources.files("mlxeff.metal").iterdir() if path.name.endswith(".metal")]
+assert kernels and all(path.read_text(encoding="utf-8") for path in kernels), "no Metal kernels"
+print(f"   {len(names)} modules import, all from {place}, and {len(kernels)} files of Metal kernels")
 """
 CLEAN = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
 CLEAN["PYTHONDONTWRITEBYTECODE"] = "1"

@@ -1,14 +1,14 @@
-// SeedLM (arXiv 2410.10714): products with weights that are decoded from seeds inside the kernel. mlxeff/seedlm/format.py
-// has the stored layouts and the value of a block:
+// SeedLM (arXiv 2410.10714): products with weights that are decoded from seeds inside the kernel. The stored layouts
+// are in mlxeff/seedlm/format.py; a block stands for the C weights
 //
-//   w[c] = fl32(isum[c] * fl32(2^e / 32767)),  isum[c] = sum_p q[p] (V[c][p] - 32768),  V[c][p] = state c P + p of a register
+//   w[c] = fl32(isum[c] * fl32(2^e / 32767)),  isum[c] = sum_p q[p] (V[c][p] - 32768),  V[c][p] = state number c P + p.
 //
-// State n is the 16-bit window of one bit stream at bit n. The stream is the seed (16 bits) and an extension, which depends
-// linearly over GF(2) on the seed: XOR of two table entries. A window that ends below bit 23 of a word becomes the float
-// 1 + V 2^(k-23) with one AND, since the exponent bits are already there: no shift, no conversion, and those are the slow
-// instructions of Apple's GPUs.
+// State n is the 16-bit window of one bit stream at bit n. The stream is the seed (16 bits) and an extension, which
+// depends linearly over GF(2) on the seed: XOR of two table entries. A window that ends below bit 23 of a word becomes
+// the float 1 + V 2^(k-23) with one AND, since the exponent bits are already there: no shift, no conversion, and those
+// are the slow instructions of Apple's GPUs.
 //
-// Letters: C columns and P states a block, T tokens, R rows a simdgroup computes. Sums are float32 in every type of input.
+// Letters: C columns and P states a block, R rows a simdgroup computes. Sums are float32 whatever the inputs' type.
 // Input pointers are template parameters: MLX passes arrays of fewer than 8 elements in the constant address space.
 
 using namespace metal;
@@ -29,8 +29,8 @@ struct Packed {
   Words blocks;
   uint count;  // blocks a row
 
-  Block load(uint row, uint block) const {
-    uint word = blocks[row * count + block];
+  Block load(uint index) const {
+    uint word = blocks[index];
     return Block{word & 0xFFFF, word >> 16, word >> 28};
   }
 };
@@ -47,8 +47,7 @@ struct Planar {
   Exponents exponents;
   uint count;
 
-  Block load(uint row, uint block) const {
-    uint index = row * count + block;  // count is even: the index has the block's parity
+  Block load(uint index) const {  // count is even: the index has the block's parity
     uint pair = exponents[index >> 1];
     return Block{seeds[index], coefficients[index], (index & 1) != 0 ? pair >> 4 : pair & 15};
   }
@@ -162,7 +161,7 @@ inline void decode_block(Block block, thread const uint* words, int bias, thread
 template <typename Store, typename T>
 inline void decode_row_block(Store store, int bias, uint row, uint block, uint cols, device T* out) {
   if (block * Store::C >= cols) return;
-  Block loaded = store.load(row, block);
+  Block loaded = store.load(row * store.count + block);
   typename Store::Entry extension;
   extend<Store::C * Store::P>(loaded.seed, extension);
   uint words[Store::C * Store::P / 8];
@@ -178,8 +177,8 @@ inline void decode_row_block(Store store, int bias, uint row, uint block, uint c
 
 // ---- One token ---------------------------------------------------------------------------------------------------
 
-// What a product needs of C columns of x, for all rows. `Windows`: the AND-only form. With f = 1 + V 2^(k-23) and
-// xs = x 2^(23-k-4p), sum_c f xs - offset = 2^(-4p) sum_c x (V - 32768); the 2^(-4p) meets the 2^(4p-23) of `coefficient`.
+// What a product needs of C columns of x, for all rows, in the AND-only form. With f = 1 + V 2^(k-23) and
+// xs = x 2^(23-k-4p), sum_c f xs - offset = 2^(-4p) sum_c x (V - 32768); 2^(-4p) meets the 2^(4p-23) of `coefficient`.
 template <int C, int P>
 struct Windows {
   float scaled[C * P];
@@ -248,27 +247,41 @@ struct Shifts {
   }
 };
 
-// out (rows) = W x. Threadgroups of 256 threads, R rows a simdgroup, the lanes over the blocks of a row: 32 neighbours read
-// one line. Every lane keeps x ready for its block and uses it for R rows.
+// Index of the first block of each of R rows; rows beyond the last one repeat it.
+template <int R>
+inline void row_starts(uint first, uint rows, uint count, thread uint* starts) {
+#pragma unroll
+  for (int r = 0; r < R; r++) starts[r] = min(first + r, rows - 1) * count;
+}
+
+// Adds the products of one block column to the sums of R rows, times 32767.
+template <typename Form, int R, typename Store, typename Vectors, typename Entry>
+inline void add_block(Store store, Vectors vectors, int bias, uint block, uint cols, thread const uint* starts,
+                      const threadgroup Entry* tables, thread float* sums) {
+  float columns[Store::C];
+  load_columns<Store::C>(vectors, 0, block * Store::C, cols, columns);
+  Form form;
+  form.prepare(columns);
+#pragma unroll
+  for (int r = 0; r < R; r++) {
+    Block loaded = store.load(starts[r] + block);
+    uint words[Store::C * Store::P / 8];
+    look_up<Store>(loaded.seed, tables, words);
+    sums[r] += form.dot(loaded, words, bias);
+  }
+}
+
+// out (rows) = W x. Threadgroups of 256 threads, R rows a simdgroup, the lanes over the blocks of a row: 32 neighbours
+// read one line. Every lane keeps x ready for its block and uses it for R rows.
 template <typename Form, int R, typename Store, typename Vectors, typename T>
 inline void matvec(Store store, Vectors vectors, int bias, uint rows, uint cols, device T* out,
                    threadgroup typename Store::Entry* tables, uint group, uint simdgroup, uint lane) {
   fill_tables<Store>(tables, simdgroup * 32 + lane, 256);
-  uint first = (group * 8 + simdgroup) * R;
+  uint first = (group * 8 + simdgroup) * R, starts[R];
+  row_starts<R>(first, rows, store.count, starts);
   float sums[R] = {0};
-  for (uint block = lane; block * Store::C < cols; block += 32) {
-    float columns[Store::C];
-    load_columns<Store::C>(vectors, 0, block * Store::C, cols, columns);
-    Form form;
-    form.prepare(columns);
-#pragma unroll
-    for (int r = 0; r < R; r++) {
-      Block loaded = store.load(min(first + r, rows - 1), block);
-      uint words[Store::C * Store::P / 8];
-      look_up<Store>(loaded.seed, tables, words);
-      sums[r] += form.dot(loaded, words, bias);
-    }
-  }
+  for (uint block = lane; block * Store::C < cols; block += 32)
+    add_block<Form, R>(store, vectors, bias, block, cols, starts, tables, sums);
 #pragma unroll
   for (int r = 0; r < R; r++) {
     float total = simd_sum(sums[r]);
@@ -278,39 +291,45 @@ inline void matvec(Store store, Vectors vectors, int bias, uint rows, uint cols,
 
 // ---- A few tokens ------------------------------------------------------------------------------------------------
 
+// Adds the products of one block column, decoded once, to the sums of N tokens and R rows.
+template <int N, int R, typename Store, typename Vectors, typename Entry>
+inline void add_block_of_each(Store store, Vectors vectors, int bias, uint block, uint cols, thread const uint* starts,
+                              const threadgroup Entry* tables, thread float* sums) {
+  float weights[R][Store::C];
+#pragma unroll
+  for (int r = 0; r < R; r++) {
+    Block loaded = store.load(starts[r] + block);
+    uint words[Store::C * Store::P / 8];
+    look_up<Store>(loaded.seed, tables, words);
+    decode_block<Store>(loaded, words, bias, weights[r]);
+  }
+#pragma unroll
+  for (int t = 0; t < N; t++) {
+    float columns[Store::C];
+    load_columns<Store::C>(vectors, t, block * Store::C, cols, columns);
+#pragma unroll
+    for (int r = 0; r < R; r++)
+#pragma unroll
+      for (int c = 0; c < Store::C; c++) sums[t * R + r] = fma(weights[r][c], columns[c], sums[t * R + r]);
+  }
+}
+
 // out (N, rows) = vectors (N, cols) W^T. As matvec, but the weights are decoded first and used N times.
 template <int N, int R, typename Store, typename Vectors, typename T>
 inline void matvecs(Store store, Vectors vectors, int bias, uint rows, uint cols, device T* out,
                     threadgroup typename Store::Entry* tables, uint group, uint simdgroup, uint lane) {
   fill_tables<Store>(tables, simdgroup * 32 + lane, 256);
-  uint first = (group * 8 + simdgroup) * R;
-  float sums[N][R] = {{0}};
-  for (uint block = lane; block * Store::C < cols; block += 32) {
-    float weights[R][Store::C];
+  uint first = (group * 8 + simdgroup) * R, starts[R];
+  row_starts<R>(first, rows, store.count, starts);
+  float sums[N * R] = {0};
+  for (uint block = lane; block * Store::C < cols; block += 32)
+    add_block_of_each<N, R>(store, vectors, bias, block, cols, starts, tables, sums);
 #pragma unroll
-    for (int r = 0; r < R; r++) {
-      Block loaded = store.load(min(first + r, rows - 1), block);
-      uint words[Store::C * Store::P / 8];
-      look_up<Store>(loaded.seed, tables, words);
-      decode_block<Store>(loaded, words, bias, weights[r]);
-    }
-#pragma unroll
-    for (int t = 0; t < N; t++) {
-      float columns[Store::C];
-      load_columns<Store::C>(vectors, t, block * Store::C, cols, columns);
-#pragma unroll
-      for (int r = 0; r < R; r++)
-#pragma unroll
-        for (int c = 0; c < Store::C; c++) sums[t][r] = fma(weights[r][c], columns[c], sums[t][r]);
-    }
+  for (int i = 0; i < N * R; i++) {
+    float total = simd_sum(sums[i]);
+    uint row = first + i % R;
+    if (lane == 0 && row < rows) out[i / R * rows + row] = T(total);
   }
-#pragma unroll
-  for (int t = 0; t < N; t++)
-#pragma unroll
-    for (int r = 0; r < R; r++) {
-      float total = simd_sum(sums[t][r]);
-      if (lane == 0 && first + r < rows) out[t * rows + first + r] = T(total);
-    }
 }
 
 // ---- Many tokens -------------------------------------------------------------------------------------------------
@@ -341,7 +360,7 @@ inline void load_weights(Store store, int bias, uint row, uint block, uint rows,
   threadgroup float* target = tile + r * Tile<Store>::pitch + thread_index % 2 * Store::C;
   float weights[Store::C] = {0};
   if (at < store.count) {
-    Block loaded = store.load(min(row + r, rows - 1), at);
+    Block loaded = store.load(min(row + r, rows - 1) * store.count + at);
     uint words[Store::C * Store::P / 8];
     look_up<Store>(loaded.seed, tables, words);
     decode_block<Store>(loaded, words, bias, weights);
@@ -350,8 +369,9 @@ inline void load_weights(Store store, int bias, uint row, uint block, uint rows,
   for (int c = 0; c < Store::C; c++) target[c] = weights[c];
 }
 
-// out (tokens, rows) = vectors (tokens, cols) W^T. A threadgroup of 128 threads makes M x 64 outputs, each of its 2 x 2 simdgroups
-// M/2 x 32 as 8 x 8 matrices in float32; a step decodes 64 x 2C weights once into threadgroup memory, unrounded.
+// out (tokens, rows) = vectors (tokens, cols) W^T. A threadgroup of 128 threads makes M x 64 outputs, each of its 2 x 2
+// simdgroups M/2 x 32 of them as 8 x 8 matrices in float32; a step decodes 64 x 2C weights once into threadgroup
+// memory, unrounded.
 template <int M, typename Store, typename Vectors, typename T>
 inline void matmul(Store store, Vectors vectors, int bias, uint rows, uint cols, uint tokens, device T* out,
                    threadgroup typename Store::Entry* tables, threadgroup float* token_tile,

@@ -93,6 +93,12 @@ def test_a_tiled_matmul_is_mlx_s(sanitizer):
     assert_close(metal_on_cpu.run(product, a, b, sanitizer=sanitizer), a @ b, "tiled matmul")
 
 
+def test_the_order_of_threads_changes_nothing():
+    a, b = (mx.random.normal(shape, key=mx.random.key(i)) for i, shape in enumerate([(16, 8), (8, 16)]))
+    first, last = (metal_on_cpu.run(product, a, b, descending=descending) for descending in (False, True))
+    assert_close(first, last, "ascending and descending", 0, 0)
+
+
 def gather(x):
     """A copy of x by its strides, however it lies in memory."""
     source = """
@@ -112,6 +118,7 @@ def test_strides_are_those_of_the_array(dtype):
         assert_close(metal_on_cpu.run(gather, x, sanitizer="address" if x is base else None), x, "gather", 0, 0)
 
 
+@emulation
 def test_small_inputs_arrive_as_constants_and_scalars():
     source = "out[thread_position_in_grid.x] = inp[0] + inp[6] + factor + third[thread_position_in_grid.x];"
     small, scalar, large = mx.arange(7.0), mx.array(10.0), mx.arange(8.0)

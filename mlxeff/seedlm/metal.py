@@ -1,7 +1,7 @@
 """Launches of the kernels in metal/seedlm.metal: decoding, embedding rows and products with seed-encoded matrices.
 
-The arguments and results are those of the mx operations in `codec`; the choice between the two is the caller's. Sums are
-kept in float32 and weights are not rounded before they are multiplied, whatever the type of x.
+The arguments and results are those of the mx operations in `codec`; the choice between the two is the caller's. Sums
+are kept in float32 and weights are not rounded before they are multiplied, whatever the type of x.
 """
 
 from collections.abc import Mapping

@@ -9,6 +9,7 @@ Where there is a Metal GPU, `run` calls `launch` on it. README.md says what is c
 
 import contextlib
 import functools
+import os
 import shutil
 
 import mlx.core as mx
@@ -16,8 +17,8 @@ import pytest
 
 from mlxeff import kernels
 
-from .execute import SANITIZERS, MetalError, execute
-from .trace import Launch, trace
+from .host import SANITIZERS, MetalError, run_on_host
+from .recording import Launch, trace
 
 __all__ = ["SANITIZERS", "Launch", "MetalError", "emulated", "run", "trace"]
 
@@ -32,6 +33,8 @@ def run(launch, *arguments, sanitizer=None, descending=False, **keywords):
             pytest.skip("sanitizers need the emulation, here the kernel runs on the GPU")
         result = launch(*arguments, **keywords)
     else:
+        if os.environ.get("MLXEFF_REQUIRE_METAL"):
+            pytest.fail("MLXEFF_REQUIRE_METAL is set, and MLX finds no GPU")
         with emulated(sanitizer, descending):
             result = launch(*arguments, **keywords)
     mx.eval(result)
@@ -61,4 +64,4 @@ def _call(kernel, sanitizer, descending, *, inputs, stream=None, **keywords):
     """One call of a kernel as MLX's signature has it; the outputs come back as evaluated arrays."""
     arrays = [each if isinstance(each, mx.array) else mx.array(each) for each in inputs]
     launch = trace(kernel, arrays, **keywords)
-    return execute(launch, arrays, sanitizer, descending)
+    return run_on_host(launch, arrays, sanitizer, descending)

@@ -17,7 +17,7 @@ from .translate import translate
 
 HERE = Path(__file__).resolve().parent
 SANITIZERS = {
-    None: ["-O2"],
+    None: ["-O1"],
     "address": ["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-DMETAL_ON_CPU_ADDRESS"],
     "thread": ["-O1", "-g1", "-fsanitize=thread", "-DMETAL_ON_CPU_THREAD"],
 }
@@ -34,7 +34,7 @@ class MetalError(AssertionError):
     """A kernel that does not compile, breaks a rule of Metal's, or in which a sanitizer found something."""
 
 
-def execute(launch, arrays, sanitizer=None, descending=False):
+def run_on_host(launch, arrays, sanitizer=None, descending=False):
     """Run `launch` over the input arrays; returns the outputs as mx arrays."""
     program = build(launch.source, launch.name, sanitizer)
     buffers = [each for array, info in zip(arrays, launch.shape_infos) for each in input_buffers(array, info, launch)]

@@ -1,0 +1,203 @@
+"""Predicted share of memory bandwidth that the SeedLM Metal kernels reach for one token, from their instruction counts.
+
+    python benchmarks/metal_seedlm_prediction.py [--rows 4] [--save]
+
+Nothing is measured on a GPU: every number is PREDICTED. The loop body of metal/seedlm.metal (`add_block`) is compiled
+by clang -O2 with the headers of tests/metal_on_cpu, fully unrolled and inlined, and the LLVM instructions of its
+straight line are counted; Metal's compiler is an LLVM too. Compiling it for one and for two rows separates what a row's
+block costs from what all rows share.
+
+The model, after measurements of the M1 and M2 by others (philipturner/metal-benchmarks on GitHub):
+- one issue slot for a float32 add, multiply or fused multiply-add, an integer add, AND, OR, XOR, compare or select, and
+  a load;
+- a shift, a conversion and an integer multiplication take 4 cycles of another pipe and 2 issue slots;
+- negations, casts between integer sizes and the address of base[index] are free.
+M1, M2: cycles = max(slots, 4 x slow ones). M3, M4 issue float and integer work at once (their exact rules are not
+published): cycles = max(float slots, other slots, 4 x slow ones). Bank conflicts of the table look-ups, latency, the
+start of a threadgroup and the reduction at a row's end are not in the model: shares are upper bounds. Bandwidth counts
+the stored blocks alone.
+"""
+
+import argparse
+import json
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+HARNESS = ROOT / "tests/metal_on_cpu"
+
+# TFLOPS (2 x lanes x GHz) and GB/s. M1, M2: measured by metal-benchmarks; M3, M4: published clocks and core counts.
+CHIPS = {
+    "M1": (2.62, 68),
+    "M1 Pro": (5.31, 200),
+    "M1 Max": (10.62, 400),
+    "M2": (3.58, 100),
+    "M2 Pro": (6.80, 200),
+    "M2 Max": (13.60, 400),
+    "M3 Pro": (6.44, 150),
+    "M3 Max": (14.32, 400),
+    "M4": (3.76, 120),
+    "M4 Max": (17.2, 546),
+}
+# Format → (store type for the host compiler, columns, states, bytes a block).
+FORMATS = {
+    "4": ("Packed<const uint*>", 8, 3, 4.0),
+    "4.5": ("Planar<8, 4, uint, const ushort*, const ushort*, const uchar*>", 8, 4, 4.5),
+    "3": ("Planar<12, 4, uint2, const ushort*, const ushort*, const uchar*>", 12, 4, 4.5),
+}
+FORMS = {"AND only": "Windows", "shifts": "Shifts"}
+PROBE = """
+using Store = {store};
+extern "C" void probe(Store store, const float* vectors, int bias, uint block, uint cols, const uint* starts,
+                      const Store::Entry* tables, float* sums) {{
+  if (block * Store::C + Store::C > cols) __builtin_unreachable();
+  add_block<{form}<Store::C, Store::P>, {rows}>(store, vectors, bias, block, cols, starts, tables, sums);
+}}
+"""
+KINDS = {
+    "float": ("fadd", "fsub", "fmul", "llvm.fma"),
+    "integer": ("and", "or", "xor", "add", "sub", "icmp", "select", "llvm.umin"),
+    "slow": ("shl", "lshr", "ashr", "mul", "sitofp", "uitofp"),
+    "load": ("load",),
+    "store": ("store",),
+    "free": ("fneg", "zext", "sext", "trunc", "bitcast", "getelementptr", "llvm.assume", "ret"),
+}
+KIND = {name: kind for kind, names in KINDS.items() for name in names}
+FUNNEL = {"slow": 2, "integer": 1}  # llvm.fshl of two words: two shifts and an OR
+
+
+def find_clang():
+    names = ["clang++", *(f"clang++-{version}" for version in range(25, 13, -1))]
+    found = next((name for name in names if shutil.which(name)), None)
+    if found is None:
+        sys.exit("metal_seedlm_prediction: wanted clang++ 14 or newer (Debian: apt install clang), found none")
+    return found
+
+
+def count(clang, fmt, form, rows):
+    """Instructions by kind of the loop body for `rows` rows."""
+    source = re.sub(r"//[^\n]*", "", (ROOT / "metal/seedlm.metal").read_text(encoding="utf-8"))
+    source += PROBE.format(store=FORMATS[fmt][0], form=FORMS[form], rows=rows)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "probe.cpp"
+        path.write_text(source)
+        flags = ["-std=c++17", "-w", "-O2", "-fno-vectorize", "-fno-slp-vectorize", "-ffp-contract=off"]
+        command = [clang, *flags, "-mllvm", "-inline-threshold=1000000", f"-I{HARNESS}", "-include", "metal.h"]
+        command += ["-S", "-emit-llvm", str(path), "-o", "-"]
+        done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        sys.exit(f"metal_seedlm_prediction: {done.stderr[:2000]}")
+    return count_ir(re.search(r"^define [^\n]*@probe\(.*?^}", done.stdout, re.MULTILINE | re.DOTALL).group(0))
+
+
+def count_ir(text):
+    """Instructions by kind of one function in LLVM's text form; it must be a straight line."""
+    kinds = Counter()
+    for line in text.splitlines()[1:-1]:
+        operation = re.match(r"\s+(?:%\S+ = )?(?:tail call .*?@([\w.]+)|(\w+))", line)
+        if operation is None:
+            sys.exit(f"metal_seedlm_prediction: not a straight line: {line!r}")
+        name = operation.group(2) or re.sub(r"\.[fi]\d+$", "", operation.group(1))
+        if name in ("llvm.fshl", "llvm.fshr"):
+            kinds.update(FUNNEL)
+        elif name in KIND:
+            kinds[KIND[name]] += 1
+        else:
+            sys.exit(f"metal_seedlm_prediction: an instruction that is in no table: {line!r}")
+    return kinds
+
+
+def per_weight(clang, fmt, form, rows):
+    """Instructions by kind for one weight, where `rows` rows share the preparation of x."""
+    one, two = (count(clang, fmt, form, n) for n in (1, 2))
+    row = Counter({kind: two[kind] - one[kind] for kind in KINDS})
+    shared = Counter({kind: one[kind] - row[kind] for kind in KINDS})
+    row["load"] -= 2  # the row's sum and the index of its first block are in registers
+    columns = FORMATS[fmt][1]
+    return {kind: (shared[kind] / rows + row[kind]) / columns for kind in ("float", "integer", "slow", "load")}
+
+
+def cycles(counts, chip):
+    """Cycles of one lane for one weight."""
+    other = counts["integer"] + counts["load"] + 2 * counts["slow"]
+    parallel = chip.startswith(("M3", "M4"))
+    issued = max(counts["float"], other) if parallel else counts["float"] + other
+    return max(issued, 4 * counts["slow"])
+
+
+def predict(counts, fmt, chip):
+    """PREDICTED cycles, budget (cycles a weight at full bandwidth), share of bandwidth, weights a second."""
+    tflops, bandwidth = CHIPS[chip]
+    bits = 8 * FORMATS[fmt][3] / FORMATS[fmt][1]
+    budget = tflops * 1e12 / 2 / (bandwidth * 1e9 * 8 / bits)
+    used = cycles(counts, chip)
+    share = min(1.0, budget / used)
+    return {
+        "chip": chip,
+        "predicted_cycles_per_weight": round(used, 2),
+        "budget_cycles_per_weight": round(budget, 2),
+        "predicted_share_of_bandwidth": round(share, 3),
+        "predicted_gb_per_s": round(share * bandwidth, 1),
+        "predicted_gweights_per_s": round(share * bandwidth * 8 / bits, 1),
+    }
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rows", type=int, default=4, help="rows a simdgroup computes, which share the work on x")
+    parser.add_argument("--save", action="store_true")
+    options = parser.parse_args()
+    clang = find_clang()
+    version = subprocess.run([clang, "--version"], capture_output=True, text=True).stdout.splitlines()[0]
+    results = {
+        "card": {
+            "command": " ".join(["python", "benchmarks/metal_seedlm_prediction.py", *sys.argv[1:]]),
+            "kind": "predicted: counted instructions and published chip figures, nothing ran on a GPU",
+            "compiler": version,
+            "host": f"{platform.system()} {platform.machine()}",
+            "rows": options.rows,
+        },
+        "samples": [],
+    }
+    for fmt in FORMATS:
+        for form in FORMS:
+            counts = per_weight(clang, fmt, form, options.rows)
+            sample = {"format": fmt, "form": form, "bytes_per_block": FORMATS[fmt][3], "columns": FORMATS[fmt][1]}
+            sample["instructions_per_weight"] = {kind: round(value, 3) for kind, value in counts.items()}
+            sample["predicted"] = [predict(counts, fmt, chip) for chip in CHIPS]
+            results["samples"].append(sample)
+    print_tables(results)
+    if options.save:
+        path = ROOT / "benchmarks/results/predicted-M1-to-M4-metal-seedlm.json"
+        path.write_text(json.dumps(results, indent=1) + "\n")
+    print(json.dumps(results))
+
+
+def print_tables(results):
+    card = results["card"]
+    print(f"{card['kind']}\n{card['compiler']}, {card['rows']} rows share the work on x\n")
+    print("Instructions a weight, counted\n")
+    print("| format | form | bytes a block | float | integer | slow | loads |")
+    print("|---|---|---|---|---|---|---|")
+    for sample in results["samples"]:
+        counts = " | ".join(f"{value:.2f}" for value in sample["instructions_per_weight"].values())
+        print(f"| {sample['format']} | {sample['form']} | {sample['bytes_per_block']} | {counts} |")
+    print("\nPREDICTED share of bandwidth (PREDICTED Gweights/s)\n")
+    print(f"| format | form | {' | '.join(CHIPS)} |\n|---|---|{'---|' * len(CHIPS)}")
+    for sample in results["samples"]:
+        cells = (
+            f"{p['predicted_share_of_bandwidth']:.0%} ({p['predicted_gweights_per_s']:.0f})"
+            for p in sample["predicted"]
+        )
+        print(f"| {sample['format']} | {sample['form']} | {' | '.join(cells)} |")
+    print()
+
+
+if __name__ == "__main__":
+    main()
