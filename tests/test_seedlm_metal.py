@@ -13,8 +13,8 @@ from mlxeff.seedlm import codec, metal
 from mlxeff.seedlm.format import FORMATS
 
 BIAS = -12
-# Error of a product / its expected size (facts of the format: rounding of the float32 sums). The AND-only form cancels
-# offsets up to 2^8 times as large as the result; the others sum terms of the result's own size.
+# Largest error of a product by its expected size, from the rounding of float32 sums (2^-24 a step). The AND-only form
+# cancels offsets up to 2^8 times as large as the result; the others sum terms of the result's own size.
 BOUND = {"Windows": 1e-4, "Shifts": 1e-5, "weights": 1e-5}
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 exhaustive = pytest.mark.skipif(
