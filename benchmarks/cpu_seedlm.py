@@ -21,9 +21,8 @@ import mlx.core as mx
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-from cpu_matmul import median_time, read_bandwidth
-
 from cpu_library import EXACT, F16, F32, OK, QuantizedWeight, address, lib
+from cpu_matmul import median_time, read_bandwidth
 from mlxeff import __version__
 from mlxeff.seedlm.format import FORMATS
 from seedlm_calls import Seeded, SeedWeight, encode

@@ -6,18 +6,12 @@
 //
 // To be included by per-level sources only.
 #pragma once
-#include "amx_tile.h"
-#include "gemm_tile.h"
-#include "pool.h"
+#include "panel_product.h"
 #include "seedlm_decode.h"
 #include "seedlm_kernels.h"
 
 namespace mlxeff {
 namespace MLXEFF_ISA {
-
-constexpr int64_t panel_k = 256;        // 256 x 32 fp32 = 32 KiB stay in the first-level cache
-constexpr int64_t amx_panel_k = 1024;   // longer: loading and storing accumulator tiles costs as much as two products
-constexpr int64_t rows_at_once = 1024;  // of x, before a panel is decoded anew; bounds the accumulators
 
 // Floats, or bf16 values, between the rows of x.
 MLXEFF_INLINE int64_t panel_stride(const SeedArgs& args) { return padded_stride(args.w.K, 4); }
@@ -36,8 +30,8 @@ MLXEFF_INLINE void decode_panel(const mlxeff_seedlm_weight& w, int64_t n, int64_
 template <int C, int P>
 static int run_panel(const SeedArgs& args, int64_t n_begin, int64_t n_end) {
   const mlxeff_seedlm_weight w = args.w;
-  const int64_t blocks = ceil_div(w.K, C), ldx = panel_stride(args), step = panel_k / C;
-  float* const panel = static_cast<float*>(scratch(Scratch::panel, size_t(panel_k * panel_width) * 4));
+  const int64_t blocks = ceil_div(w.K, C), ldx = panel_stride(args), step = panel_depth / C;
+  float* const panel = static_cast<float*>(scratch(Scratch::panel, size_t(panel_depth * panel_width) * 4));
   float* const sums = static_cast<float*>(scratch(Scratch::accumulator, size_t(min_of(args.M, rows_at_once) * panel_width) * 4));
   if (!panel || !sums) return MLXEFF_NO_MEMORY;
   for (int64_t n = n_begin; n < n_end; n += panel_width)
@@ -48,7 +42,7 @@ static int run_panel(const SeedArgs& args, int64_t n_begin, int64_t n_end) {
                            [&](int half, int64_t k, vf weight) { store(panel + k * panel_width + half * VL, weight); });
         gemm_panel(args.x_f32 + m * ldx + j * C, ldx, rows, panel, min_of(step * C, w.K - j * C), sums, j > 0);
       }
-      store_columns(sums, panel_width, rows, columns, args.y, args.ldy, args.y_dtype, m * args.ldy + n);
+      store_block(sums, panel_width, rows, columns, {args.y, args.ldy, args.y_dtype}, m, n);
     }
   return MLXEFF_OK;
 }
@@ -58,7 +52,7 @@ template <int C, int P>
 static int run_panel_amx(const SeedArgs& args, int64_t n_begin, int64_t n_end) {
   const mlxeff_seedlm_weight w = args.w;
   const int64_t blocks = ceil_div(w.K, C), ldx = amx_panel_stride(args), padded_rows = round_up(args.M, 32);
-  const int64_t step = amx_panel_k / (C * 8) * 8;  // a multiple of 8 blocks is one of 32 columns
+  const int64_t step = amx_panel_depth / (C * 8) * 8;  // a multiple of 8 blocks is one of 32 columns
   bf16* const panel = static_cast<bf16*>(scratch(Scratch::panel, size_t((step + 8) * C * panel_width) * 2));
   float* const sums = static_cast<float*>(scratch(Scratch::accumulator, size_t(min_of(padded_rows, rows_at_once) * panel_width) * 4));
   if (!panel || !sums) return MLXEFF_NO_MEMORY;
@@ -77,7 +71,7 @@ static int run_panel_amx(const SeedArgs& args, int64_t n_begin, int64_t n_end) {
         for (int64_t i = 0; i < rows; i += 32)
           amx_tile(args.x_bf16 + (m + i) * ldx + j * C, ldx, panel, depth, sums + i * panel_width, panel_width, j > 0);
       }
-      store_columns(sums, panel_width, min_of(rows, args.M - m), columns, args.y, args.ldy, args.y_dtype, m * args.ldy + n);
+      store_block(sums, panel_width, min_of(rows, args.M - m), columns, {args.y, args.ldy, args.y_dtype}, m, n);
     }
   amx_end();
   return MLXEFF_OK;
