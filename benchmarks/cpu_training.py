@@ -96,7 +96,7 @@ def measure(options) -> list[dict]:
 
 
 def train(batch: int, tokens: int, passes: int) -> dict:
-    """Seconds of each pass, the loss, peak resident MiB, and multiply-adds a pass in units of 1e9 operations."""
+    """Seconds and CPU seconds of each pass, the loss, peak resident MiB, and multiply-adds a pass in units of 1e9 operations."""
     import mlx.core as mx
     import mlx.nn as nn
     from mlx.utils import tree_flatten
@@ -110,18 +110,20 @@ def train(batch: int, tokens: int, passes: int) -> dict:
     def loss(model, data):
         return ops.cross_entropy(model(data[:, :-1], model.new_cache()), data[:, 1:]).mean()
 
-    step, seconds = nn.value_and_grad(model, loss), []
+    step, seconds, busy = nn.value_and_grad(model, loss), [], []
     for _ in range(passes + 1):
-        began = time.perf_counter()
+        began, worked = time.perf_counter(), time.process_time()
         value, gradients = step(model, data)
         mx.eval(value, gradients)
         seconds.append(time.perf_counter() - began)
+        busy.append(time.process_time() - worked)
         del gradients
     weights = sum(
         p.size for _, p in tree_flatten(model.parameters()) if p.ndim == 2
     )  # the embedding once: it is the head
     return {
         "seconds": seconds[1:],
+        "cpu_seconds": busy[1:],  # of all threads: what the machine's other work changes least
         "loss": value.item(),
         "gflop": 6e-9 * weights * batch * tokens,  # of the matrix products, without attention's
         "rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform == "linux" else 1024**2),
@@ -152,8 +154,8 @@ def dense_model():
 def print_table(results: dict) -> None:
     for key, value in results["card"].items():
         print(f"{key}: {value}")
-    print("\n| operations | batch x tokens | s | tokens/s | GFLOP/s | peak RSS MiB | loss |")
-    print("|---|---|---|---|---|---|---|")
+    print("\n| operations | batch x tokens | s | CPU s | tokens/s | GFLOP/s | peak RSS MiB | loss |")
+    print("|---|---|---|---|---|---|---|---|")
     for shape in dict.fromkeys(sample["shape"] for sample in results["samples"]):
         batch, tokens = size_of(shape)
         for arm in ARMS:
@@ -161,11 +163,11 @@ def print_table(results: dict) -> None:
             if not chosen:
                 continue
             seconds = statistics.median(t for sample in chosen for t in sample["seconds"])
+            busy = statistics.median(t for sample in chosen for t in sample["cpu_seconds"])
             rss = statistics.median(sample["rss_mib"] for sample in chosen)
             rate, speed = batch * tokens / seconds, chosen[0]["gflop"] / seconds
-            print(
-                f"| {arm} | {shape} | {seconds:.3f} | {rate:.1f} | {speed:.0f} | {rss:.0f} | {chosen[0]['loss']:.6f} |"
-            )
+            times = f"{seconds:.3f} | {busy:.3f} | {rate:.1f} | {speed:.0f}"
+            print(f"| {arm} | {shape} | {times} | {rss:.0f} | {chosen[0]['loss']:.6f} |")
 
 
 if __name__ == "__main__":
