@@ -96,7 +96,7 @@ def measure(options) -> list[dict]:
 
 
 def train(batch: int, tokens: int, passes: int) -> dict:
-    """Seconds and CPU seconds of each pass, the loss, peak resident MiB, and multiply-adds a pass in units of 1e9 operations."""
+    """Seconds and CPU seconds of each pass, the loss, peak resident MiB, 1e9 operations of a pass."""
     import mlx.core as mx
     import mlx.nn as nn
     from mlx.utils import tree_flatten
