@@ -14,14 +14,13 @@ from cpu_library import (
     EXACT,
     F16,
     F32,
-    LEVELS,
     OK,
     STORAGE_ERROR,
     address,
     assert_close,
+    cast,
     lib,
     product,
-    to_dtype,
 )
 from mlxeff.seedlm import codec
 from mlxeff.seedlm.format import BIAS_LIMIT, FORMATS
@@ -29,13 +28,6 @@ from seedlm_calls import Seeded, SeedWeight, decode, matmul, rows
 
 ROWS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 33)  # of x
 SHAPES = ((1, 576), (3, 1536), (17, 1), (37, 100), (70, 24), (33, 257))
-
-
-@pytest.fixture(params=LEVELS)
-def level(request):
-    assert lib.mlxeff_set_isa(request.param.encode()) == OK
-    yield request.param
-    assert lib.mlxeff_set_isa(None) == OK
 
 
 @pytest.fixture(params=(1, 2, 5))
@@ -66,7 +58,7 @@ def test_decoding_in_other_types_rounds_the_float32(level, name):
     for count, cols in SHAPES:
         weight = Seeded.random(name, rng, count, cols)
         for dtype in (F32, F16, BF16):
-            want = to_dtype(weight.dense(), dtype)
+            want = cast(weight.dense(), dtype)
             np.testing.assert_array_equal(decode(weight, dtype), want, f"{level} {name} {count}x{cols} dtype {dtype}")
             ids = rng.integers(0, count, 5)
             np.testing.assert_array_equal(rows(weight, ids, dtype), want[ids])
@@ -90,7 +82,7 @@ def test_dtypes_and_strides(level, name, x_dtype, y_dtype):
     rng = np.random.default_rng(4)
     weight = Seeded.random(name, rng, 35, 260)
     for m in (1, 3, 40):
-        x = to_dtype(rng.standard_normal((m, 300)), x_dtype)[:, 7:267]
+        x = cast(rng.standard_normal((m, 300)), x_dtype)[:, 7:267]
         want = product(x, weight.dense())
         assert_close(matmul(weight, x, y_dtype), want, 4e-6 + STORAGE_ERROR[y_dtype], f"{level} {name} M={m}")
 

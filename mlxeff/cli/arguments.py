@@ -63,6 +63,16 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--context-limit", metavar="N", type=_positive, help="tokens (default: the model's own)")
     group.add_argument("--truncate", action="store_true", help="drop the beginning of what is longer than the context")
+    group.add_argument(
+        "--compute",
+        choices=("exact", "bf16", "int8"),
+        default="exact",
+        help="products of the CPU kernels: exact float32 (default), operands rounded to bf16 where that is faster (AMX), "
+        "or activations rounded to int8",
+    )
+    group.add_argument(
+        "--kv-dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="KV cache of the CPU kernels"
+    )
     group.add_argument("--prefill-step", metavar="N", type=_positive, help="prompt tokens a chunk (2048 GPU, 512 CPU)")
 
 

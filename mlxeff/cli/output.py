@@ -60,6 +60,14 @@ def bar(title: str, unit: str, quiet: bool = False) -> Iterator[Callable[[int, i
         yield show
 
 
+def _precision(stats: dict) -> Iterator[str]:
+    """What is not computed exactly."""
+    if stats["compute"] not in (None, "exact"):
+        yield f"{stats['compute']} products"
+    if stats["kv_dtype"] not in (None, "float32"):
+        yield f"{stats['kv_dtype']} KV cache"
+
+
 def timing_line(stats: dict) -> str:
     """The final line of a generation from the dict that `--json` prints as "timings" and its counts."""
     prompt = f"prompt {stats['prompt_tokens']} tokens"
@@ -73,6 +81,6 @@ def timing_line(stats: dict) -> str:
             f"generated {stats['generated_tokens']} tokens ({stats['finish_reason']})",
             f"decode {stats['decode_tps']:.1f} tok/s",
             f"peak memory {stats['peak_memory_gb']:.2f} GB",
-            f"{stats['device']} {stats['dtype']} {stats['backend']}",
+            " ".join([stats["device"], stats["dtype"], stats["backend"], *_precision(stats)]),
         ]
     )

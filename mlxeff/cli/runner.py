@@ -69,6 +69,8 @@ class Runner:
             "device": self.device,
             "dtype": self.loaded.dtype,
             "backend": self.loaded.backend,
+            "compute": self.loaded.compute,
+            "kv_dtype": self.loaded.kv_dtype,
         }
 
 
@@ -106,6 +108,7 @@ def start(options: argparse.Namespace) -> Runner:
         path = hub.resolve(options.model, offline=options.offline, progress=progress)
     began = time.perf_counter()
     loaded = load_path(path, trust_remote_code=options.trust_remote_code)
+    loaded.set_precision(options.compute, options.kv_dtype)
     seed = random.SystemRandom().getrandbits(SEED_BITS) if options.seed is None else options.seed
     mx.random.seed(seed)
     session = Session(loaded.model, loaded.tokenizer)
