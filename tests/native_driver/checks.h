@@ -37,6 +37,9 @@ void each_setting(Body body) {
   RUN(mlxeff_set_isa(nullptr));
 }
 
+// Of the shapes of a check, each shape_step-th is run.
+inline int shape_step = 1;
+
 // In [-1, 1).
 inline float uniform() {
   static uint32_t state = 1;
