@@ -67,7 +67,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         "--compute",
         choices=("exact", "bf16", "int8"),
         default="exact",
-        help="products of the CPU kernels: exact float32 (default), operands rounded to bf16 where that is faster (AMX), "
+        help="products of the CPU kernels: exact float32 (default), operands rounded to bf16 where faster (AMX), "
         "or activations rounded to int8",
     )
     group.add_argument(
