@@ -170,6 +170,10 @@ class DecoderForward : public mx::Primitive {
     });
   }
   void eval_gpu(const std::vector<mx::array>&, std::vector<mx::array>&) override { throw std::runtime_error("decoder: has no GPU form"); }
+  std::vector<mx::array> vjp(const std::vector<mx::array>&, const std::vector<mx::array>&, const std::vector<int>&,
+                             const std::vector<mx::array>&) override {
+    throw std::invalid_argument("native decoder: has no gradient; call model.train() first, which computes operator by operator");
+  }
   const char* name() const override { return "MlxeffDecoder"; }
 
  private:

@@ -273,6 +273,21 @@ def test_does_not_apply_to_training_and_other_weights():
     assert make_divisible(64, 32) == 64
 
 
+def test_gradients_want_the_training_mode():
+    _, fused = pair("dense")
+    tokens = mx.array([[1, 2, 3]])
+
+    def loss(model):
+        return model(tokens, model.new_cache()).sum()
+
+    with pytest.raises(ValueError, match=r"call model\.train\(\)"):
+        mx.eval(nn.value_and_grad(fused, loss)(fused))
+    fused.train()
+    value, gradients = nn.value_and_grad(fused, loss)(fused)
+    mx.eval(value, gradients)
+    assert abs(gradients["model"]["norm"]["weight"]).sum().item() > 0
+
+
 def test_decoding_does_not_copy_the_cache():
     """The loop of `decode`, of which a step in flight would hold the buffers of the cache."""
     _, fused = pair("llama")
