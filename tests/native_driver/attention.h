@@ -92,15 +92,14 @@ inline void check_attention(const AttentionCase& c, int q_dtype, int kv_dtype, i
 inline void check_head_norm(int64_t B, int64_t H, int64_t S, int64_t E, int dtype, bool by_token) {
   const HeadsView view = {H, S, by_token};
   const Matrix x = Matrix::random(B * H * S, E, dtype, 1), weight = Matrix::random(1, E, dtype);
+  const std::vector<double> inverse = inverse_rms(x, 1e-5);
   each_setting([&] {
     for (const Matrix* factors : {&weight, static_cast<const Matrix*>(nullptr)}) {
       Matrix y(B * H * S, E, dtype, 1);
       const mlxeff_heads from = view.of(x), to = view.of(y);
       RUN(mlxeff_head_norm(&from, &to, B, H, S, E, factors ? factors->data() : nullptr, dtype, 1e-5f));
       y.check("head_norm", 2e-6, [&](int64_t r, int64_t c) {
-        double squares = 0;
-        for (int64_t e = 0; e < E; ++e) squares += x.at(r, e) * x.at(r, e);
-        return x.at(r, c) / std::sqrt(squares / double(E) + 1e-5) * (factors ? factors->at(0, c) : 1);
+        return x.at(r, c) * inverse[size_t(r)] * (factors ? factors->at(0, c) : 1);
       });
     }
   });

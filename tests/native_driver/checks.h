@@ -110,6 +110,17 @@ class Matrix {
   }
 };
 
+// 1 / sqrt(mean of the squares + eps) of each row.
+inline std::vector<double> inverse_rms(const Matrix& x, double eps) {
+  std::vector<double> result;
+  for (int64_t r = 0; r < x.rows; ++r) {
+    double squares = 0;
+    for (int64_t c = 0; c < x.columns; ++c) squares += x.at(r, c) * x.at(r, c);
+    result.push_back(1 / std::sqrt(squares / double(x.columns) + eps));
+  }
+  return result;
+}
+
 // A (B, heads, tokens, E) array whose rows lie in a Matrix, in the order (B, heads, tokens) or (B, tokens, heads).
 struct HeadsView {
   int64_t heads, tokens;
