@@ -27,7 +27,7 @@ from mlxeff.tokenizer import from_gguf
 from peers import checkpoints
 from peers.card import card, cores, current_commit, identity, versions
 from peers.install import PEERS, Peer, install, recorded
-from peers.measure import COLD_PROMPT, ROOT, Measurer, Samples, last_line, needed, reason, worker_command
+from peers.measure import COLD_PROMPT, ROOT, Measurer, Samples, environment, last_line, needed, reason, worker_command
 from peers.report import Results, report
 from peers.table import FOUR, GENERATED, Job, jobs
 
@@ -140,9 +140,9 @@ def write_reference(measurer: Measurer, prompts: list[list[int]]) -> None:
     print("computing the reference of correctness, some minutes", file=sys.stderr, flush=True)
     files = measurer.files[FOUR]
     task = {"task": "reference", "threads": cores(), "prompts": prompts, "generate": GENERATED}
-    task |= {"path": str(files.mlx), "unfused": str(files.gguf), "reference": str(measurer.reference)}
+    task |= {"path": str(files.mlx), "own": str(files.gguf), "reference": str(measurer.reference)}
     try:
-        last_line(worker_command(task, sys.executable), cores(), limit=None)
+        last_line(worker_command(task, sys.executable), environment(cores()) | {"MLXEFF_NATIVE": "0"}, limit=None)
     except subprocess.CalledProcessError as error:
         raise MlxeffError(f"reference of correctness: {reason(error)}") from error
 

@@ -12,19 +12,17 @@ import numpy as np
 
 
 class Mlxeff:
-    """mlxeff through the functions that `mlxeff generate` uses; the options are keywords of `load_path`."""
+    """mlxeff through the functions that `mlxeff generate` uses; the options are keywords of `set_precision`."""
 
     def __init__(self, job: dict):
         from mlxeff import kernels
         from mlxeff.loading import load_path
+        from mlxeff.models.fused import set_precision
 
         kernels.use_device("cpu")
-        options = dict(job["options"])
-        unfused = options.pop("unfused", False)
-        loaded = load_path(Path(job["path"]), **options)
+        loaded = load_path(Path(job["path"]))
         self.model, self.note = loaded.model, loaded.backend
-        if unfused:
-            self.model._fused, self.note = None, "mlx, unfused"
+        set_precision(self.model, **job["options"])
 
     def generate(self, ids: list[int], count: int):
         import mlx.core as mx

@@ -52,7 +52,7 @@ class Measurer:
 
     def run_task(self, task: dict, python: str = sys.executable) -> dict:
         """What the worker answers to `task`."""
-        return json.loads(last_line(worker_command(task, python), task["threads"], self.limit))
+        return json.loads(last_line(worker_command(task, python), environment(task["threads"]), self.limit))
 
     def _task(self, job: Job) -> tuple[dict, str]:
         """The worker's job of an arm, and the interpreter for it."""
@@ -79,7 +79,7 @@ class Measurer:
             if self.bandwidth is None:
                 return self.run_task({"task": "read", "threads": job.threads, "mib": READ_MIB})
             command = [self.bandwidth, str(READ_MIB), str(job.threads), str(READ_PASSES)]
-            return {"gbps": float(last_line(command, job.threads, self.limit)), "how": "C"}
+            return {"gbps": float(last_line(command, environment(job.threads), self.limit)), "how": "C"}
         python = self.peers["torch"].python if job.arm == "bf16 matmul" else sys.executable
         return self.run_task({"task": "matmul", "arm": job.arm, "threads": job.threads}, python)
 
@@ -92,11 +92,9 @@ class Measurer:
         return {"first_token_s": [first_byte(command, job.threads, self.limit) for _ in range(COLD_STARTS)]}
 
 
-def last_line(command: list, threads: int, limit: float | None) -> str:
+def last_line(command: list, variables: dict, limit: float | None) -> str:
     """The last line that a process prints; errors of `subprocess` if it fails or takes longer than `limit` seconds."""
-    run = subprocess.run(
-        command, capture_output=True, text=True, check=True, timeout=limit, env=environment(threads), cwd=ROOT
-    )
+    run = subprocess.run(command, capture_output=True, text=True, check=True, timeout=limit, env=variables, cwd=ROOT)
     return run.stdout.splitlines()[-1]
 
 

@@ -33,7 +33,9 @@ class Arm:
 
 
 ARMS = [
-    Arm("mlxeff exact", "mlxeff", {}, kv_bytes=4),
+    Arm("mlxeff exact", "mlxeff", {"compute": "exact", "kv_dtype": "float32"}, kv_bytes=4),
+    Arm("mlxeff exact, fp16 KV", "mlxeff", {"compute": "exact", "kv_dtype": "float16"}),
+    Arm("mlxeff int8, fp16 KV", "mlxeff", {"compute": "int8", "kv_dtype": "float16"}, models=(FOUR, EIGHT, LARGE)),
     Arm("llama.cpp, flash attention", "llama.cpp", {"flash_attention": True}, peer="llama.cpp"),
     Arm("llama.cpp, plain attention", "llama.cpp", {"flash_attention": False}, peer="llama.cpp"),
     Arm("torch bfloat16", "torch", {}, models=(SIXTEEN,), files="bfloat16", peer="torch"),

@@ -90,9 +90,11 @@ def quality(job: dict) -> dict:
 
 
 def reference(job: dict) -> dict:
-    """Write the reference: mlx-lm's greedy tokens in float32, logits of the unfused float32 model over both."""
+    """Write the reference: mlx-lm's greedy tokens in float32; logits of our model by MLX's own kernels over both."""
     oracle = MlxLm(job)
-    model = Mlxeff({"path": job["unfused"], "options": {"unfused": True}})
+    model = Mlxeff({"path": job["own"], "options": {"compute": "exact", "kv_dtype": "float32"}})
+    if model.note != "mlx":
+        raise SystemExit(f"reference: wanted MLX's own kernels, got {model.note}")
     arrays = {}
     for number, prompt in enumerate(job["prompts"]):
         answer = list(oracle.generate(prompt, job["generate"]))
