@@ -1,7 +1,9 @@
 // C entry point of the SeedLM encoder: argument checks, tables, threading, decoded values and errors.
 #include <math.h>
 
+#include <map>
 #include <memory>
+#include <mutex>
 #include <new>
 
 #include "pool.h"
@@ -11,27 +13,49 @@
 namespace mlxeff {
 namespace {
 
-// Tables for one metric, and the memory they live in.
+struct FreeAligned {
+  void operator()(float* p) const { ::operator delete[](p, std::align_val_t(64)); }
+};
+typedef std::unique_ptr<float[], FreeAligned> AlignedFloats;
+
+AlignedFloats aligned_floats(int64_t count) {
+  return AlignedFloats(static_cast<float*>(::operator new[](size_t(count) * 4, std::align_val_t(64))));
+}
+
+// The states as one level's kernels read them: 400 KB that last as long as the process.
+struct Register {
+  uint16_t cycle[cycle_length + most_windows];
+  AlignedFloats states;
+
+  explicit Register(const SearchKernels& kernels) : states(aligned_floats((kernels.steps + most_windows) * kernels.lanes)) {
+    uint32_t state = 1;
+    for (uint16_t& each : cycle) each = uint16_t(state), state = next_state(state);
+    kernels.fill_states(cycle, states.get());
+  }
+
+  static const Register& of(const SearchKernels& kernels) {
+    static std::mutex& mutex = *new std::mutex;
+    static auto& held = *new std::map<const SearchKernels*, std::unique_ptr<Register>>;
+    const std::lock_guard<std::mutex> lock(mutex);
+    std::unique_ptr<Register>& entry = held[&kernels];
+    if (!entry) entry = std::make_unique<Register>(kernels);
+    return *entry;
+  }
+};
+
+// Tables for one metric, and the memory that is theirs.
 struct OwnedTables {
   SearchTables tables = {};
-  std::unique_ptr<uint16_t[]> cycle;
-  std::unique_ptr<float[]> floats;
+  AlignedFloats inverse;
 
-  bool build(const SearchKernels& kernels, int C, int P, const float* diagonal) {
-    const int64_t state_floats = (kernels.steps + C * P) * kernels.lanes, inverse_floats = kernels.steps * kernels.lanes * P * (P + 1) / 2;
-    cycle.reset(new (std::nothrow) uint16_t[cycle_length + 48]);
-    floats.reset(new (std::nothrow) float[size_t(state_floats + inverse_floats + 16)]);
-    if (!cycle || !floats) return false;
-    uint32_t state = 1;
-    for (int i = 0; i < cycle_length + 48; ++i, state = next_state(state)) cycle[size_t(i)] = uint16_t(state);
-    float* const aligned = reinterpret_cast<float*>(round_up(int64_t(reinterpret_cast<uintptr_t>(floats.get())), 64));
+  OwnedTables(const SearchKernels& kernels, int C, int P, const float* diagonal)
+      : inverse(aligned_floats(kernels.steps * kernels.lanes * P * (P + 1) / 2)) {
+    const Register& shared = Register::of(kernels);
     double mean = 0;
     for (int c = 0; c < C; ++c) mean += diagonal ? double(diagonal[c]) / C : 1.0 / C;
-    tables = {C, P, {}, cycle.get(), aligned, aligned + state_floats};
+    tables = {C, P, {}, shared.cycle, shared.states.get(), inverse.get()};
     for (int c = 0; c < C; ++c) tables.metric[c] = diagonal ? float(double(diagonal[c]) / mean) : 1.0f;
-    kernels.fill_states(tables);
     parallel_for(kernels.steps, 256, [&](int64_t begin, int64_t end) { kernels.fill_inverse(tables, begin, end); });
-    return true;
   }
 };
 
@@ -69,12 +93,11 @@ int check(const mlxeff_seedlm_encode_args* a) {
 
 using namespace mlxeff;
 
-extern "C" int mlxeff_seedlm_encode(const mlxeff_seedlm_encode_args* a) {
+extern "C" int mlxeff_seedlm_encode(const mlxeff_seedlm_encode_args* a) try {
   if (const int error = check(a)) return error;
   const int64_t blocks = ceil_div(a->cols, a->columns), a_row = a->states == 4 && !a->diagonal ? round_up(blocks, 2) : blocks;
   const SearchKernels& kernels = MLXEFF_DISPATCH(search_kernels);
-  OwnedTables owned;
-  if (!owned.build(kernels, a->columns, a->states, a->diagonal)) return MLXEFF_NO_MEMORY;
+  const OwnedTables owned(kernels, a->columns, a->states, a->diagonal);
   const SearchArgs args = {&owned.tables, a->weights, a->ld, a->cols, a_row, a->exponent_bias, a->refine != 0, a->seeds, a->coefficients, a->codes};
   std::atomic<int> result{MLXEFF_OK};
   parallel_for(a->rows * a_row, 32, [&](int64_t begin, int64_t end) {
@@ -91,4 +114,6 @@ extern "C" int mlxeff_seedlm_encode(const mlxeff_seedlm_encode_args* a) {
     }
   });
   return result;
+} catch (const std::bad_alloc&) {
+  return MLXEFF_NO_MEMORY;
 }

@@ -22,20 +22,13 @@ constexpr float slack = 2e-4f;
 constexpr float most_condition = 4000;   // trace(G) trace(G^-1) of seeds that are considered: above, fp32 energies lose the slack
 constexpr int most_evaluated = 256;      // seeds a block; only blocks below the exponents' range have more that qualify
 
-#if defined(__AVX512F__)
-constexpr int together = 2;  // blocks that share the loads of the tables
-#else
-constexpr int together = 1;
-#endif
-
 template <int P>
 constexpr int entries = P * (P + 1) / 2;
 
-void fill_states(const SearchTables& tables) {
-  const int64_t rows = segment + tables.columns * tables.states_per_row;
-  for (int64_t i = 0; i < rows; ++i)
+void fill_states(const uint16_t* cycle, float* states) {
+  for (int64_t i = 0; i < segment + most_windows; ++i)
     for (int lane = 0; lane < VL; ++lane)
-      tables.states[i * VL + lane] = float(int(tables.cycle[(lane * segment + i) % cycle_length]) - 32768) / 32767.0f;
+      states[i * VL + lane] = float(int(cycle[(lane * segment + i) % cycle_length]) - 32768) / 32767.0f;
 }
 
 // G^-1 by the factors L D L^T of G.
@@ -97,41 +90,35 @@ void fill_inverse(const SearchTables& tables, int64_t begin, int64_t end) {
   else fill_inverse_of<12, 4>(tables, begin, end);
 }
 
-// Energies of one chunk for `count` blocks: body(block, step, energies of the lanes). hw: (block, C) metric times weights.
-template <int C, int P, int count, class Body>
-MLXEFF_INLINE void scan(const SearchTables& tables, int64_t first, const float (*hw)[most_columns], Body body) {
+// Energies of one chunk for a block: body(step, energies of the lanes). hw: metric times weights.
+template <int C, int P, class Body>
+MLXEFF_INLINE void scan(const SearchTables& tables, int64_t first, const float* hw, Body body) {
   const float* u = tables.states + first * VL;
   const float* inverse = tables.inverse + first * entries<P> * VL;
-  const auto product = [&](int block, int64_t step) {
-    vf sum = load(u + step * VL) * hw[block][0];
+  const auto product = [&](int64_t step) {
+    vf sum = load(u + step * VL) * hw[0];
 #pragma GCC unroll 12
-    for (int c = 1; c < C; ++c) sum = fma(load(u + (step + c * P) * VL), broadcast(hw[block][c]), sum);
+    for (int c = 1; c < C; ++c) sum = fma(load(u + (step + c * P) * VL), broadcast(hw[c]), sum);
     return sum;
   };
-  vf d[count][P];
-#pragma GCC unroll 2
-  for (int block = 0; block < count; ++block)
+  vf b[P];
 #pragma GCC unroll 4
-    for (int p = 0; p < P - 1; ++p) d[block][p] = product(block, p);
+  for (int p = 0; p < P - 1; ++p) b[p] = product(p);
 #pragma GCC unroll 4
   for (int step = 0; step < chunk; ++step, inverse += entries<P> * VL) {
-#pragma GCC unroll 2
-    for (int block = 0; block < count; ++block) {
-      vf* const b = d[block];
-      b[P - 1] = product(block, step + P - 1);
-      vf energy = zero();
-      int at = 0;
+    b[P - 1] = product(step + P - 1);
+    vf energy = zero();
+    int at = 0;
 #pragma GCC unroll 4
-      for (int i = 0; i < P; ++i) {
-        vf row = load(inverse + at++ * VL) * b[i];
+    for (int i = 0; i < P; ++i) {
+      vf row = load(inverse + at++ * VL) * b[i];
 #pragma GCC unroll 4
-        for (int j = i + 1; j < P; ++j) row = fma(load(inverse + at++ * VL), b[j], row);
-        energy = i == 0 ? row * b[0] : fma(row, b[i], energy);
-      }
-      body(block, step, energy);
-#pragma GCC unroll 4
-      for (int p = 0; p < P - 1; ++p) b[p] = b[p + 1];
+      for (int j = i + 1; j < P; ++j) row = fma(load(inverse + at++ * VL), b[j], row);
+      energy = i == 0 ? row * b[0] : fma(row, b[i], energy);
     }
+    body(step, energy);
+#pragma GCC unroll 4
+    for (int p = 0; p < P - 1; ++p) b[p] = b[p + 1];
   }
 }
 
@@ -139,18 +126,18 @@ MLXEFF_INLINE void scan(const SearchTables& tables, int64_t first, const float (
 template <int C, int P>
 void scan_tile(const SearchTables& tables, const float (*hw)[most_columns], int blocks, float* largest) {
   for (int64_t i = 0; i < chunks; ++i)
-    for (int block = 0; block < blocks; block += together) {
-      vf most[together] = {};
-      scan<C, P, together>(tables, i * chunk, hw + block, [&](int which, int, vf energy) { most[which] = max(most[which], energy); });
-      for (int which = 0; which < together; ++which) store(largest + ((block + which) * chunks + i) * VL, most[which]);
+    for (int block = 0; block < blocks; ++block) {
+      vf most = zero();
+      scan<C, P>(tables, i * chunk, hw[block], [&](int, vf energy) { most = max(most, energy); });
+      store(largest + (block * chunks + i) * VL, most);
     }
 }
 
 // Scans a chunk again and evaluates the seeds that may be better than the best.
 template <int C, int P>
-void visit(const SearchTables& tables, const float (*hw)[most_columns], int64_t index, const float* largest, BlockSearch& block, int& evaluated) {
+void visit(const SearchTables& tables, const float* hw, int64_t index, const float* largest, BlockSearch& block, int& evaluated) {
   float energies[chunk][VL];
-  scan<C, P, 1>(tables, index * chunk, hw, [&](int, int step, vf energy) { store(energies[step], energy); });
+  scan<C, P>(tables, index * chunk, hw, [&](int step, vf energy) { store(energies[step], energy); });
   for (int lane = 0; lane < VL; ++lane) {
     if (double(largest[lane]) <= (1 - slack) * block.norm - block.error) continue;
     for (int step = 0; step < chunk && evaluated < most_evaluated; ++step)
@@ -162,7 +149,7 @@ void visit(const SearchTables& tables, const float (*hw)[most_columns], int64_t 
 }
 
 template <int C, int P>
-void choose_seed(const SearchTables& tables, const float (*hw)[most_columns], const float* largest, BlockSearch& block) {
+void choose_seed(const SearchTables& tables, const float* hw, const float* largest, BlockSearch& block) {
   int64_t best = 0;
   float most = -1;
   for (int64_t i = 0; i < chunks; ++i)
@@ -214,14 +201,14 @@ int search_blocks(const SearchArgs& args, int64_t begin, int64_t end) {
   for (int64_t first = begin; first < end; first += tile) {
     const int blocks = int(min_of(tile, end - first));
     BlockSearch block[tile];
-    float hw[tile + 1][most_columns] = {};
+    float hw[tile][most_columns];
     int scale[tile];
     bool finite = true;
     for (int i = 0; i < blocks; ++i) scale[i] = load_block(args, first + i, block[i], hw[i], &finite);
     if (!finite) return MLXEFF_BAD_ARGUMENT;
     scan_tile<C, P>(tables, hw, blocks, largest);
     for (int i = 0; i < blocks; ++i) {
-      if (scale[i] != all_zero) choose_seed<C, P>(tables, hw + i, largest + i * chunks * VL, block[i]);
+      if (scale[i] != all_zero) choose_seed<C, P>(tables, hw[i], largest + i * chunks * VL, block[i]);
       args.seeds[first + i] = tables.cycle[block[i].index];
       memcpy(args.coefficients + (first + i) * P, block[i].coefficients, P);
       args.codes[first + i] = uint8_t(block[i].exponent - block[i].lowest);

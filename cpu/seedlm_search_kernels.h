@@ -12,14 +12,14 @@
 namespace mlxeff {
 
 constexpr int cycle_length = 65535;
-constexpr int most_columns = 12, most_states = 4;
+constexpr int most_columns = 12, most_states = 4, most_windows = most_columns * most_states;
 
 // What does not depend on the weights. `states` and `inverse` are laid out by the level that built them.
 struct SearchTables {
   int columns, states_per_row;     // C, P
   float metric[most_columns];      // h, of mean 1
-  uint16_t* cycle;                 // the register's states from 1 on, and the first ones again at the end
-  float* states;                   // (segment + C P, VL): (state - 32768) / 32767
+  const uint16_t* cycle;           // (cycle_length + most_windows): the register's states from 1 on, and the first ones again
+  const float* states;             // (segment + most_windows, VL): (state - 32768) / 32767
   float* inverse;                  // (segment, P (P + 1) / 2, VL): the upper part of G^-1, off-diagonals doubled
 };
 
@@ -37,7 +37,7 @@ struct SearchArgs {
 struct SearchKernels {
   int64_t steps;  // of a segment
   int lanes;
-  void (*fill_states)(const SearchTables& tables);
+  void (*fill_states)(const uint16_t* cycle, float* states);
   void (*fill_inverse)(const SearchTables& tables, int64_t step_begin, int64_t step_end);
   int (*search)(const SearchArgs& args, int64_t block_begin, int64_t block_end);
 };
