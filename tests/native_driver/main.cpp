@@ -11,6 +11,7 @@
 #include "pool_checks.h"
 #include "products.h"
 #include "rows.h"
+#include "seedlm.h"
 
 namespace {
 
@@ -46,4 +47,5 @@ int main(int count, char** arguments) {
   run("products", check_products);
   run("heads", check_heads);
   run("rows", check_rows);
+  run("seedlm", check_seedlm);
 }
