@@ -5,8 +5,12 @@ Logits are compared exactly with mlx-lm's model of the same folder, brought to t
 """
 
 import json
+import os
 import shutil
 import struct
+import subprocess
+import sys
+from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -21,7 +25,12 @@ from mlxeff.loading import load_path
 from mlxeff.models import openelm
 from mlxeff.ops import mlx_only
 from mlxeff.tokenizer import Tokenizer
-from tiny_model import CONFIG, random_model, write_byte_tokenizer, write_tiny_model
+from tiny_model import CONFIG, quantise_folder, random_model, write_byte_tokenizer, write_tiny_model
+
+ROOT = Path(__file__).resolve().parent.parent
+native, _ = kernels.native()
+needs_native = pytest.mark.skipif(native is None or kernels.device() != "cpu", reason="no native CPU kernels in use")
+
 
 TOKENS = mx.array([[256, 72, 101, 108, 108, 111, 44, 32, 119]])
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
@@ -140,7 +149,7 @@ def test_arithmetic_type(monkeypatch, metal, stored, quantized, wanted):
     assert kernels.arithmetic_dtype(stored, quantized) == wanted
 
 
-@pytest.mark.skipif(kernels.native()[0] is None or kernels.has_metal(), reason="no native CPU kernels in use")
+@needs_native
 @pytest.mark.parametrize("bits", [None, 4])
 def test_native_kernels_take_weights_as_they_are_stored(tmp_path, tiny_folder, bits):
     folder = tiny_folder if bits is None else quantised(tiny_folder, tmp_path / "quantised", bits, 32, dtype="float16")
@@ -479,3 +488,45 @@ def test_no_tokenizer(folder):
 
 def test_the_config_of_the_fixture_is_the_one_written(tiny_folder):
     assert json.loads((tiny_folder / "config.json").read_text()) == CONFIG
+
+
+@needs_native
+def test_loading_chooses_the_fused_form_and_can_be_told_not_to(tmp_path):
+    folder = quantise_folder(write_tiny_model(tmp_path / "tiny"))
+    loaded = load_path(folder)
+    assert loaded.backend == f"native {native.isa()}"
+    command = [
+        sys.executable,
+        "-m",
+        "mlxeff",
+        "generate",
+        "--model",
+        str(folder),
+        "Hello",
+        "--max-tokens",
+        "20",
+        "--json",
+    ]
+    results = []
+    for value in ("1", "0"):
+        environment = os.environ | {"MLXEFF_NATIVE": value}
+        run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, env=environment)
+        assert run.returncode == 0, run.stderr
+        results.append(json.loads(run.stdout))
+    fused, plain = results
+    assert fused["token_ids"] == plain["token_ids"]
+    assert (fused["timings"]["backend"], plain["timings"]["backend"]) == (f"native {native.isa()}", "mlx")
+    assert fused["notices"] == []
+    assert ["switched off" in notice for notice in plain["notices"]] == [True]
+
+
+@needs_native
+@pytest.mark.slow
+def test_built_in_model_has_the_same_words(smollm2_gguf):
+    from mlxeff import generate
+
+    loaded = load_path(smollm2_gguf)
+    prompt = loaded.tokenizer.apply_chat_template([{"role": "user", "content": "Why is the sky blue?"}])
+    fused = generate(loaded.model, loaded.tokenizer, prompt, max_tokens=24)
+    loaded.model._fused = None
+    assert fused == generate(loaded.model, loaded.tokenizer, prompt, max_tokens=24)

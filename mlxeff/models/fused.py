@@ -17,7 +17,7 @@ import mlx.nn as nn
 
 from .. import kernels
 from ..cache import KVCache, LayerCache
-from ..errors import MlxeffError
+from ..errors import MlxeffError, notices
 from ..modules import Embedding, Linear, QuantizedEmbedding, QuantizedLinear
 from ..ops import BITS, GROUPS
 
@@ -76,6 +76,10 @@ class LayerParts:
     def matrices(self) -> list[Rows]:
         return [self.q, self.k, self.v, self.o, self.gate, self.up, self.down]
 
+    @property
+    def norms(self) -> list[nn.RMSNorm | None]:
+        return [self.attention_norm, self.ffn_norm, self.q_norm, self.k_norm]
+
 
 class FusedDecoder:
     """`fused(tokens, cache, all_rows)` → logits of a model that `fuse` accepted.
@@ -91,6 +95,10 @@ class FusedDecoder:
         rope, size = layers[0].rope, layers[0].rope.size
         self._native, self._model = native, model
         self._modes = dict(zip(COMPUTE, (native.EXACT, native.COMPUTE_BF16, native.COMPUTE_INT8), strict=True))
+        norms = [ends.norm, *(norm for layer in layers for norm in layer.norms if norm is not None)]
+        modules = norms + [matrix.module for matrix in _matrices(model)]
+        self._given = [(module, name, array) for module in modules for name, array in module.parameters().items()]
+        self._told = False
         self._groups = [layer.groups for layer in layers]
         self._size = size
         self._decoder = native.Decoder(
@@ -98,9 +106,8 @@ class FusedDecoder:
             ends.embedding.arrays(), ends.head.arrays(),
         )  # fmt: skip
         for layer in layers:
-            norms = [layer.attention_norm, layer.ffn_norm, layer.q_norm, layer.k_norm]
             self._decoder.add_layer(
-                *(None if norm is None else norm.weight for norm in norms),
+                *(None if norm is None else norm.weight for norm in layer.norms),
                 matrices=[matrix.arrays() for matrix in layer.matrices],
                 heads=layer.heads,
                 groups=layer.groups,
@@ -108,9 +115,17 @@ class FusedDecoder:
             )
 
     def applies(self, cache: KVCache) -> bool:
-        """Whether this call can be fused: an ordinary cache, a CPU, not in training."""
+        """Whether this call can be fused: an ordinary cache, a CPU, not in training, the weights that were given."""
         ordinary = type(cache) is KVCache and all(type(layer) is LayerCache for layer in cache.layers)
-        return ordinary and kernels.device() == "cpu" and not self._model.training
+        return ordinary and kernels.device() == "cpu" and not self._model.training and self._current()
+
+    def _current(self) -> bool:
+        """Whether the model still has the arrays that the native decoder holds; updates and gradients replace them."""
+        current = all(module.get(name) is array for module, name, array in self._given)
+        if not current and not self._told:
+            notices.warning("weights have changed since the model was fused: it computes operator by operator, slower")
+            self._told = True
+        return current
 
     def __call__(self, tokens: mx.array, cache: KVCache, all_rows: bool) -> mx.array:
         """Token ids (B, S) → logits (B, S, V), or (B, 1, V) of the last position; float32."""
@@ -159,7 +174,7 @@ def _matrices(model) -> Iterator[Rows]:
 def _uniform(model) -> bool:
     """One norm epsilon, one head size."""
     ends, layers = model.end_parts(), list(model.layer_parts())
-    norms = [norm for part in layers for norm in (part.attention_norm, part.ffn_norm, part.q_norm, part.k_norm)]
+    norms = [norm for part in layers for norm in part.norms]
     return {norm.eps for norm in norms if norm is not None} <= {ends.norm.eps} and len(
         {part.rope.size for part in layers}
     ) == 1
