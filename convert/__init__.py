@@ -5,14 +5,24 @@ model, casts and quantises; `folder` writes config.json and the tokenizer; `chec
 `mlxeff.convert`.
 """
 
+import dataclasses
+import hashlib
+import json
 from collections.abc import Callable
 from pathlib import Path
 
+import mlx.core as mx
+
+from .. import __version__, kernels
 from ..checkpoint import Source, check_new, open_source, plan_shards, write_folder
 from ..errors import MlxeffError, notices
-from . import folder, gguf, llama, openelm
-from .plan import DTYPES, Conversion, Options, plan
+from ..loading import fingerprint
+from ..seedlm.install import metadata
+from . import calibration, folder, gguf, llama, openelm
+from .plan import DTYPES, Conversion, Family, Options, plan
 from .report import Report
+from .seedlm import KEEP, Encoder, SeedOptions
+from .store import Store
 
 __all__ = ["Report", "convert"]
 QUANTIZE_BITS, QUANTIZE_GROUPS = (2, 3, 4, 5, 6, 8), (32, 64, 128)
@@ -28,25 +38,50 @@ def convert(
     tokenizer: str | Path | None = None,
     dry_run: bool = False,
     progress: Callable[[int, int], None] | None = None,
+    seedlm: str | float | None = None,
+    keep: tuple[tuple[str, int], ...] | None = None,
+    data_free: bool = False,
+    calibrate: str | Path | None = None,
+    calibration_tokens: int | None = None,
+    encoding: Callable[[int, int], None] | None = None,
 ) -> Report:
     """Convert the folder or file `src` into the new folder `dst`, or with `dry_run` only report what would be done.
 
     `dtype`: float16, bfloat16 or float32 (None: as stored). `quantize`: bits and group size of affine quantisation.
     `tokenizer`: the folder or file that has it (None: beside the weights). `progress(done, total)` counts bytes.
+
+    `seedlm`: 3, 4 or 4.5 bits a weight: linear layers become SeedLM blocks. `keep`: (part of a module's name, bits) of
+    those that do not, in affine groups of 64 or 32 (16 bits: as stored); by default embedding and head in 8 bits.
+    `data_free`: the blocks nearest to the weights; otherwise those that change the outputs least on
+    `calibration_tokens` of the text file `calibrate` (default: a text that comes with the package).
+    `encoding(done, total)` counts weights. A killed encoding goes on when called again with the same arguments.
     Raises MlxeffError; `dst` is then not made.
     """
     options = _options(dtype, quantize)
+    if seedlm is None and (keep is not None or data_free or calibrate or calibration_tokens):
+        raise MlxeffError("convert: keep, data_free, calibrate, calibration_tokens: wanted with seedlm, got none")
+    text = None
+    if seedlm is not None:
+        text, seeds = _seed_options(str(seedlm), keep, data_free, calibrate, calibration_tokens, options)
+        options = dataclasses.replace(options, seedlm=seeds)
     source, destination = open_source(src), Path(dst)
     family = next((family for family in FAMILIES if family.recognises(source)), None)
     if family is None:
         raise MlxeffError(f"{source.path}: wanted an OpenELM or a model with config.json, got {_some(source.tensors)}")
-    conversion = plan(family.read(source), options)
+    found, held = family.read(source), {}
+    conversion = plan(found, options, lambda module: held["store"].read(module))
     tokens = folder.find_tokenizer(source, tokenizer)
     report = _report(source, destination, conversion, tokens, dry_run)
-    if not dry_run:
-        check_new(destination)
-        _refuse_differences(source, conversion)
-        _write(source, destination, conversion, tokens, progress)
+    if dry_run:
+        return report
+    check_new(destination)
+    _refuse_differences(source, conversion)
+    if options.seedlm:
+        held["store"] = _encode(source, destination, found, conversion, tokens, text, encoding)
+        report.encoding = conversion.choice.report(held["store"].errors)
+    _write(source, destination, conversion, tokens, progress)
+    if options.seedlm:
+        held["store"].remove()
     return report
 
 
@@ -59,6 +94,53 @@ def _options(dtype: str | None, quantize: tuple[int, int] | None) -> Options:
             f"convert: quantize: wanted bits of {QUANTIZE_BITS} and a group of {QUANTIZE_GROUPS}, got {bits}:{group}"
         )
     return Options(dtype, bits, group)
+
+
+def _seed_options(bits, keep, data_free, calibrate, tokens, options: Options) -> tuple[str | None, SeedOptions]:
+    """(the calibration text, the options)."""
+    if options.bits:
+        raise MlxeffError("convert: seedlm: wanted it without quantize; `keep` quantises single layers")
+    if data_free and (calibrate or tokens):
+        raise MlxeffError("convert: data_free: wanted it without calibrate and calibration_tokens")
+    keep = KEEP if keep is None else tuple(keep)
+    if data_free:
+        return None, SeedOptions(bits, keep)
+    tokens = calibration.TOKENS if tokens is None else tokens
+    if tokens < 1:
+        raise MlxeffError(f"convert: calibration_tokens: wanted a number above 0, got {tokens}")
+    text, name = calibration.read_text(calibrate)
+    return text, SeedOptions(bits, keep, tokens, name)
+
+
+def _encode(
+    source: Source, destination: Path, family: Family, conversion: Conversion, tokens, text: str | None, encoding
+) -> Store:
+    """Encode, or go on with encoding, all that the plan wants as blocks."""
+    native, reason = kernels.native()
+    if native is None:
+        raise MlxeffError(f"{source.path}: SeedLM encoding: wanted the native CPU kernels, they are {reason}")
+    options, config, total, done = conversion.options.seedlm, family.config, conversion.choice.weights, 0
+
+    def advance(weights: int) -> None:
+        nonlocal done
+        done += weights
+        if encoding:
+            encoding(done, total)
+
+    windows = None
+    if options.tokens:
+        tokenizer = calibration.tokenizer_of(source, tokens, config)
+        windows = calibration.windows(text, tokenizer, options.tokens, str(source.path))
+    work = [fingerprint(source, config), options.as_dict(), metadata(), __version__]
+    work.append(None if windows is None else hashlib.sha256(windows.tobytes()).hexdigest())
+    store = Store(destination, json.dumps(work, sort_keys=True), conversion.choice.seeded)
+    device = mx.default_device()
+    mx.set_default_device(mx.cpu)
+    try:
+        Encoder(config, conversion.weights, conversion.choice, store, str(source.path)).run(windows, advance)
+    finally:
+        mx.set_default_device(device)
+    return store
 
 
 def _refuse_differences(source: Source, conversion: Conversion) -> None:
@@ -82,6 +164,7 @@ def _write(source: Source, destination: Path, conversion: Conversion, tokens: fo
         lambda partial: folder.write(partial, config, tokens, source),
         parameters=conversion.parameters,
         progress=progress,
+        metadata=metadata() if conversion.choice else None,
     )
 
 
@@ -108,6 +191,7 @@ def _report(
         shards=len(plan_shards(conversion.pieces)),
         tokenizer=tokens.found,
         written=not dry_run,
+        encoding=conversion.choice.report({}) if conversion.choice else None,
     )
 
 

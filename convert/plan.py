@@ -18,6 +18,7 @@ from ..errors import MlxeffError, notices
 from ..loading import MODELS, build_model
 
 DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
+BLOCK_TYPES = {"uint32": "U32", "uint16": "U16", "uint8": "U8", "int32": "I32"}  # of seed-encoded arrays
 BYTES = {"F16": 2, "BF16": 2, "F32": 4, "U32": 4}
 MLX = {"F16": mx.float16, "BF16": mx.bfloat16, "F32": mx.float32}
 Spec = tuple[str, str, tuple[int, ...]]  # name, dtype, shape
@@ -54,13 +55,17 @@ class Family:
 
 @dataclass(frozen=True)
 class Options:
+    """`seedlm`: a seedlm.SeedOptions."""
+
     dtype: str | None = None
     bits: int | None = None
     group_size: int | None = None
+    seedlm: object = None
 
     def as_dict(self) -> dict:
         quantize = f"{self.bits}:{self.group_size}" if self.bits else None
-        return {"dtype": self.dtype, "quantize": quantize}
+        seedlm = self.seedlm.as_dict() if self.seedlm else {}
+        return {"dtype": self.dtype, "quantize": quantize} | seedlm
 
 
 @dataclass
@@ -78,14 +83,19 @@ class Conversion:
     changes: list[tuple[str, tuple, str, str]]
     parameters: int
     peak_bytes: int
+    weights: list[Weight]
+    choice: object  # what a seedlm.SeedOptions chose, or None
 
     @property
     def tensors(self) -> int:
         return sum(len(piece.specs) for piece in self.pieces)
 
 
-def plan(family: Family, options: Options) -> Conversion:
-    """Compare with the model and lay out the pieces; reads no weights. Raises MlxeffError."""
+def plan(family: Family, options: Options, encoded: Callable[[str], list[mx.array]] | None = None) -> Conversion:
+    """Compare with the model and lay out the pieces; reads no weights. Raises MlxeffError.
+
+    `encoded` gives the arrays of a seed-encoded module when its piece is written.
+    """
     config = dict(family.config)
     if options.bits and ("quantization" in config or any(weight.packed for weight in family.weights)):
         raise MlxeffError(
@@ -102,11 +112,17 @@ def plan(family: Family, options: Options) -> Conversion:
     default = DTYPES[options.dtype] if options.dtype else _commonest(weights) if family.uniform else None
     _say_rounding(weights, default)
     found = {weight.name: weight.shape for weight in weights}
-    jobs = [_job(weight, default, options if weight.module in quantisable else Options()) for weight in weights]
+    choice = options.seedlm.choose(model, weights, config) if options.seedlm else None
+    jobs = [
+        _chosen_job(weight, default, choice, encoded)
+        if choice
+        else _job(weight, default, options if weight.module in quantisable else Options())
+        for weight in weights
+    ]
     return Conversion(
         family=family.name,
         options=options,
-        config=_config(config, weights, default, options),
+        config=_config(config, weights, default, options, choice),
         pieces=[job.piece for job in jobs],
         missing=sorted(expected.keys() - found.keys()),
         unexpected=sorted(found.keys() - expected.keys()),
@@ -115,6 +131,8 @@ def plan(family: Family, options: Options) -> Conversion:
         changes=[change for job in jobs for change in job.changes],
         parameters=sum(math.prod(weight.shape) for weight in weights),
         peak_bytes=max((job.peak_bytes for job in jobs), default=0),
+        weights=weights,
+        choice=choice,
     )
 
 
@@ -135,13 +153,16 @@ def _say_rounding(weights: list[Weight], default: str | None) -> None:
         notices.warning(f"convert: scales of {len(rounded)} quantised modules are rounded to {default}")
 
 
-def _config(config: dict, weights: list[Weight], default: str | None, options: Options) -> dict:
+def _config(config: dict, weights: list[Weight], default: str | None, options: Options, choice) -> dict:
     names = {value: key for key, value in DTYPES.items()}
     if (dtype := default or _commonest(weights)) in names:
         config.pop("dtype", None)
         config["torch_dtype"] = names[dtype]
     if options.bits:
         config["quantization"] = {"group_size": options.group_size, "bits": options.bits, "mode": "affine"}
+    if choice:
+        config.pop("quantization", None)
+        config |= choice.config()
     if "quantization" in config:
         config["quantization_config"] = config["quantization"]  # as mlx-lm writes it
     return config
@@ -170,6 +191,28 @@ def _job(weight: Weight, default: str | None, options: Options) -> _Job:
         (old[0], old[2], old[1], new[1]) for old, new in zip(before, piece.specs, strict=False) if old[1] != new[1]
     ]
     return _Job(piece, changes, weight.nbytes + work + piece.nbytes)
+
+
+def _chosen_job(weight: Weight, default: str | None, choice, encoded) -> _Job:
+    """How one weight of a seed-encoded model is written: as blocks, or in the scheme of what is kept."""
+    if weight.name == f"{weight.module}.weight" and weight.module in choice.seeded:
+        fmt, rows, cols = choice.seeded[weight.module]
+        arrays = fmt.arrays(rows, cols).items()
+        specs = tuple((f"{weight.module}.{kind}", BLOCK_TYPES[dtype], shape) for kind, (shape, dtype) in arrays)
+        work = 16 * rows * cols + 24 * cols * cols  # float32 copies of the weights, float64 ones of the Gram matrix
+        piece = Piece(specs, lambda: encoded(weight.module))
+        return _Job(piece, [(weight.name, weight.shape, weight.dtype, f"SeedLM {fmt.name}")], weight.nbytes + work)
+    if weight.name == f"{weight.module}.weight" and weight.module in choice.requantised:
+        scheme = choice.kept[weight.module]
+        plain = _dequantised(weight, choice.requantised[weight.module]) if weight.packed else weight
+        return _job(plain, default, Options(bits=scheme["bits"], group_size=scheme["group_size"]))
+    return _job(weight, default, Options())
+
+
+def _dequantised(weight: Weight, scheme: dict) -> Weight:
+    """A packed weight as a dense one of the type of its scales."""
+    read = lambda: [mx.dequantize(*weight.read(), **scheme).astype(MLX[weight.dtype])]  # noqa: E731
+    return Weight(weight.name, weight.dtype, weight.shape, weight.nbytes, read)
 
 
 def _target(dtype: str, default: str | None) -> str:

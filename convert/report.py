@@ -28,6 +28,7 @@ class Report:
     shards: int
     tokenizer: list[str]
     written: bool
+    encoding: dict | None = None  # of SeedLM: modules, weights, bits_per_weight, kept, errors by module
 
     @property
     def ok(self) -> bool:
@@ -50,6 +51,7 @@ class Report:
             *self._differences(),
             *(f"dropped    {name}: {reason}" for name, reason in self.dropped.items()),
             *self._changes(),
+            *self._encoding(),
             f"disk       {disk}; {_mib(self.free_bytes)} free",
             f"memory     about {_mib(self.peak_bytes)} for the largest tensor, beside the program",
             f"tokenizer  {', '.join(self.tokenizer) if self.tokenizer else 'not found: name one with --tokenizer'}",
@@ -65,6 +67,21 @@ class Report:
             if hidden
             else lines or ["tensors    all present, all of their shape"]
         )
+
+    def _encoding(self) -> list[str]:
+        if self.encoding is None:
+            return []
+        e = self.encoding
+        kept = [f"{name} ({how})" for name, how in e["kept"].items()] or ["nothing quantised"]
+        lines = [
+            f"seedlm     {e['modules']} modules, {e['weights']:,} weights, {e['bits_per_weight']:.3f} bits a weight",
+            f"kept       {', '.join(kept[:4])}{', …' if len(kept) > 4 else ''}",
+        ]
+        if e["errors"]:
+            worst = max(e["errors"], key=e["errors"].get)
+            mean = sum(e["errors"].values()) / len(e["errors"])
+            lines.append(f"error      {mean:.4f} relative, mean over modules; worst {worst} {e['errors'][worst]:.4f}")
+        return lines
 
     def _changes(self) -> list[str]:
         counts = {}

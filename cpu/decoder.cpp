@@ -101,8 +101,12 @@ class Pass {
 
   void embedding_row(int64_t token, float* out) {
     const WeightMatrix& w = spec_.embedding;
-    if (w.is_dense()) row_.load(out, static_cast<const char*>(w.dense) + token * w.K * int64_t(dtype_size(w.dtype)), w.dtype, w.K);
-    else MLXEFF_DISPATCH(qmatmul_kernels).dequantize_row(w.quantised, token, out, MLXEFF_F32);
+    switch (w.kind()) {
+      case WeightMatrix::Kind::quantised: MLXEFF_DISPATCH(qmatmul_kernels).dequantize_row(w.quantised, token, out, MLXEFF_F32); break;
+      case WeightMatrix::Kind::seeds: MLXEFF_DISPATCH(seedlm_kernels).decode_row(w.seeds, token, out, MLXEFF_F32); break;
+      case WeightMatrix::Kind::dense:
+        row_.load(out, static_cast<const char*>(w.dense) + token * w.K * int64_t(dtype_size(w.dtype)), w.dtype, w.K);
+    }
   }
 
   // With last_only, keys and values of all tokens, and the rest of the layer for each sequence's last token.

@@ -86,6 +86,29 @@ MatrixView matrix_of(mx::array& out) {
   return {out.data<char>(), columns, columns ? int64_t(out.size()) / columns : 0, columns, dtype_of(out)};
 }
 
+constexpr int64_t decoded_floats = 8 << 20;  // of the weights that are decoded at a time for dx
+
+void blocked_dx(int64_t N, int64_t K, const MatrixView& dy, const MatrixView& dx, const std::function<int(int64_t, int64_t, float*)>& decode) {
+  const int64_t rows = max_of(1, min_of(N, decoded_floats / K)), count = dy.rows * K;
+  const bool direct = dx.dtype == MLXEFF_F32;
+  const std::unique_ptr<float[]> weights(new float[size_t(rows * K)]), widened(direct ? nullptr : new float[size_t(count)]);
+  const std::unique_ptr<float[]> part(rows < N ? new float[size_t(count)] : nullptr);
+  float* const sum = direct ? reinterpret_cast<float*>(dx.data) : widened.get();
+  for (int64_t row = 0; row < N; row += rows) {
+    const int64_t n = min_of(rows, N - row);
+    check(decode(row, n, weights.get()), "gradient: ");
+    const char* const columns = dy.data + row * int64_t(dtype_size(dy.dtype));
+    check(mlxeff_matmul_dx(columns, dy.ld, dy.dtype, weights.get(), K, MLXEFF_F32, row ? part.get() : sum, K, MLXEFF_F32, dy.rows, n, K, MLXEFF_EXACT),
+          "gradient: ");
+    if (row)
+      for (int64_t i = 0; i < count; ++i) sum[i] += part[size_t(i)];
+  }
+  for (int64_t i = 0; i < count && !direct; ++i) {
+    if (dx.dtype == MLXEFF_F16) from_float(sum[i], reinterpret_cast<f16*>(dx.data) + i);
+    else from_float(sum[i], reinterpret_cast<bf16*>(dx.data) + i);
+  }
+}
+
 namespace {
 
 // y = x w^T of (x, w), its gradients dx = dy w of (dy, w) and dw = dy^T x of (dy, x).
@@ -138,34 +161,17 @@ mx::array linear(const mx::array& x, const mx::array& w) {
   return mx::array(std::move(shape), mx::promote_types(x.dtype(), w.dtype()), std::make_shared<LinearProduct>(cpu_stream(), Product::y), {x, w});
 }
 
-constexpr int64_t dequantised_floats = 8 << 20;  // of the weights that are dequantised at a time for dx
-
-// dx (M, K) = dy (M, N) @ W (N, K), W dequantised in blocks of rows, whose products are summed in order, in fp32.
+// dx (M, K) = dy (M, N) @ W (N, K).
 void quantized_dx(const mlxeff_qweight& w, const MatrixView& dy, const MatrixView& dx) {
-  const int64_t rows = max_of(1, min_of(w.N, dequantised_floats / w.K)), count = dy.rows * w.K;
-  const bool direct = dx.dtype == MLXEFF_F32;
-  const std::unique_ptr<float[]> weights(new float[size_t(rows * w.K)]), widened(direct ? nullptr : new float[size_t(count)]);
-  const std::unique_ptr<float[]> part(rows < w.N ? new float[size_t(count)] : nullptr);
-  float* const sum = direct ? reinterpret_cast<float*>(dx.data) : widened.get();
-  for (int64_t row = 0; row < w.N; row += rows) {
-    const int64_t n = min_of(rows, w.N - row), groups = w.K / w.group, scale_size = int64_t(dtype_size(w.scale_dtype));
+  blocked_dx(w.N, w.K, dy, dx, [&](int64_t row, int64_t rows, float* out) {
+    const int64_t groups = w.K / w.group, scale_size = int64_t(dtype_size(w.scale_dtype));
     mlxeff_qweight block = w;
-    block.N = n;
+    block.N = rows;
     block.packed += row * (w.K * w.bits / 32);
     block.scales = static_cast<const char*>(w.scales) + row * groups * scale_size;
     block.biases = static_cast<const char*>(w.biases) + row * groups * scale_size;
-    check(mlxeff_dequantize(&block, weights.get(), w.K, MLXEFF_F32), "quantized_matmul: ");
-    const char* const columns = dy.data + row * int64_t(dtype_size(dy.dtype));
-    check(mlxeff_matmul_dx(columns, dy.ld, dy.dtype, weights.get(), w.K, MLXEFF_F32, row ? part.get() : sum, w.K, MLXEFF_F32, dy.rows, n, w.K,
-                           MLXEFF_EXACT),
-          "quantized_matmul: ");
-    if (row)
-      for (int64_t i = 0; i < count; ++i) sum[i] += part[size_t(i)];
-  }
-  for (int64_t i = 0; i < count && !direct; ++i) {
-    if (dx.dtype == MLXEFF_F16) from_float(sum[i], reinterpret_cast<f16*>(dx.data) + i);
-    else from_float(sum[i], reinterpret_cast<bf16*>(dx.data) + i);
-  }
+    return mlxeff_dequantize(&block, out, w.K, MLXEFF_F32);
+  });
 }
 
 // y of (x, packed, scales, biases), or dx of (dy, packed, scales, biases).

@@ -5,6 +5,7 @@
 #pragma once
 #include <nanobind/nanobind.h>
 
+#include <functional>
 #include <stdexcept>
 #include <string>
 
@@ -90,6 +91,10 @@ void allocate(mx::array& out, const mx::array& reused);
 // Memory for (B, heads, tokens, E) in the order (B, tokens, heads, E): what follows attention reads it so without a copy.
 mlxeff_heads allocate_heads(mx::array& out);
 MatrixView matrix_of(mx::array& row_contiguous_output);
+
+// dx (M, K) = dy (M, N) @ W (N, K) of a W that is decoded in blocks of rows, whose products are summed in order, in fp32.
+// decode(row, rows, out) writes `rows` rows of W and returns an MLXEFF_* code.
+void blocked_dx(int64_t N, int64_t K, const MatrixView& dy, const MatrixView& dx, const std::function<int(int64_t, int64_t, float*)>& decode);
 
 void bind_ops(nb::module_& m);
 void bind_attention(nb::module_& m);

@@ -48,8 +48,11 @@ class Kept {
   std::vector<mx::array> arrays_;
 };
 
-// A matrix and its bias: packed, scales, biases, group size, bits, bias; or, dense, the matrix, None, None, 0, 0, bias.
-using Arrays = std::tuple<mx::array, std::optional<mx::array>, std::optional<mx::array>, int, int, std::optional<mx::array>>;
+// A matrix and its bias: three arrays, the numbers that tell how to read them, the bias or None. By the count of numbers:
+//   0  dense:             matrix, None, None
+//   2  affine-quantised:  packed, scales, biases; group size, bits
+//   4  SeedLM blocks:     blocks, None, None, or seeds, coefficients, exponents; columns of W, columns and states of a block, exponent bias
+using Arrays = std::tuple<mx::array, std::optional<mx::array>, std::optional<mx::array>, std::vector<int>, std::optional<mx::array>>;
 
 class Model {
  public:
@@ -93,9 +96,12 @@ class Model {
 
  private:
   mlxeff::Linear matrix(const Arrays& m) {
-    const auto& [weight, scales, biases, group, bits, bias] = m;
+    const auto& [first, second, third, scheme, bias] = m;
     mlxeff::Linear linear;
-    linear.weight = scales && biases ? quantised(weight, *scales, *biases, group, bits) : dense(weight);
+    if (scheme.size() == 4) linear.weight = seeds(first, second, third, {first.shape(0), scheme[0], scheme[1], scheme[2], scheme[3]});
+    else if (scheme.size() == 2 && second && third) linear.weight = quantised(first, *second, *third, scheme[0], scheme[1]);
+    else if (scheme.empty()) linear.weight = dense(first);
+    else throw std::invalid_argument("decoder: wanted a dense, affine-quantised or seed-encoded matrix");
     if (bias && bias->size() != size_t(linear.weight.N)) throw std::invalid_argument("decoder: a bias does not fit its matrix");
     linear.bias = kept_.floats(bias);
     return linear;
@@ -108,13 +114,21 @@ class Model {
     if (scales.shape() != mx::Shape{packed.shape(0), int(columns / group)}) throw std::invalid_argument("decoder: scales do not fit their matrix");
     const int type = dtype_of(scales);
     return {rows, columns, {kept_(packed).data<uint32_t>(), kept_(scales).data<void>(), kept_(biases).data<void>(), rows, columns, bits, group, type},
-            nullptr, type};
+            nullptr, type, {}};
+  }
+
+  mlxeff::WeightMatrix seeds(const mx::array& first, const std::optional<mx::array>& second, const std::optional<mx::array>& third,
+                             const mlxeff::SeedLayout& layout) {
+    std::vector<mx::array> arrays = {kept_(first)};
+    if (second && third) arrays.insert(arrays.end(), {kept_(*second), kept_(*third)});
+    layout.check_arrays(arrays);
+    return {layout.rows, layout.cols, {}, nullptr, 0, layout.weight(arrays, 0)};
   }
 
   mlxeff::WeightMatrix dense(const mx::array& weight) {
     if (weight.ndim() != 2) throw std::invalid_argument("decoder: wanted a matrix");
     const int type = dtype_of(weight);
-    return {weight.shape(0), weight.shape(1), {}, kept_(weight).data<void>(), type};
+    return {weight.shape(0), weight.shape(1), {}, kept_(weight).data<void>(), type, {}};
   }
 
   Kept kept_;
@@ -227,7 +241,7 @@ NB_MODULE(_native, m) {
   m.def("set_isa", [](std::optional<std::string> name) { check(mlxeff_set_isa(name ? name->c_str() : nullptr)); }, nb::arg("name").none());
   m.def("num_threads", [] { return mlxeff_num_threads(); });
   m.def("set_num_threads", [](int n) { check(mlxeff_set_num_threads(n)); }, "0 restores the default.");
-  bind_seedlm(m);
+  mlxeff::bind_seedlm(m);
   nb::class_<Handle>(m, "Decoder")
       .def("__init__",
            [](Handle* self, int64_t dim, int64_t head_dim, float eps, const mx::array& inverse_frequencies, float rope_magnitude,

@@ -7,47 +7,28 @@
 
 #include <string>
 
-#include "mlx/backend/cpu/encoder.h"
-#include "mlx/mlx.h"
-#include "mlx/primitives.h"
-#include "mlxeff_cpu.h"
+#include "common.h"
 
-namespace nb = nanobind;
-namespace mx = mlx::core;
+namespace mlxeff {
+
+void SeedLayout::check_arrays(const std::vector<mx::array>& arrays) const {
+  const auto is = [&](size_t i, mx::Dtype dtype, int64_t width) { return arrays[i].dtype() == dtype && arrays[i].shape() == mx::Shape{int(rows), int(width)}; };
+  const bool known = (states == 3 && columns == 8) || (states == 4 && (columns == 8 || columns == 12));
+  if (!known || cols < 1) throw std::invalid_argument("seedlm: the blocks are of no known format");
+  int64_t blocks = ceil_div(cols, columns);
+  if (states == 4) blocks += blocks % 2;
+  const bool packed = states == 3 && arrays.size() == 1 && is(0, mx::uint32, blocks);
+  const bool planar = states == 4 && arrays.size() == 3 && is(0, mx::uint16, blocks) && is(1, mx::uint16, blocks) && is(2, mx::uint8, blocks / 2);
+  if (!packed && !planar) throw std::invalid_argument("seedlm: the arrays do not fit the matrix");
+}
+
+mlxeff_seedlm_weight SeedLayout::weight(const std::vector<mx::array>& inputs, size_t first) const {
+  const bool planar = states == 4;
+  return {inputs[first].data<void>(), planar ? inputs[first + 1].data<uint16_t>() : nullptr, planar ? inputs[first + 2].data<uint8_t>() : nullptr,
+          rows, cols, columns, states, exponent_bias};
+}
 
 namespace {
-
-int dtype_of(mx::Dtype dtype) {
-  if (dtype == mx::float32) return MLXEFF_F32;
-  if (dtype == mx::float16) return MLXEFF_F16;
-  if (dtype == mx::bfloat16) return MLXEFF_BF16;
-  throw std::invalid_argument("seedlm: wanted float32, float16 or bfloat16");
-}
-
-void check(int code) {
-  if (code != MLXEFF_OK) throw std::runtime_error(std::string("seedlm kernel: ") + mlxeff_error_string(code));
-}
-
-// A matrix without its arrays, which are inputs of the primitives: one (blocks) or three (seeds, coefficients, exponents).
-struct Layout {
-  int64_t rows, cols;
-  int columns, states, exponent_bias;
-
-  void check_arrays(const std::vector<mx::array>& arrays) const {
-    int64_t blocks = (cols + columns - 1) / columns;
-    if (states == 4) blocks += blocks % 2;
-    const mx::Shape full = {int(rows), int(blocks)}, half = {int(rows), int(blocks / 2)};
-    const bool packed = states == 3 && arrays.size() == 1 && arrays[0].dtype() == mx::uint32 && arrays[0].shape() == full;
-    const bool planar = states == 4 && arrays.size() == 3 && arrays[0].dtype() == mx::uint16 && arrays[1].dtype() == mx::uint16 &&
-                        arrays[2].dtype() == mx::uint8 && arrays[0].shape() == full && arrays[1].shape() == full && arrays[2].shape() == half;
-    if (!packed && !planar) throw std::invalid_argument("seedlm: the arrays do not fit the matrix");
-  }
-  mlxeff_seedlm_weight weight(const std::vector<mx::array>& inputs, size_t first) const {
-    const bool planar = states == 4;
-    return {inputs[first].data<void>(), planar ? inputs[first + 1].data<uint16_t>() : nullptr, planar ? inputs[first + 2].data<uint8_t>() : nullptr,
-            rows, cols, columns, states, exponent_bias};
-  }
-};
 
 std::vector<mx::array> contiguous(const std::vector<mx::array>& arrays, mx::Stream stream) {
   std::vector<mx::array> out;
@@ -55,70 +36,100 @@ std::vector<mx::array> contiguous(const std::vector<mx::array>& arrays, mx::Stre
   return out;
 }
 
-// x (..., cols), arrays -> x W^T (..., rows) in x's dtype.
-class SeedMatmul : public mx::Primitive {
+// dx (M, K) = dy (M, N) @ W (N, K).
+void seed_dx(const mlxeff_seedlm_weight& w, const MatrixView& dy, const MatrixView& dx) {
+  int64_t blocks = ceil_div(w.K, w.columns);
+  if (w.states == 4) blocks += blocks % 2;
+  blocked_dx(w.N, w.K, dy, dx, [&](int64_t row, int64_t rows, float* out) {
+    mlxeff_seedlm_weight part = w;
+    part.N = rows;
+    part.seeds = static_cast<const char*>(w.seeds) + row * blocks * (w.states == 3 ? 4 : 2);
+    if (w.states == 4) {
+      part.coefficients += row * blocks;
+      part.exponents += row * blocks / 2;
+    }
+    return mlxeff_seedlm_decode(&part, out, w.K, MLXEFF_F32);
+  });
+}
+
+// x (..., cols), arrays -> x W^T (..., rows) in x's dtype; or its gradient, dy (..., rows), arrays -> dx (..., cols).
+class SeedMatmul : public NativePrimitive {
  public:
-  SeedMatmul(mx::Stream stream, Layout layout, int mode) : mx::Primitive(stream), layout_(layout), mode_(mode) {}
+  SeedMatmul(mx::Stream stream, SeedLayout layout, int mode, bool gradient)
+      : NativePrimitive(stream, "native seedlm_matmul"), layout_(layout), mode_(mode), gradient_(gradient) {}
 
   void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override {
-    mx::array& y = outputs[0];
-    y.set_data(mx::allocator::malloc(y.nbytes()));
-    mx::cpu::get_command_encoder(stream()).dispatch(
-        [weight = layout_.weight(inputs, 1), x = inputs[0].data<void>(), y = y.data<void>(), dtype = dtype_of(y.dtype()),
-         M = int64_t(inputs[0].size()) / layout_.cols, mode = mode_]() {
-          check(mlxeff_seedlm_matmul(&weight, x, weight.K, dtype, y, weight.N, dtype, M, mode));
-        });
+    allocate(outputs[0]);
+    if (outputs[0].size() == 0) return;
+    const MatrixView x = matrix(inputs[0]), y = matrix_of(outputs[0]);
+    const mlxeff_seedlm_weight weight = layout_.weight(inputs, 1);
+    if (gradient_) dispatch([=] { seed_dx(weight, x, y); });
+    else dispatch([=, mode = mode_] { check(mlxeff_seedlm_matmul(&weight, x.data, x.ld, x.dtype, y.data, y.ld, y.dtype, x.rows, mode), "seedlm: "); });
   }
-  void eval_gpu(const std::vector<mx::array>&, std::vector<mx::array>&) override { throw std::runtime_error("seedlm: this primitive has no GPU form"); }
-  const char* name() const override { return "MlxeffSeedMatmul"; }
+  std::vector<mx::array> vjp(const std::vector<mx::array>& primals, const std::vector<mx::array>& cotangents, const std::vector<int>& argnums,
+                             const std::vector<mx::array>&) override {
+    if (gradient_) refuse_to("be differentiated twice");
+    if (argnums.size() != 1 || argnums[0] != 0) refuse_to("be differentiated with respect to seed-encoded weights");
+    std::vector<mx::array> inputs = primals;
+    inputs[0] = cotangents[0];
+    return {mx::array(primals[0].shape(), primals[0].dtype(), std::make_shared<SeedMatmul>(stream(), layout_, mode_, true), std::move(inputs))};
+  }
+  bool is_equivalent(const mx::Primitive& other) const override {
+    const auto& o = static_cast<const SeedMatmul&>(other);
+    return layout_ == o.layout_ && mode_ == o.mode_ && gradient_ == o.gradient_;
+  }
+  std::vector<mx::Shape> output_shapes(const std::vector<mx::array>& inputs) override {
+    mx::Shape shape = inputs[0].shape();
+    shape.back() = int(gradient_ ? layout_.cols : layout_.rows);
+    return {shape};
+  }
 
  private:
-  Layout layout_;
+  SeedLayout layout_;
   int mode_;
+  bool gradient_;
 };
 
 // ids (n), arrays -> rows (n, cols); with no ids all of the matrix.
-class SeedRows : public mx::Primitive {
+class SeedRows : public NativePrimitive {
  public:
-  SeedRows(mx::Stream stream, Layout layout, bool chosen) : mx::Primitive(stream), layout_(layout), chosen_(chosen) {}
+  SeedRows(mx::Stream stream, SeedLayout layout, bool chosen) : NativePrimitive(stream, "native seedlm_decode"), layout_(layout), chosen_(chosen) {}
 
   void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override {
-    mx::array& out = outputs[0];
-    out.set_data(mx::allocator::malloc(out.nbytes()));
+    allocate(outputs[0]);
+    const MatrixView out = matrix_of(outputs[0]);
     const int32_t* const ids = chosen_ ? inputs[0].data<int32_t>() : nullptr;
-    mx::cpu::get_command_encoder(stream()).dispatch([weight = layout_.weight(inputs, chosen_ ? 1 : 0), ids, count = int64_t(out.shape(0)),
-                                                     out = out.data<void>(), dtype = dtype_of(out.dtype())]() {
-      check(ids ? mlxeff_seedlm_rows(&weight, ids, count, out, weight.K, dtype) : mlxeff_seedlm_decode(&weight, out, weight.K, dtype));
+    dispatch([weight = layout_.weight(inputs, chosen_ ? 1 : 0), ids, out] {
+      check(ids ? mlxeff_seedlm_rows(&weight, ids, out.rows, out.data, out.ld, out.dtype) : mlxeff_seedlm_decode(&weight, out.data, out.ld, out.dtype),
+            "seedlm: ", "wanted ids of rows of the matrix");
     });
   }
-  void eval_gpu(const std::vector<mx::array>&, std::vector<mx::array>&) override { throw std::runtime_error("seedlm: this primitive has no GPU form"); }
-  const char* name() const override { return "MlxeffSeedRows"; }
 
  private:
-  Layout layout_;
+  SeedLayout layout_;
   bool chosen_;
 };
 
 mx::array matmul(const mx::array& x, const std::vector<mx::array>& arrays, int64_t rows, int64_t cols, int columns, int states, int exponent_bias,
                  int mode) {
-  const Layout layout = {rows, cols, columns, states, exponent_bias};
+  const SeedLayout layout = {rows, cols, columns, states, exponent_bias};
   layout.check_arrays(arrays);
-  dtype_of(x.dtype());
+  dtype_of(x);
   if (x.ndim() < 1 || x.shape(-1) != cols) throw std::invalid_argument("seedlm: x does not fit the matrix");
-  const mx::Stream stream = mx::default_stream(mx::Device::cpu);
+  const mx::Stream stream = cpu_stream();
   std::vector<mx::array> inputs = contiguous(arrays, stream);
-  inputs.insert(inputs.begin(), mx::contiguous(x, false, stream));
+  inputs.insert(inputs.begin(), x);
   mx::Shape shape = x.shape();
   shape.back() = int(rows);
-  return mx::array(std::move(shape), x.dtype(), std::make_shared<SeedMatmul>(stream, layout, mode), std::move(inputs));
+  return mx::array(std::move(shape), x.dtype(), std::make_shared<SeedMatmul>(stream, layout, mode, false), std::move(inputs));
 }
 
 mx::array decode(const std::vector<mx::array>& arrays, const std::optional<mx::array>& ids, int64_t rows, int64_t cols, int columns, int states,
                  int exponent_bias, mx::Dtype dtype) {
-  const Layout layout = {rows, cols, columns, states, exponent_bias};
+  const SeedLayout layout = {rows, cols, columns, states, exponent_bias};
   layout.check_arrays(arrays);
-  dtype_of(dtype);
-  const mx::Stream stream = mx::default_stream(mx::Device::cpu);
+  if (!mx::issubdtype(dtype, mx::floating) || dtype == mx::float64) throw std::invalid_argument("seedlm: wanted float32, float16 or bfloat16");
+  const mx::Stream stream = cpu_stream();
   std::vector<mx::array> inputs = contiguous(arrays, stream);
   mx::Shape shape = {ids ? int(ids->size()) : int(rows), int(cols)};
   if (ids) inputs.insert(inputs.begin(), mx::contiguous(mx::astype(mx::flatten(*ids, stream), mx::int32, stream), false, stream));
@@ -159,7 +170,7 @@ nb::tuple encode(nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device:
     nb::gil_scoped_release release;
     code = mlxeff_seedlm_encode(&args);
   }
-  check(code);
+  check(code, "seedlm: ");
   return nb::make_tuple(seeds, coefficients, codes, decoded);
 }
 
@@ -173,3 +184,5 @@ void bind_seedlm(nb::module_& m) {
   m.def("seedlm_encode", &encode, nb::arg("weights"), nb::arg("diagonal").none(), nb::arg("columns"), nb::arg("states"), nb::arg("exponent_bias"),
         nb::arg("refine"), "NumPy weights (rows, cols) -> (seeds, coefficients, codes, decoded); see mlxeff_seedlm_encode.");
 }
+
+}  // namespace mlxeff

@@ -2,57 +2,86 @@
 #pragma once
 #include "matmul_kernels.h"
 #include "qmatmul_kernels.h"
+#include "seedlm_kernels.h"
 
 namespace mlxeff {
 
-// W (N, K): affine-quantised, or dense (row-major, contiguous) where `quantised.packed` is null.
+// W (N, K): affine-quantised, or in SeedLM blocks, or dense (row-major, contiguous). The kind is that of the pointer which is not null.
 struct WeightMatrix {
   int64_t N, K;
   mlxeff_qweight quantised;
   const void* dense;
   int dtype;  // of dense
+  mlxeff_seedlm_weight seeds;
 
-  bool is_dense() const { return quantised.packed == nullptr; }
+  enum class Kind { quantised, seeds, dense };
+  Kind kind() const { return quantised.packed ? Kind::quantised : seeds.seeds ? Kind::seeds : Kind::dense; }
 };
 
 // The calls come in the order of qmatmul_kernels.h: bind (or share_input), prepare over all rows of x, run over all rows of W.
 class Product {
+  // Calls f(kernel table, its arguments) of the matrix's family.
+  template <class Self, class F>
+  static auto visit(Self& self, F&& f) {
+    switch (self.matrix_->kind()) {
+      case WeightMatrix::Kind::quantised: return f(*self.quantised_, self.q_);
+      case WeightMatrix::Kind::seeds: return f(*self.seeds_, self.s_);
+      case WeightMatrix::Kind::dense: break;
+    }
+    return f(*self.dense_, self.d_);
+  }
+
  public:
   Product() = default;
+  // `mode` is MLXEFF_EXACT, _BF16 or _INT8; where the matrix is not affine-quantised, INT8 means BF16.
   Product(const WeightMatrix& w, const float* x, float* y, int64_t rows, int mode)
-      : matrix_(&w), rows_(rows), quantised_(&MLXEFF_DISPATCH(qmatmul_kernels)), dense_(&MLXEFF_DISPATCH(matmul_kernels)) {
-    if (w.is_dense()) {
-      const int dense_mode = mode == MLXEFF_EXACT ? MLXEFF_EXACT : MLXEFF_COMPUTE_BF16;
-      d_ = {{x, w.K, MLXEFF_F32, false}, {w.dense, w.K, w.dtype, true}, y, w.N, MLXEFF_F32, rows, w.N, w.K, dense_mode, nullptr, nullptr};
-    } else {
-      q_ = {w.quantised, x, w.K, MLXEFF_F32, y, w.N, MLXEFF_F32, rows, mode, nullptr, 0, nullptr, nullptr, nullptr, nullptr};
+      : matrix_(&w), quantised_(&MLXEFF_DISPATCH(qmatmul_kernels)), seeds_(&MLXEFF_DISPATCH(seedlm_kernels)), dense_(&MLXEFF_DISPATCH(matmul_kernels)) {
+    const int float_mode = mode == MLXEFF_EXACT ? MLXEFF_EXACT : MLXEFF_COMPUTE_BF16;
+    switch (w.kind()) {
+      case WeightMatrix::Kind::quantised:
+        q_ = {w.quantised, x, w.K, MLXEFF_F32, y, w.N, MLXEFF_F32, rows, mode, nullptr, 0, nullptr, nullptr, nullptr, nullptr};
+        break;
+      case WeightMatrix::Kind::seeds:
+        s_ = {w.seeds, x, w.K, MLXEFF_F32, y, w.N, MLXEFF_F32, rows, float_mode, nullptr, nullptr};
+        break;
+      case WeightMatrix::Kind::dense:
+        d_ = {{x, w.K, MLXEFF_F32, false}, {w.dense, w.K, w.dtype, true}, y, w.N, MLXEFF_F32, rows, w.N, w.K, float_mode, nullptr, nullptr};
     }
   }
 
   const WeightMatrix& matrix() const { return *matrix_; }
   int64_t workspace_bytes() const {
-    return round_up(int64_t(matrix_->is_dense() ? dense_->workspace_bytes(d_) : quantised_->workspace_bytes(q_)), 64);
+    return round_up(int64_t(visit(*this, [](const auto& kernels, const auto& args) { return kernels.workspace_bytes(args); })), 64);
   }
   void bind(void* workspace) {
-    if (matrix_->is_dense()) dense_->bind(d_, workspace);
-    else quantised_->bind(q_, workspace);
+    visit(*this, [&](const auto& kernels, auto& args) { kernels.bind(args, workspace); });
   }
   void prepare(int64_t begin, int64_t end) const {
-    if (matrix_->is_dense()) dense_->prepare(d_, begin, end);
-    else quantised_->prepare(q_, begin, end);
+    visit(*this, [&](const auto& kernels, const auto& args) { kernels.prepare(args, begin, end); });
   }
-  int64_t piece(int threads) const { return matrix_->is_dense() ? dense_->piece(d_, threads) : quantised_->piece(q_, threads); }
-  int run(int64_t begin, int64_t end) const { return matrix_->is_dense() ? dense_->run(d_, begin, end) : quantised_->run(q_, begin, end); }
+  int64_t piece(int threads) const {
+    return visit(*this, [&](const auto& kernels, const auto& args) { return kernels.piece(args, threads); });
+  }
+  int run(int64_t begin, int64_t end) const {
+    return visit(*this, [&](const auto& kernels, const auto& args) { return kernels.run(args, begin, end); });
+  }
 
   // Whether `other`, of the same x, needs it in the same form; share_input then replaces its bind and prepare.
   bool same_input(const Product& other) const {
     const WeightMatrix &a = *matrix_, &b = *other.matrix_;
-    if (a.is_dense() != b.is_dense()) return false;
-    return a.is_dense() || (a.quantised.bits == b.quantised.bits && a.quantised.group == b.quantised.group);
+    if (a.kind() != b.kind()) return false;
+    switch (a.kind()) {
+      case WeightMatrix::Kind::quantised: return a.quantised.bits == b.quantised.bits && a.quantised.group == b.quantised.group;
+      case WeightMatrix::Kind::seeds: return a.seeds.columns == b.seeds.columns && a.seeds.states == b.seeds.states;
+      case WeightMatrix::Kind::dense: break;
+    }
+    return true;
   }
   void share_input(const Product& owner) {
     d_.a_f32 = owner.d_.a_f32;
     d_.a_bf16 = owner.d_.a_bf16;
+    s_.x_f32 = owner.s_.x_f32;
+    s_.x_bf16 = owner.s_.x_bf16;
     q_.x_f32 = owner.q_.x_f32;
     q_.ldx_f32 = owner.q_.ldx_f32;
     q_.x_sum = owner.q_.x_sum;
@@ -63,10 +92,11 @@ class Product {
 
  private:
   const WeightMatrix* matrix_ = nullptr;
-  int64_t rows_ = 0;
   const QmatmulKernels* quantised_ = nullptr;
+  const SeedlmKernels* seeds_ = nullptr;
   const MatmulKernels* dense_ = nullptr;
   QmmArgs q_ = {};
+  SeedArgs s_ = {};
   MatmulArgs d_ = {};
 };
 

@@ -4,6 +4,7 @@
 used.
 """
 
+import functools
 import hashlib
 import json
 import re
@@ -82,7 +83,9 @@ def load_path(path: Path, overrides: dict | None = None, lazy: bool = False, tru
     if not isinstance(kind, str):
         raise MlxeffError(f"{path}: config: model_type: wanted the name of an architecture, got {kind!r}")
     if kind in llama.FAMILIES:  # Hugging Face and mlx-lm differ on what a missing key means: the file knows
-        config.setdefault("tie_word_embeddings", "lm_head.weight" not in source.tensors)
+        config.setdefault("tie_word_embeddings", not any(name.startswith("lm_head.") for name in source.tensors))
+    if "seedlm" in config:
+        _check_seedlm(source)
     if kind in MODELS:
         model = build_model(config, source.tensors if source.config else None)
         fill(model, _weights(source, config), str(path))
@@ -90,12 +93,17 @@ def load_path(path: Path, overrides: dict | None = None, lazy: bool = False, tru
         from .models.adapter import load_adapter
 
         notices.info("%s: architecture %r is not one of ours: plain decoding through mlx-lm", path, kind)
-        model = load_adapter(_folder(source.path), kind, overrides or {}, lazy, trust_remote_code)
+        prepare = functools.partial(_seed, config=config) if "seedlm" in config else None
+        model = load_adapter(_folder(source.path), kind, overrides or {}, lazy, trust_remote_code, prepare)
         config = model.config
     _check_vocabulary(path, model.vocab_size, tokenizer)
     backend = "mlx"
     if not lazy:
         mx.eval(model.parameters())
+        if "seedlm" in config:
+            from .seedlm import install
+
+            install.finish(model.model if kind not in MODELS else model, str(path))
         backend = _fuse(path, model)
     dtype = "float32" if native_for() and isinstance(model, DecoderModel) else _dtype_name(model)
     loaded = Loaded(model, tokenizer, config, Path(path), fingerprint(source, config), dtype, backend)
@@ -129,12 +137,29 @@ def build_model(config: dict, tensors: Collection[str] | None = None) -> nn.Modu
         model = model_class(model_class.Config.from_dict(config))
     except OverflowError as error:
         raise MlxeffError(f"config: sizes that no array can have: {error}") from error
+    if "seedlm" in config:
+        _seed(model, config)
     if quantization := config.get("quantization"):
         _quantize(model, quantization, tensors)
     elif foreign := config.get("quantization_config"):
         method = foreign.get("quant_method") if isinstance(foreign, dict) else foreign
         raise MlxeffError(f"config: quantization_config: wanted MLX's `quantization`, got quant_method {method!r}")
     return model.eval()
+
+
+def _check_seedlm(source: Source) -> None:
+    """The weight files say of themselves that they hold SeedLM blocks, and which."""
+    from .seedlm.install import METADATA, check_metadata
+
+    if METADATA not in source.metadata:
+        raise MlxeffError(f"{source.path}: config has seed-encoded modules, the weights no {METADATA!r} header")
+    check_metadata(source.metadata[METADATA], str(source.path))
+
+
+def _seed(model: nn.Module, config: dict) -> None:
+    from .seedlm.install import install
+
+    install(model, config["seedlm"])
 
 
 def _quantize(model: nn.Module, quantization: dict, tensors: Collection[str] | None) -> None:

@@ -62,8 +62,11 @@ def write_folder(
     parameters: int | None = None,
     shard_bytes: int = SHARD_BYTES,
     progress: Callable[[int, int], None] | None = None,
+    metadata: dict[str, str] | None = None,
 ) -> list[Path]:
     """Write shards and index, and by `files(folder)` the rest; returns the weight files. Raises MlxeffError.
+
+    `metadata` stands in the header of each shard.
 
     Memory: the largest piece's arrays. `progress(done, total)` counts bytes. If anything goes wrong,
     `destination` is not made.
@@ -74,7 +77,8 @@ def write_folder(
     partial = _partial(destination)
     try:
         partial.mkdir()
-        names = _write_shards(partial, plan_shards(pieces, shard_bytes), parameters, progress or (lambda *_: None))
+        shards, report = plan_shards(pieces, shard_bytes), progress or (lambda *_: None)
+        names = _write_shards(partial, shards, parameters, report, metadata or {})
         if files:
             files(partial)
         check_new(destination)
@@ -111,14 +115,16 @@ def _alive(process: int) -> bool:
     return True
 
 
-def _write_shards(folder: Path, shards: list[list[Piece]], parameters: int | None, progress: Callable) -> list[str]:
+def _write_shards(
+    folder: Path, shards: list[list[Piece]], parameters: int | None, progress: Callable, metadata: dict[str, str]
+) -> list[str]:
     count = len(shards)
     names = (
         ["model.safetensors"] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
     )
     total, done, weight_map = sum(piece.nbytes for shard in shards for piece in shard), 0, {}
     for name, shard in zip(names, shards, strict=True):
-        for piece_bytes in _write_shard(folder / name, shard):
+        for piece_bytes in _write_shard(folder / name, shard, metadata):
             done += piece_bytes
             progress(done, total)
         weight_map.update({spec[0]: name for piece in shard for spec in piece.specs})
@@ -129,9 +135,9 @@ def _write_shards(folder: Path, shards: list[list[Piece]], parameters: int | Non
     return names
 
 
-def _write_shard(path: Path, pieces: list[Piece]):
+def _write_shard(path: Path, pieces: list[Piece], metadata: dict[str, str]):
     """Write one file, yielding the bytes of each piece as it is done."""
-    header = _header(pieces)
+    header = _header(pieces, metadata)
     with open(path, "wb") as file:
         file.write(header)
         for piece in pieces:
@@ -147,9 +153,9 @@ def _write_shard(path: Path, pieces: list[Piece]):
         raise MlxeffError(f"{path.name}: not written: wanted {wanted} bytes on disk, got {path.stat().st_size}")
 
 
-def _header(pieces: list[Piece]) -> bytes:
+def _header(pieces: list[Piece], metadata: dict[str, str]) -> bytes:
     """Length and JSON, padded with spaces to a multiple of 8."""
-    entries, offset = {"__metadata__": {"format": "mlx"}}, 0
+    entries, offset = {"__metadata__": {"format": "mlx"} | metadata}, 0
     for name, dtype, shape in (spec for piece in pieces for spec in piece.specs):
         end = offset + _nbytes(dtype, shape)
         if name in entries:

@@ -43,6 +43,19 @@ def add_convert(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=("float16", "bfloat16", "float32"), help="float type (default: as stored)")
     parser.add_argument("--quantize", metavar="BITS[:GROUP]", type=_quantize, help="affine, e.g. 4 or 4:32 (group 64)")
     parser.add_argument("--tokenizer", metavar="PATH", help="tokenizer folder or file (default: beside the weights)")
+    group = parser.add_argument_group("SeedLM")
+    group.add_argument("--seedlm", choices=("3", "4", "4.5"), help="linear layers as seeds: this many bits a weight")
+    group.add_argument(
+        "--keep",
+        metavar="NAME,…[:BITS]",
+        type=_keep,
+        action="append",
+        help="layers, by parts of their names, that stay affine-quantised, 8 bits by default, 16: as stored; "
+        "none: encode all (default: embed,lm_head:8; repeatable)",
+    )
+    group.add_argument("--calibrate", metavar="FILE", help="text to weigh errors by (default: the package has one)")
+    group.add_argument("--calibration-tokens", metavar="N", type=_positive, help="of that text (default: 32768)")
+    group.add_argument("--data-free", action="store_true", help="no text: the blocks nearest to the weights")
     parser.add_argument("--dry-run", action="store_true", help="only report names, shapes, types, disk and memory")
     parser.add_argument("--offline", action="store_true", help="never touch the network")
     parser.add_argument("--json", action="store_true", help="print the report as one JSON document")
@@ -97,6 +110,19 @@ def _quantize(text: str) -> tuple[int, int]:
         return int(bits), int(group or 64)
     except ValueError:
         raise argparse.ArgumentTypeError(f"wanted BITS or BITS:GROUP, got {text!r}") from None
+
+
+def _keep(text: str) -> tuple[tuple[str, int], ...]:
+    if text == "none":
+        return ()
+    names, colon, bits = text.rpartition(":")
+    try:
+        found = tuple((name.strip(), int(bits)) for name in names.split(",")) if colon else _keep(f"{text}:8")
+    except ValueError:
+        found = ()
+    if not found or not all(name for name, _ in found):
+        raise argparse.ArgumentTypeError(f"wanted NAME,…[:BITS] or none, got {text!r}")
+    return found
 
 
 def _integer(text: str, valid, wanted: str) -> int:

@@ -14,7 +14,10 @@ def run(options: argparse.Namespace) -> int:
     with output.show_notices(options.quiet) as lines:
         with output.bar(f"fetching {options.src}", "B", options.quiet) as progress:
             source = hub.resolve(options.src, offline=options.offline, progress=progress)
-        with output.bar("converting", "B", options.quiet) as progress:
+        with (
+            output.bar("encoding", "w", options.quiet) as encoding,
+            output.bar("converting", "B", options.quiet) as progress,
+        ):
             report = convert(
                 source,
                 options.dst,
@@ -23,6 +26,12 @@ def run(options: argparse.Namespace) -> int:
                 tokenizer=options.tokenizer,
                 dry_run=options.dry_run,
                 progress=progress,
+                seedlm=options.seedlm,
+                keep=None if options.keep is None else tuple(each for keep in options.keep for each in keep),
+                data_free=options.data_free,
+                calibrate=options.calibrate,
+                calibration_tokens=options.calibration_tokens,
+                encoding=encoding,
             )
     if options.json:
         print(json.dumps(report.as_dict() | {"notices": lines}, indent=2, ensure_ascii=False))

@@ -42,15 +42,15 @@ def show_notices(quiet: bool = False) -> Iterator[list[str]]:
 
 @contextlib.contextmanager
 def bar(title: str, unit: str, quiet: bool = False) -> Iterator[Callable[[int, int], None] | None]:
-    """A callback `(done, total)` that draws a progress bar of `unit` "B" or "tok"; None without a terminal."""
+    """A callback `(done, total)` that draws a progress bar of `unit` "B", "w" or "tok"; None without a terminal."""
     if quiet or not sys.stderr.isatty():
         yield None
         return
     from tqdm import tqdm
 
-    scale = unit == "B"
+    scale, divisor = unit != "tok", 1024 if unit == "B" else 1000
     with tqdm(
-        desc=title, unit=unit, unit_scale=scale, unit_divisor=1024, delay=BAR_DELAY, leave=False, file=sys.stderr
+        desc=title, unit=unit, unit_scale=scale, unit_divisor=divisor, delay=BAR_DELAY, leave=False, file=sys.stderr
     ) as drawn:
 
         def show(done: int, total: int) -> None:

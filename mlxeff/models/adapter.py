@@ -5,6 +5,7 @@ seams, so a technique that needs one says so. Importing mlx-lm brings `transform
 """
 
 import contextlib
+from collections.abc import Callable
 from pathlib import Path
 
 import mlx.core as mx
@@ -87,19 +88,49 @@ class AdapterModel:
 
 
 def load_adapter(
-    folder: Path, kind: str, overrides: dict, lazy: bool = False, trust_remote_code: bool = False
+    folder: Path,
+    kind: str,
+    overrides: dict,
+    lazy: bool = False,
+    trust_remote_code: bool = False,
+    prepare: Callable | None = None,
 ) -> AdapterModel:
-    """The model of an mlx-lm or Hugging Face folder, built by mlx-lm; `overrides` are laid over its config.json."""
+    """The model of an mlx-lm or Hugging Face folder, built by mlx-lm; `overrides` are laid over its config.json.
+
+    `prepare(model)` may replace modules before the weights are put in.
+    """
     with _keep_file_limit():
         from mlx_lm.utils import load_model
+    options = {"get_model_classes": _prepared(prepare)} if prepare else {}
     try:
-        model, config = load_model(folder, lazy=lazy, model_config=overrides, trust_remote_code=trust_remote_code)
+        model, config = load_model(
+            folder, lazy=lazy, model_config=overrides, trust_remote_code=trust_remote_code, **options
+        )
+    except MlxeffError:
+        raise
     except Exception as error:  # mlx-lm raises whatever its model classes raise
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise MlxeffError(
             f"{folder}: unsupported architecture {kind!r}: not one of ours, and mlx-lm says: {reason}"
         ) from error
     return AdapterModel(model, config)
+
+
+def _prepared(prepare: Callable) -> Callable:
+    """mlx-lm's choice of classes, with a model class that builds and then prepares."""
+    from mlx_lm.utils import _get_classes
+
+    def choose(config: dict) -> tuple:
+        model_class, arguments_class = _get_classes(config)
+
+        def build(arguments):
+            model = model_class(arguments)
+            prepare(model)
+            return model
+
+        return build, arguments_class
+
+    return choose
 
 
 @contextlib.contextmanager

@@ -1,12 +1,13 @@
 """A decoder's whole forward pass as one native CPU call (`cpu/decoder.cpp`), from the modules of an ordinary model.
 
 A family describes its layers as `LayerParts`, by reference to its own modules, so there is no second copy of a model's
-code or weights. The fused form applies on a CPU where every matrix is dense or affine-quantised. Activations are
-float32; `compute` says how the products treat them:
+code or weights. The fused form applies on a CPU where every matrix is dense, affine-quantised or of a module that has
+`native_arrays` (seed-encoded ones). Activations are float32; `compute` says how the products treat them:
 
 exact   float32 products: equals the unfused model in float32 to rounding (the default).
 bf16    operands of the large products are rounded to bfloat16 where the CPU multiplies it faster (AMX); else as exact.
-int8    as bf16, and activations that meet quantised weights are rounded to int8, one scale for each group of weights.
+int8    as bf16, and activations that meet affine-quantised weights are rounded to int8, one scale for each group of
+        weights.
 """
 
 from collections.abc import Iterator
@@ -37,19 +38,22 @@ class Rows:
     def native(self) -> bool:
         """Whether the native kernels can multiply by it."""
         module = self.module
+        if hasattr(module, "native_arrays"):
+            return True
         if type(module) in (QuantizedLinear, QuantizedEmbedding):
             return module.mode == "affine" and module.bits in BITS and module.group_size in GROUPS
         return type(module) in (Linear, Embedding)
 
     def arrays(self) -> tuple:
-        """(packed, scales, biases, group size, bits, bias or None), as the native decoder takes it; a dense matrix is
-        (weight, None, None, 0, 0, bias or None)."""
+        """Three arrays or None, the numbers that tell how to read them, bias or None, as the native decoder takes them:
+        (weight, None, None, (), …), (packed, scales, biases, (group size, bits), …), or what the module says itself."""
         module, part = self.module, slice(self.start, self.stop)
         bias = module.bias[part] if "bias" in module else None
+        if hasattr(module, "native_arrays"):
+            return (*module.native_arrays(part), bias)
         if type(module) in (Linear, Embedding):
-            return (module.weight[part], None, None, 0, 0, bias)
-        packed = (module.weight[part], module.scales[part], module.biases[part])
-        return (*packed, module.group_size, module.bits, bias)
+            return (module.weight[part], None, None, (), bias)
+        return (module.weight[part], module.scales[part], module.biases[part], (module.group_size, module.bits), bias)
 
 
 @dataclass(frozen=True)

@@ -214,9 +214,9 @@ class Model(DecoderModel):
 
     def layer_parts(self) -> Iterator[LayerParts]:
         """The modules of each layer, for the fused form: query, key and value rows lie together, so do gate and up."""
-        for layer in self.layers:
+        for index, layer in enumerate(self.layers):
             attention, ffn = layer.attn, layer.ffn
-            size, rows = attention._rope.size, ffn.proj_1.weight.shape[0] // 2
+            size, rows = attention._rope.size, self.config.ffn_dim(index)
             keys, values = attention.heads * size, (attention.heads + attention.groups) * size
             yield LayerParts(
                 attention_norm=layer.attn_norm,

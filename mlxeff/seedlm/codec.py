@@ -15,6 +15,7 @@ from .lfsr import expand, expansion_tables
 
 HALF = 1 << (REGISTER_BITS - 1)
 STEP = np.float32(1 / SCALE)
+PIECE = 1 << 20  # weights that are decoded at a time in mx operations
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,11 @@ def decode(fmt: BlockFormat, blocks: Blocks, cols: int) -> np.ndarray:
 
 
 def decode_ops(fmt: BlockFormat, cols: int, arrays: Mapping[str, mx.array], dtype: mx.Dtype = mx.float32) -> mx.array:
-    """The arrays of some rows → (rows, cols) in `dtype`, in mx operations; about 150 bytes of memory a weight."""
+    """The arrays of some rows → (rows, cols) in `dtype`, in mx operations, 150 bytes of memory a weight of `PIECE`."""
+    count, step = arrays["seeds" if fmt.planar else "blocks"].shape[0], max(1, PIECE // cols)
+    if count > step:
+        parts = [_rows(arrays, slice(start, start + step)) for start in range(0, count, step)]
+        return mx.concatenate([decode_ops(fmt, cols, part, dtype) for part in parts])
     if fmt.planar:
         seeds, nibbles = arrays["seeds"].astype(mx.uint32), arrays["coefficients"].astype(mx.uint32)
         exponents = arrays["exponents"].astype(mx.int32)
@@ -118,8 +123,11 @@ def _windows_ops(seeds: mx.array, count: int) -> mx.array:
 def rows_ops(fmt: BlockFormat, cols: int, arrays: Mapping[str, mx.array], ids: mx.array, dtype=mx.float32) -> mx.array:
     """Rows `ids` (...) of the matrix → (..., cols): an embedding."""
     flat = ids.reshape(-1)
-    chosen = {name: array if name == "exponent_bias" else array[flat] for name, array in arrays.items()}
-    return decode_ops(fmt, cols, chosen, dtype).reshape(*ids.shape, cols)
+    return decode_ops(fmt, cols, _rows(arrays, flat), dtype).reshape(*ids.shape, cols)
+
+
+def _rows(arrays: Mapping[str, mx.array], chosen) -> dict[str, mx.array]:
+    return {name: array if name == "exponent_bias" else array[chosen] for name, array in arrays.items()}
 
 
 def matmul_ops(fmt: BlockFormat, arrays: Mapping[str, mx.array], x: mx.array) -> mx.array:

@@ -1,0 +1,279 @@
+"""Which modules of a model become seed-encoded and which stay, and the search, layer by layer.
+
+Every linear layer is encoded but those named by `keep`: by default the embedding and the head, in 8-bit affine groups.
+A kept module that is quantised already, with no more bits, stays as it is. With calibration the layers run one after
+the other on windows of a text: the inputs of a layer, computed by the encoded layers before it, give the Gram matrices
+that its encoder weighs errors by (as GPTQ does, arXiv 2210.17323). The text's activations between two layers are kept,
+and one layer of weights.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_unflatten
+
+from ..errors import MlxeffError
+from ..loading import build_model
+from ..ops import linear
+from ..seedlm import install
+from ..seedlm.encode import encode
+from ..seedlm.format import BlockFormat, block_format
+from ..seedlm.linear import SeedLinear
+from .plan import Weight
+from .store import Store
+
+KEEP = (("embed", 8), ("lm_head", 8))
+KEEP_BITS, KEEP_GROUPS = (2, 3, 4, 5, 6, 8, 16), (64, 32)  # 16: as stored
+BATCH_TOKENS = 2048  # that run through a layer at a time
+
+
+@dataclass(frozen=True)
+class SeedOptions:
+    """`keep`: (part of a module's name, bits). `tokens`: of calibration, 0 for the data-free method."""
+
+    bits: str
+    keep: tuple[tuple[str, int], ...] = KEEP
+    tokens: int = 0
+    calibration: str | None = None  # the text's name and hash
+
+    def __post_init__(self):
+        block_format(self.bits)
+        for name, bits in self.keep:
+            if bits not in KEEP_BITS:
+                raise MlxeffError(f"convert: keep: {name}: wanted bits of {KEEP_BITS}, got {bits}")
+
+    @property
+    def format(self) -> BlockFormat:
+        return block_format(self.bits)
+
+    def choose(self, model: nn.Module, weights: list[Weight], config: dict) -> "Choice":
+        """What becomes of the matrices of `model`, the dense one that the config describes."""
+        return _choose(model, weights, config, self)
+
+    def as_dict(self) -> dict:
+        keep = ",".join(f"{name}:{bits}" for name, bits in self.keep) or "none"
+        method = f"{self.calibration}, {self.tokens} tokens" if self.tokens else "data-free"
+        return {"seedlm": self.bits, "keep": keep, "calibration": method}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Module name → what becomes of its matrix."""
+
+    seeded: dict[str, tuple[BlockFormat, int, int]]
+    kept: dict[str, dict]  # the scheme of `mx.quantize`; none of a matrix that stays dense
+    requantised: dict[str, dict | None]  # those of `kept` that have another scheme in the source: that one
+
+    @property
+    def weights(self) -> int:
+        """Weights to encode."""
+        return sum(rows * cols for _, rows, cols in self.seeded.values())
+
+    def config(self) -> dict:
+        """What config.json says of it: of the kept modules the commonest scheme, and an entry for every other."""
+        described = {"seedlm": install.entry(self.seeded)} if self.seeded else {}
+        if schemes := list(self.kept.values()):
+            default = max(schemes, key=schemes.count)
+            others = {module: scheme for module, scheme in self.kept.items() if scheme != default}
+            described["quantization"] = default | others
+        return described
+
+    def report(self, errors: dict[str, float]) -> dict:
+        """Sizes, what is kept, and the encoder's relative errors by module."""
+        count = self.weights
+        nbytes = sum(_nbytes(*each) for each in self.seeded.values())
+        return {
+            "modules": len(self.seeded),
+            "weights": count,
+            "bits_per_weight": 8 * nbytes / count if count else 0.0,
+            "kept": {name: f"{s['bits']} bits, groups of {s['group_size']}" for name, s in self.kept.items()},
+            "errors": errors,
+        }
+
+
+def _nbytes(fmt: BlockFormat, rows: int, cols: int) -> int:
+    arrays = fmt.arrays(rows, cols).values()
+    return sum(math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in arrays)
+
+
+def _choose(model: nn.Module, weights: list[Weight], config: dict, options: SeedOptions) -> Choice:
+    """Raises MlxeffError for a `keep` that names nothing."""
+    matrices = {name for name, module in model.named_modules() if isinstance(module, (nn.Linear, nn.Embedding))}
+    choice, used = Choice({}, {}, {}), set()
+    for weight in weights:
+        if weight.module not in matrices or not weight.name.endswith(".weight"):
+            continue
+        names = [(name, bits) for name, bits in options.keep if name in weight.module]
+        used |= {name for name, _ in names}
+        if not names:
+            choice.seeded[weight.module] = (options.format, *weight.shape)
+        elif scheme := _scheme(weight, config, names[0][1]):
+            choice.kept[weight.module] = scheme
+            if scheme != (stored := _stored_scheme(weight, config)):
+                choice.requantised[weight.module] = stored
+    if unknown := sorted({name for name, _ in options.keep} - used - {name for name, _ in KEEP}):
+        raise MlxeffError(f"convert: keep: {', '.join(unknown)}: wanted parts of names of linear layers, got others")
+    return choice
+
+
+def _scheme(weight: Weight, config: dict, bits: int) -> dict | None:
+    """How a kept matrix is stored: as it is where it has no more bits, None for dense."""
+    stored = _stored_scheme(weight, config)
+    if stored and stored["bits"] <= bits:
+        return stored
+    group = next((group for group in KEEP_GROUPS if weight.shape[-1] % group == 0), None)
+    if bits == 16 or group is None:
+        return stored
+    return {"group_size": group, "bits": bits, "mode": "affine"}
+
+
+def _stored_scheme(weight: Weight, config: dict) -> dict | None:
+    if not weight.packed:
+        return None
+    (_, _, words), (_, _, groups) = weight.packed[:2]
+    columns, quantization = weight.shape[-1], config.get("quantization") or {}
+    own = quantization.get(weight.module)
+    mode = (own if isinstance(own, dict) else quantization).get("mode", "affine")
+    return {"group_size": columns // groups[-1], "bits": words[-1] * 32 // columns, "mode": mode}
+
+
+class Encoder:
+    """Fills a store with the blocks of every layer that is not in it yet."""
+
+    def __init__(self, config: dict, weights: list[Weight], choice: Choice, store: Store, origin: str):
+        names = {name for weight in weights for name in ([s[0] for s in weight.packed] or [weight.name])}
+        self.model = build_model(config, names)
+        self.weights, self.choice, self.store, self.origin = weights, choice, store, origin
+        self.paths = {id(module): name for name, module in self.model.named_modules()}
+        self.prefixes = tuple(f"{self.paths[id(layer)]}." for layer in self.model.layers)
+
+    def run(self, windows: np.ndarray | None, advance: Callable[[int], None]) -> None:
+        """`windows`: token ids (W, T), None for the data-free method. `advance` gets numbers of weights."""
+        hidden = None if windows is None else self._embed(windows)
+        for index, prefix in enumerate(self.prefixes):
+            self._fill(lambda name, prefix=prefix: name.startswith(prefix))
+            self._layer(index, prefix, hidden, advance)
+            self.model.layers[index] = nn.Module()
+        self._ends([name for name in self.choice.seeded if not name.startswith(self.prefixes)], hidden, advance)
+
+    def _embed(self, windows: np.ndarray) -> list[mx.array]:
+        """Hidden states (windows of a batch, T, D), a batch each."""
+        embedding = self.model.end_parts().embedding.module
+        self._fill(lambda name: name.startswith(f"{self.paths[id(embedding)]}."))
+        step = max(1, BATCH_TOKENS // windows.shape[1])
+        batches = [mx.array(windows[start : start + step]) for start in range(0, len(windows), step)]
+        hidden = [embedding(batch) for batch in batches]
+        mx.eval(hidden)
+        return hidden
+
+    def _fill(self, wanted: Callable[[str], bool]) -> None:
+        """Read the weights whose names are wanted."""
+        found = []
+        for weight in self.weights:
+            if wanted(weight.name):
+                names = [spec[0] for spec in weight.packed] or [weight.name]
+                found += zip(names, weight.read(), strict=True)
+        self.model.update(tree_unflatten(found))
+
+    def _layer(self, index: int, prefix: str, hidden: list[mx.array] | None, advance: Callable) -> None:
+        layer, unit = self.model.layers[index], f"layer-{index:04d}"
+        modules = {name: module for name, module in layer.named_modules() if prefix + name in self.choice.seeded}
+        full = [prefix + name for name in modules]
+        caches = lambda: self.model.new_cache().layers[index]  # noqa: E731
+        if not self.store.has(unit, full):
+            grams = {} if hidden is None else _input_grams(layer, modules, hidden, caches)
+            self._encode(unit, {prefix + name: (module, grams.get(name)) for name, module in modules.items()}, advance)
+        else:
+            advance(self._count(full))
+        if hidden is None:
+            return
+        layer.update_modules(tree_unflatten([(name, self._seeded(prefix + name, modules[name])) for name in modules]))
+        for place, batch in enumerate(hidden):
+            hidden[place] = layer(batch, caches())
+            mx.eval(hidden[place])
+
+    def _ends(self, names: list[str], hidden: list[mx.array] | None, advance: Callable) -> None:
+        """A head or an embedding that is encoded too; of these only a head of its own has inputs to calibrate on."""
+        if not names:
+            return
+        if self.store.has("ends", names):
+            advance(self._count(names))
+            return
+        ends = self.model.end_parts()
+        self._fill(lambda name: not name.startswith(self.prefixes))
+        found, grams = dict(self.model.named_modules()), {}
+        if hidden is not None:
+            for name in names:
+                if isinstance(found[name], (nn.Linear, nn.QuantizedLinear)):
+                    grams[name] = sum(_gram(ends.norm(batch)) for batch in hidden)
+        self._encode("ends", {name: (found[name], grams.get(name)) for name in names}, advance)
+
+    def _count(self, names: Iterable[str]) -> int:
+        return sum(rows * cols for _, rows, cols in (self.choice.seeded[name] for name in names))
+
+    def _encode(self, unit: str, modules: dict[str, tuple[nn.Module, np.ndarray | None]], advance: Callable) -> None:
+        arrays, errors = {}, {}
+        for name, (module, gram) in modules.items():
+            fmt, weight = self.choice.seeded[name][0], np.array(dense(module))
+            found = encode(fmt, weight, gram, advance=advance, origin=f"{self.origin}: {name}.weight")
+            arrays[name] = {kind: mx.array(array) for kind, array in found.arrays.items()}
+            errors[name] = found.error
+        self.store.write(unit, arrays, errors)
+
+    def _seeded(self, name: str, module: nn.Module) -> SeedLinear:
+        fmt, rows, cols = self.choice.seeded[name]
+        seeded = SeedLinear(fmt, rows, cols, "bias" in module)
+        seeded.update(dict(zip(fmt.arrays(rows, cols), self.store.read(name), strict=True)))
+        if "bias" in module:
+            seeded.bias = module.bias
+        return seeded
+
+
+def dense(module: nn.Module) -> mx.array:
+    """The float32 matrix of a linear layer or embedding, dequantised where it is quantised."""
+    weight = module["weight"]
+    if "scales" not in module:
+        return weight.astype(mx.float32)
+    parts = [module.get(kind) for kind in ("scales", "biases")]
+    if module.mode == "affine":
+        parts = [part.astype(mx.float32) for part in parts]
+    return mx.dequantize(weight, *parts, module.group_size, module.bits, module.mode).astype(mx.float32)
+
+
+class _Watched(nn.Module):
+    """A linear layer that notes its inputs."""
+
+    def __init__(self, inner: nn.Module, name: str, seen: list):
+        super().__init__()
+        self.inner, self._note = inner, lambda x: seen.append((name, x))
+
+    def __call__(self, x: mx.array) -> mx.array:
+        self._note(x)
+        return self.inner(x)
+
+
+def _input_grams(layer, modules: dict[str, nn.Module], hidden: list[mx.array], caches: Callable) -> dict:
+    """Module name → XᵀX, float64 (D, D), over all batches; modules that read the same x share one array."""
+    seen, grams = [], {}
+    layer.update_modules(tree_unflatten([(name, _Watched(module, name, seen)) for name, module in modules.items()]))
+    for batch in hidden:
+        seen.clear()
+        mx.eval(layer(batch, caches()))
+        readers: dict[int, tuple[mx.array, list[str]]] = {}
+        for name, x in seen:
+            readers.setdefault(id(x), (x, []))[1].append(name)
+        for x, names in readers.values():
+            gram = _gram(x)
+            grams[tuple(names)] = grams[tuple(names)] + gram if tuple(names) in grams else gram
+    layer.update_modules(tree_unflatten(list(modules.items())))
+    return {name: gram for names, gram in grams.items() for name in names}
+
+
+def _gram(x: mx.array) -> np.ndarray:
+    """XᵀX of inputs (..., D), summed in float32 over a batch: the same bits for any number of threads."""
+    columns = mx.contiguous(x.reshape(-1, x.shape[-1]).astype(mx.float32).T)
+    return np.array(linear(columns, columns), np.float64)

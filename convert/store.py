@@ -1,0 +1,79 @@
+"""The work folder of a long conversion: the finished layers' blocks, so that a killed run goes on where it was.
+
+It stands beside the destination, under a hidden name, and is removed when the destination is complete. A file is
+written under a temporary name and renamed; a fingerprint of source, options and text tells whose work it is.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import mlx.core as mx
+
+from ..errors import MlxeffError, notices
+from ..seedlm.format import BlockFormat, check_arrays
+
+
+class Store:
+    """`modules`: module name → (format, rows, cols) of all that will be stored."""
+
+    def __init__(self, destination: Path, fingerprint: str, modules: dict[str, tuple[BlockFormat, int, int]]):
+        destination = Path(destination).absolute()
+        self.folder = destination.parent / f".{destination.name}.seedlm-work"
+        self.modules, self.errors, self._files = modules, {}, {}
+        self._open(fingerprint)
+
+    def _open(self, fingerprint: str) -> None:
+        mark = self.folder / "fingerprint"
+        if self.folder.exists() and (not mark.is_file() or mark.read_text(encoding="utf-8") != fingerprint):
+            notices.warning(f"{self.folder}: finished layers of another source, text or options: begun anew")
+            shutil.rmtree(self.folder)
+        try:
+            self.folder.mkdir(exist_ok=True)
+            mark.write_text(fingerprint, encoding="utf-8")
+        except OSError as error:
+            raise MlxeffError(f"{self.folder}: cannot be written: {error.strerror or error}") from error
+        for left in self.folder.glob(".*"):
+            left.unlink()
+        if done := len(list(self.folder.glob("*.safetensors"))):
+            notices.info(f"{self.folder}: {done} layers are encoded already")
+
+    def has(self, unit: str, names: list[str]) -> bool:
+        """Whether the blocks of these modules are stored, whole and of the right shapes."""
+        path = self.folder / f"{unit}.safetensors"
+        if not path.is_file():
+            return False
+        try:
+            arrays, metadata = mx.load(str(path), return_metadata=True)
+            for name in names:
+                fmt, rows, cols = self.modules[name]
+                own = {kind: arrays[f"{name}.{kind}"] for kind in fmt.arrays(rows, cols)}
+                check_arrays(fmt, rows, cols, own, name)
+            self.errors |= json.loads(metadata["errors"])
+        except (RuntimeError, ValueError, KeyError) as error:
+            notices.warning(f"{path}: damaged, encoded again: {str(error).splitlines()[0]}")
+            return False
+        self._files |= dict.fromkeys(names, path)
+        return True
+
+    def write(self, unit: str, arrays: dict[str, dict[str, mx.array]], errors: dict[str, float]) -> None:
+        """Store a unit's modules, name → arrays, with the encoder's error of each."""
+        path, partial = self.folder / f"{unit}.safetensors", self.folder / f".{unit}.safetensors"
+        flat = {f"{name}.{kind}": array for name, own in arrays.items() for kind, array in own.items()}
+        try:
+            mx.save_safetensors(str(partial), flat, {"errors": json.dumps(errors)})
+            os.replace(partial, path)
+        except (OSError, RuntimeError) as error:
+            raise MlxeffError(f"{path}: cannot be written: {error}") from error
+        self.errors |= errors
+        self._files |= dict.fromkeys(arrays, path)
+
+    def read(self, name: str) -> list[mx.array]:
+        """The arrays of a stored module, in the order of its format."""
+        fmt, rows, cols = self.modules[name]
+        arrays = mx.load(str(self._files[name]))
+        return [arrays[f"{name}.{kind}"] for kind in fmt.arrays(rows, cols)]
+
+    def remove(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)

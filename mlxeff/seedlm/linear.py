@@ -1,0 +1,137 @@
+"""Seed-encoded layers: `SeedLinear` in place of an `nn.Linear`, `SeedEmbedding` in place of an `nn.Embedding`.
+
+The weights stay in blocks and are decoded inside the kernel. The kernels are chosen at each call: Metal on a GPU, the
+native ones on a CPU, else the operations of `codec`, which decode the whole matrix and are slow. The blocks are
+integers and have no gradient; the gradient for x goes through the decoded matrix on all three ways.
+"""
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from .. import kernels
+from ..errors import MlxeffError
+from ..ops import FLOATS, activations, native_for
+from . import codec, metal, native
+from .format import BlockFormat, check_arrays, check_bias
+
+
+def matmul(fmt: BlockFormat, arrays: dict[str, mx.array], x: mx.array) -> mx.array:
+    """x (..., cols) → x Wᵀ (..., rows) in x's type."""
+    if native_for(x):
+        return native.matmul_cpu(fmt, arrays, x)
+    if _metal_for(x.dtype):
+        return _metal_with_gradient(fmt, arrays, x)
+    return codec.matmul_ops(fmt, arrays, x)
+
+
+def rows(fmt: BlockFormat, cols: int, arrays: dict[str, mx.array], ids: mx.array, dtype: mx.Dtype) -> mx.array:
+    """Rows `ids` (...) of the matrix → (..., cols) in `dtype`."""
+    if native_for():
+        return native.rows_cpu(fmt, cols, arrays, ids, dtype)
+    return (metal.rows_metal if _metal_for(dtype) else codec.rows_ops)(fmt, cols, arrays, ids, dtype)
+
+
+def decode(fmt: BlockFormat, cols: int, arrays: dict[str, mx.array], dtype: mx.Dtype = mx.float32) -> mx.array:
+    """The matrix (rows, cols) in `dtype`: the same bits on every device."""
+    if native_for():
+        return native.decode_cpu(fmt, cols, arrays, dtype)
+    return (metal.decode_metal if _metal_for(dtype) else codec.decode_ops)(fmt, cols, arrays, dtype)
+
+
+def _metal_for(dtype: mx.Dtype) -> bool:
+    return kernels.device() == "gpu" and kernels.has_metal() and dtype in FLOATS
+
+
+def _metal_with_gradient(fmt: BlockFormat, arrays: dict[str, mx.array], x: mx.array) -> mx.array:
+    product = mx.custom_function(lambda given: metal.matmul_metal(fmt, arrays, given))
+    product.vjp(lambda given, cotangent, _: cotangent @ metal.decode_metal(fmt, x.shape[-1], arrays, given.dtype))
+    return product(x)
+
+
+class SeedModule(nn.Module):
+    """A matrix (rows, cols) in the arrays of `format`, which are its parameters; they are frozen for good."""
+
+    def __init__(self, fmt: BlockFormat, rows: int, cols: int):
+        super().__init__()
+        self.block_format, self.rows, self.cols = fmt, rows, cols
+        for name, (shape, dtype) in fmt.arrays(rows, cols).items():
+            self[name] = mx.zeros(shape, getattr(mx, dtype))
+        self.freeze(keys=self._names, recurse=False)
+
+    @property
+    def _names(self) -> list[str]:
+        return list(self.block_format.arrays(self.rows, self.cols))
+
+    @property
+    def arrays(self) -> dict[str, mx.array]:
+        """What is stored (`format`)."""
+        return {name: self[name] for name in self._names}
+
+    def unfreeze(self, *args, **kwargs) -> "SeedModule":
+        """Unfreezes a bias; the blocks stay frozen."""
+        super().unfreeze(*args, **kwargs)
+        return self.freeze(keys=self._names, recurse=False)
+
+    def dense(self, dtype: mx.Dtype = mx.float32) -> mx.array:
+        """The decoded matrix (rows, cols)."""
+        return decode(self.block_format, self.cols, self.arrays, dtype)
+
+    def native_arrays(self, part: slice) -> tuple:
+        """Rows `part`, as the native decoder takes them (models/fused.py)."""
+        fmt, arrays = self.block_format, self.arrays
+        *planes, bias = arrays.values()
+        first, second, third = ([plane[part] for plane in planes] + [None, None])[:3]
+        return first, second, third, (self.cols, fmt.columns, fmt.states, int(bias.item()))
+
+    def check(self, origin: str) -> None:
+        """Refuse damaged arrays: wrong shapes or types, a seed of 0, an exponent bias out of range."""
+        check_arrays(self.block_format, self.rows, self.cols, self.arrays, origin)
+        check_bias(self["exponent_bias"].item(), origin)
+        seeds = self["seeds"] if self.block_format.planar else self["blocks"] & 0xFFFF
+        if not mx.all(seeds).item():
+            place = int(mx.argmin(seeds.reshape(-1)).item())
+            row, block = divmod(place, seeds.shape[1])
+            raise MlxeffError(f"{origin}: wanted seeds 1 to 65535, got 0 at row {row}, block {block}")
+
+    def _extra_repr(self) -> str:
+        return f"input_dims={self.cols}, output_dims={self.rows}, bits={self.block_format.name}, bias={'bias' in self}"
+
+
+class SeedLinear(SeedModule):
+    """x (..., cols) → x Wᵀ + bias (..., rows)."""
+
+    def __init__(self, fmt: BlockFormat, rows: int, cols: int, bias: bool = False):
+        super().__init__(fmt, rows, cols)
+        if bias:
+            self.bias = mx.zeros((rows,))
+
+    def __call__(self, x: mx.array) -> mx.array:
+        y = matmul(self.block_format, self.arrays, x)
+        return y + self["bias"] if "bias" in self else y
+
+    def to_dense(self, dtype: mx.Dtype = mx.float32) -> nn.Linear:
+        """An `nn.Linear` of the decoded weights."""
+        linear = nn.Linear(1, 1, bias=False)
+        linear.weight = self.dense(dtype)
+        if "bias" in self:
+            linear.bias = self.bias
+        return linear
+
+
+class SeedEmbedding(SeedModule):
+    """Token ids (...) → rows (..., cols)."""
+
+    dtype = mx.float32  # of the rows, where the kernels do not compute in float32 anyway
+
+    def __call__(self, tokens: mx.array) -> mx.array:
+        return activations(rows(self.block_format, self.cols, self.arrays, tokens, self.dtype))
+
+    def as_linear(self, x: mx.array) -> mx.array:
+        """Hidden states (..., cols) → logits (..., rows)."""
+        return matmul(self.block_format, self.arrays, x)
+
+    def to_dense(self, dtype: mx.Dtype = mx.float32) -> nn.Embedding:
+        """An `nn.Embedding` of the decoded weights."""
+        embedding = nn.Embedding(1, 1)
+        embedding.weight = self.dense(dtype)
+        return embedding
