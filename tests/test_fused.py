@@ -17,6 +17,8 @@ from mlxeff.loading import build_model
 from mlxeff.models.fused import fuse, set_precision
 from mlxeff.models.openelm import make_divisible
 from mlxeff.sampling import make_sampler
+from mlxeff.seedlm.linear import SeedModule
+from seedlm_models import randomise, with_seeds
 from tiny_model import quantise_folder, write_tiny_model
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -38,6 +40,7 @@ LLAMA = {
     "max_position_embeddings": 512,
     "quantization": {"group_size": 32, "bits": 4},
 }
+DENSE = LLAMA | {"quantization": None}
 OPENELM = {
     "model_type": "openelm",
     "num_transformer_layers": 3,
@@ -70,22 +73,31 @@ MODELS = {
     "3 bit": LLAMA | {"quantization": {"group_size": 32, "bits": 3}},
     "mixed": LLAMA | {"quantization": {"group_size": 32, "bits": 4, "model.layers.1.self_attn.k_proj": {
         "group_size": 64, "bits": 6}, "model.embed_tokens": {"group_size": 32, "bits": 8}}},
-    "dense": LLAMA | {"quantization": None},
+    "dense": DENSE,
     "dense untied, embedding quantised": LLAMA | {"quantization": {"group_size": 32, "bits": 8, **{
         f"model.layers.{i}.{part}": False for i in range(3) for part in (
             "self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj")}}},
     "openelm": OPENELM,
     "openelm dense": OPENELM | {"quantization": None},
     "openelm untied": OPENELM | {"share_input_output_layers": False},
+    "seeds 4": with_seeds(DENSE, "4"),
+    "seeds 3, quantised head": with_seeds(LLAMA, "3", only="layers"),
+    "seeds 4.5, biases, quantised attention": with_seeds(
+        LLAMA | {"attention_bias": True, "mlp_bias": True}, "4.5", only="mlp"),
+    "seeds 4.5, embedding too": with_seeds(DENSE | {"tie_word_embeddings": True}, "4.5", embeddings=True),
+    "openelm seeds 3": with_seeds(OPENELM, "3"),
+    "openelm seeds 4, half of them": with_seeds(OPENELM, "4", only="attn"),
 }  # fmt: skip
 
 
 def random_quantised(config, seed=0):
     """A model with random weights; queries and keys large enough for sharp attention."""
     mx.random.seed(seed)
-    model = build_model(config)
+    model, rng = build_model(config), np.random.default_rng(seed)
     for _path, module in model.named_modules():
-        if isinstance(module, (nn.QuantizedLinear, nn.QuantizedEmbedding)):
+        if isinstance(module, SeedModule):
+            randomise(module, rng)
+        elif isinstance(module, (nn.QuantizedLinear, nn.QuantizedEmbedding)):
             rows, columns = module.scales.shape[0], module.scales.shape[1] * module.group_size
             weight = mx.random.normal((rows, columns)) * 0.15
             module.weight, module.scales, module.biases = mx.quantize(weight, module.group_size, module.bits)

@@ -79,5 +79,5 @@ def test_what_does_not_fit_is_refused():
         native.matmul_cpu(fmt, arrays, mx.zeros((2, 200)))
     with pytest.raises(ValueError, match="arrays do not fit"):
         native.decode_cpu(fmt, 64, {**arrays, "seeds": arrays["seeds"].astype(mx.uint32)})
-    with pytest.raises(ValueError, match="wanted float32"):
+    with pytest.raises(ValueError, match="wanted a float32"):
         native.matmul_cpu(fmt, arrays, mx.zeros((2, 64), mx.int32))
