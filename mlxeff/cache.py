@@ -7,7 +7,7 @@ S new tokens, T tokens held, E head size.
 
 import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import mlx.core as mx
@@ -112,6 +112,18 @@ class KVCache:
             raise MlxeffError(f"KV cache: wanted to trim {tokens} tokens, it holds {self.length}")
         for layer in self.layers:
             layer.trim(tokens)
+
+    @contextlib.contextmanager
+    def rewound(self, length: int) -> Iterator[None]:
+        """Inside the block the cache holds its first `length` tokens only. What is appended there replaces those that
+        stood in its place; the others are back at the end."""
+        before = self.length
+        self.trim(before - length)
+        try:
+            yield
+        finally:
+            for layer in self.layers:
+                layer.length = before
 
     def reserve(self, tokens: int) -> None:
         """Announce `tokens` more tokens."""

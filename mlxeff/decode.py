@@ -29,17 +29,18 @@ class Step:
 
 
 def prefill(model, cache, tokens: mx.array, step_size: int, progress: Progress | None = None) -> mx.array:
-    """Run `tokens` (N,), N ≥ 1, through the model in chunks of `step_size`; returns the last token's logits (1, V),
-    lazy.
+    """Run `tokens` (N,) or (B, N), N ≥ 1, through the model in chunks of `step_size`; returns the last token's logits
+    (1, V) or (B, V), lazy.
 
     Chunks but the last evaluate only the cache: their logits are never computed.
     """
-    total = tokens.shape[0]
+    tokens = tokens if tokens.ndim == 2 else tokens[None]
+    total = tokens.shape[1]
     cache.reserve(total + 1)
     for start in range(0, total, step_size):
         if progress:
             progress(start, total)
-        chunk = tokens[None, start : start + step_size]
+        chunk = tokens[:, start : start + step_size]
         logits = model.last_logits(chunk, cache)
         if start + step_size < total:
             mx.eval(cache.arrays())

@@ -70,6 +70,7 @@ def stream_generate(
     context_limit: int | None = None,
     truncate: bool = False,
     history: Sequence[int] = (),
+    kv_prediction=None,
 ) -> Iterator[GenerationResponse]:
     """Yield a `GenerationResponse` a token; the last one has a `finish_reason`.
 
@@ -77,7 +78,8 @@ def stream_generate(
     `prompt_cache`: a cache from `model.new_cache()` that may already hold a prefix of the conversation; `prompt` is
     what comes after it. `stop`: strings that end the text and are not part of it. `context_limit`: tokens, the
     model's own by default; a longer prompt is an error, or with `truncate` loses its beginning, with a notice.
-    `history`: the tokens that `prompt_cache` stands for, for the logits processors.
+    `history`: the tokens that `prompt_cache` stands for, for the logits processors. `kv_prediction`: what `load_pair`
+    gives (kv_pairs.py), to predict the prompt's keys and values in place of computing them.
     """
     if draft_model is not None:
         raise MlxeffError("stream_generate: draft_model is not supported")
@@ -94,9 +96,12 @@ def stream_generate(
         budget = limit - cache.length - len(ids) + 1
     mx.reset_peak_memory()
     step_size = prefill_step_size or kernels.PREFILL_STEP[kernels.device()]
-    logits = prefill(model, cache, mx.array(ids), step_size, prompt_progress_callback)
+    fill = kv_prediction.prefill if kv_prediction else prefill
+    logits = fill(model, cache, mx.array(ids), step_size, prompt_progress_callback)
     seen = mx.array([*history, *ids]) if logits_processors else None
     steps = decode(model, cache, logits, sampler or make_sampler(), logits_processors or (), seen, budget)
+    if kv_prediction:
+        steps = kv_prediction.refined(steps, ids)
     finisher = _Finisher(tokenizer, stop, budget, cut_by_context=budget != max_tokens)
     try:
         yield from _respond(steps, finisher, began, len(ids), prompt_progress_callback)

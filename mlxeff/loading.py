@@ -77,25 +77,10 @@ def load_path(path: Path, overrides: dict | None = None, lazy: bool = False, tru
     """Load a folder (mlx-lm's or Hugging Face's) or a GGUF file."""
     kernels.bound_buffer_cache()
     source = open_source(path)
-    config, tokenizer = _describe(source)
+    config = _config(source)
+    tokenizer = _tokenizer(source, config)
     config = {k: v for k, v in (config | (overrides or {})).items() if v is not None or k not in (overrides or {})}
-    kind = config.get("model_type")
-    if not isinstance(kind, str):
-        raise MlxeffError(f"{path}: config: model_type: wanted the name of an architecture, got {kind!r}")
-    if kind in llama.FAMILIES:  # Hugging Face and mlx-lm differ on what a missing key means: the file knows
-        config.setdefault("tie_word_embeddings", not any(name.startswith("lm_head.") for name in source.tensors))
-    if "seedlm" in config:
-        _check_seedlm(source)
-    if kind in MODELS:
-        model = build_model(config, source.tensors if source.config else None)
-        fill(model, _weights(source, config), str(path))
-    else:
-        from .models.adapter import load_adapter
-
-        notices.info("%s: architecture %r is not one of ours: plain decoding through mlx-lm", path, kind)
-        prepare = functools.partial(_seed, config=config) if "seedlm" in config else None
-        model = load_adapter(_folder(source.path), kind, overrides or {}, lazy, trust_remote_code, prepare)
-        config = model.config
+    model, config = _model(source, config, overrides or {}, lazy, trust_remote_code)
     _check_vocabulary(path, model.vocab_size, tokenizer)
     backend = "mlx"
     if not lazy:
@@ -103,12 +88,43 @@ def load_path(path: Path, overrides: dict | None = None, lazy: bool = False, tru
         if "seedlm" in config:
             from .seedlm import install
 
-            install.finish(model.model if kind not in MODELS else model, str(path))
+            install.finish(model if isinstance(model, DecoderModel) else model.model, str(path))
         backend = _fuse(path, model)
     dtype = "float32" if native_for() and isinstance(model, DecoderModel) else _dtype_name(model)
     loaded = Loaded(model, tokenizer, config, Path(path), fingerprint(source, config), dtype, backend)
     loaded.set_precision()
     return loaded
+
+
+def load_model(path: Path) -> tuple[object, str]:
+    """(model, fingerprint) of a folder or GGUF file whose tokenizer is not needed; without a fused form."""
+    source = open_source(path)
+    model, config = _model(source, _config(source), {})
+    mx.eval(model.parameters())
+    return model, fingerprint(source, config)
+
+
+def _model(
+    source: Source, config: dict, overrides: dict, lazy: bool = False, trust_remote_code: bool = False
+) -> tuple[object, dict]:
+    """The model with its weights, and its config with what only the file knows."""
+    path, kind = source.path, config.get("model_type")
+    if not isinstance(kind, str):
+        raise MlxeffError(f"{path}: config: model_type: wanted the name of an architecture, got {kind!r}")
+    if kind in llama.FAMILIES:  # Hugging Face and mlx-lm differ on what a missing key means: the file knows
+        config = {"tie_word_embeddings": not any(name.startswith("lm_head.") for name in source.tensors)} | config
+    if "seedlm" in config:
+        _check_seedlm(source)
+    if kind in MODELS:
+        model = build_model(config, source.tensors if source.config else None)
+        fill(model, _weights(source, config), str(path))
+        return model, config
+    from .models.adapter import load_adapter
+
+    notices.info("%s: architecture %r is not one of ours: plain decoding through mlx-lm", path, kind)
+    prepare = functools.partial(_seed, config=config) if "seedlm" in config else None
+    model = load_adapter(_folder(path), kind, overrides, lazy, trust_remote_code, prepare)
+    return model, model.config
 
 
 def _fuse(path: Path, model) -> str:
@@ -225,20 +241,25 @@ def fingerprint(source: Source, config: dict) -> str:
     return digest.hexdigest()[:16]
 
 
-def _describe(source: Source) -> tuple[dict, Tokenizer]:
-    """Config and tokenizer of a source."""
-    if source.config is None and source.metadata.get("general.architecture"):
-        from .models.gguf import config_from_gguf
-
-        return config_from_gguf(source), from_gguf(source.metadata, str(source.path))
-    if source.config is None:
+def _config(source: Source) -> dict:
+    """The config.json dict of a source, or what a GGUF file says."""
+    if source.config is not None:
+        return source.config
+    if not source.metadata.get("general.architecture"):
         raise MlxeffError(f"{source.path}: wanted a model folder or a GGUF file, got weights without config.json")
-    kind = source.config.get("model_type")
-    eos = source.config.get("eos_token_id")
+    from .models.gguf import config_from_gguf
+
+    return config_from_gguf(source)
+
+
+def _tokenizer(source: Source, config: dict) -> Tokenizer:
+    if source.config is None:
+        return from_gguf(source.metadata, str(source.path))
+    kind, eos = config.get("model_type"), config.get("eos_token_id")
     if not fits(eos, int | list[int] | None):
         raise MlxeffError(f"{source.path}: config: eos_token_id: wanted a token id or a list of them, got {eos!r}")
     instruct = kind == "openelm" and "instruct" in str(source.path).lower()
-    return source.config, from_folder(_folder(source.path), kind, eos, instruct=instruct)
+    return from_folder(_folder(source.path), kind, eos, instruct=instruct)
 
 
 def _folder(path: Path) -> Path:

@@ -17,7 +17,7 @@ LAYERS = {
     **dict.fromkeys(("errors", "kernels", "ops", "sampling", "checkpoint", "tokenizer", "hub"), 0),
     **dict.fromkeys(("cache", "decode", "modules"), 1),
     **dict.fromkeys(("models", "kvprediction", "quantspec", "seedlm", "dynamoe"), 2),
-    **dict.fromkeys(("loading", "generation"), 3),
+    **dict.fromkeys(("loading", "generation", "kv_pairs"), 3),
     **dict.fromkeys(("cli", "convert", "bench", "plan", "__main__"), 4),
 }
 # (importer, imported)
@@ -27,6 +27,7 @@ SAME_LAYER = {
     ("sampling", "kernels"),
     ("decode", "cache"),
     ("generation", "loading"),
+    ("kv_pairs", "loading"),
 }
 SLOW_TO_IMPORT = {
     "coremltools",

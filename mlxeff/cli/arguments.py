@@ -18,8 +18,41 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="reuse the KV cache in FILE as far as the prompt agrees with it, and write it back with this prompt",
     )
+    parser.add_argument(
+        "--kv-predict",
+        metavar="PAIR[:keep=K][:refine]",
+        type=_kv_predict,
+        help="predict the prompt's KV with a pair that `mlxeff fit kv-predictor` made; the model itself computes the last "
+        "K tokens and the first ones (default: the last token), and with refine all of them, while it answers",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON document at the end instead of streaming")
     parser.add_argument("--quiet", action="store_true", help="no progress bar, no timings; warnings still show")
+
+
+def add_fit(parser: argparse.ArgumentParser) -> None:
+    what = parser.add_subparsers(dest="what", metavar="WHAT", required=True)
+    summary = "a pair for `generate --kv-predict`: linear maps from a small model's KV to the base's"
+    sub = what.add_parser("kv-predictor", help=summary, description=summary.capitalize() + ".", allow_abbrev=False)
+    sub.add_argument("base", metavar="BASE", help="the base model: a folder, file, name or hub id")
+    sub.add_argument(
+        "--aux",
+        metavar="SPEC",
+        required=True,
+        help="lp:0.5 (a fraction of the base's layers), layers:0-9,12 (these), a smaller model, or a configuration of "
+        "the paper, such as OE1.1B-KVP-C-450M",
+    )
+    sub.add_argument("--out", metavar="PAIR", required=True, help="the new folder")
+    sub.add_argument("--text", metavar="FILE", help="UTF-8 text to fit on (default: what the base writes by itself)")
+    sub.add_argument("--tokens", metavar="N", type=_positive, default=20000, help="to fit on (default %(default)s)")
+    sub.add_argument("--length", metavar="N", type=_positive, default=512, help="tokens a piece (default %(default)s)")
+    sub.add_argument("--ridge", metavar="X", type=float, default=1e-5, help="regularisation (default %(default)s)")
+    sub.add_argument("--per-head", action="store_true", help="each base head from one auxiliary head")
+    sub.add_argument("--search", action="store_true", help="choose the auxiliary layer of each base layer by its error")
+    sub.add_argument("--seed", type=_natural, default=0, help="of the text that the base writes (default %(default)s)")
+    sub.add_argument("--device", choices=("auto", "cpu", "gpu"), default="auto", help="default: the GPU if any")
+    sub.add_argument("--offline", action="store_true", help="never touch the network")
+    sub.add_argument("--json", action="store_true", help="print one JSON document")
+    sub.add_argument("--quiet", action="store_true", help="no progress bar, no report; warnings still show")
 
 
 def add_chat(parser: argparse.ArgumentParser) -> None:
@@ -102,6 +135,20 @@ def _add_text(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--min-p", type=float, default=0.0, help="keep tokens of P times the best; 0: off")
     group.add_argument("--repetition-penalty", metavar="X", type=float, help="divide logits of the last 20 tokens")
     group.add_argument("--seed", type=_natural, help="of the sampling; same seed, same words (default: random)")
+
+
+def _kv_predict(text: str) -> tuple[str, int | None, bool]:
+    """ "PAIR:keep=8:refine" → ("PAIR", 8, True)."""
+    keep, refine = None, False
+    while True:
+        head, _, last = text.rpartition(":")
+        if head and last == "refine":
+            refine = True
+        elif head and last.startswith("keep="):
+            keep = _positive(last.removeprefix("keep="))
+        else:
+            return text, keep, refine
+        text = head
 
 
 def _quantize(text: str) -> tuple[int, int]:

@@ -68,6 +68,13 @@ def _precision(stats: dict) -> Iterator[str]:
         yield f"{stats['kv_dtype']} KV cache"
 
 
+def _prediction(report: dict | None) -> Iterator[str]:
+    """How much of the prompt was predicted."""
+    if report and report["predicted_tokens"]:
+        refined = f", {report['refined_tokens']} refined" if report["refine"] else ""
+        yield f"KV of {report['predicted_tokens']} tokens predicted{refined}"
+
+
 def timing_line(stats: dict) -> str:
     """The final line of a generation from the dict that `--json` prints as "timings" and its counts."""
     prompt = f"prompt {stats['prompt_tokens']} tokens"
@@ -81,6 +88,7 @@ def timing_line(stats: dict) -> str:
             f"generated {stats['generated_tokens']} tokens ({stats['finish_reason']})",
             f"decode {stats['decode_tps']:.1f} tok/s",
             f"peak memory {stats['peak_memory_gb']:.2f} GB",
+            *_prediction(stats["kv_prediction"]),
             " ".join([stats["device"], stats["dtype"], stats["backend"], *_precision(stats)]),
         ]
     )

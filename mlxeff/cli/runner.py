@@ -22,6 +22,7 @@ class Runner:
     device: str
     seed: int
     load_seconds: float
+    kv_prediction: object = None
 
     def stream(self, ids: list[int], answer: "Answer") -> Iterator[str]:
         """Text pieces of the answer to the conversation `ids`; what happened is noted in `answer`."""
@@ -39,6 +40,7 @@ class Runner:
                 stop=options.stop,
                 context_limit=options.context_limit,
                 truncate=options.truncate,
+                kv_prediction=self.kv_prediction,
             )
             try:
                 for response in stream:
@@ -71,6 +73,7 @@ class Runner:
             "backend": self.loaded.backend,
             "compute": self.loaded.compute,
             "kv_dtype": self.loaded.kv_dtype,
+            "kv_prediction": self.kv_prediction and self.kv_prediction.report(),
         }
 
 
@@ -111,8 +114,20 @@ def start(options: argparse.Namespace) -> Runner:
     loaded.set_precision(options.compute, options.kv_dtype)
     seed = random.SystemRandom().getrandbits(SEED_BITS) if options.seed is None else options.seed
     mx.random.seed(seed)
-    session = Session(loaded.model, loaded.tokenizer)
-    return Runner(options, loaded, session, device, seed, time.perf_counter() - began)
+    session, pair = Session(loaded.model, loaded.tokenizer), _pair(options, loaded)
+    return Runner(options, loaded, session, device, seed, time.perf_counter() - began, pair)
+
+
+def _pair(options: argparse.Namespace, loaded):
+    """What `--kv-predict` names, None without it (`chat` has no such option)."""
+    if not getattr(options, "kv_predict", None):
+        return None
+    from ..kv_pairs import load_pair
+
+    folder, keep, refine = options.kv_predict
+    pair = load_pair(folder, loaded)
+    pair.keep, pair.refine = keep, refine
+    return pair
 
 
 def _check(options: argparse.Namespace) -> None:
@@ -121,6 +136,8 @@ def _check(options: argparse.Namespace) -> None:
 
     make_sampler(options.temp, options.top_p, options.min_p, top_k=options.top_k)
     make_logits_processors(repetition_penalty=options.repetition_penalty)
+    if getattr(options, "kv_predict", None) and options.prompt_cache:
+        raise MlxeffError("--kv-predict: predicted KV is not for --prompt-cache: give one of the two")
     if any(not text for text in options.stop):
         raise MlxeffError("--stop: wanted a text, got an empty one")
     given = [f"--{name}" for name in ("top-p", "top-k", "min-p") if getattr(options, name.replace("-", "_"))]

@@ -13,7 +13,7 @@ from typing import get_args, get_origin
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..cache import KVCache
+from ..cache import KVCache, LayerCache
 from ..errors import MlxeffError
 from ..ops import Rope
 
@@ -79,12 +79,35 @@ def fits(value: object, wanted: type) -> bool:
     return type(value) is wanted or (wanted is float and type(value) is int)
 
 
-class DecoderModel(nn.Module):
-    """The call protocol: a subclass gives `config`, `hidden(tokens, cache)`, `head(hidden)`, `new_cache()` and
-    `context_length`.
+class RotaryAttention(nn.Module):
+    """What the families' attention shares: optional norms of query and key heads, rotation, the call of the cache.
+
+    A subclass gives `q_norm` and `k_norm` (or None), `_rope`, `scale`, `project(x)` → raw heads and `output(attended)`.
     """
 
-    seams = frozenset({"cache", "linear", "feed-forward"})
+    @property
+    def head_size(self) -> int:
+        return self._rope.size
+
+    def attend(self, queries: mx.array, keys: mx.array, values: mx.array, cache: LayerCache) -> mx.array:
+        """Raw queries (B, H, S, E), keys and values (B, G, S, E) of the tokens that follow `cache` → (B, S, D)."""
+        batch, _, new, _ = queries.shape
+        queries = queries if self.q_norm is None else self.q_norm(queries)
+        queries, keys = self._rope(queries, cache.length), self.place(keys, cache.length)
+        attended = cache.attend(queries, keys, values, self.scale)  # (B, H, S, E)
+        return self.output(attended.transpose(0, 2, 1, 3).reshape(batch, new, -1))
+
+    def place(self, keys: mx.array, position: int) -> mx.array:
+        """Raw keys (B, G, S, E) → as the cache holds them, normed and rotated to `position`, `position` + 1, …"""
+        return self._rope(keys if self.k_norm is None else self.k_norm(keys), position)
+
+
+class DecoderModel(nn.Module):
+    """The call protocol: a subclass gives `config`, `layers`, `embed(tokens)`, `hidden(tokens, cache)`, `head(hidden)`,
+    `new_cache()`, `context_length`, `pruned(layers)` and `layer_parts()`.
+    """
+
+    seams = frozenset({"cache", "linear", "feed-forward", "kv"})
     gated = True  # whether the feed-forward is silu(gate) · up
     _fused = None  # the whole forward pass as one native call (models/fused.py), where that applies
 
@@ -104,6 +127,33 @@ class DecoderModel(nn.Module):
         if self._fused is not None and self._fused.applies(cache):
             return self._fused(tokens, cache, all_rows=False)[:, 0]
         return self.head(self.hidden(tokens, cache)[:, -1])
+
+    @property
+    def kv_shapes(self) -> list[tuple[int, int]]:
+        """(KV heads G, head size E) of each layer."""
+        return [(layer.attention.groups, layer.attention.head_size) for layer in self.layers]
+
+    def raw_kv(self, tokens: mx.array, cache: KVCache) -> list[tuple[mx.array, mx.array]]:
+        """Keys and values (B, G, S, E) of each layer for token ids (B, S), keys before norm and rotation.
+
+        Runs operator by operator and appends to `cache`, but of the last layer only the keys and values are computed
+        and nothing is appended: with the head, that work has no consumer here.
+        """
+        x, pairs, last = self.embed(tokens), [], len(self.layers) - 1
+        for index, (layer, layer_cache) in enumerate(zip(self.layers, cache.layers, strict=True)):
+            projected = layer.project(x)
+            pairs.append(projected[1:])
+            if index < last:
+                x = layer.finish(x, projected, layer_cache)
+        return pairs
+
+    def append_kv(self, pairs: list[tuple[mx.array, mx.array]], cache: KVCache) -> None:
+        """Append raw keys and values (B, G, S, E) of each layer to `cache`: the keys are normed and rotated here."""
+        position = cache.length
+        fused = self._fused is not None and self._fused.applies(cache)
+        for layer, layer_cache, (keys, values) in zip(self.layers, cache.layers, pairs, strict=True):
+            dtype = self._fused.kv_dtype if fused else keys.dtype
+            layer_cache.append(layer.attention.place(keys, position).astype(dtype), values.astype(dtype))
 
 
 def make_rope(size: int, base: float, scaling: dict | None, kind: str) -> Rope:

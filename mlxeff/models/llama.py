@@ -6,8 +6,8 @@ config.json of their releases. Parameter names are Hugging Face's. Pre-norm, RMS
 GQA, SwiGLU. Shapes: B batch, S tokens, D hidden, H query heads, G KV heads, E head size, V vocabulary.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -16,7 +16,7 @@ from ..cache import KVCache, LayerCache
 from ..modules import Embedding, Linear, RMSNorm
 from ..ops import swiglu
 from .fused import EndParts, LayerParts, Rows
-from .layers import DecoderModel, fits, make_rope, read_config, require
+from .layers import DecoderModel, RotaryAttention, fits, make_rope, read_config, require
 
 # What a family fixes that its config.json does not say.
 FAMILIES: dict[str, dict] = {
@@ -109,7 +109,7 @@ class LlamaConfig:
         return self.sliding_window
 
 
-class Attention(nn.Module):
+class Attention(RotaryAttention):
     def __init__(self, config: LlamaConfig):
         super().__init__()
         hidden, size = config.hidden_size, config.head_dim
@@ -125,17 +125,15 @@ class Attention(nn.Module):
             self.k_norm = RMSNorm(size, eps=config.rms_norm_eps)
         self._rope = make_rope(size, config.rope_theta, config.rope_scaling, config.model_type)
 
-    def __call__(self, x: mx.array, cache: LayerCache) -> mx.array:
+    def project(self, x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+        """Normed hidden states (B, S, D) → raw queries (B, H, S, E), keys and values (B, G, S, E)."""
         batch, new, _ = x.shape
-        queries = self.q_proj(x).reshape(batch, new, self.heads, -1)
-        keys = self.k_proj(x).reshape(batch, new, self.groups, -1)
-        values = self.v_proj(x).reshape(batch, new, self.groups, -1).transpose(0, 2, 1, 3)
-        if self.q_norm is not None:
-            queries, keys = self.q_norm(queries), self.k_norm(keys)
-        queries = self._rope(queries.transpose(0, 2, 1, 3), cache.length)
-        keys = self._rope(keys.transpose(0, 2, 1, 3), cache.length)
-        output = cache.attend(queries, keys, values, self.scale)  # (B, H, S, E)
-        return self.o_proj(output.transpose(0, 2, 1, 3).reshape(batch, new, -1))
+        parts = (self.q_proj, self.heads), (self.k_proj, self.groups), (self.v_proj, self.groups)
+        return tuple(linear(x).reshape(batch, new, count, -1).transpose(0, 2, 1, 3) for linear, count in parts)
+
+    def output(self, x: mx.array) -> mx.array:
+        """Attended heads (B, S, H·E) → (B, S, D)."""
+        return self.o_proj(x)
 
 
 class FeedForward(nn.Module):
@@ -158,9 +156,21 @@ class Layer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
-    def __call__(self, x: mx.array, cache: LayerCache) -> mx.array:
-        x = x + self.self_attn(self.input_layernorm(x), cache)
+    @property
+    def attention(self) -> Attention:
+        return self.self_attn
+
+    def project(self, x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+        """Hidden states (B, S, D) → raw queries, keys and values, see `Attention.project`."""
+        return self.self_attn.project(self.input_layernorm(x))
+
+    def finish(self, x: mx.array, projected: tuple[mx.array, mx.array, mx.array], cache: LayerCache) -> mx.array:
+        """The rest of the layer for hidden states `x` and what `project` made of them."""
+        x = x + self.self_attn.attend(*projected, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
+
+    def __call__(self, x: mx.array, cache: LayerCache) -> mx.array:
+        return self.finish(x, self.project(x), cache)
 
 
 class Decoder(nn.Module):
@@ -192,6 +202,20 @@ class Model(DecoderModel):
     @property
     def layers(self) -> list[Layer]:
         return self.model.layers
+
+    def embed(self, tokens: mx.array) -> mx.array:
+        """Token ids (B, S) → hidden states (B, S, D)."""
+        return self.model.embed_tokens(tokens)
+
+    def pruned(self, layers: Sequence[int]) -> "Model":
+        """The model of these layers alone, in the order given; the modules are shared with this one."""
+        types = self.config.layer_types and [self.config.layer_types[i] for i in layers]
+        model = Model(replace(self.config, num_hidden_layers=len(layers), layer_types=types))
+        model.model.embed_tokens, model.model.norm = self.model.embed_tokens, self.model.norm
+        model.model.layers = [self.layers[i] for i in layers]
+        if not self.config.tie_word_embeddings:
+            model.lm_head = self.lm_head
+        return model.eval()
 
     @property
     def context_length(self) -> int:

@@ -6,8 +6,8 @@ RoPE; `num_gqa_groups` is the number of query heads a KV head serves. Shapes: B 
 G KV heads, E head size, F feed-forward, V vocabulary.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -17,7 +17,7 @@ from ..errors import MlxeffError
 from ..modules import Embedding, Linear, RMSNorm
 from ..ops import swiglu
 from .fused import EndParts, LayerParts, Rows
-from .layers import DecoderModel, make_rope, read_config, require
+from .layers import DecoderModel, RotaryAttention, make_rope, read_config, require
 
 # size → (layers, D, E) of the published models; all else they share.
 SIZES = {"270M": (16, 1280, 64), "450M": (20, 1536, 64), "1_1B": (28, 2048, 64), "3B": (36, 3072, 128)}
@@ -119,7 +119,7 @@ class OpenELMConfig:
         return make_divisible(self.ffn_multipliers[layer] * self.model_dim, self.ffn_dim_divisor)
 
 
-class Attention(nn.Module):
+class Attention(RotaryAttention):
     def __init__(self, config: OpenELMConfig, layer: int):
         super().__init__()
         size, self.heads, self.groups = config.head_dim, config.num_query_heads[layer], config.num_kv_heads[layer]
@@ -132,15 +132,15 @@ class Attention(nn.Module):
             self.k_norm = RMSNorm(size, eps=config.rms_norm_eps)
         self._rope = make_rope(size, config.rope_freq_constant, None, "openelm")
 
-    def __call__(self, x: mx.array, cache: LayerCache) -> mx.array:
+    def project(self, x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+        """Normed hidden states (B, S, D) → raw queries (B, H, S, E), keys and values (B, G, S, E)."""
         batch, new, _ = x.shape
         qkv = self.qkv_proj(x).reshape(batch, new, self.heads + 2 * self.groups, -1).transpose(0, 2, 1, 3)
-        queries, keys, values = mx.split(qkv, [self.heads, self.heads + self.groups], axis=1)
-        if self.q_norm is not None:
-            queries, keys = self.q_norm(queries), self.k_norm(keys)
-        queries, keys = self._rope(queries, cache.length), self._rope(keys, cache.length)
-        output = cache.attend(queries, keys, values, self.scale)  # (B, H, S, E)
-        return self.out_proj(output.transpose(0, 2, 1, 3).reshape(batch, new, -1))
+        return tuple(mx.split(qkv, [self.heads, self.heads + self.groups], axis=1))
+
+    def output(self, x: mx.array) -> mx.array:
+        """Attended heads (B, S, H·E) → (B, S, D)."""
+        return self.out_proj(x)
 
 
 class FeedForward(nn.Module):
@@ -167,9 +167,21 @@ class Layer(nn.Module):
         self.attn_norm = RMSNorm(config.model_dim, eps=config.rms_norm_eps)
         self.ffn_norm = RMSNorm(config.model_dim, eps=config.rms_norm_eps)
 
-    def __call__(self, x: mx.array, cache: LayerCache) -> mx.array:
-        x = x + self.attn(self.attn_norm(x), cache)
+    @property
+    def attention(self) -> Attention:
+        return self.attn
+
+    def project(self, x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+        """Hidden states (B, S, D) → raw queries, keys and values, see `Attention.project`."""
+        return self.attn.project(self.attn_norm(x))
+
+    def finish(self, x: mx.array, projected: tuple[mx.array, mx.array, mx.array], cache: LayerCache) -> mx.array:
+        """The rest of the layer for hidden states `x` and what `project` made of them."""
+        x = x + self.attn.attend(*projected, cache)
         return x + self.ffn(self.ffn_norm(x))
+
+    def __call__(self, x: mx.array, cache: LayerCache) -> mx.array:
+        return self.finish(x, self.project(x), cache)
 
 
 class Decoder(nn.Module):
@@ -201,6 +213,22 @@ class Model(DecoderModel):
     @property
     def layers(self) -> list[Layer]:
         return self.transformer.layers
+
+    def embed(self, tokens: mx.array) -> mx.array:
+        """Token ids (B, S) → hidden states (B, S, D)."""
+        return self.transformer.token_embeddings(tokens)
+
+    def pruned(self, layers: Sequence[int]) -> "Model":
+        """The model of these layers alone, in the order given; the modules are shared with this one."""
+        lists = ("num_query_heads", "num_kv_heads", "ffn_multipliers")
+        shapes = {name: [getattr(self.config, name)[i] for i in layers] for name in lists}
+        model = Model(replace(self.config, num_transformer_layers=len(layers), **shapes))
+        ours = self.transformer
+        model.transformer.token_embeddings, model.transformer.norm = ours.token_embeddings, ours.norm
+        model.transformer.layers = [self.layers[i] for i in layers]
+        if not self.config.share_input_output_layers:
+            model.lm_head = self.lm_head
+        return model.eval()
 
     @property
     def gated(self) -> bool:

@@ -1,0 +1,104 @@
+"""`mlxeff fit`: a technique's learned part, fitted to a model here. `kv-predictor` makes a pair of KV Prediction."""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+from ..errors import MlxeffError, notices
+from . import output
+
+
+def run(options: argparse.Namespace) -> int:
+    with output.show_notices(options.quiet) as lines:
+        report = _kv_predictor(options)
+    if options.json:
+        print(json.dumps(report | {"notices": lines}, indent=2, ensure_ascii=False))
+    elif not options.quiet:
+        print(
+            f"{report['pair']}: fitted on {report['tokens']} tokens in {report['seconds']:.1f} s, unexplained variance "
+            f"{report['error']:.3f}, FLOPs to the first token of 512 {report['flops_ratio']:.2f} of the base's"
+        )
+    return 0
+
+
+def _kv_predictor(options: argparse.Namespace) -> dict:
+    from .. import hub, kernels
+    from ..checkpoint import check_new
+    from ..kv_pairs import make_auxiliary
+    from ..kvprediction.files import PairConfig, write_pair
+    from ..kvprediction.fit import fit
+    from ..kvprediction.flops import parameters, ttft_flops
+    from ..loading import load_path
+
+    check_new(Path(options.out))
+    if not options.ridge >= 0:
+        raise MlxeffError(f"--ridge: wanted 0 or more, got {options.ridge}")
+    kernels.use_device(options.device)
+    with output.bar(f"fetching {options.base}", "B", options.quiet) as progress:
+        path = hub.resolve(options.base, offline=options.offline, progress=progress)
+    base, began = load_path(path), time.perf_counter()
+    auxiliary = make_auxiliary(options.aux, base)
+    pieces = _sequences(options, base)
+    with output.bar("fitting", "tok", options.quiet) as progress:
+        fitted = fit(
+            auxiliary.model,
+            base.model,
+            auxiliary.layer_map,
+            _counted(pieces, progress),
+            options.ridge,
+            options.per_head,
+            options.search,
+        )
+    provenance = {
+        "method": "ridge",
+        "text": options.text and Path(options.text).name,
+        **{key: getattr(options, key) for key in ("ridge", "per_head", "search", "length", "seed")},
+        "tokens": fitted.tokens,
+        "errors": fitted.errors,
+    }
+    named = {"name": options.base, "fingerprint": base.fingerprint}
+    config = PairConfig(named, auxiliary.config, fitted.predictor.layer_map, provenance)
+    write_pair(Path(options.out), config, fitted.predictor)
+    sizes = [parameters(each) for each in (base.model, auxiliary.model, fitted.predictor)]
+    return {
+        "pair": options.out,
+        "base": named,
+        "auxiliary": auxiliary.config,
+        "layer_map": config.layer_map,
+        "tokens": fitted.tokens,
+        "seconds": time.perf_counter() - began,
+        "error": fitted.error,
+        "errors": fitted.errors,
+        "parameters": dict(zip(("base", "auxiliary", "predictor"), sizes, strict=True)),
+        "flops_ratio": ttft_flops(*sizes, 512) / (2 * sizes[0] * 512),
+    }
+
+
+def _sequences(options: argparse.Namespace, base) -> list[list[int]]:
+    """Pieces of the text, or of what the base writes, as the models read them: each begins with a BOS if the tokenizer
+    adds one."""
+    if options.text is None:
+        from ..kvprediction.text import sample
+
+        notices.info("fit: no --text: the base writes %d tokens itself", options.tokens)
+        return sample(base.model, base.tokenizer.bos_token_id, options.tokens, options.length, options.seed)
+    try:
+        text = Path(options.text).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise MlxeffError(f"{options.text}: wanted UTF-8 text: {error}") from error
+    ids = base.tokenizer.encode(text, add_special_tokens=False)[: options.tokens]
+    start = base.tokenizer.encode("", add_special_tokens=True)
+    if len(ids) < options.tokens:
+        notices.warning("%s: %d tokens, fewer than --tokens %d", options.text, len(ids), options.tokens)
+    step = max(1, options.length - len(start))
+    return [start + ids[at : at + step] for at in range(0, len(ids), step)]
+
+
+def _counted(pieces: list[list[int]], progress):
+    total, done = sum(map(len, pieces)), 0
+    for piece in pieces:
+        yield piece
+        done += len(piece)
+        if progress:
+            progress(done, total)

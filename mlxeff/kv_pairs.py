@@ -1,0 +1,105 @@
+"""Pairs of KV Prediction, put together: a pair's folder, or the description of an auxiliary, and a loaded base → the
+auxiliary model and what predicts from it.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from . import hub
+from .errors import MlxeffError
+from .kvprediction import KvPrediction, Predictor
+from .kvprediction.files import PairConfig, read_config, read_weights
+from .kvprediction.layers import PUBLISHED, kept_layers, pruned_map, published_name, spread_map
+from .kvprediction.predictor import check_map
+from .loading import Loaded, fill, load_model, require_seam
+
+SEAM = "kv"  # of a model: raw_kv, append_kv
+
+
+@dataclass(frozen=True)
+class Auxiliary:
+    """An auxiliary model, how a pair's config names it, and the layer map that its form suggests."""
+
+    model: object
+    config: dict
+    layer_map: list[int]
+
+
+def load_pair(folder: str | Path, base: Loaded) -> KvPrediction:
+    """Load the pair in `folder` for `base`; the error names what does not fit."""
+    folder = Path(folder)
+    config = read_config(folder)
+    require_seam(base.model, SEAM, "KV prediction")
+    wanted, got = config.base.get("fingerprint"), base.fingerprint
+    if wanted != got:
+        raise MlxeffError(f"{folder}: wanted the base {config.base.get('name')} ({wanted}), got {base.path} ({got})")
+    auxiliary = _auxiliary_of(folder, config, base)
+    try:
+        predictor = Predictor(auxiliary.kv_shapes, base.model.kv_shapes, config.layer_map)
+    except MlxeffError as error:
+        raise MlxeffError(f"{folder}: {error}") from error
+    fill(predictor, read_weights(folder), str(folder))
+    return KvPrediction(auxiliary, predictor.eval(), str(folder))
+
+
+def _auxiliary_of(folder: Path, config: PairConfig, base: Loaded) -> object:
+    if config.layers is not None:
+        return pruned(base.model, config.layers, str(folder))
+    name, wanted = config.auxiliary["model"], config.auxiliary["fingerprint"]
+    path = folder / name if (folder / name).is_dir() else hub.resolve(name)
+    model, got = load_model(path)
+    if got != wanted:
+        raise MlxeffError(f"{folder}: wanted the auxiliary {name} ({wanted}), got {path} ({got})")
+    check_vocabulary(model, base.model, str(folder))
+    return model
+
+
+def pruned(model, layers: list[int], origin: str):
+    """The model of some of its layers; refuses what it does not have."""
+    count = len(model.layers)
+    if not layers or sorted(set(layers)) != layers or not 0 <= layers[0] <= layers[-1] < count:
+        raise MlxeffError(f"{origin}: auxiliary: wanted rising layers of 0 to {count - 1}, got {layers}")
+    return model.pruned(layers)
+
+
+def check_vocabulary(auxiliary, base, origin: str) -> None:
+    """Refuse an auxiliary whose token ids are not the base's."""
+    wanted, got = base.vocab_size, auxiliary.vocab_size
+    if wanted != got:
+        raise MlxeffError(f"{origin}: vocabulary mismatch: the base has {wanted} rows, the auxiliary {got}")
+
+
+def make_auxiliary(spec: str, base: Loaded) -> Auxiliary:
+    """`lp:0.5` (a fraction of the base's layers), `layers:0,1,5` or `layers:0-14` (these), a published configuration's
+    name, or a model."""
+    require_seam(base.model, SEAM, "KV prediction")
+    count = len(base.model.layers)
+    name = published_name(spec)
+    if name and PUBLISHED[name].keep:
+        spec = f"lp:{PUBLISHED[name].keep}"
+    elif name:
+        spec = f"openelm-{PUBLISHED[name].auxiliary.lower().replace('_', '.')}"
+    kind, _, rest = spec.partition(":")
+    if kind in ("lp", "layers"):
+        layers = kept_layers(rest, count) if kind == "lp" else _listed(rest, spec)
+        return Auxiliary(pruned(base.model, layers, spec), {"layers": layers}, pruned_map(layers, count))
+    path = hub.resolve(spec)
+    model, mark = load_model(path)
+    require_seam(model, SEAM, "KV prediction")
+    check_vocabulary(model, base.model, spec)
+    stored = str(Path(spec).resolve()) if Path(spec).exists() else spec
+    layer_map = spread_map(len(model.layers), count)
+    check_map(layer_map, len(model.layers), count)
+    return Auxiliary(model, {"model": stored, "fingerprint": mark}, layer_map)
+
+
+def _listed(text: str, spec: str) -> list[int]:
+    """ "0,2,5-7" → [0, 2, 5, 6, 7]."""
+    layers = []
+    try:
+        for part in text.split(","):
+            first, _, last = part.partition("-")
+            layers += range(int(first), int(last or first) + 1)
+    except ValueError:
+        raise MlxeffError(f"{spec}: wanted layers such as 0,2,5-7, got {text!r}") from None
+    return layers

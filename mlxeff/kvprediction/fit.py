@@ -1,0 +1,167 @@
+"""The predictor in closed form: ridge regression of the base's raw keys and values on the auxiliary's.
+
+For each pair of layers that is asked for, the normal equations are summed in float64 while text streams by, so memory
+does not grow with the text, and the same text gives the same predictor to the bit. With X the auxiliary's rows and a
+column of ones, Y the base's rows: W = (XᵀX + λ I)⁻¹ XᵀY, where λ = `ridge` · trace(XᵀX) / columns, 0 for the bias.
+Shapes: n tokens, p = G·E of the auxiliary's layer, q = G·E of the base's.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+
+from ..errors import MlxeffError
+from .predictor import Pairs, Predictor, merge_heads
+
+RIDGE = 1e-5
+KINDS = 2  # keys and values
+
+
+class Moments:
+    """Sums over tokens: XᵀX of each auxiliary layer, XᵀY of each (base, auxiliary) pair of `links`, Y² of each layer.
+
+    links: for each base layer the auxiliary layers that it may read.
+    """
+
+    def __init__(self, links: Sequence[Sequence[int]]):
+        self.links, self.tokens = [list(each) for each in links], 0
+        self.inputs: dict[tuple[int, int], np.ndarray] = {}  # (kind, auxiliary) → (p + 1, p + 1)
+        self.cross: dict[tuple[int, int, int], np.ndarray] = {}  # (kind, base, auxiliary) → (p + 1, q)
+        self.squares: dict[tuple[int, int], np.ndarray] = {}  # (kind, base) → (q), about the mean once asked for
+        self.sums: dict[tuple[int, int], np.ndarray] = {}  # (kind, base) → (q)
+
+    def add(self, auxiliary: Pairs, base: Pairs) -> None:
+        """Raw keys and values (B, G, S, E) of the same tokens, from all layers of both models."""
+        self.tokens += auxiliary[0][0].shape[0] * auxiliary[0][0].shape[2]
+        used = sorted({j for link in self.links for j in link})
+        for kind in range(KINDS):
+            rows = {j: _rows(auxiliary[j][kind], ones=True) for j in used}
+            for j, x in rows.items():
+                _sum(self.inputs, (kind, j), x.T @ x)
+            for i, link in enumerate(self.links):
+                y = _rows(base[i][kind])
+                _sum(self.squares, (kind, i), (y * y).sum(0))
+                _sum(self.sums, (kind, i), y.sum(0))
+                for j in link:
+                    _sum(self.cross, (kind, i, j), rows[j].T @ y)
+
+
+@dataclass(frozen=True)
+class Map:
+    """A fitted map: weight (q, p), bias (q), and the share of the variance that it does not explain."""
+
+    weight: np.ndarray
+    bias: np.ndarray
+    error: float
+
+
+def solve(moments: Moments, kind: int, i: int, j: int, ridge: float = RIDGE, heads: Sequence[slice] = ()) -> Map:
+    """The map from auxiliary layer j to base layer i; kind 0 keys, 1 values.
+
+    heads: where given, for each base head the columns of the auxiliary head that alone it is predicted from.
+    """
+    gram, cross = moments.inputs[kind, j], moments.cross[kind, i, j]
+    columns, outputs = gram.shape[0] - 1, cross.shape[1]
+    full = np.zeros((columns + 1, outputs))
+    size = outputs // max(1, len(heads))
+    for h, inputs in enumerate(heads or [slice(0, columns)]):
+        rows, part = np.r_[inputs, columns], slice(h * size, (h + 1) * size)
+        full[rows, part] = _ridge(gram[np.ix_(rows, rows)], cross[rows, part], ridge)
+    squares = moments.squares[kind, i] - moments.sums[kind, i] ** 2 / moments.tokens
+    residual = moments.squares[kind, i] - 2 * (full * cross).sum(0) + (full * (gram @ full)).sum(0)
+    return Map(full[:-1].T, full[-1], float(max(0.0, residual.sum()) / max(squares.sum(), np.finfo(float).tiny)))
+
+
+def _ridge(gram: np.ndarray, cross: np.ndarray, ridge: float) -> np.ndarray:
+    """Solve (gram + λ I) w = cross with λ = ridge · mean of the diagonal, none on the last row, the bias."""
+    penalty = np.full(len(gram), ridge * np.trace(gram[:-1, :-1]) / max(1, len(gram) - 1))
+    penalty[-1] = 0
+    try:
+        return np.linalg.solve(gram + np.diag(penalty), cross)
+    except np.linalg.LinAlgError:
+        raise MlxeffError(f"fit: wanted more text or a ridge above {ridge}: singular equations") from None
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A fitted predictor; `errors`: of each base layer, the unexplained share of its (keys, values)."""
+
+    predictor: Predictor
+    errors: list[tuple[float, float]]
+    tokens: int
+
+    @property
+    def error(self) -> float:
+        return float(np.mean(self.errors))
+
+
+def fit(
+    auxiliary,
+    base,
+    layer_map: Sequence[int],
+    sequences: Iterable[Sequence[int]],
+    ridge: float = RIDGE,
+    per_head: bool = False,
+    search: bool = False,
+) -> Fit:
+    """Fit a predictor on `sequences` of token ids, each of which both models read from position 0.
+
+    search: each base layer reads the auxiliary layer that explains most of its keys and values (the lowest of equals),
+    and `layer_map` is only where this begins: every link is then measured.
+    """
+    count = len(auxiliary.layers)
+    moments = Moments([range(count) if search else [j] for j in layer_map])
+    measure(moments, auxiliary, base, sequences)
+    shapes = auxiliary.kv_shapes, base.kv_shapes
+    best = [_best(moments, i, ridge, per_head, shapes) for i in range(len(base.layers))]
+    predictor = Predictor(*shapes, [j for j, _ in best])
+    for i, (_, maps) in enumerate(best):
+        for linear, fitted in zip((predictor.key_maps[i], predictor.value_maps[i]), maps, strict=True):
+            linear.weight = mx.array(fitted.weight.astype(np.float32))
+            linear.bias = mx.array(fitted.bias.astype(np.float32))
+    return Fit(predictor, [tuple(each.error for each in maps) for _, maps in best], moments.tokens)
+
+
+def measure(moments: Moments, auxiliary, base, sequences: Iterable[Sequence[int]]) -> None:
+    """Run both models over `sequences` and sum."""
+    for ids in sequences:
+        tokens = mx.array([list(ids)])
+        pairs = auxiliary.raw_kv(tokens, auxiliary.new_cache()), base.raw_kv(tokens, base.new_cache())
+        mx.eval(pairs)
+        moments.add(*pairs)
+    if not moments.tokens:
+        raise MlxeffError("fit: wanted a text of at least one token, got none")
+
+
+def _best(moments: Moments, i: int, ridge: float, per_head: bool, shapes) -> tuple[int, list[Map]]:
+    """(auxiliary layer, its maps of keys and values) with the least error for base layer i."""
+    found = None
+    for j in moments.links[i]:
+        heads = head_columns(shapes[0][j], shapes[1][i]) if per_head else ()
+        maps = [solve(moments, kind, i, j, ridge, heads) for kind in range(KINDS)]
+        error = sum(each.error for each in maps)
+        if found is None or error < found[0]:
+            found = error, j, maps
+    return found[1], found[2]
+
+
+def head_columns(auxiliary: tuple[int, int], base: tuple[int, int]) -> list[slice]:
+    """For each base head the columns of the auxiliary head at the same place in its layer."""
+    (groups, size), count = auxiliary, base[0]
+    return [slice(h * groups // count * size, (h * groups // count + 1) * size) for h in range(count)]
+
+
+def _rows(heads: mx.array, ones: bool = False) -> np.ndarray:
+    """(B, G, S, E) → (B·S, G·E) in float64, with a column of ones if asked."""
+    merged = merge_heads(heads).astype(mx.float32)
+    rows = np.array(merged).reshape(-1, merged.shape[-1]).astype(np.float64)
+    return np.concatenate([rows, np.ones((len(rows), 1))], axis=1) if ones else rows
+
+
+def _sum(sums: dict, key: tuple, value: np.ndarray) -> None:
+    if key in sums:
+        sums[key] += value
+    else:
+        sums[key] = value

@@ -1,0 +1,42 @@
+"""Forward FLOPs to the first token, as the paper counts them: two a parameter and token, the embedding counted once.
+
+With prediction: t_auxiliary(N) + t_predictor(N) + t_base(1). The published "FLOPs reduction" is the ratio of the
+parameter counts of base and auxiliary; the predictor and the one base token are left out of it.
+"""
+
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+
+def parameters(model: nn.Module) -> int:
+    """Numbers in the model's matrices and norms; packed ones are counted as the numbers they stand for. A module that
+    stands in several places counts once."""
+    modules = {id(module): module for _, module in model.named_modules()}.values()
+    return sum(_own(module) for module in modules)
+
+
+def _own(module: nn.Module) -> int:
+    if isinstance(module, (nn.QuantizedLinear, nn.QuantizedEmbedding)):
+        bias = module.bias.size if "bias" in module else 0
+        return module.weight.size * 32 // module.bits + bias
+    children = {name: value for name, value in module.items() if not _holds_modules(value)}
+    return sum(value.size for _, value in tree_flatten(children) if hasattr(value, "size"))
+
+
+def _holds_modules(value: object) -> bool:
+    items = value if isinstance(value, list) else value.values() if isinstance(value, dict) else [value]
+    return any(isinstance(item, nn.Module) for item in [value, *items])
+
+
+def published_reduction(base: int, auxiliary: int) -> float:
+    """The paper's "FLOPs reduction" from two parameter counts."""
+    return base / auxiliary
+
+
+def ttft_flops(base: int, auxiliary: int, predictor: int, tokens: int, kept: int = 1) -> int:
+    """FLOPs to the first token of a prompt of `tokens`, from parameter counts; the base computes `kept` of them.
+
+    The auxiliary does not read the last `kept` tokens, and with all of them kept nothing is predicted.
+    """
+    kept = min(kept, tokens)
+    return 2 * ((tokens - kept) * (auxiliary + predictor) + kept * base)

@@ -1,0 +1,83 @@
+"""Which base layers an auxiliary keeps, and which auxiliary layer each base layer reads.
+
+The rules give the layer maps of all eleven published configurations. `KVP-C`: a separate smaller model. `KVP-LP`:
+layers of the base itself.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+from ..errors import MlxeffError
+
+
+def kept_layers(fraction: str | float | Fraction, layers: int) -> list[int]:
+    """The evenly spread layers of a pruned model: 0.5 keeps 0, 2, 4, …; 0.75 drops 3, 7, …"""
+    try:
+        share = Fraction(str(fraction))
+    except ValueError:
+        share = Fraction(0)
+    count = round(share * layers)
+    if not 0 < share <= 1 or count < 1:
+        raise MlxeffError(f"layers to keep: wanted a fraction of {layers} layers above 0, at most 1, got {fraction}")
+    return [int(i / share) for i in range(count) if int(i / share) < layers]
+
+
+def pruned_map(kept: Sequence[int], layers: int) -> list[int]:
+    """For each of `layers` base layers the index in `kept` of the last kept layer that is not above it."""
+    return [max((k for k, layer in enumerate(kept) if layer <= i), default=0) for i in range(layers)]
+
+
+def spread_map(auxiliary: int, base: int) -> list[int]:
+    """For a smaller model: each auxiliary layer serves base // auxiliary layers, the first ones one more."""
+    if not 0 < auxiliary <= base:
+        raise MlxeffError(f"layer map: wanted an auxiliary of 1 to {base} layers, got {auxiliary}")
+    each, more = divmod(base, auxiliary)
+    return [j for j in range(auxiliary) for _ in range(each + (j < more))]
+
+
+@dataclass(frozen=True)
+class Published:
+    """A configuration of the paper. `base` and `auxiliary` are sizes of OpenELM; `keep` the fraction of base layers
+    that the auxiliary keeps, where it is pruned."""
+
+    base: str
+    auxiliary: str | None = None
+    keep: str | None = None
+
+
+PUBLISHED = {
+    "OE1.1B-KVP-C-450M": Published("1_1B", "450M"),
+    "OE1.1B-KVP-C-270M": Published("1_1B", "270M"),
+    "OE1.1B-KVP-LP-0.75": Published("1_1B", keep="0.75"),
+    "OE1.1B-KVP-LP-0.50": Published("1_1B", keep="0.50"),
+    "OE1.1B-KVP-LP-0.25": Published("1_1B", keep="0.25"),
+    "OE3B-KVP-C-1.1B": Published("3B", "1_1B"),
+    "OE3B-KVP-C-450M": Published("3B", "450M"),
+    "OE3B-KVP-C-270M": Published("3B", "270M"),
+    "OE3B-KVP-LP-0.75": Published("3B", keep="0.75"),
+    "OE3B-KVP-LP-0.50": Published("3B", keep="0.50"),
+    "OE3B-KVP-LP-0.25": Published("3B", keep="0.25"),
+}
+# CoreNet's file names of the pruned configurations. The two sizes use `kvp_lp` for opposite things: for the 3B it
+# names the pruned baselines, which predict nothing.
+BASELINE = "a layer-pruned baseline without prediction"
+PARTS = (("0_75", "0.75"), ("0_50", "0.50"), ("0_25", "0.25"))
+CORENET_FILES = {
+    **{f"openelm_1_1B_kvp_lp_{part}": f"OE1.1B-KVP-LP-{keep}" for part, keep in PARTS},
+    **{f"openelm_base_3B_aux_{part}l": f"OE3B-KVP-LP-{keep}" for part, keep in PARTS},
+    **{f"openelm_1_1B_{part}": BASELINE for part, _ in PARTS},
+    **{f"openelm_3B_kvp_lp_{part}": BASELINE for part, _ in PARTS},
+}
+
+
+def published_name(name: str) -> str | None:
+    """The key of PUBLISHED for a name of the paper, short or long, or of CoreNet's files; None for any other.
+
+    Raises MlxeffError for the file of a baseline.
+    """
+    stem = name.removesuffix(".yaml")
+    if CORENET_FILES.get(stem) == BASELINE:
+        raise MlxeffError(f"{name}: wanted a KV Prediction configuration, got {BASELINE}")
+    short = CORENET_FILES.get(stem, stem.replace("OpenELM", "OE"))
+    return short if short in PUBLISHED else None

@@ -1,0 +1,147 @@
+"""Prefill with predicted keys and values, and their refinement while the answer is decoded.
+
+The algorithm is that of CoreNet's `kv_prediction.py` at inference: of N prompt tokens the auxiliary reads the first
+N-1, the predictor makes the base's cache of them, and the base runs the last token, whose own keys and values it adds.
+Two dials beyond it: `keep` and `sinks` let the base compute the last and the first tokens itself, and `Refinement`
+replaces what was predicted, chunk by chunk, by what the base computes. Shapes: B batch, N prompt tokens, V vocabulary.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import mlx.core as mx
+
+from ..decode import Progress, Step, prefill
+from ..errors import MlxeffError, notices
+from .predictor import Pairs, Predictor
+
+SINKS = 4  # first tokens that `keep` computes exactly too: attention rests on them (Xiao et al., arXiv 2309.17453)
+REFINE_STEP = 64  # tokens between two decode steps
+
+
+def predict(
+    auxiliary,
+    predictor: Predictor,
+    base,
+    tokens: mx.array,
+    cache,
+    step_size: int = 512,
+    keep: int = 1,
+    sinks: int = 0,
+    progress: Progress | None = None,
+) -> mx.array:
+    """Fill the empty `cache` of `base` with the prompt `tokens` (N,) or (B, N); returns the last logits (B, V), lazy.
+
+    The base computes the last `keep` ≥ 1 tokens and the first `sinks`, the rest is predicted from the auxiliary, in
+    chunks of `step_size`. With one token, or `keep` ≥ N, this is the base's own prefill.
+    """
+    if cache.length or keep < 1:
+        raise MlxeffError(f"KV prediction: wanted an empty cache and keep ≥ 1, got {cache.length} tokens, keep {keep}")
+    tokens = tokens if tokens.ndim == 2 else tokens[None]
+    total = tokens.shape[1]
+    first, stop = predicted_range(total, keep, sinks)
+    if first == stop:
+        return prefill(base, cache, tokens, step_size, progress)
+    cache.reserve(total + 1)
+    if first:
+        base.last_logits(tokens[:, :first], cache)
+    read = auxiliary.new_cache()
+    read.reserve(stop)
+    for start in range(0, stop, step_size):
+        if progress:
+            progress(start, total)
+        pairs = predictor(auxiliary.raw_kv(tokens[:, start : min(start + step_size, stop)], read))
+        base.append_kv(_without_first(pairs, cache.length - start), cache)
+        mx.eval(cache.arrays(), read.arrays())
+    rest = progress and (lambda done, _: progress(stop + done, total))
+    return prefill(base, cache, tokens[:, stop:], step_size, rest)
+
+
+def predicted_range(total: int, keep: int, sinks: int) -> tuple[int, int]:
+    """The positions [first, stop) of a prompt of `total` tokens whose keys and values are predicted."""
+    stop = max(0, total - keep)
+    return min(sinks, stop), stop
+
+
+def _without_first(pairs: Pairs, tokens: int) -> Pairs:
+    """The pairs without their first `tokens` tokens."""
+    return pairs if not tokens else [(keys[:, :, tokens:], values[:, :, tokens:]) for keys, values in pairs]
+
+
+class Refinement:
+    """Lets the base compute, between decode steps, what was predicted.
+
+    After its last step the cache is what the base alone would have made of the same tokens: also the tokens decoded
+    meanwhile, which attended to predictions, are computed anew.
+    """
+
+    def __init__(self, base, cache, exact: int, step_size: int = REFINE_STEP):
+        """The first `exact` tokens of `cache` are the base's own."""
+        self.base, self.cache, self.exact, self.step_size = base, cache, exact, step_size
+        self.done = False
+
+    def step(self, tokens: Sequence[int]) -> None:
+        """Compute the next chunk; `tokens` are those that the cache holds."""
+        if self.done:
+            return
+        end = min(self.exact + self.step_size, self.cache.length)
+        with self.cache.rewound(self.exact):
+            self.base.last_logits(mx.array([tokens[self.exact : end]]), self.cache)
+        mx.eval(self.cache.arrays())
+        self.exact, self.done = end, end == self.cache.length
+
+
+@dataclass
+class KvPrediction:
+    """A pair ready for generation, with the dials of the user; counts what the last prompt was made of."""
+
+    auxiliary: object
+    predictor: Predictor
+    name: str
+    keep: int | None = None  # last prompt tokens that the base computes; None: the last one, no sinks
+    refine: bool = False
+    predicted_tokens: int = 0
+    refined_tokens: int = 0
+    _refinement: Refinement | None = field(default=None, repr=False)
+
+    def prefill(self, base, cache, tokens: mx.array, step_size: int, progress: Callable | None = None) -> mx.array:
+        """As `decode.prefill`, with prediction; a cache that holds tokens already is continued by the base alone."""
+        total = tokens.shape[-1]
+        self.predicted_tokens, self.refined_tokens, self._refinement = 0, 0, None
+        if cache.length:
+            notices.warning("KV prediction: not used: the cache holds %d tokens already", cache.length)
+            return prefill(base, cache, tokens, step_size, progress)
+        keep, sinks = (1, 0) if self.keep is None else (self.keep, SINKS)
+        first, stop = predicted_range(total, keep, sinks)
+        self.predicted_tokens = stop - first
+        if not self.predicted_tokens:
+            notices.info("KV prediction: not used: all %d prompt tokens are computed by the base", total)
+        else:
+            text = "KV prediction: the KV of %d of %d prompt tokens is predicted by %s, not computed%s"
+            notices.info(text, stop - first, total, self.name, ", then refined" if self.refine else "")
+            if self.refine:
+                self._refinement = Refinement(base, cache, first)
+        return predict(self.auxiliary, self.predictor, base, tokens, cache, step_size, keep, sinks, progress)
+
+    def refined(self, steps: Iterator[Step], prompt: Sequence[int]) -> Iterator[Step]:
+        """`steps` of `decode` that follow `prompt`, with a step of the refinement after each."""
+        tokens = list(prompt)
+        with contextlib.closing(steps):
+            for step in steps:
+                tokens.append(step.token)
+                yield step
+                if self._refinement:
+                    before = self._refinement.exact
+                    self._refinement.step(tokens)
+                    self.refined_tokens += self._refinement.exact - before
+
+    def report(self) -> dict:
+        """What the last prompt was made of, for `--json`."""
+        return {
+            "pair": self.name,
+            "keep": self.keep,
+            "refine": self.refine,
+            "predicted_tokens": self.predicted_tokens,
+            "refined_tokens": self.refined_tokens,
+        }

@@ -1,0 +1,33 @@
+"""Text that a model writes by itself, to fit on: its own distribution, without a file."""
+
+import mlx.core as mx
+
+from ..sampling import make_sampler
+
+BATCH = 16  # sequences at once
+
+
+def sample(model, start: int, tokens: int, length: int, seed: int) -> list[list[int]]:
+    """Sequences of `length` ids, `tokens` in all (the last one may be shorter), each drawn from the model at
+    temperature 1 after the token `start`, which it begins with."""
+    mx.random.seed(seed)
+    lengths = [min(length, tokens - at) for at in range(0, tokens, length)]
+    drawn = []
+    for at in range(0, len(lengths), BATCH):
+        part = lengths[at : at + BATCH]
+        rows = _draw(model, start, len(part), max(part)).tolist()
+        drawn += [row[:count] for row, count in zip(rows, part, strict=True)]
+    return drawn
+
+
+def _draw(model, start: int, batch: int, length: int) -> mx.array:
+    """(batch, length) token ids."""
+    sampler, cache = make_sampler(temp=1.0), model.new_cache()
+    cache.reserve(length)
+    ids = [mx.full((batch, 1), start, mx.uint32)]
+    for _ in range(length - 1):
+        logits = model.last_logits(ids[-1], cache)
+        following = sampler(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
+        ids.append(following[:, None].astype(mx.uint32))
+        mx.eval(ids[-1])
+    return mx.concatenate(ids, axis=1)
