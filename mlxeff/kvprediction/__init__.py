@@ -2,7 +2,7 @@
 keys and values into the base model's, which then runs on the last prompt token only.
 
 `predictor` the maps, `predict` the prefill and the refinement, `layers` which layers serve which, `fit` the closed
-form, `text` what to fit on, `files` pairs on disk, `flops` the accounting. Is handed models and caches; knows no family.
+form, `text` what to fit on, `files` pairs on disk, `flops` the accounting. Is handed models; knows no family of them.
 """
 
 from .predict import KvPrediction, predict

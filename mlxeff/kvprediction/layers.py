@@ -15,7 +15,7 @@ def kept_layers(fraction: str | float | Fraction, layers: int) -> list[int]:
     """The evenly spread layers of a pruned model: 0.5 keeps 0, 2, 4, …; 0.75 drops 3, 7, …"""
     try:
         share = Fraction(str(fraction))
-    except ValueError:
+    except (ValueError, ZeroDivisionError):
         share = Fraction(0)
     count = round(share * layers)
     if not 0 < share <= 1 or count < 1:

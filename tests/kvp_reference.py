@@ -1,0 +1,98 @@
+"""KV Prediction in NumPy float64, from the formulas of the paper and of CoreNet's code: an oracle that shares no code
+with MLX. For one sequence; the logits of its last token, which alone the base computes.
+
+Shapes: S tokens, H query heads, G KV heads, E head size.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from reference_models import attention, rms_norm, rotate, rotation_tables, silu
+
+
+@dataclass
+class Family:
+    """What tells the two families apart: names, and how raw queries, keys and values come to be."""
+
+    weights: dict
+    config: dict
+
+    def __post_init__(self):
+        self.openelm = self.config["model_type"] == "openelm"
+        c = self.config
+        self.count = c["num_transformer_layers" if self.openelm else "num_hidden_layers"]
+        self.size = c.get("head_dim") or c["hidden_size"] // c["num_attention_heads"]
+        self.eps = 1e-6 if self.openelm else c["rms_norm_eps"]
+        self.base = c["rope_freq_constant"] if self.openelm else c["rope_theta"]
+        self.prefix = "transformer." if self.openelm else "model."
+
+    def weight(self, name):
+        return self.weights[self.prefix + name + ".weight"]
+
+    def embed(self, tokens):
+        return self.weight("token_embeddings" if self.openelm else "embed_tokens")[tokens]
+
+    def project(self, i, x):
+        """Raw q (S, H, E), k and v (S, G, E)."""
+        layer = f"layers.{i}."
+        if self.openelm:
+            h = rms_norm(x, self.weight(layer + "attn_norm"), self.eps)
+            heads, groups = self.config["num_query_heads"][i], self.config["num_kv_heads"][i]
+            rows = (h @ self.weight(layer + "attn.qkv_proj").T).reshape(len(x), heads + 2 * groups, self.size)
+            return np.split(rows, [heads, heads + groups], axis=1)
+        h = rms_norm(x, self.weight(layer + "input_layernorm"), self.eps)
+        parts = [h @ self.weight(f"{layer}self_attn.{n}_proj").T for n in "qkv"]
+        return [part.reshape(len(x), -1, self.size) for part in parts]
+
+    def norm(self, i, heads, which):
+        name = f"layers.{i}." + ("attn." if self.openelm else "self_attn.") + f"{which}_norm"
+        weight = self.weights.get(self.prefix + name + ".weight")
+        return heads if weight is None else rms_norm(heads, weight, self.eps)
+
+    def finish(self, i, x, attended):
+        layer = f"layers.{i}."
+        x = x + attended @ self.weight(layer + ("attn.out_proj" if self.openelm else "self_attn.o_proj")).T
+        if self.openelm:
+            h = rms_norm(x, self.weight(layer + "ffn_norm"), self.eps)
+            gate, up = np.split(h @ self.weight(layer + "ffn.proj_1").T, 2, axis=-1)
+            return x + (silu(gate) * up) @ self.weight(layer + "ffn.proj_2").T
+        h = rms_norm(x, self.weight(layer + "post_attention_layernorm"), self.eps)
+        gate, up = (h @ self.weight(f"{layer}mlp.{n}_proj").T for n in ("gate", "up"))
+        return x + (silu(gate) * up) @ self.weight(layer + "mlp.down_proj").T
+
+    def logits(self, x):
+        x = rms_norm(x, self.weight("norm"), self.eps)
+        return x @ self.weight("token_embeddings" if self.openelm else "embed_tokens").T  # tied
+
+
+def raw_pairs(model, tokens):
+    """Raw keys and values (S, G, E) of every layer."""
+    tables, x, pairs = rotation_tables(model.size, model.base, None, len(tokens)), model.embed(tokens), []
+    for i in range(model.count):
+        q, k, v = model.project(i, x)
+        pairs.append((k, v))
+        q, k = (rotate(model.norm(i, heads, name), tables) for heads, name in ((q, "q"), (k, "k")))
+        x = model.finish(i, x, attention(q, k, v, None))
+    return pairs
+
+
+def predicted_logits(base, auxiliary, maps, layer_map, tokens):
+    """(V) of the last token; maps[f"{key|value}_maps.{i}.{weight|bias}"] are the predictor's, in its own names."""
+    total = len(tokens)
+    tables, pairs = rotation_tables(base.size, base.base, None, total), raw_pairs(auxiliary, tokens[:-1])
+    x = base.embed(tokens[-1:])
+    for i in range(base.count):
+        q, k, v = base.project(i, x)
+        merged = [part.reshape(total - 1, -1) for part in pairs[layer_map[i]]]
+        names = [f"{kind}_maps.{i}." for kind in ("key", "value")]
+        before = [
+            (rows @ maps[name + "weight"].T + maps[name + "bias"]).reshape(total - 1, -1, base.size)
+            for rows, name in zip(merged, names, strict=True)
+        ]
+        keys = rotate(base.norm(i, np.concatenate([before[0], k]), "k"), tables)
+        values = np.concatenate([before[1], v])
+        queries = np.zeros((total, q.shape[1], base.size))
+        queries[-1] = rotate(base.norm(i, q, "q"), [table[-1:] for table in tables])[0]
+        x = base.finish(i, x, attention(queries, keys, values, None)[-1:])
+    return base.logits(x)[0]

@@ -1,0 +1,304 @@
+"""Prefill with predicted keys and values: exact oracles, the float64 formula, keep, refine, any linear layers."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+
+import kvp_reference
+from helpers import assert_close
+from mlxeff import kernels, ops
+from mlxeff.decode import decode, prefill
+from mlxeff.errors import MlxeffError
+from mlxeff.kvprediction import KvPrediction, Predictor, predict
+from mlxeff.kvprediction.predict import Refinement
+from mlxeff.kvprediction.predictor import identity
+from mlxeff.loading import build_model
+from mlxeff.models.fused import fuse, set_precision
+from mlxeff.sampling import make_sampler
+
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 64,
+    "num_hidden_layers": 3,
+    "intermediate_size": 96,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-5,
+    "vocab_size": 200,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": True,
+}
+QWEN3 = LLAMA | {"model_type": "qwen3", "head_dim": 16}
+OPENELM = {
+    "model_type": "openelm",
+    "num_transformer_layers": 3,
+    "model_dim": 64,
+    "head_dim": 16,
+    "num_query_heads": [4, 8, 8],
+    "num_kv_heads": [1, 2, 2],
+    "ffn_multipliers": [0.5, 1.0, 2.0],
+    "ffn_dim_divisor": 32,
+    "rope_freq_constant": 10000,
+    "vocab_size": 200,
+}
+SMALLER = {
+    "llama": LLAMA | {"num_hidden_layers": 2, "hidden_size": 48, "num_attention_heads": 3, "num_key_value_heads": 3},
+    "openelm": OPENELM
+    | {"num_transformer_layers": 2, "num_query_heads": [4, 4], "num_kv_heads": [1, 1], "ffn_multipliers": [1.0, 1.0]},
+}
+FAMILIES = {"llama": LLAMA, "qwen3": QWEN3, "openelm": OPENELM}
+PROMPT = np.random.default_rng(3).integers(0, 200, 37).tolist()
+
+
+def randomise(module, seed):
+    """Every weight random, norms and biases included, so that one that is left out shows."""
+    mx.random.seed(seed)
+    for name, value in tree_flatten(module.parameters()):
+        noise = mx.random.normal(value.shape) * (0.3 if "norm" in name else 0.2)
+        module.load_weights([(name, 1 + noise if "norm" in name else noise)], strict=False)
+    mx.eval(module.parameters())
+    return module
+
+
+def random_model(config, seed=0):
+    return randomise(build_model(config), seed)
+
+
+def random_pair(family):
+    """(auxiliary, predictor, base) with a smaller model of another shape."""
+    base, auxiliary = random_model(FAMILIES[family]), random_model(SMALLER[family], 1)
+    return auxiliary, randomise(Predictor(auxiliary.kv_shapes, base.kv_shapes, [0, 0, 1]), 2), base
+
+
+def caches_close(got, want, what, **tolerance):
+    for i, (a, b) in enumerate(zip(got.layers, want.layers, strict=True)):
+        for name, mine, theirs in zip(("keys", "values"), a.state(), b.state(), strict=True):
+            assert_close(mine, theirs, f"{what}: {name} of layer {i}", **tolerance)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("mlx_alone", [True, False])
+def test_base_as_its_own_auxiliary_with_identity_predictors_is_the_base(family, mlx_alone):
+    """Exactly: the same operations on the same numbers, in prefill and in decoding."""
+    with ops.mlx_only() if mlx_alone else pytest.MonkeyPatch.context():
+        base, tokens = random_model(FAMILIES[family]), mx.array([PROMPT])
+        want_cache, got_cache = base.new_cache(), base.new_cache()
+        base.last_logits(tokens[:, :-1], want_cache)
+        want = base.last_logits(tokens[:, -1:], want_cache)
+        got = predict(base, identity(base.kv_shapes), base, tokens, got_cache)
+        assert_close(got, want, "first logits", rtol=0, atol=0)
+        caches_close(got_cache, want_cache, "cache", rtol=0, atol=0)
+        for token in (5, 77, 130):
+            want, got = (base.last_logits(mx.array([[token]]), cache) for cache in (want_cache, got_cache))
+            assert_close(got, want, f"logits after {token}", rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("family", ["llama", "openelm"])
+@pytest.mark.parametrize("mlx_alone", [True, False])
+def test_against_the_formula_in_float64(family, mlx_alone):
+    auxiliary, predictor, base = random_pair(family)
+
+    def double(module):
+        return {name: np.array(value, dtype=np.float64) for name, value in tree_flatten(module.parameters())}
+
+    models = [
+        kvp_reference.Family(double(model), config)
+        for model, config in ((base, FAMILIES[family]), (auxiliary, SMALLER[family]))
+    ]
+    want = kvp_reference.predicted_logits(*models, double(predictor), [0, 0, 1], PROMPT)
+    with ops.mlx_only() if mlx_alone else pytest.MonkeyPatch.context():
+        got = predict(auxiliary, predictor, base, mx.array(PROMPT), base.new_cache())
+    # Three layers and the predictor: the rounding of float32 adds up to some units of the table's.
+    assert_close(got[0], want, family, rtol=2.0**-15)
+
+
+@pytest.mark.parametrize("step", [1, 7, 36, 512])
+def test_chunks_give_the_same(step):
+    auxiliary, predictor, base = random_pair("openelm")
+    cache, whole = base.new_cache(), base.new_cache()
+    want = predict(auxiliary, predictor, base, mx.array(PROMPT), whole)
+    got = predict(auxiliary, predictor, base, mx.array(PROMPT), cache, step_size=step)
+    # Products of few and of many rows add up in different orders.
+    assert_close(got, want, "logits", rtol=2.0**-15)
+    caches_close(cache, whole, "cache", rtol=2.0**-15)
+
+
+def test_a_batch_is_its_sequences():
+    auxiliary, predictor, base = random_pair("llama")
+    tokens = mx.array(np.random.default_rng(8).integers(0, 200, (3, 20)))
+    got = predict(auxiliary, predictor, base, tokens, base.new_cache(), keep=3, sinks=2)
+    want = [predict(auxiliary, predictor, base, row, base.new_cache(), keep=3, sinks=2) for row in tokens]
+    assert_close(got, mx.concatenate(want), "batch", rtol=2.0**-16)
+
+
+def test_the_auxiliary_reads_all_but_the_last_token():
+    auxiliary, predictor, base = random_pair("llama")
+    calls = []
+
+    class Spy:
+        new_cache = staticmethod(auxiliary.new_cache)
+
+        @staticmethod
+        def raw_kv(tokens, cache):
+            calls.append(tokens.tolist())
+            return auxiliary.raw_kv(tokens, cache)
+
+    predict(Spy, predictor, base, mx.array(PROMPT), base.new_cache(), step_size=20)
+    assert calls == [[PROMPT[:20]], [PROMPT[20:36]]]
+
+
+@pytest.mark.parametrize("family", ["llama", "openelm"])
+def test_one_token_is_the_base_alone(family):
+    auxiliary, predictor, base = random_pair(family)
+    got = predict(auxiliary, predictor, base, mx.array(PROMPT[:1]), base.new_cache())
+    assert_close(got, base.last_logits(mx.array([PROMPT[:1]]), base.new_cache()), "one token", rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("keep", [len(PROMPT), len(PROMPT) + 9])
+def test_all_kept_is_the_base_exactly(keep):
+    auxiliary, predictor, base = random_pair("openelm")
+    cache, want_cache = base.new_cache(), base.new_cache()
+    got = predict(auxiliary, predictor, base, mx.array(PROMPT), cache, keep=keep, sinks=4)
+    want = prefill(base, want_cache, mx.array(PROMPT), 512)
+    assert_close(got, want, "all kept", rtol=0, atol=0)
+    caches_close(cache, want_cache, "all kept", rtol=0, atol=0)
+
+
+def test_kept_tokens_and_sinks_are_computed_the_rest_is_predicted():
+    auxiliary, predictor, base = random_pair("llama")
+    cache, true, plain = base.new_cache(), base.new_cache(), base.new_cache()
+    predict(auxiliary, predictor, base, mx.array(PROMPT), cache, keep=10, sinks=4)
+    predict(auxiliary, predictor, base, mx.array(PROMPT), plain)
+    prefill(base, true, mx.array(PROMPT), 512)
+    assert cache.length == len(PROMPT)
+    for mine, computed, predicted in zip(cache.layers, true.layers, plain.layers, strict=True):
+        for a, b, c in zip(mine.state(), computed.state(), predicted.state(), strict=True):
+            assert_close(a[:, :, :4], b[:, :, :4], "sinks", rtol=2.0**-16)
+            assert_close(a[:, :, 4:27], c[:, :, 4:27], "predicted", rtol=2.0**-16)
+            assert mx.abs(a[:, :, 4:27] - b[:, :, 4:27]).max() > 0.01
+    first = cache.layers[0].state(), true.layers[0].state()  # layer 0 reads no prediction: its kept tokens are exact
+    for a, b in zip(*first, strict=True):
+        assert_close(a[:, :, 27:], b[:, :, 27:], "kept tokens of layer 0", rtol=2.0**-16)
+
+
+@pytest.mark.parametrize("arguments", [{"keep": 0}, {"held": 3}])
+def test_bad_arguments(arguments):
+    auxiliary, predictor, base = random_pair("llama")
+    cache = base.new_cache()
+    if arguments.pop("held", 0):
+        base.last_logits(mx.array([[1, 2, 3]]), cache)
+    with pytest.raises(MlxeffError, match="wanted an empty cache and keep"):
+        predict(auxiliary, predictor, base, mx.array(PROMPT), cache, **arguments)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("first", [0, 4])
+def test_refinement_ends_in_the_cache_of_the_base(fused, first):
+    auxiliary, predictor, base = random_pair("llama")
+    if fused and not (kernels.device() == "cpu" and fuse(base)):
+        pytest.skip("no native kernels here")
+    cache, want = base.new_cache(), base.new_cache()
+    predict(auxiliary, predictor, base, mx.array(PROMPT), cache, sinks=first)
+    tokens, refinement = list(PROMPT), Refinement(base, cache, first, step_size=10)
+    steps = 0
+    for token in (9, 8, 7, 6, 5, 4):
+        base.last_logits(mx.array([[token]]), cache)
+        tokens.append(token)
+        steps += not refinement.done
+        refinement.step(tokens)
+        assert cache.length == len(tokens)
+    assert refinement.done
+    assert steps == {0: 5, 4: 4}[first]  # 37 tokens and those of the meantime, 10 at a time
+    prefill(base, want, mx.array(tokens), 512)
+    caches_close(cache, want, "refined", rtol=2.0**-14)
+
+
+@pytest.mark.parametrize("refine", [False, True])
+def test_refined_decoding_goes_on_as_the_base_would(refine):
+    """Whatever was decoded from predictions, once they are refined the greedy tokens are the base's own."""
+    auxiliary, predictor, base = random_pair("llama")
+    pair = KvPrediction(auxiliary, predictor, "pair", refine=refine)
+    cache, tokens = base.new_cache(), list(PROMPT)
+    logits = pair.prefill(base, cache, mx.array(PROMPT), 512)
+    for step in pair.refined(decode(base, cache, logits, make_sampler(), max_tokens=30), PROMPT):
+        tokens.append(step.token)
+    assert pair.predicted_tokens == 36
+    assert pair.refined_tokens == (len(PROMPT) + 1 if refine else 0)
+    late = base(mx.array([tokens]), base.new_cache())[0].argmax(-1).tolist()
+    same = [late[i] == tokens[i + 1] for i in range(len(PROMPT) + 1, len(tokens) - 1)]
+    assert all(same) == refine
+
+
+def test_a_cache_that_holds_tokens_is_continued_by_the_base(caplog):
+    auxiliary, predictor, base = random_pair("llama")
+    pair, cache = KvPrediction(auxiliary, predictor, "pair"), base.new_cache()
+    prefill(base, cache, mx.array(PROMPT[:5]), 512)
+    got = pair.prefill(base, cache, mx.array(PROMPT[5:]), 512)
+    assert_close(got, prefill(base, base.new_cache(), mx.array(PROMPT), 512), "continued", rtol=2.0**-15)
+    assert "not used: the cache holds 5 tokens already" in caplog.text
+
+
+@pytest.mark.parametrize("family", ["llama", "openelm"])
+def test_quantised_linear_layers(family):
+    """8 bit on both sides and in the predictor: near the same with the weights made dense."""
+    import mlx.nn as nn
+
+    auxiliary, predictor, base = random_pair(family)
+    plain = predict(auxiliary, predictor, base, mx.array(PROMPT), base.new_cache())
+    for module in (auxiliary, base, predictor):
+        nn.quantize(
+            module, 32, 8, class_predicate=lambda _, m: hasattr(m, "to_quantized") and m.weight.shape[-1] % 32 == 0
+        )
+    got = predict(auxiliary, predictor, base, mx.array(PROMPT), base.new_cache())
+    assert mx.abs(got - plain).max() > 0
+    # 8 bits of a range of six sigma: 1/40 sigma a weight, over three layers.
+    assert_close(got, plain, "8 bit", rtol=0.15)
+
+
+@pytest.mark.parametrize("kv_dtype", ["float32", "bfloat16"])
+def test_the_fused_base_continues_a_predicted_cache(kv_dtype):
+    auxiliary, predictor, base = random_pair("openelm")
+    want_cache = base.new_cache()
+    want = predict(auxiliary, predictor, base, mx.array(PROMPT), want_cache)
+    if kernels.device() != "cpu" or not fuse(base):
+        pytest.skip("no native kernels here")
+    set_precision(base, "exact", kv_dtype)
+    cache = base.new_cache()
+    got = predict(auxiliary, predictor, base, mx.array(PROMPT), cache)
+    assert str(cache.layers[0].keys.dtype).endswith(kv_dtype)
+    tolerance = 2.0**-14 if kv_dtype == "float32" else 2.0**-4  # bfloat16: 2^-8 a value, over sharp random attention
+    assert_close(got, want, "first logits", rtol=tolerance)
+    token = mx.array([[3]])
+    assert_close(
+        base.last_logits(token, cache), base.head(base.hidden(token, want_cache)[:, -1]), "next", rtol=tolerance
+    )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_pruned_models_share_their_weights(family):
+    base = random_model(FAMILIES[family])
+    pruned = base.pruned([0, 2])
+    assert [layer is base.layers[i] for layer, i in zip(pruned.layers, (0, 2), strict=True)] == [True, True]
+    assert pruned.kv_shapes == [base.kv_shapes[0], base.kv_shapes[2]]
+    x = base.embed(mx.array([PROMPT]))
+    for i in (0, 2):
+        x = base.layers[i](x, base.new_cache().layers[i])
+    norm = base.transformer.norm if family == "openelm" else base.model.norm
+    assert_close(pruned(mx.array([PROMPT]), pruned.new_cache()), base.head(norm(x)), "pruned", rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("layer_map", "complaint"),
+    [
+        ([0, 1], "layer map: wanted an auxiliary layer for each of 3 base layers, got 2"),
+        ([0, 1, 2], "layer map: base layer 2: wanted an auxiliary layer 0 to 1, got 2"),
+        ([0, -1, 1], "layer map: base layer 1: wanted an auxiliary layer 0 to 1, got -1"),
+        ([0, "1", 1], "layer map: base layer 1: wanted an auxiliary layer 0 to 1, got '1'"),
+        ([0, True, 1], "layer map: base layer 1: wanted an auxiliary layer 0 to 1, got True"),
+    ],
+)
+def test_layer_maps_that_do_not_fit(layer_map, complaint):
+    with pytest.raises(MlxeffError) as caught:
+        Predictor([(2, 16)] * 2, [(2, 16)] * 3, layer_map)
+    assert str(caught.value) == complaint
