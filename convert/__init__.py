@@ -1,8 +1,8 @@
 """`mlxeff convert`: a checkpoint of any family that mlxeff reads -> a folder that mlxeff and stock mlx-lm load.
 
 One module a source family (`openelm`, `llama`, `gguf`) names the tensors and the config; `plan` compares them with the
-model, casts and quantises; `folder` writes config.json and the tokenizer; `checkpoint` writes the weights. Imported as
-`mlxeff.convert`.
+model, casts and quantises; `folder` writes config.json and the tokenizer; `checkpoint` writes the weights; `kv_pair` is
+for the pairs of models of KV Prediction. Imported as `mlxeff.convert`.
 """
 
 import dataclasses
@@ -18,8 +18,8 @@ from ..checkpoint import Source, check_new, open_source, plan_shards, write_fold
 from ..errors import MlxeffError, notices
 from ..loading import fingerprint
 from ..seedlm.install import metadata
-from . import calibration, folder, gguf, llama, openelm
-from .plan import DTYPES, Conversion, Family, Options, plan
+from . import calibration, folder, gguf, kv_pair, llama, openelm
+from .plan import DTYPES, Conversion, Family, Options, plan, some
 from .report import Report
 from .seedlm import KEEP, Encoder, SeedOptions
 from .store import Store
@@ -65,9 +65,11 @@ def convert(
         text, seeds = _seed_options(str(seedlm), keep, data_free, calibrate, calibration_tokens, options)
         options = dataclasses.replace(options, seedlm=seeds)
     source, destination = open_source(src), Path(dst)
+    if kv_pair.recognises(source):
+        return kv_pair.convert_pair(source, destination, options, tokenizer, dry_run)
     family = next((family for family in FAMILIES if family.recognises(source)), None)
     if family is None:
-        raise MlxeffError(f"{source.path}: wanted an OpenELM or a model with config.json, got {_some(source.tensors)}")
+        raise MlxeffError(f"{source.path}: wanted an OpenELM or a model with config.json, got {some(source.tensors)}")
     found, held = family.read(source), {}
     conversion = plan(found, options, lambda module: held["store"].read(module))
     tokens = folder.find_tokenizer(source, tokenizer)
@@ -75,7 +77,7 @@ def convert(
     if dry_run:
         return report
     check_new(destination)
-    _refuse_differences(source, conversion)
+    conversion.refuse_differences(source.path)
     if options.seedlm:
         held["store"] = _encode(source, destination, found, conversion, tokens, text, encoding)
         report.encoding = conversion.choice.report(held["store"].errors)
@@ -143,17 +145,6 @@ def _encode(
     return store
 
 
-def _refuse_differences(source: Source, conversion: Conversion) -> None:
-    if conversion.missing:
-        raise MlxeffError(f"{source.path}: missing {len(conversion.missing)} tensors: {_some(conversion.missing)}")
-    if conversion.unexpected:
-        raise MlxeffError(
-            f"{source.path}: {len(conversion.unexpected)} unknown tensors: {_some(conversion.unexpected)}"
-        )
-    for name, wanted, got in conversion.wrong_shape:
-        raise MlxeffError(f"{source.path}: tensor {name}: wanted shape {wanted}, got {got}")
-
-
 def _write(source: Source, destination: Path, conversion: Conversion, tokens: folder.TokenizerFiles, progress) -> None:
     if not tokens.found:
         notices.warning(f"{source.path}: no tokenizer found, {destination} has none: name one with --tokenizer")
@@ -193,8 +184,3 @@ def _report(
         written=not dry_run,
         encoding=conversion.choice.report({}) if conversion.choice else None,
     )
-
-
-def _some(names) -> str:
-    names = list(names)
-    return ", ".join(names[:4]) + (", …" if len(names) > 4 else "")

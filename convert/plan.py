@@ -7,7 +7,7 @@ mode, written as mlx-lm writes it. Knows no file format and no family.
 
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import mlx.core as mx
@@ -89,6 +89,15 @@ class Conversion:
     @property
     def tensors(self) -> int:
         return sum(len(piece.specs) for piece in self.pieces)
+
+    def refuse_differences(self, origin: object) -> None:
+        """Raises MlxeffError unless the checkpoint has what the model has."""
+        if self.missing:
+            raise MlxeffError(f"{origin}: missing {len(self.missing)} tensors: {some(self.missing)}")
+        if self.unexpected:
+            raise MlxeffError(f"{origin}: {len(self.unexpected)} unknown tensors: {some(self.unexpected)}")
+        for name, wanted, got in self.wrong_shape:
+            raise MlxeffError(f"{origin}: tensor {name}: wanted shape {wanted}, got {got}")
 
 
 def plan(family: Family, options: Options, encoded: Callable[[str], list[mx.array]] | None = None) -> Conversion:
@@ -242,3 +251,9 @@ def _cast(array: mx.array, spec: Spec) -> mx.array:
             f"tensor {name}: wanted values that float16 can hold, got {largest:.4g}: use --dtype bfloat16"
         )
     return result
+
+
+def some(names: Iterable[str]) -> str:
+    """The first of them, for a message."""
+    names = list(names)
+    return ", ".join(names[:4]) + (", …" if len(names) > 4 else "")

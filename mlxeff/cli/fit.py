@@ -59,7 +59,7 @@ def _kv_predictor(options: argparse.Namespace) -> dict:
     }
     named = {"name": options.base, "fingerprint": base.fingerprint}
     config = PairConfig(named, auxiliary.config, fitted.predictor.layer_map, provenance)
-    write_pair(Path(options.out), config, fitted.predictor)
+    write_pair(Path(options.out), lambda _: config, fitted.predictor)
     sizes = [parameters(each) for each in (base.model, auxiliary.model, fitted.predictor)]
     return {
         "pair": options.out,

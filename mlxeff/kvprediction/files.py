@@ -70,19 +70,17 @@ def read_weights(folder: Path) -> dict[str, mx.array]:
     return {name: tensor.read() for name, tensor in open_source(folder).tensors.items()}
 
 
-def write_pair(
-    folder: Path, config: PairConfig, predictor: Predictor, files: Callable[[Path], None] | None = None
-) -> None:
-    """Write a new folder, all or nothing; `files(partial)` adds to it."""
-    pieces = []
-    for name, value in tree_flatten(predictor.parameters()):
-        value = value.astype(mx.float32)
-        pieces.append(Piece(((name, "F32", value.shape),), lambda value=value: [value]))
+def pieces(predictor: Predictor) -> list[Piece]:
+    """The predictor's tensors as they are written, in float32."""
+    parts = [(name, value.astype(mx.float32)) for name, value in tree_flatten(predictor.parameters())]
+    return [Piece(((name, "F32", value.shape),), lambda value=value: [value]) for name, value in parts]
+
+
+def write_pair(folder: Path, describe: Callable[[Path], PairConfig], predictor: Predictor, progress=None) -> None:
+    """Write a new folder, all or nothing; `describe(partial)` gives the config and may add to the unfinished folder."""
 
     def finish(partial: Path) -> None:
-        text = json.dumps(asdict(config), indent=1, ensure_ascii=False)
+        text = json.dumps(asdict(describe(partial)), indent=1, ensure_ascii=False)
         (partial / "config.json").write_text(text, encoding="utf-8")
-        if files:
-            files(partial)
 
-    write_folder(folder, pieces, finish)
+    write_folder(folder, pieces(predictor), finish, progress=progress)

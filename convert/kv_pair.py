@@ -1,0 +1,153 @@
+"""CoreNet's KV Prediction checkpoints: one state dict of base, auxiliary and predictor -> a pair's folder, with the two
+models as folders `base` and `auxiliary` in it.
+
+Source: CoreNet's kv_prediction.py, whose spelling `predicter` is kept there. Names: `base.*` and `auxiliary.*` as in an
+OpenELM's own checkpoint, `predicter.auxkv_to_basekv.{key,value}_transforms.{i}.{weight,bias}`. The layer map is not in
+the file: it is the published one for an auxiliary of this shape.
+"""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import mlx.core as mx
+
+from ..checkpoint import Source, check_new, open_source, plan_shards, write_folder
+from ..errors import MlxeffError, notices
+from ..kvprediction import Predictor
+from ..kvprediction.files import PairConfig, pieces, write_pair
+from ..kvprediction.layers import kept_layers, pruned_map, spread_map
+from ..loading import build_model, fill, fingerprint
+from . import folder, openelm
+from .plan import Conversion, Options, plan, some
+from .report import Report
+
+PREDICTOR = "predicter.auxkv_to_basekv."
+TENSOR = re.compile(r"(key|value)_transforms\.(\d+)\.(weight|bias)")
+PARTS = ("base", "auxiliary")
+FRACTIONS = ("0.25", "0.50", "0.75")  # of the base's layers that a published pruned auxiliary keeps
+
+
+def recognises(source: Source) -> bool:
+    return any(_plain(name).startswith(PREDICTOR) for name in source.tensors)
+
+
+def convert_pair(
+    source: Source, destination: Path, options: Options, tokenizer: str | Path | None, dry_run: bool
+) -> Report:
+    """Write the pair, or with `dry_run` only report. Raises MlxeffError; `destination` is then not made."""
+    conversions = {part: _model(source, part, options) for part in PARTS}
+    tokens = folder.find_tokenizer(source, tokenizer)
+    _check_names(source)
+    for part, conversion in conversions.items():
+        conversion.refuse_differences(f"{source.path}: {part}")
+    predictor = _predictor(source, *(conversions[part].config for part in PARTS))
+    if not dry_run:
+        check_new(destination)
+
+        def describe(partial: Path) -> PairConfig:
+            proof = folder.provenance(source, options)
+            marks = {part: _write(source, partial / part, conversions[part], tokens, proof) for part in PARTS}
+            return PairConfig(
+                base={"name": "base", "fingerprint": marks["base"]},
+                auxiliary={"model": "auxiliary", "fingerprint": marks["auxiliary"]},
+                layer_map=predictor.layer_map,
+                provenance=proof,
+            )
+
+        write_pair(destination, describe, predictor)
+    return _report(source, destination, conversions, predictor, tokens, dry_run)
+
+
+def _plain(name: str) -> str:
+    return name.removeprefix("module.")
+
+
+def _check_names(source: Source) -> None:
+    names = [_plain(name) for name in source.tensors]
+    known = tuple(f"{part}." for part in PARTS)
+    if strays := [n for n in names if not n.startswith(known) and not TENSOR.fullmatch(n.removeprefix(PREDICTOR))]:
+        raise MlxeffError(f"{source.path}: {len(strays)} unknown tensors: {some(strays)}")
+
+
+def _model(source: Source, part: str, options: Options) -> Conversion:
+    """What has to be written for `part`, as if its tensors were a checkpoint of their own."""
+    prefix = f"{part}."
+    tensors = {
+        _plain(name).removeprefix(prefix): tensor
+        for name, tensor in source.tensors.items()
+        if _plain(name).startswith(prefix)
+    }
+    try:
+        return plan(openelm.read(replace(source, tensors=tensors, config=None)), options)
+    except MlxeffError as error:
+        raise MlxeffError(f"{part} of the pair: {error}") from error
+
+
+def _predictor(source: Source, base: dict, auxiliary: dict) -> Predictor:
+    shapes = [build_model(config).kv_shapes for config in (auxiliary, base)]
+    predictor = Predictor(*shapes, layer_map(base, auxiliary))
+    weights = {}
+    for name, tensor in source.tensors.items():
+        if match := TENSOR.fullmatch(_plain(name).removeprefix(PREDICTOR)):
+            weights[f"{match[1]}_maps.{match[2]}.{match[3]}"] = tensor.read().astype(mx.float32)
+    fill(predictor, weights, f"{source.path}: predictor")
+    return predictor
+
+
+def layer_map(base: dict, auxiliary: dict) -> list[int]:
+    """The published map for configs of these shapes. An auxiliary as wide as the base is layers of it, of which the
+    published models keep a quarter, a half or three quarters."""
+    count, kept = base["num_transformer_layers"], auxiliary["num_transformer_layers"]
+    if base["model_dim"] != auxiliary["model_dim"]:
+        return spread_map(kept, count)
+    for fraction in FRACTIONS:
+        layers = kept_layers(fraction, count)
+        if len(layers) == kept:
+            notices.info("convert: layer map: that of a pair whose auxiliary keeps %s of the base's layers", fraction)
+            return pruned_map(layers, count)
+    raise MlxeffError(f"layer map: wanted an auxiliary of {', '.join(FRACTIONS)} of {count} layers, got {kept} layers")
+
+
+def _write(source: Source, place: Path, conversion: Conversion, tokens: folder.TokenizerFiles, proof: dict) -> str:
+    """One model's folder; returns its fingerprint. Only the base has use for a tokenizer."""
+    base = place.name == "base"
+    if base and not tokens.found:
+        notices.warning(f"{source.path}: no tokenizer found, {place.name} has none: name one with --tokenizer")
+    config, files = conversion.config | {"mlxeff": proof}, tokens if base else folder.TokenizerFiles(())
+    write_folder(place, conversion.pieces, lambda partial: folder.write(partial, config, files, source))
+    written = open_source(place)
+    return fingerprint(written, written.config)
+
+
+def _report(
+    source: Source,
+    destination: Path,
+    conversions: dict[str, Conversion],
+    predictor: Predictor,
+    tokens: folder.TokenizerFiles,
+    dry_run: bool,
+) -> Report:
+    maps, models = pieces(predictor), conversions.values()
+    written = [piece for each in models for piece in each.pieces] + maps
+    return Report(
+        source=str(source.path),
+        destination=str(destination),
+        family="openelm CoreNet, KV Prediction",
+        model_type="kv pair",
+        options=conversions["base"].options.as_dict(),
+        parameters=sum(each.parameters for each in models) + sum(piece.nbytes // 4 for piece in maps),
+        tensors=sum(each.tensors for each in models) + len(maps),
+        missing=[],
+        unexpected=[],
+        wrong_shape=[],
+        dropped={f"{part}.{n}": why for part, each in conversions.items() for n, why in each.dropped.items()},
+        changes=[(f"{part}.{c[0]}", *c[1:]) for part, each in conversions.items() for c in each.changes],
+        source_bytes=source.nbytes,
+        disk_bytes=sum(piece.nbytes for piece in written),
+        free_bytes=folder.free_bytes(destination),
+        peak_bytes=max(each.peak_bytes for each in models),
+        shards=sum(len(plan_shards(each.pieces)) for each in models) + 1,
+        tokenizer=tokens.found,
+        written=not dry_run,
+    )

@@ -1,0 +1,329 @@
+"""Pairs on disk, the command, and CoreNet's checkpoints: real folders and processes, one line for each bad input."""
+
+import json
+import shutil
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlxeff.convert import convert
+
+import checkpoint_files as files
+from helpers import assert_close
+from mlxeff.errors import MlxeffError
+from mlxeff.kv_pairs import load_pair, make_auxiliary
+from mlxeff.kvprediction import Predictor, predict
+from mlxeff.kvprediction.files import PairConfig, read_config, write_pair
+from mlxeff.loading import load_model, load_path
+from test_cli import fails, mlxeff
+from tiny_model import write_byte_tokenizer, write_tiny_model
+
+PROMPT = "The auxiliary reads the prompt, the base answers."
+
+
+@pytest.fixture(scope="module")
+def base_folder(tmp_path_factory):
+    return write_tiny_model(tmp_path_factory.mktemp("kvp") / "base", {"num_hidden_layers": 4})
+
+
+@pytest.fixture(scope="module")
+def base(base_folder):
+    return load_path(base_folder)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("".join(chr(c) for c in np.random.default_rng(2).integers(32, 127, 1500)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def fitted(tmp_path_factory, base_folder, text):
+    folder = tmp_path_factory.mktemp("fitted") / "pair"
+    mlxeff("fit", "kv-predictor", base_folder, "--aux", "lp:0.5", "--out", folder, "--text", text, "--tokens", 1000,
+           "--length", 100, "--quiet")  # fmt: skip
+    return folder
+
+
+@pytest.fixture
+def pair(tmp_path, fitted):
+    """A copy that a test may damage."""
+    return shutil.copytree(fitted, tmp_path / "pair")
+
+
+def edit(folder, **changes):
+    """Change keys of config.json; None deletes one."""
+    config = json.loads((folder / "config.json").read_text()) | changes
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+
+
+def test_fit_then_generate(pair, base_folder):
+    config = read_config(pair)
+    assert (config.layers, config.layer_map) == ([0, 2], [0, 0, 1, 1])
+    assert (config.provenance["text"], config.provenance["tokens"]) == ("text.txt", 1011)
+    assert max(config.provenance["errors"][0]) < 1e-6  # layer 0 is in both models
+    out, err = mlxeff("generate", PROMPT, "--model", base_folder, "--kv-predict", pair, "--max-tokens", 4, "--raw")
+    assert f"mlxeff: note: KV prediction: the KV of 49 of 50 prompt tokens is predicted by {pair}, not computed" in err
+    assert "| KV of 49 tokens predicted |" in err
+    assert out
+
+
+def test_json_tells_what_was_predicted_kept_and_refined(pair, base_folder):
+    arguments = ("generate", PROMPT, "--model", base_folder, "--raw", "--json", "--max-tokens", 5)
+    document = json.loads(mlxeff(*arguments, "--kv-predict", f"{pair}:keep=10:refine")[0])
+    assert document["timings"]["kv_prediction"] == {
+        "pair": str(pair), "keep": 10, "refine": True, "predicted_tokens": 36, "refined_tokens": 47,
+    }  # fmt: skip
+    assert any("36 of 50 prompt tokens is predicted" in line for line in document["notices"])
+    plain = json.loads(mlxeff(*arguments)[0])
+    assert plain["timings"]["kv_prediction"] is None
+    kept = json.loads(mlxeff(*arguments, "--kv-predict", f"{pair}:keep=50")[0])
+    assert kept["token_ids"] == plain["token_ids"]
+    assert "KV prediction: not used: all 50 prompt tokens are computed by the base" in kept["notices"]
+
+
+def test_the_same_command_gives_the_same_pair(pair, base_folder, text, tmp_path):
+    again = tmp_path / "again"
+    arguments = ("--aux", "lp:0.5", "--text", text, "--tokens", 1000, "--length", 100, "--json")
+    report = json.loads(mlxeff("fit", "kv-predictor", base_folder, *arguments, "--out", again)[0])
+    for name in ("config.json", "model.safetensors"):
+        assert (again / name).read_bytes() == (pair / name).read_bytes()
+    assert report["parameters"]["predictor"] == 8 * (32 * 32 + 32)
+    assert 0.5 < report["flops_ratio"] < 0.8
+    assert report["tokens"] == 1011
+
+
+def test_fit_without_text_and_with_a_model_as_auxiliary(base_folder, tmp_path):
+    write_tiny_model(tmp_path / "small", {"num_hidden_layers": 2, "hidden_size": 32, "num_key_value_heads": 4}, seed=3)
+    arguments = ("--tokens", 600, "--length", 50, "--search", "--per-head", "--json")
+    run = mlxeff("fit", "kv-predictor", base_folder, "--aux", "small", "--out", "pair", *arguments, cwd=tmp_path)
+    report = json.loads(run[0])
+    assert report["notices"] == ["fit: no --text: the base writes 600 tokens itself"]
+    assert report["auxiliary"]["model"] == str(tmp_path / "small")
+    _, err = mlxeff("generate", PROMPT, "--model", base_folder, "--kv-predict", "pair", "--max-tokens", 2, cwd=tmp_path)
+    assert "is predicted by pair" in err
+
+
+def test_loaded_pair_predicts_as_the_fitted_one(pair, base):
+    loaded = load_pair(pair, base)
+    auxiliary = make_auxiliary("layers:0,2", base).model
+    weights = mx.load(str(pair / "model.safetensors"))
+    predictor = Predictor(auxiliary.kv_shapes, base.model.kv_shapes, [0, 0, 1, 1])
+    predictor.load_weights(list(weights.items()))
+    tokens = mx.array(np.random.default_rng(0).integers(0, 200, 30))
+    models = (loaded.auxiliary, loaded.predictor), (auxiliary, predictor)
+    got, want = (predict(*each, base.model, tokens, base.model.new_cache()) for each in models)
+    assert_close(got, want, "loaded", rtol=0, atol=0)
+    assert loaded.auxiliary.layers[1] is base.model.layers[2]
+
+
+def drop_tensor(folder):
+    weights = mx.load(str(folder / "model.safetensors"))
+    del weights["value_maps.3.bias"]
+    mx.save_safetensors(str(folder / "model.safetensors"), weights)
+    (folder / "model.safetensors.index.json").unlink()
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (lambda p: edit(p, base={"name": "x", "fingerprint": "0123"}), "wanted the base x (0123), got "),
+        (lambda p: edit(p, layer_map=[0, 0, 1, 2]), "layer map: base layer 3: wanted an auxiliary layer 0 to 1, got 2"),
+        (lambda p: edit(p, layer_map=[0]), "layer map: wanted an auxiliary layer for each of 4 base layers, got 1"),
+        (lambda p: edit(p, auxiliary={"layers": [0, 9]}), "auxiliary: wanted rising layers of 0 to 3, got [0, 9]"),
+        (lambda p: edit(p, auxiliary={"layers": [2, 0]}), "auxiliary: wanted rising layers of 0 to 3, got [2, 0]"),
+        (lambda p: edit(p, auxiliary={"layers": []}), "auxiliary: wanted layers, or a model and its fingerprint, got "),
+        (lambda p: edit(p, auxiliary=None), "auxiliary: wanted dict, got None"),
+        (lambda p: edit(p, version=9), "wanted format mlxeff-kv-pair version 1, got 'mlxeff-kv-pair' version 9"),
+        (lambda p: edit(p, colour="red"), "unknown keys ['colour']"),
+        (drop_tensor, "missing 1 tensors: value_maps.3.bias"),
+        (lambda p: (p / "model.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{}"), "model.safetensors"),
+        (lambda p: (p / "config.json").write_text("{"), "not valid JSON"),
+        (shutil.rmtree, "wanted the folder of a KV prediction pair, got no config.json there"),
+    ],
+)  # fmt: skip
+def test_damaged_pairs(pair, base, change, complaint):
+    change(pair)
+    with pytest.raises(MlxeffError) as caught:
+        load_pair(pair, base)
+    assert complaint in str(caught.value)
+    assert str(pair) in str(caught.value) or complaint == "model.safetensors"
+    assert "\n" not in str(caught.value)
+
+
+def test_an_auxiliary_that_changed_or_has_another_vocabulary(base, tmp_path):
+    write_tiny_model(tmp_path / "other", {"vocab_size": 270, "num_hidden_layers": 2})
+    with pytest.raises(MlxeffError, match="vocabulary mismatch: the base has 261 rows, the auxiliary 270"):
+        make_auxiliary(str(tmp_path / "other"), base)
+    write_tiny_model(tmp_path / "small", {"num_hidden_layers": 2})
+    auxiliary = make_auxiliary(str(tmp_path / "small"), base)
+    predictor = Predictor(auxiliary.model.kv_shapes, base.model.kv_shapes, auxiliary.layer_map)
+    named = {"name": "base", "fingerprint": base.fingerprint}
+    write_pair(tmp_path / "pair", lambda _: PairConfig(named, auxiliary.config, auxiliary.layer_map), predictor)
+    load_pair(tmp_path / "pair", base)
+    shutil.rmtree(tmp_path / "small")
+    write_tiny_model(tmp_path / "small", {"num_hidden_layers": 2}, seed=8)
+    with pytest.raises(MlxeffError, match=r"pair: wanted the auxiliary \S+small \(\w+\), got \S+small \(\w+\)"):
+        load_pair(tmp_path / "pair", base)
+
+
+@pytest.mark.parametrize(
+    ("spec", "complaint"),
+    [
+        ("lp:2", "layers to keep: wanted a fraction of 4 layers above 0, at most 1, got 2"),
+        ("layers:0,x", "layers:0,x: wanted layers such as 0,2,5-7, got '0,x'"),
+        ("layers:1-7", "layers:1-7: auxiliary: wanted rising layers of 0 to 3, got [1, 2, 3, 4, 5, 6, 7]"),
+        ("openelm_3B_kvp_lp_0_50.yaml", "got a layer-pruned baseline without prediction"),
+    ],
+)
+def test_bad_specifications(base, spec, complaint):
+    with pytest.raises(MlxeffError) as caught:
+        make_auxiliary(spec, base)
+    assert complaint in str(caught.value)
+
+
+def test_the_command_refuses_in_one_line(pair, base_folder, tiny_folder, tmp_path):
+    generate = ("generate", PROMPT, "--model")
+    assert f"{pair}: wanted the base " in fails(*generate, tiny_folder, "--kv-predict", pair)
+    assert "wanted the folder of a KV prediction pair" in fails(*generate, base_folder, "--kv-predict", tmp_path / "no")
+    both = fails(*generate, base_folder, "--kv-predict", pair, "--prompt-cache", tmp_path / "a.cache")
+    assert both == "--kv-predict: predicted KV is not for --prompt-cache: give one of the two"
+    _, err = mlxeff(*generate, base_folder, "--kv-predict", f"{pair}:keep=0", code=2)
+    assert "wanted a whole number above 0, got '0'" in err
+    fit = ("fit", "kv-predictor", base_folder, "--aux", "lp:0.5", "--out")
+    assert f"{pair}: wanted a new folder, got a path that exists" == fails(*fit, pair)
+    assert "wanted UTF-8 text" in fails(*fit, tmp_path / "new", "--text", tmp_path / "none.txt")
+    assert "--ridge: wanted 0 or more, got -1.0" in fails(*fit, tmp_path / "new", "--ridge", -1)
+    assert not (tmp_path / "new").exists()
+
+
+HEADS, WIDTHS = [(4, 1), (4, 1), (8, 2), (8, 2)], [32, 64, 64, 96]
+
+
+def openelm_state(rng, dim, heads, widths, rows=300):
+    """CoreNet's names and shapes of an OpenELM, every weight random."""
+
+    def draw(*shape):
+        return rng.standard_normal(shape).astype(np.float32) * 0.2
+
+    state = {"token_embeddings.weight": draw(rows, dim), "norm.weight": 1 + draw(dim)}
+    for i, ((queries, groups), width) in enumerate(zip(heads, widths, strict=True)):
+        layer = {"attn.qkv_proj": draw((queries + 2 * groups) * 16, dim), "attn.out_proj": draw(dim, queries * 16)}
+        layer |= {"attn.q_norm": 1 + draw(16), "attn.k_norm": 1 + draw(16), "attn_norm": 1 + draw(dim)}
+        layer |= {"ffn.proj_1": draw(2 * width, dim), "ffn.proj_2": draw(dim, width), "ffn_norm": 1 + draw(dim)}
+        state |= {f"layers.{i}.{name}.weight": value for name, value in layer.items()}
+    return state
+
+
+def pair_state(rng, auxiliary_dim, auxiliary_heads, auxiliary_widths, layer_map):
+    state = {f"base.{n}": v for n, v in openelm_state(rng, 64, HEADS, WIDTHS).items()}
+    auxiliary = openelm_state(rng, auxiliary_dim, auxiliary_heads, auxiliary_widths)
+    state |= {f"auxiliary.{n}": v for n, v in auxiliary.items()}
+    for i, j in enumerate(layer_map):
+        for kind in ("key", "value"):
+            name = f"predicter.auxkv_to_basekv.{kind}_transforms.{i}"
+            rows, columns = HEADS[i][1] * 16, auxiliary_heads[j][1] * 16
+            state[f"{name}.weight"] = rng.standard_normal((rows, columns)).astype(np.float32)
+            state[f"{name}.bias"] = rng.standard_normal(rows).astype(np.float32)
+    return state
+
+
+PAIRS = {  # auxiliary's width, heads, feed-forward widths; the published map of such a pair
+    "C": (48, [(4, 1), (8, 2), (4, 1)], [32, 32, 64], [0, 0, 1, 2]),
+    "LP-0.75": (64, HEADS[:3], WIDTHS[:3], [0, 1, 2, 2]),
+    "LP-0.50": (64, HEADS[::2], WIDTHS[::2], [0, 0, 1, 1]),
+    "LP-0.25": (64, HEADS[:1], WIDTHS[:1], [0, 0, 0, 0]),
+}
+
+
+def write_state(path, state):
+    return files.write_torch(path, {name: files.whole(value) for name, value in state.items()})
+
+
+@pytest.mark.parametrize("kind", PAIRS)
+def test_corenet_pairs(kind, tmp_path):
+    rng = np.random.default_rng(4)
+    state = pair_state(rng, *PAIRS[kind])
+    path, out = write_state(tmp_path / "checkpoint_average.pt", state), tmp_path / "out"
+    (tmp_path / "tokens").mkdir()
+    write_byte_tokenizer(tmp_path / "tokens")
+    report = convert(path, out, tokenizer=tmp_path / "tokens")
+    assert (report.tensors, report.parameters) == (len(state), sum(value.size for value in state.values()))
+    assert read_config(out).layer_map == PAIRS[kind][3]
+
+    loaded = load_path(out / "base")
+    pair = load_pair(out, loaded)
+    for i in range(4):
+        for maps, name in ((pair.predictor.key_maps, "key"), (pair.predictor.value_maps, "value")):
+            source = f"predicter.auxkv_to_basekv.{name}_transforms.{i}"
+            assert_close(maps[i].weight, state[f"{source}.weight"], source, rtol=0, atol=0)
+            assert_close(maps[i].bias, state[f"{source}.bias"], source, rtol=0, atol=0)
+    norms = pair.auxiliary.layers[0].attn.k_norm.weight
+    assert_close(norms, state["auxiliary.layers.0.attn.k_norm.weight"], "k_norm", rtol=0, atol=0)
+    against_float64(state, loaded.model, pair, PAIRS[kind][3])
+
+
+def against_float64(state, base, pair, layer_map):
+    """The converted pair computes the formula on the checkpoint's own numbers."""
+    import kvp_reference
+
+    def family(model, part):
+        weights = {
+            f"transformer.{n.removeprefix(part)}": v.astype(float) for n, v in state.items() if n.startswith(part)
+        }
+        names = ("head_dim", "num_query_heads", "num_kv_heads", "num_transformer_layers", "rope_freq_constant")
+        return kvp_reference.Family(weights, {"model_type": "openelm"} | {n: getattr(model.config, n) for n in names})
+
+    maps = {
+        f"{kind}_maps.{i}.{part}": state[f"predicter.auxkv_to_basekv.{kind}_transforms.{i}.{part}"].astype(float)
+        for i in range(4) for kind in ("key", "value") for part in ("weight", "bias")
+    }  # fmt: skip
+    tokens = np.random.default_rng(1).integers(0, 300, 20).tolist()
+    models = family(base, "base."), family(pair.auxiliary, "auxiliary.")
+    want = kvp_reference.predicted_logits(*models, maps, layer_map, tokens)
+    got = predict(pair.auxiliary, pair.predictor, base, mx.array(tokens), base.new_cache())
+    assert_close(got[0], want, "converted", rtol=2.0**-14)  # four layers of float32 roundings
+
+
+def test_corenet_pair_by_the_command(tmp_path):
+    path = write_state(tmp_path / "pair.pt", pair_state(np.random.default_rng(4), *PAIRS["LP-0.50"]))
+    write_byte_tokenizer(tmp_path)
+    out, _ = mlxeff("convert", path, tmp_path / "out", "--dry-run")
+    assert "kv pair (openelm CoreNet, KV Prediction)" in out
+    assert not (tmp_path / "out").exists()
+    mlxeff("convert", path, tmp_path / "out", "--dtype", "bfloat16")
+    _, err = mlxeff("generate", PROMPT, "--model", tmp_path / "out" / "base", "--kv-predict", tmp_path / "out",
+                    "--max-tokens", 3, "--raw")  # fmt: skip
+    assert "49 of 50 prompt tokens is predicted" in err
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (lambda s: s.pop("predicter.auxkv_to_basekv.key_transforms.2.bias"), "missing 1 tensors: key_maps.2.bias"),
+        (lambda s: s.update({"predicter.other": np.zeros(2, np.float32)}), "1 unknown tensors: predicter.other"),
+        (lambda s: s.pop("auxiliary.norm.weight"), "auxiliary: missing 1 tensors: transformer.norm.weight"),
+        (lambda s: s.pop("base.token_embeddings.weight"), "base of the pair: pair.pt: missing tensor 'token_embed"),
+        (lambda s: s.update({"predicter.auxkv_to_basekv.value_transforms.3.weight": np.zeros((32, 16), np.float32)}),
+         "tensor value_maps.3.weight: wanted shape (32, 32), got (32, 16)"),
+    ],
+)  # fmt: skip
+def test_corenet_pairs_that_are_incomplete(change, complaint, tmp_path):
+    state = pair_state(np.random.default_rng(4), *PAIRS["LP-0.50"])
+    change(state)
+    path = write_state(tmp_path / "pair.pt", state)
+    with pytest.raises(MlxeffError) as caught:
+        convert(path, tmp_path / "out")
+    assert complaint in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_models_without_a_tokenizer_load_as_auxiliaries(tmp_path, base_folder):
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        shutil.copyfile(base_folder / name, bare / name)
+    model, mark = load_model(bare)
+    assert model.vocab_size == 261
+    assert mark == load_path(base_folder).fingerprint
