@@ -96,3 +96,25 @@ def predicted_logits(base, auxiliary, maps, layer_map, tokens):
         queries[-1] = rotate(base.norm(i, q, "q"), [table[-1:] for table in tables])[0]
         x = base.finish(i, x, attention(queries, keys, values, None)[-1:])
     return base.logits(x)[0]
+
+
+def training_loss(base, auxiliary, maps, layer_map, tokens, consistency):
+    """The loss of tokens (N + 1): all of the base's keys and values are predicted."""
+    inputs, targets = tokens[:-1], tokens[1:]
+    count = len(inputs)
+    tables = rotation_tables(base.size, base.base, None, count)
+    read, true, x, distances = raw_pairs(auxiliary, inputs), raw_pairs(base, inputs), base.embed(inputs), 0.0
+    for i in range(base.count):
+        predicted = [
+            (rows.reshape(count, -1) @ maps[f"{kind}_maps.{i}.weight"].T + maps[f"{kind}_maps.{i}.bias"])
+            for rows, kind in zip(read[layer_map[i]], ("key", "value"), strict=True)
+        ]
+        keys, values = (rows.reshape(count, -1, base.size) for rows in predicted)
+        keys = base.norm(i, keys, "k")
+        distances += np.abs(keys - base.norm(i, true[i][0], "k")).mean() + np.abs(values - true[i][1]).mean()
+        queries = rotate(base.norm(i, base.project(i, x)[0], "q"), tables)
+        x = base.finish(i, x, attention(queries, rotate(keys, tables), values, None))
+    logits = base.logits(x)
+    sums = np.log(np.exp(logits).sum(-1))
+    entropy = sums - logits[np.arange(count), targets]
+    return entropy.mean() + 1e-4 * (sums**2).mean() + consistency * distances

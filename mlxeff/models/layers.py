@@ -17,6 +17,7 @@ from ..cache import KVCache, LayerCache
 from ..errors import MlxeffError
 from ..ops import Rope
 
+KvPairs = list[tuple[mx.array, mx.array]]  # keys and values (B, G, S, E) of each layer
 ROPE_KEYS = frozenset(
     "rope_type type factor rope_theta original_max_position_embeddings low_freq_factor high_freq_factor "
     "beta_fast beta_slow attention_factor".split()
@@ -97,9 +98,13 @@ class RotaryAttention(nn.Module):
         attended = cache.attend(queries, keys, values, self.scale)  # (B, H, S, E)
         return self.output(attended.transpose(0, 2, 1, 3).reshape(batch, new, -1))
 
+    def normed(self, keys: mx.array) -> mx.array:
+        """Raw keys (…, E) → normed, where the model norms them."""
+        return keys if self.k_norm is None else self.k_norm(keys)
+
     def place(self, keys: mx.array, position: int) -> mx.array:
         """Raw keys (B, G, S, E) → as the cache holds them, normed and rotated to `position`, `position` + 1, …"""
-        return self._rope(keys if self.k_norm is None else self.k_norm(keys), position)
+        return self._rope(self.normed(keys), position)
 
 
 class DecoderModel(nn.Module):
@@ -133,7 +138,7 @@ class DecoderModel(nn.Module):
         """(KV heads G, head size E) of each layer."""
         return [(layer.attention.groups, layer.attention.head_size) for layer in self.layers]
 
-    def raw_kv(self, tokens: mx.array, cache: KVCache) -> list[tuple[mx.array, mx.array]]:
+    def raw_kv(self, tokens: mx.array, cache: KVCache) -> KvPairs:
         """Keys and values (B, G, S, E) of each layer for token ids (B, S), keys before norm and rotation.
 
         Runs operator by operator and appends to `cache`, but of the last layer only the keys and values are computed
@@ -147,13 +152,21 @@ class DecoderModel(nn.Module):
                 x = layer.finish(x, projected, layer_cache)
         return pairs
 
-    def append_kv(self, pairs: list[tuple[mx.array, mx.array]], cache: KVCache) -> None:
+    def normed_kv(self, pairs: KvPairs) -> KvPairs:
+        """Raw keys and values of each layer → the same with the keys normed, where the model norms them."""
+        return [(layer.attention.normed(k), v) for layer, (k, v) in zip(self.layers, pairs, strict=True)]
+
+    def placed_kv(self, pairs: KvPairs, position: int) -> KvPairs:
+        """Raw keys and values of each layer → as a cache holds them from `position` on: keys normed and rotated."""
+        return [(layer.attention.place(k, position), v) for layer, (k, v) in zip(self.layers, pairs, strict=True)]
+
+    def append_kv(self, pairs: KvPairs, cache: KVCache) -> None:
         """Append raw keys and values (B, G, S, E) of each layer to `cache`: the keys are normed and rotated here."""
-        position = cache.length
         fused = self._fused is not None and self._fused.applies(cache)
-        for layer, layer_cache, (keys, values) in zip(self.layers, cache.layers, pairs, strict=True):
+        placed = self.placed_kv(pairs, cache.length)
+        for layer, (keys, values) in zip(cache.layers, placed, strict=True):
             dtype = self._fused.kv_dtype if fused else keys.dtype
-            layer_cache.append(layer.attention.place(keys, position).astype(dtype), values.astype(dtype))
+            layer.append(keys.astype(dtype), values.astype(dtype))
 
 
 def make_rope(size: int, base: float, scaling: dict | None, kind: str) -> Rope:
