@@ -84,11 +84,7 @@ def load_path(path: Path, overrides: dict | None = None, lazy: bool = False, tru
     _check_vocabulary(path, model.vocab_size, tokenizer)
     backend = "mlx"
     if not lazy:
-        mx.eval(model.parameters())
-        if "seedlm" in config:
-            from .seedlm import install
-
-            install.finish(model if isinstance(model, DecoderModel) else model.model, str(path))
+        _finish(model, config, path)
         backend = _fuse(path, model)
     dtype = "float32" if native_for() and isinstance(model, DecoderModel) else _dtype_name(model)
     loaded = Loaded(model, tokenizer, config, Path(path), fingerprint(source, config), dtype, backend)
@@ -100,7 +96,7 @@ def load_model(path: Path) -> tuple[object, str]:
     """(model, fingerprint) of a folder or GGUF file whose tokenizer is not needed; without a fused form."""
     source = open_source(path)
     model, config = _model(source, _config(source), {})
-    mx.eval(model.parameters())
+    _finish(model, config, path)
     return model, fingerprint(source, config)
 
 
@@ -125,6 +121,15 @@ def _model(
     prepare = functools.partial(_seed, config=config) if "seedlm" in config else None
     model = load_adapter(_folder(path), kind, overrides, lazy, trust_remote_code, prepare)
     return model, model.config
+
+
+def _finish(model, config: dict, path: Path) -> None:
+    """Read the weights, and check those that can be checked only then."""
+    mx.eval(model.parameters())
+    if "seedlm" in config:
+        from .seedlm import install
+
+        install.finish(model if isinstance(model, DecoderModel) else model.model, str(path))
 
 
 def _fuse(path: Path, model) -> str:
