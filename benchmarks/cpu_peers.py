@@ -14,6 +14,7 @@ import fcntl
 import hashlib
 import json
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -211,6 +212,7 @@ def save(results: dict) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the process being measured too
     try:
         sys.exit(main())
     except MlxeffError as error:
