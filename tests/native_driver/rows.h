@@ -125,14 +125,15 @@ inline void check_rows() {
   for (int64_t n : {1, 5, 16, 37, 300, 1029})
     for (int64_t rows : {1, 7}) {
       const int dtype = all_dtypes[i % 3], other = all_dtypes[i / 2 % 3];
-      ++i;
+      if (i++ % shape_step != 0) continue;
       check_rms_norm(rows, n, dtype, other);
       check_swiglu(rows, n, dtype);
       check_softmax(rows, n, dtype, other);
     }
-  check_swiglu(300, 1000, MLXEFF_F32);
+  check_swiglu(shape_step > 1 ? 30 : 300, 1000, MLXEFF_F32);
   for (int64_t V : {1, 63, 5000})
     for (int dtype : {MLXEFF_F32, MLXEFF_BF16}) {
+      if (i++ % shape_step != 0) continue;
       check_sample(V, dtype, 1, 0, 0, 0);
       check_sample(V, dtype, 0.7f, 40, 0, 0);
       check_sample(V, dtype, 1.3f, 0, 0.9f, 0);
