@@ -155,7 +155,7 @@ def _write(source: Source, destination: Path, conversion: Conversion, tokens: fo
         lambda partial: folder.write(partial, config, tokens, source),
         parameters=conversion.parameters,
         progress=progress,
-        metadata=metadata() if conversion.choice else None,
+        metadata=metadata() if "seedlm" in conversion.config else None,
     )
 
 

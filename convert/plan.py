@@ -106,7 +106,11 @@ def plan(family: Family, options: Options, encoded: Callable[[str], list[mx.arra
     `encoded` gives the arrays of a seed-encoded module when its piece is written.
     """
     config = dict(family.config)
-    if options.bits and ("quantization" in config or any(weight.packed for weight in family.weights)):
+    if options.seedlm and "seedlm" in config:
+        raise MlxeffError(
+            "convert: seedlm: wanted dense or affine weights, got a checkpoint that is seed-encoded already"
+        )
+    if options.bits and ({"quantization", "seedlm"} & set(config) or any(weight.packed for weight in family.weights)):
         raise MlxeffError(
             "convert: quantize: wanted weights of full precision, got a checkpoint that is quantised already"
         )

@@ -324,6 +324,17 @@ def test_openelm(tmp_path):
     assert_close(logits(loaded.model), logits(dense_model(tmp_path / "out")[0]), "openelm", rtol=2.0**-14)
 
 
+def test_a_seed_encoded_folder_converts_to_another_type_but_not_to_other_seeds(aware, tmp_path):
+    convert(aware[0], tmp_path / "half", dtype="float16")
+    model = load_path(tmp_path / "half").model
+    blocks = load_path(aware[0]).model.model.layers[1].mlp.up_proj["blocks"]
+    assert mx.array_equal(model.model.layers[1].mlp.up_proj["blocks"], blocks).item()
+    assert model.model.norm.weight.dtype == mx.float16
+    for options in ({"seedlm": "4"}, {"quantize": (4, 64)}):
+        with pytest.raises(MlxeffError, match="already"):
+            convert(aware[0], tmp_path / "again", **options)
+
+
 def test_a_model_of_mlx_lm_through_the_adapter(tmp_path):
     """Phi-3's packed projections, seed-encoded by hand; the oracle is the same model with the decoded matrices."""
     folder = write_foreign(tmp_path / "phi", PHI)

@@ -10,7 +10,7 @@ from mlx.utils import tree_flatten
 
 from helpers import assert_close
 from mlxeff import MlxeffError, kernels, ops
-from mlxeff.seedlm import codec, install
+from mlxeff.seedlm import codec, install, linear
 from mlxeff.seedlm.format import FORMATS, header
 from mlxeff.seedlm.linear import SeedEmbedding, SeedLinear
 from seedlm_models import randomise
@@ -79,6 +79,27 @@ def test_the_gradient_for_x_is_that_of_the_dense_layer(way, name, dtype):
     got, want = mx.grad(loss(seeded))(x.astype(dtype)), mx.grad(loss(dense))(x)
     assert got.dtype == dtype
     assert_close(got, want, name, rtol=None if dtype == mx.float32 else 2.0**-5)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_on_a_gpu_the_metal_kernels_run_and_have_the_gradient(monkeypatch, name):
+    """The choice and the gradient around the launches; the launches are replaced by their twins."""
+    called = []
+    twins = {"matmul_metal": codec.matmul_ops, "rows_metal": codec.rows_ops, "decode_metal": codec.decode_ops}
+    for launch, twin in twins.items():
+        monkeypatch.setattr(
+            linear.metal, launch, lambda *a, launch=launch, twin=twin: called.append(launch) or twin(*a)
+        )
+    monkeypatch.setattr(linear, "native_for", lambda *_: False)
+    monkeypatch.setattr(linear, "_metal_for", lambda _: True)
+    seeded, embedding = layer(name), layer(name, kind=SeedEmbedding)
+    x = mx.random.normal((3, 100), key=mx.random.key(1))
+    gradient = mx.grad(lambda x: seeded(x).square().sum())(x)
+    assert called == ["matmul_metal", "decode_metal"]
+    dense = seeded.to_dense()
+    assert_close(gradient, mx.grad(lambda x: dense(x).square().sum())(x), name)
+    assert mx.array_equal(embedding(mx.array([3, 4])), embedding.dense()[3:5]).item()
+    assert called[3:] == ["rows_metal", "decode_metal"]
 
 
 def test_the_blocks_never_train(way):
