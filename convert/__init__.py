@@ -140,6 +140,10 @@ def _encode(
     mx.set_default_device(mx.cpu)
     try:
         Encoder(config, conversion.weights, conversion.choice, store, str(source.path)).run(windows, advance)
+    except BaseException:
+        if store.written:
+            notices.info(f"{store.folder}: finished layers are kept: the same command goes on from there")
+        raise
     finally:
         mx.set_default_device(device)
     return store

@@ -154,11 +154,14 @@ class Encoder:
     def run(self, windows: np.ndarray | None, advance: Callable[[int], None]) -> None:
         """`windows`: token ids (W, T), None for the data-free method. `advance` gets numbers of weights."""
         hidden = None if windows is None else self._embed(windows)
+        ends = [name for name in self.choice.seeded if not name.startswith(self.prefixes)]
         for index, prefix in enumerate(self.prefixes):
             self._fill(lambda name, prefix=prefix: name.startswith(prefix))
             self._layer(index, prefix, hidden, advance)
+            if hidden is not None and (ends or index + 1 < len(self.prefixes)):
+                self._pass(index, prefix, hidden)
             self.model.layers[index] = nn.Module()
-        self._ends([name for name in self.choice.seeded if not name.startswith(self.prefixes)], hidden, advance)
+        self._ends(ends, hidden, advance)
 
     def _embed(self, windows: np.ndarray) -> list[mx.array]:
         """Hidden states (windows of a batch, T, D), a batch each."""
@@ -183,17 +186,24 @@ class Encoder:
         layer, unit = self.model.layers[index], f"layer-{index:04d}"
         modules = {name: module for name, module in layer.named_modules() if prefix + name in self.choice.seeded}
         full = [prefix + name for name in modules]
-        caches = lambda: self.model.new_cache().layers[index]  # noqa: E731
-        if not self.store.has(unit, full):
-            grams = {} if hidden is None else _input_grams(layer, modules, hidden, caches)
-            self._encode(unit, {prefix + name: (module, grams.get(name)) for name, module in modules.items()}, advance)
-        else:
+        if self.store.has(unit, full):
             advance(self._count(full))
-        if hidden is None:
             return
-        layer.update_modules(tree_unflatten([(name, self._seeded(prefix + name, modules[name])) for name in modules]))
+        caches = lambda: self.model.new_cache().layers[index]  # noqa: E731
+        grams = {} if hidden is None else _input_grams(layer, modules, hidden, caches)
+        self._encode(unit, {prefix + name: (module, grams.get(name)) for name, module in modules.items()}, advance)
+
+    def _pass(self, index: int, prefix: str, hidden: list[mx.array]) -> None:
+        """The hidden states after the encoded layer, in place."""
+        layer = self.model.layers[index]
+        seeded = [
+            (name, self._seeded(prefix + name, module))
+            for name, module in layer.named_modules()
+            if prefix + name in self.choice.seeded
+        ]
+        layer.update_modules(tree_unflatten(seeded))
         for place, batch in enumerate(hidden):
-            hidden[place] = layer(batch, caches())
+            hidden[place] = layer(batch, self.model.new_cache().layers[index])
             mx.eval(hidden[place])
 
     def _ends(self, names: list[str], hidden: list[mx.array] | None, advance: Callable) -> None:

@@ -75,5 +75,10 @@ class Store:
         arrays = mx.load(str(self._files[name]))
         return [arrays[f"{name}.{kind}"] for kind in fmt.arrays(rows, cols)]
 
+    @property
+    def written(self) -> bool:
+        """Whether any module is stored."""
+        return bool(self._files)
+
     def remove(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
