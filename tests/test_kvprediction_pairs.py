@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import mlx.core as mx
 import numpy as np
@@ -15,7 +17,7 @@ from mlxeff.kv_pairs import load_pair, make_auxiliary
 from mlxeff.kvprediction import Predictor, predict
 from mlxeff.kvprediction.files import PairConfig, read_config, write_pair
 from mlxeff.loading import load_model, load_path
-from test_cli import fails, mlxeff
+from test_cli import environment, fails, mlxeff
 from tiny_model import write_byte_tokenizer, write_tiny_model
 
 PROMPT = "The auxiliary reads the prompt, the base answers."
@@ -103,6 +105,32 @@ def test_fit_without_text_and_with_a_model_as_auxiliary(base_folder, tmp_path):
     assert report["auxiliary"]["model"] == str(tmp_path / "small")
     _, err = mlxeff("generate", PROMPT, "--model", base_folder, "--kv-predict", "pair", "--max-tokens", 2, cwd=tmp_path)
     assert "is predicted by pair" in err
+
+
+def test_training_by_the_command_goes_on_where_it_was_killed(base_folder, text, tmp_path):
+    fit = ("fit", "kv-predictor", base_folder, "--aux", "lp:0.5", "--text", text, "--tokens", 600, "--length", 60)
+    steps = ("--steps", 60, "--batch", 2, "--rate", 0.01)
+    report = json.loads(mlxeff(*fit, *steps, "--out", tmp_path / "whole", "--json")[0])
+    assert len(report["losses"]) == 60
+    assert np.mean(report["losses"][-10:]) < np.mean(report["losses"][:10])
+    out = tmp_path / "killed"
+    killed = f"""
+import sys
+from mlxeff import cli
+from mlxeff.kvprediction import train
+save = train._save
+def once(*arguments):
+    save(*arguments)
+    sys.exit(9)
+train._save = once
+cli.main({[str(each) for each in (*fit, *steps, "--out", out)]!r})
+"""
+    run = subprocess.run([sys.executable, "-c", killed], env=environment(), capture_output=True, timeout=120)
+    assert run.returncode == 9, run.stderr
+    assert [path.name for path in tmp_path.glob("killed*")] == ["killed.training"]
+    mlxeff(*fit, *steps, "--out", out, "--quiet")
+    assert (out / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
+    assert not (tmp_path / "killed.training").exists()
 
 
 def test_loaded_pair_predicts_as_the_fitted_one(pair, base):

@@ -15,6 +15,8 @@ def run(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(report | {"notices": lines}, indent=2, ensure_ascii=False))
     elif not options.quiet:
+        if report["losses"]:
+            print(f"training: loss {report['losses'][0]:.3f} at first, {report['losses'][-1]:.3f} at last")
         print(
             f"{report['pair']}: fitted on {report['tokens']} tokens in {report['seconds']:.1f} s, unexplained variance "
             f"{report['error']:.3f}, FLOPs to the first token of 512 {report['flops_ratio']:.2f} of the base's"
@@ -27,40 +29,23 @@ def _kv_predictor(options: argparse.Namespace) -> dict:
     from ..checkpoint import check_new
     from ..kv_pairs import make_auxiliary
     from ..kvprediction.files import PairConfig, write_pair
-    from ..kvprediction.fit import fit
-    from ..kvprediction.flops import parameters, ttft_flops
     from ..loading import load_path
 
     check_new(Path(options.out))
-    if not options.ridge >= 0:
-        raise MlxeffError(f"--ridge: wanted 0 or more, got {options.ridge}")
+    for name in ("ridge", "rate"):
+        if not getattr(options, name) >= 0:
+            raise MlxeffError(f"--{name}: wanted 0 or more, got {getattr(options, name)}")
     kernels.use_device(options.device)
     with output.bar(f"fetching {options.base}", "B", options.quiet) as progress:
         path = hub.resolve(options.base, offline=options.offline, progress=progress)
     base, began = load_path(path), time.perf_counter()
     auxiliary = make_auxiliary(options.aux, base)
-    pieces = _sequences(options, base)
-    with output.bar("fitting", "tok", options.quiet) as progress:
-        fitted = fit(
-            auxiliary.model,
-            base.model,
-            auxiliary.layer_map,
-            _counted(pieces, progress),
-            options.ridge,
-            options.per_head,
-            options.search,
-        )
-    provenance = {
-        "method": "ridge",
-        "text": options.text and Path(options.text).name,
-        **{key: getattr(options, key) for key in ("ridge", "per_head", "search", "length", "seed")},
-        "tokens": fitted.tokens,
-        "errors": fitted.errors,
-    }
+    fitted, losses = _fit(options, auxiliary, base)
     named = {"name": options.base, "fingerprint": base.fingerprint}
+    provenance = _provenance(options, fitted, losses)
     config = PairConfig(named, auxiliary.config, fitted.predictor.layer_map, provenance)
     write_pair(Path(options.out), lambda _: config, fitted.predictor)
-    sizes = [parameters(each) for each in (base.model, auxiliary.model, fitted.predictor)]
+    _state(options).unlink(missing_ok=True)
     return {
         "pair": options.out,
         "base": named,
@@ -70,9 +55,52 @@ def _kv_predictor(options: argparse.Namespace) -> dict:
         "seconds": time.perf_counter() - began,
         "error": fitted.error,
         "errors": fitted.errors,
-        "parameters": dict(zip(("base", "auxiliary", "predictor"), sizes, strict=True)),
-        "flops_ratio": ttft_flops(*sizes, 512) / (2 * sizes[0] * 512),
+        "losses": losses,
+        **_sizes(base.model, auxiliary.model, fitted.predictor),
     }
+
+
+def _fit(options: argparse.Namespace, auxiliary, base):
+    """(the closed form, perhaps trained on from there; the losses of the training)."""
+    from ..kvprediction.fit import fit
+    from ..kvprediction.train import Training, train
+
+    pieces, models = _sequences(options, base), (auxiliary.model, base.model)
+    with output.bar("fitting", "tok", options.quiet) as progress:
+        counted = _counted(pieces, progress)
+        fitted = fit(*models, auxiliary.layer_map, counted, options.ridge, options.per_head, options.search)
+    if not options.steps:
+        return fitted, []
+    settings = Training(options.steps, options.batch, options.rate, seed=options.seed)
+    with output.bar("training", "step", options.quiet) as progress:
+        return fitted, train(fitted.predictor, *models, pieces, settings, _state(options), progress)
+
+
+def _state(options: argparse.Namespace) -> Path:
+    """Where an unfinished training is kept: the same command goes on from there."""
+    out = Path(options.out)
+    return out.with_name(f"{out.name}.training")
+
+
+def _provenance(options: argparse.Namespace, fitted, losses: list[float]) -> dict:
+    kept = ("ridge", "per_head", "search", "length", "seed", "steps", "batch", "rate")
+    return {
+        "method": "ridge, then gradient training" if losses else "ridge",
+        "text": options.text and Path(options.text).name,
+        **{key: getattr(options, key) for key in kept},
+        "tokens": fitted.tokens,
+        "errors": fitted.errors,  # of the closed form
+        "losses": losses,
+    }
+
+
+def _sizes(base, auxiliary, predictor) -> dict:
+    """Parameter counts, and the FLOPs to the first token of 512 as a share of the base's."""
+    from ..kvprediction.flops import parameters, ttft_flops
+
+    sizes = [parameters(each) for each in (base, auxiliary, predictor)]
+    counts = dict(zip(("base", "auxiliary", "predictor"), sizes, strict=True))
+    return {"parameters": counts, "flops_ratio": ttft_flops(*sizes, 512) / (2 * sizes[0] * 512)}
 
 
 def _sequences(options: argparse.Namespace, base) -> list[list[int]]:
