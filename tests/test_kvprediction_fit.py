@@ -8,7 +8,7 @@ from mlx.utils import tree_flatten
 from helpers import assert_close
 from mlxeff.errors import MlxeffError
 from mlxeff.kvprediction import predict
-from mlxeff.kvprediction.fit import Moments, fit, head_columns, solve
+from mlxeff.kvprediction.fit import Moments, choose_layers, fit, head_columns, solve
 from mlxeff.kvprediction.text import sample
 from test_kvprediction import FAMILIES, PROMPT, random_model, random_pair
 
@@ -112,3 +112,12 @@ def test_sampled_text_follows_the_model_and_the_seed():
     logits = model(mx.array([row[:31] for row in drawn[:31]]), model.new_cache())
     ranks = (logits > mx.take_along_axis(logits, mx.array([row[1:32] for row in drawn[:31]])[..., None], -1)).sum(-1)
     assert ranks.astype(mx.float32).mean().item() < 40  # of 200: chance would be near 100
+
+
+def test_layers_are_chosen_by_their_error():
+    base = random_model(FAMILIES["llama"])
+    choices = [[0, 1], [0, 2]]
+    best, errors = choose_layers(base, choices, SEQUENCES)
+    want = [fit(base.pruned(c), base, m, SEQUENCES).error for c, m in zip(choices, ([0, 1, 1], [0, 0, 1]))]
+    assert errors == want
+    assert best == choices[int(np.argmin(want))]

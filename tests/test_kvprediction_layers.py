@@ -5,7 +5,7 @@ import pytest
 from mlxeff.errors import MlxeffError
 from mlxeff.kvprediction import Predictor
 from mlxeff.kvprediction.flops import parameters, published_reduction, ttft_flops
-from mlxeff.kvprediction.layers import PUBLISHED, kept_layers, pruned_map, published_name, spread_map
+from mlxeff.kvprediction.layers import PUBLISHED, candidates, kept_layers, pruned_map, published_name, spread_map
 from mlxeff.loading import build_model
 from mlxeff.models.openelm import published_config
 
@@ -126,3 +126,11 @@ def test_maps_of_other_sizes():
     assert spread_map(3, 3) == [0, 1, 2]
     with pytest.raises(MlxeffError, match="wanted an auxiliary of 1 to 3 layers, got 4"):
         spread_map(4, 3)
+
+
+def test_candidates_go_from_spread_to_first():
+    assert candidates("0.5", 8) == [[0, 2, 4, 6], [0, 1, 3, 5], [0, 1, 2, 5], [0, 1, 2, 3]]
+    for layers in candidates("0.75", 30):
+        assert sorted(set(layers)) == layers
+        assert layers[-1] < 30
+        assert len(layers) == len(kept_layers("0.75", 30))

@@ -133,6 +133,14 @@ cli.main({[str(each) for each in (*fit, *steps, "--out", out)]!r})
     assert not (tmp_path / "killed.training").exists()
 
 
+def test_searched_layers_by_the_command(base_folder, text, tmp_path):
+    arguments = ("--aux", "search:0.5", "--text", text, "--tokens", 400, "--length", 100, "--json")
+    report = json.loads(mlxeff("fit", "kv-predictor", base_folder, *arguments, "--out", tmp_path / "pair")[0])
+    found = {line.split(": ")[1]: float(line.rsplit(" ", 1)[1]) for line in report["notices"] if "layers" in line}
+    assert found.keys() == {"layers 0,2", "layers 0,1"}
+    assert "layers " + ",".join(map(str, report["auxiliary"]["layers"])) == min(found, key=found.get)
+
+
 def test_loaded_pair_predicts_as_the_fitted_one(pair, base):
     loaded = load_pair(pair, base)
     auxiliary = make_auxiliary("layers:0,2", base).model

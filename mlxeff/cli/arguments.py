@@ -38,8 +38,8 @@ def add_fit(parser: argparse.ArgumentParser) -> None:
         "--aux",
         metavar="SPEC",
         required=True,
-        help="lp:0.5 (a fraction of the base's layers), layers:0-9,12 (these), a smaller model, or a configuration of "
-        "the paper, such as OE1.1B-KVP-C-450M",
+        help="lp:0.5 (a fraction of the base's layers, evenly spread), search:0.5 (those that serve best), "
+        "layers:0-9,12 (these), a smaller model, or a configuration of the paper, such as OE1.1B-KVP-C-450M",
     )
     sub.add_argument("--out", metavar="PAIR", required=True, help="the new folder")
     sub.add_argument("--text", metavar="FILE", help="UTF-8 text to fit on (default: what the base writes by itself)")

@@ -8,6 +8,8 @@ from pathlib import Path
 from ..errors import MlxeffError, notices
 from . import output
 
+SEARCH_PIECES = 4  # of the text, to compare choices of layers on
+
 
 def run(options: argparse.Namespace) -> int:
     with output.show_notices(options.quiet) as lines:
@@ -27,9 +29,9 @@ def run(options: argparse.Namespace) -> int:
 def _kv_predictor(options: argparse.Namespace) -> dict:
     from .. import hub, kernels
     from ..checkpoint import check_new
-    from ..kv_pairs import make_auxiliary
+    from ..kv_pairs import SEAM, make_auxiliary
     from ..kvprediction.files import PairConfig, write_pair
-    from ..loading import load_path
+    from ..loading import load_path, require_seam
 
     check_new(Path(options.out))
     for name in ("ridge", "rate"):
@@ -39,8 +41,10 @@ def _kv_predictor(options: argparse.Namespace) -> dict:
     with output.bar(f"fetching {options.base}", "B", options.quiet) as progress:
         path = hub.resolve(options.base, offline=options.offline, progress=progress)
     base, began = load_path(path), time.perf_counter()
-    auxiliary = make_auxiliary(options.aux, base)
-    fitted, losses = _fit(options, auxiliary, base)
+    require_seam(base.model, SEAM, "KV prediction")
+    pieces = _sequences(options, base)
+    auxiliary = make_auxiliary(_specification(options, base.model, pieces), base)
+    fitted, losses = _fit(options, auxiliary, base, pieces)
     named = {"name": options.base, "fingerprint": base.fingerprint}
     provenance = _provenance(options, fitted, losses)
     config = PairConfig(named, auxiliary.config, fitted.predictor.layer_map, provenance)
@@ -60,12 +64,27 @@ def _kv_predictor(options: argparse.Namespace) -> dict:
     }
 
 
-def _fit(options: argparse.Namespace, auxiliary, base):
+def _specification(options: argparse.Namespace, base, pieces: list[list[int]]) -> str:
+    """The auxiliary's, where `search:FRACTION` has become the layers with the least error on the first pieces."""
+    from ..kvprediction.fit import choose_layers
+    from ..kvprediction.layers import candidates
+
+    kind, _, fraction = options.aux.partition(":")
+    if kind != "search":
+        return options.aux
+    choices = candidates(fraction, len(base.layers))
+    best, errors = choose_layers(base, choices, pieces[:SEARCH_PIECES], options.ridge)
+    for layers, error in zip(choices, errors, strict=True):
+        notices.info("fit: layers %s: unexplained variance %.3f", ",".join(map(str, layers)), error)
+    return "layers:" + ",".join(map(str, best))
+
+
+def _fit(options: argparse.Namespace, auxiliary, base, pieces: list[list[int]]):
     """(the closed form, perhaps trained on from there; the losses of the training)."""
     from ..kvprediction.fit import fit
     from ..kvprediction.train import Training, train
 
-    pieces, models = _sequences(options, base), (auxiliary.model, base.model)
+    models = auxiliary.model, base.model
     with output.bar("fitting", "tok", options.quiet) as progress:
         counted = _counted(pieces, progress)
         fitted = fit(*models, auxiliary.layer_map, counted, options.ridge, options.per_head, options.search)

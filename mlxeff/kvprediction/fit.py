@@ -13,6 +13,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import MlxeffError
+from .layers import pruned_map
 from .predictor import Pairs, Predictor, merge_heads
 
 RIDGE = 1e-5
@@ -122,6 +123,14 @@ def fit(
             linear.weight = mx.array(fitted.weight.astype(np.float32))
             linear.bias = mx.array(fitted.bias.astype(np.float32))
     return Fit(predictor, [tuple(each.error for each in maps) for _, maps in best], moments.tokens)
+
+
+def choose_layers(base, choices: Sequence[Sequence[int]], sequences: Sequence[Sequence[int]], ridge: float = RIDGE):
+    """(the choice of base layers whose keys and values explain most of the base's, the error of each choice); on
+    `sequences`, with each base layer reading the last chosen layer that is not above it."""
+    count = len(base.layers)
+    errors = [fit(base.pruned(kept), base, pruned_map(kept, count), sequences, ridge).error for kept in choices]
+    return choices[int(np.argmin(errors))], errors
 
 
 def measure(moments: Moments, auxiliary, base, sequences: Iterable[Sequence[int]]) -> None:

@@ -23,6 +23,19 @@ def kept_layers(fraction: str | float | Fraction, layers: int) -> list[int]:
     return [int(i / share) for i in range(count) if int(i / share) < layers]
 
 
+def candidates(fraction: str, layers: int) -> list[list[int]]:
+    """Choices of a fraction of `layers` layers, from evenly spread ones to the first ones: each keeps some share of
+    them at the beginning, and spreads the others over the rest."""
+    count = len(kept_layers(fraction, layers))
+    found = []
+    for quarters in range(5):
+        first = count * quarters // 4
+        rest = [first + i * (layers - first) // (count - first) for i in range(count - first)]
+        if (choice := [*range(first), *rest]) not in found:
+            found.append(choice)
+    return found
+
+
 def pruned_map(kept: Sequence[int], layers: int) -> list[int]:
     """For each of `layers` base layers the index in `kept` of the last kept layer that is not above it."""
     return [max((k for k, layer in enumerate(kept) if layer <= i), default=0) for i in range(layers)]
