@@ -1,9 +1,10 @@
 """The decode loop: `prefill` fills a cache from prompt tokens, `decode` yields one `Step` a token. Knows nothing
 about text.
 
-The only module on the way from prompt to text that evaluates. One token is always in flight: the next step is launched
-before the present one is read, so the host never holds up the device beyond the token itself. On a CPU it is launched
-when the present one is complete: a step in flight holds the cache's buffers, and the next one would have to copy them.
+On the way from prompt to text only this module evaluates, and a technique's own prefill or loop. One token is always in
+flight: the next step is launched before the present one is read, so the host never holds up the device beyond the token
+itself. On a CPU it is launched when the present one is complete: a step in flight holds the cache's buffers, and the
+next one would have to copy them.
 """
 
 from collections.abc import Callable, Iterator, Sequence
