@@ -8,7 +8,7 @@ from mlx.utils import tree_flatten
 from helpers import assert_close
 from mlxeff.errors import MlxeffError
 from mlxeff.kvprediction import predict
-from mlxeff.kvprediction.fit import Moments, choose_layers, fit, head_columns, solve
+from mlxeff.kvprediction.fit import SINK_WEIGHT, Moments, choose_layers, fit, head_columns, solve
 from mlxeff.kvprediction.text import sample
 from test_kvprediction import FAMILIES, PROMPT, random_model, random_pair
 
@@ -26,16 +26,19 @@ def test_equals_least_squares(kind, ridge):
     auxiliary, _, base = random_pair("openelm")
     fitted = fit(auxiliary, base, [0, 0, 1], SEQUENCES, ridge=ridge)
     x, y = rows_of(auxiliary, 1, kind), rows_of(base, 2, kind)
+    weights = np.where(np.arange(len(x)) % 40 == 0, SINK_WEIGHT, 1.0)[:, None]
     # Ridge as least squares: √λ I below the rows, with zeros to meet; the column of ones is not penalised.
-    strength = np.sqrt(ridge * (x * x).sum() / x.shape[1])
+    strength = np.sqrt(ridge * (x * x * weights).sum() / x.shape[1])
     top = np.c_[x, np.ones(len(x))]
     bottom = np.c_[strength * np.eye(x.shape[1]), np.zeros(x.shape[1])]
-    want = np.linalg.lstsq(np.r_[top, bottom], np.r_[y, np.zeros((x.shape[1], y.shape[1]))], rcond=None)[0]
+    root, zeros = np.sqrt(weights), np.zeros((x.shape[1], y.shape[1]))
+    want = np.linalg.lstsq(np.r_[root * top, bottom], np.r_[root * y, zeros], rcond=None)[0]
     linear = (fitted.predictor.key_maps, fitted.predictor.value_maps)[kind][2]
     assert_close(linear.weight, want[:-1].T, "weight", rtol=1e-5)  # normal equations: the condition number squared
     assert_close(linear.bias, want[-1], "bias", rtol=1e-5)
     residual = y - top @ want
-    share = (residual**2).sum() / ((y - y.mean(0)) ** 2).sum()
+    mean = (weights * y).sum(0) / weights.sum()
+    share = (weights * residual**2).sum() / (weights * (y - mean) ** 2).sum()
     assert fitted.errors[2][kind] == pytest.approx(share, rel=1e-6)
     assert fitted.tokens == 800
 

@@ -3,6 +3,7 @@
 For each pair of layers that is asked for, the normal equations are summed in float64 while text streams by, so memory
 does not grow with the text, and the same text gives the same predictor to the bit. With X the auxiliary's rows and a
 column of ones, Y the base's rows: W = (XᵀX + λ I)⁻¹ XᵀY, where λ = `ridge` · trace(XᵀX) / columns, 0 for the bias.
+The first token of a sequence counts SINK_WEIGHT times: every later token attends to it (Xiao et al., arXiv 2309.17453).
 Shapes: n tokens, p = G·E of the auxiliary's layer, q = G·E of the base's.
 """
 
@@ -17,36 +18,40 @@ from .layers import pruned_map
 from .predictor import Pairs, Predictor, merge_heads
 
 RIDGE = 1e-5
+SINK_WEIGHT = 100.0  # tokens that the first one counts for
 KINDS = 2  # keys and values
 
 
 class Moments:
-    """Sums over tokens: XᵀX of each auxiliary layer, XᵀY of each (base, auxiliary) pair of `links`, Y² of each layer.
+    """Weighted sums over tokens: XᵀX of each auxiliary layer, XᵀY of each pair of `links`, Y and Y² of each base layer.
 
     links: for each base layer the auxiliary layers that it may read.
     """
 
     def __init__(self, links: Sequence[Sequence[int]]):
-        self.links, self.tokens = [list(each) for each in links], 0
+        self.links, self.tokens, self.weight = [list(each) for each in links], 0, 0.0
         self.inputs: dict[tuple[int, int], np.ndarray] = {}  # (kind, auxiliary) → (p + 1, p + 1)
         self.cross: dict[tuple[int, int, int], np.ndarray] = {}  # (kind, base, auxiliary) → (p + 1, q)
-        self.squares: dict[tuple[int, int], np.ndarray] = {}  # (kind, base) → (q), about the mean once asked for
+        self.squares: dict[tuple[int, int], np.ndarray] = {}  # (kind, base) → (q)
         self.sums: dict[tuple[int, int], np.ndarray] = {}  # (kind, base) → (q)
 
     def add(self, auxiliary: Pairs, base: Pairs) -> None:
         """Raw keys and values (B, G, S, E) of the same tokens, from all layers of both models."""
-        self.tokens += auxiliary[0][0].shape[0] * auxiliary[0][0].shape[2]
+        batch, _, length, _ = auxiliary[0][0].shape
+        weights = np.tile([SINK_WEIGHT] + [1.0] * (length - 1), batch)[:, None]
+        self.tokens, self.weight = self.tokens + batch * length, self.weight + weights.sum()
         used = sorted({j for link in self.links for j in link})
         for kind in range(KINDS):
             rows = {j: _rows(auxiliary[j][kind], ones=True) for j in used}
+            weighted = {j: x * weights for j, x in rows.items()}
             for j, x in rows.items():
-                _sum(self.inputs, (kind, j), x.T @ x)
+                _sum(self.inputs, (kind, j), weighted[j].T @ x)
             for i, link in enumerate(self.links):
                 y = _rows(base[i][kind])
-                _sum(self.squares, (kind, i), (y * y).sum(0))
-                _sum(self.sums, (kind, i), y.sum(0))
+                _sum(self.squares, (kind, i), (y * y * weights).sum(0))
+                _sum(self.sums, (kind, i), (y * weights).sum(0))
                 for j in link:
-                    _sum(self.cross, (kind, i, j), rows[j].T @ y)
+                    _sum(self.cross, (kind, i, j), weighted[j].T @ y)
 
 
 @dataclass(frozen=True)
@@ -70,7 +75,7 @@ def solve(moments: Moments, kind: int, i: int, j: int, ridge: float = RIDGE, hea
     for h, inputs in enumerate(heads or [slice(0, columns)]):
         rows, part = np.r_[inputs, columns], slice(h * size, (h + 1) * size)
         full[rows, part] = _ridge(gram[np.ix_(rows, rows)], cross[rows, part], ridge)
-    squares = moments.squares[kind, i] - moments.sums[kind, i] ** 2 / moments.tokens
+    squares = moments.squares[kind, i] - moments.sums[kind, i] ** 2 / moments.weight
     residual = moments.squares[kind, i] - 2 * (full * cross).sum(0) + (full * (gram @ full)).sum(0)
     return Map(full[:-1].T, full[-1], float(max(0.0, residual.sum()) / max(squares.sum(), np.finfo(float).tiny)))
 
