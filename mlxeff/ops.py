@@ -10,6 +10,7 @@ Knows nothing about models. Shapes: B batch, H query heads, G KV heads, S new to
 import contextlib
 import functools
 import math
+import sys
 from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from . import kernels
 
 FLOATS = (mx.float32, mx.float16, mx.bfloat16)
 BITS, GROUPS = (2, 3, 4, 5, 6, 8), (32, 64, 128)  # of affine quantisation
+ACCELERATE = sys.platform == "darwin"  # MLX multiplies float32 matrices by Apple's BLAS there, on the matrix units
 SMALLEST_TABLE = 256  # positions; larger tables of angles are powers of two
 
 _mlx_only: ContextVar[bool] = ContextVar("mlx_only", default=False)
@@ -71,8 +73,9 @@ def linear_cpu(x: mx.array, weight: mx.array, bias: mx.array | None = None) -> m
 
 
 def linear(x: mx.array, weight: mx.array, bias: mx.array | None = None) -> mx.array:
-    """x (…, K) · weight (N, K)ᵀ + bias (N) → (…, N)."""
-    return (linear_cpu if native_for(x, weight) else linear_ops)(x, weight, bias)
+    """x (…, K) · weight (N, K)ᵀ + bias (N) → (…, N). On macOS float32 products are MLX's, which are Accelerate's."""
+    accelerated = ACCELERATE and x.dtype == weight.dtype == mx.float32
+    return (linear_cpu if native_for(x, weight) and not accelerated else linear_ops)(x, weight, bias)
 
 
 @dataclass(frozen=True)

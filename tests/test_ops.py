@@ -406,3 +406,18 @@ def test_the_switch_and_other_types(monkeypatch):
     monkeypatch.setattr(kernels, "native", lambda: (None, "not built"))
     assert not ops.native_for(x)
     assert_close(ops.linear(x, x), x @ x.T, "without the extension", rtol=0, atol=0)
+
+
+def test_float32_products_are_accelerates_on_macos(monkeypatch):
+    def refuse(*_):
+        raise AssertionError("the native kernel was chosen")
+
+    monkeypatch.setattr(ops, "linear_cpu", refuse)
+    x, weight = mx.ones((2, 8)), mx.ones((3, 8))
+    monkeypatch.setattr(ops, "ACCELERATE", True)
+    assert ops.linear(x, weight).tolist() == [[8.0] * 3] * 2
+    with pytest.raises(AssertionError, match="native"):
+        ops.linear(x, weight.astype(mx.float16))
+    monkeypatch.setattr(ops, "ACCELERATE", False)
+    with pytest.raises(AssertionError, match="native"):
+        ops.linear(x, weight)
