@@ -139,7 +139,7 @@ def test_the_inputs_of_a_layer_are_those_that_the_encoded_model_computes(tiny, t
     hidden = reference.model.layers[0](reference.model.embed_tokens(windows), caches.layers[0])
     layer = reference.model.layers[1]
     normed = layer.input_layernorm(hidden).reshape(-1, 64)
-    after = hidden + layer.self_attn(layer.input_layernorm(hidden), caches.layers[1])
+    after = hidden + layer.self_attn.attend(*layer.project(hidden), caches.layers[1])
     inner = layer.post_attention_layernorm(after)
     product = nn.silu(layer.mlp.gate_proj(inner)) * layer.mlp.up_proj(inner)
     for name, x in (("self_attn.k_proj", normed), ("mlp.down_proj", product.reshape(-1, 96))):
