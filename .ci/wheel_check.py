@@ -78,7 +78,7 @@ def build(folder):
     """
     run([sys.executable, "-m", "build", "--outdir", folder, ROOT], folder)
     direct = folder / "direct"
-    run([sys.executable, "-m", "build", "--wheel", "-Cwheel.cmake=false", "--outdir", direct, ROOT], folder)
+    run([sys.executable, "-m", "build", "--wheel", "--config-settings=wheel.cmake=false", "--outdir", direct, ROOT], folder)
     [wheel], [same], [sdist] = folder.glob("*.whl"), direct.glob("*.whl"), folder.glob("*.tar.gz")
     names, wanted = wheel_names(wheel), set(source_files())
     native = {name for name in names if name.startswith("mlxeff/_native.")}
@@ -140,7 +140,7 @@ def main():
         try_everything(python, ROOT, str(ROOT), modules, [python, "-m", "mlxeff"])
         try_everything(python, elsewhere, str(ROOT), modules, [python, "-m", "mlxeff"], PYTHONPATH=str(ROOT))
         say("an editable install, from another folder")
-        run([*pip, "install", "--no-deps", "-Cwheel.cmake=false", "-e", ROOT], elsewhere)
+        run([*pip, "install", "--no-deps", "--config-settings=wheel.cmake=false", "-e", ROOT], elsewhere)
         try_everything(python, elsewhere, str(ROOT), modules, [script])
         say("done")
 
