@@ -356,6 +356,21 @@ def test_foreign_cache_trims(tmp_path):
         recurrent.trim(1)
 
 
+def test_code_of_a_checkpoint_runs_only_when_trusted(tmp_path):
+    """At every version of mlx-lm, those before 0.32 included, which run it without asking."""
+    folder, ran = write_foreign(tmp_path / "foreign", PHI), tmp_path / "ran"
+    (folder / "mine.py").write_text(
+        f"open({str(ran)!r}, 'w').close()\nfrom mlx_lm.models.phi3 import Model, ModelArgs\n"
+    )
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"model_file": "mine.py"}))
+    with pytest.raises(MlxeffError, match=r"mine\.py"):
+        load_path(folder)
+    assert not ran.exists()
+    load_path(folder, trust_remote_code=True)
+    assert ran.exists()
+
+
 def test_a_technique_without_its_seam_is_refused(tmp_path):
     foreign = load_path(write_foreign(tmp_path / "foreign", PHI)).model
     with pytest.raises(MlxeffError) as caught:

@@ -5,6 +5,8 @@ seams, so a technique that needs one says so. Importing mlx-lm brings `transform
 """
 
 import contextlib
+import inspect
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -87,6 +89,16 @@ class AdapterModel:
         return self.model.parameters()
 
 
+def _refuse_code(folder: Path, overrides: dict) -> None:
+    """For mlx-lm before 0.32, the newest on Python 3.10: it runs a checkpoint's own code without asking."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8")) | overrides
+    if config.get("model_file") is not None:
+        raise MlxeffError(
+            f"{folder}: config.json: model_file {config['model_file']!r} is code of the checkpoint, "
+            "which runs only with --trust-remote-code"
+        )
+
+
 def load_adapter(
     folder: Path,
     kind: str,
@@ -102,10 +114,12 @@ def load_adapter(
     with _keep_file_limit():
         from mlx_lm.utils import load_model
     options = {"get_model_classes": _prepared(prepare)} if prepare else {}
+    if "trust_remote_code" in inspect.signature(load_model).parameters:
+        options["trust_remote_code"] = trust_remote_code
+    elif not trust_remote_code:
+        _refuse_code(folder, overrides)
     try:
-        model, config = load_model(
-            folder, lazy=lazy, model_config=overrides, trust_remote_code=trust_remote_code, **options
-        )
+        model, config = load_model(folder, lazy=lazy, model_config=overrides, **options)
     except MlxeffError:
         raise
     except Exception as error:  # mlx-lm raises whatever its model classes raise
