@@ -293,7 +293,8 @@ int Decoder::forward(const int32_t* tokens, int64_t batch, int64_t length, int64
     if (kv[i].capacity < span.end) return MLXEFF_BAD_ARGUMENT;
 
   const int64_t size = spec_.head_dim, queries = widest_heads_ * size, keys = widest_groups_ * size;
-  const int64_t prepared = prepared_bytes(spec_, rows, mode) / 4, partial = partial_bytes(spec_, span) / 4;
+  // Few rows are padded more than many: the last layer's may need more room than all of them.
+  const int64_t prepared = max_of(prepared_bytes(spec_, rows, mode), prepared_bytes(spec_, batch, mode)) / 4, partial = partial_bytes(spec_, span) / 4;
   const int64_t widths[] = {rows * spec_.dim, rows * spec_.dim, rows * queries, rows * keys, rows * keys, rows * queries,
                             rows * widest_ffn_, rows * widest_ffn_, rows * spec_.dim, length * size / 2, length * size / 2, prepared, partial};
   int64_t total = alignment;

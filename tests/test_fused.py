@@ -77,6 +77,7 @@ MODELS = {
     "dense untied, embedding quantised": LLAMA | {"quantization": {"group_size": 32, "bits": 8, **{
         f"model.layers.{i}.{part}": False for i in range(3) for part in (
             "self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj")}}},
+    "small": LLAMA | {"hidden_size": 32, "intermediate_size": 64, "head_dim": 8},
     "openelm": OPENELM,
     "openelm dense": OPENELM | {"quantization": None},
     "openelm untied": OPENELM | {"share_input_output_layers": False},
@@ -135,8 +136,9 @@ def test_equals_the_unfused_model(name):
 
 
 @pytest.mark.parametrize("batch", [1, 3])
-def test_last_logits_are_the_last_rows(batch):
-    _, fused = pair("llama")
+@pytest.mark.parametrize("name", ["llama", "small"])
+def test_last_logits_are_the_last_rows(name, batch):
+    _, fused = pair(name)
     tokens = mx.array(np.random.default_rng(6).integers(0, 300, (batch, 20)))
     cache = fused.new_cache()
     whole, last = fused(tokens, fused.new_cache()), fused.last_logits(tokens, cache)
