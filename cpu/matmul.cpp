@@ -1,6 +1,6 @@
 // C entry points of the dense matmul and of its two backward products: argument checks and threading.
 #include "matmul_kernels.h"
-#include "pool.h"
+#include "threaded_product.h"
 
 namespace mlxeff {
 namespace {
@@ -25,17 +25,7 @@ int multiply(MatmulArgs args) {
       memset(static_cast<char*>(args.c) + m * args.ldc * int64_t(dtype_size(args.c_dtype)), 0, size_t(args.N) * dtype_size(args.c_dtype));
     return MLXEFF_OK;
   }
-  const MatmulKernels& kernels = MLXEFF_DISPATCH(matmul_kernels);
-  void* const workspace = scratch(Scratch::shared_input, kernels.workspace_bytes(args));
-  if (!workspace) return MLXEFF_NO_MEMORY;
-  kernels.bind(args, workspace);
-  if (args.M * args.K < 65536) kernels.prepare(args, 0, args.M);
-  else parallel_for(args.M, round_up(max_of(1, 16384 / args.K), 16), [&](int64_t begin, int64_t end) { kernels.prepare(args, begin, end); });
-  std::atomic<int> result{MLXEFF_OK};
-  parallel_for(args.N, kernels.piece(args, num_threads()), [&](int64_t begin, int64_t end) {
-    if (const int error = kernels.run(args, begin, end)) result = error;
-  });
-  return result;
+  return threaded_product(MLXEFF_DISPATCH(matmul_kernels), args, args.M, args.N, args.K, 16);
 }
 
 }  // namespace

@@ -1,6 +1,6 @@
 // C entry points of the affine-quantised matmul: argument checks and threading. See mlxeff_cpu.h for the layout.
-#include "pool.h"
 #include "qmatmul_kernels.h"
+#include "threaded_product.h"
 
 namespace mlxeff {
 namespace {
@@ -19,13 +19,10 @@ int check_product(const QmmArgs& args) {
   return args.mode >= MLXEFF_EXACT && args.mode <= MLXEFF_COMPUTE_INT8 ? MLXEFF_OK : MLXEFF_BAD_DTYPE;
 }
 
-void dequantize_rows(const mlxeff_qweight& w, const int32_t* ids, int64_t count, void* out, int64_t ld, int out_dtype) {
+int dequantize_rows(const mlxeff_qweight* w, const int32_t* ids, int64_t count, void* out, int64_t ld, int out_dtype) {
   const QmatmulKernels& kernels = MLXEFF_DISPATCH(qmatmul_kernels);
-  const int64_t row_size = ld * int64_t(dtype_size(out_dtype));
-  parallel_for(count, max_of(1, 16384 / w.K), [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i)
-      kernels.dequantize_row(w, ids ? ids[i] : i, static_cast<char*>(out) + i * row_size, out_dtype);
-  });
+  return threaded_rows(w->N, w->K, ids, count, out, ld, out_dtype, 16384 / w->K,
+                       [&](int64_t n, void* row) { kernels.dequantize_row(*w, n, row, out_dtype); });
 }
 
 }  // namespace
@@ -40,34 +37,17 @@ int mlxeff_qmm(const mlxeff_qweight* w, const void* x, int64_t ldx, int x_dtype,
   QmmArgs args = {*w, x, ldx, x_dtype, y, ldy, y_dtype, M, mode, nullptr, 0, nullptr, nullptr, nullptr, nullptr};
   if (const int error = check_product(args)) return error;
   if (M == 0 || w->N == 0) return MLXEFF_OK;
-  const QmatmulKernels& kernels = MLXEFF_DISPATCH(qmatmul_kernels);
-  void* const workspace = scratch(Scratch::shared_input, kernels.workspace_bytes(args));
-  if (!workspace) return MLXEFF_NO_MEMORY;
-  kernels.bind(args, workspace);
-  if (M * w->K < 65536) kernels.prepare(args, 0, M);
-  else parallel_for(M, max_of(1, 16384 / w->K), [&](int64_t begin, int64_t end) { kernels.prepare(args, begin, end); });
-  std::atomic<int> result{MLXEFF_OK};
-  parallel_for(w->N, kernels.piece(args, num_threads()), [&](int64_t begin, int64_t end) {
-    if (const int error = kernels.run(args, begin, end)) result = error;
-  });
-  return result;
+  return threaded_product(MLXEFF_DISPATCH(qmatmul_kernels), args, M, w->N, w->K);
 }
 
 int mlxeff_qmm_rows(const mlxeff_qweight* w, const int32_t* ids, int64_t count, void* out, int64_t ld, int out_dtype) {
   if (const int error = check_weight(w)) return error;
-  if (count < 0 || (count > 0 && (!ids || !out)) || (count > 1 && ld < w->K)) return MLXEFF_BAD_ARGUMENT;
-  if (!dtype_known(out_dtype)) return MLXEFF_BAD_DTYPE;
-  for (int64_t i = 0; i < count; ++i)
-    if (ids[i] < 0 || ids[i] >= w->N) return MLXEFF_BAD_ARGUMENT;
-  dequantize_rows(*w, ids, count, out, ld, out_dtype);
-  return MLXEFF_OK;
+  if (count > 0 && !ids) return MLXEFF_BAD_ARGUMENT;
+  return dequantize_rows(w, ids, count, out, ld, out_dtype);
 }
 
 int mlxeff_dequantize(const mlxeff_qweight* w, void* out, int64_t ld, int out_dtype) {
   if (const int error = check_weight(w)) return error;
-  if ((w->N > 0 && !out) || (w->N > 1 && ld < w->K)) return MLXEFF_BAD_ARGUMENT;
-  if (!dtype_known(out_dtype)) return MLXEFF_BAD_DTYPE;
-  dequantize_rows(*w, nullptr, w->N, out, ld, out_dtype);
-  return MLXEFF_OK;
+  return dequantize_rows(w, nullptr, w->N, out, ld, out_dtype);
 }
 }

@@ -1,6 +1,6 @@
 // C entry points of the SeedLM products: argument checks and threading. See mlxeff_cpu.h for the layout.
-#include "pool.h"
 #include "seedlm_kernels.h"
+#include "threaded_product.h"
 
 namespace mlxeff {
 namespace {
@@ -19,12 +19,10 @@ int check_product(const SeedArgs& args) {
   return args.mode == MLXEFF_EXACT || args.mode == MLXEFF_COMPUTE_BF16 ? MLXEFF_OK : MLXEFF_BAD_DTYPE;
 }
 
-void decode_rows(const mlxeff_seedlm_weight& w, const int32_t* ids, int64_t count, void* out, int64_t ld, int out_dtype) {
+int decode_rows(const mlxeff_seedlm_weight* w, const int32_t* ids, int64_t count, void* out, int64_t ld, int out_dtype) {
   const SeedlmKernels& kernels = MLXEFF_DISPATCH(seedlm_kernels);
-  const int64_t row_size = ld * int64_t(dtype_size(out_dtype));
-  parallel_for(count, max_of(1, 65536 / w.K), [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) kernels.decode_row(w, ids ? ids[i] : i, static_cast<char*>(out) + i * row_size, out_dtype);
-  });
+  return threaded_rows(w->N, w->K, ids, count, out, ld, out_dtype, 65536 / w->K,
+                       [&](int64_t n, void* row) { kernels.decode_row(*w, n, row, out_dtype); });
 }
 
 }  // namespace
@@ -40,34 +38,17 @@ int mlxeff_seedlm_matmul(const mlxeff_seedlm_weight* w, const void* x, int64_t l
   SeedArgs args = {*w, x, ldx, x_dtype, y, ldy, y_dtype, M, mode, nullptr, nullptr};
   if (const int error = check_product(args)) return error;
   if (M == 0 || w->N == 0) return MLXEFF_OK;
-  const SeedlmKernels& kernels = MLXEFF_DISPATCH(seedlm_kernels);
-  void* const workspace = scratch(Scratch::shared_input, kernels.workspace_bytes(args));
-  if (!workspace) return MLXEFF_NO_MEMORY;
-  kernels.bind(args, workspace);
-  if (M * w->K < 65536) kernels.prepare(args, 0, M);
-  else parallel_for(M, max_of(1, 16384 / w->K), [&](int64_t begin, int64_t end) { kernels.prepare(args, begin, end); });
-  std::atomic<int> result{MLXEFF_OK};
-  parallel_for(w->N, kernels.piece(args, num_threads()), [&](int64_t begin, int64_t end) {
-    if (const int error = kernels.run(args, begin, end)) result = error;
-  });
-  return result;
+  return threaded_product(MLXEFF_DISPATCH(seedlm_kernels), args, M, w->N, w->K);
 }
 
 int mlxeff_seedlm_rows(const mlxeff_seedlm_weight* w, const int32_t* ids, int64_t count, void* out, int64_t ld, int out_dtype) {
   if (const int error = check_weight(w)) return error;
-  if (count < 0 || (count > 0 && (!ids || !out)) || (count > 1 && ld < w->K)) return MLXEFF_BAD_ARGUMENT;
-  if (!dtype_known(out_dtype)) return MLXEFF_BAD_DTYPE;
-  for (int64_t i = 0; i < count; ++i)
-    if (ids[i] < 0 || ids[i] >= w->N) return MLXEFF_BAD_ARGUMENT;
-  decode_rows(*w, ids, count, out, ld, out_dtype);
-  return MLXEFF_OK;
+  if (count > 0 && !ids) return MLXEFF_BAD_ARGUMENT;
+  return decode_rows(w, ids, count, out, ld, out_dtype);
 }
 
 int mlxeff_seedlm_decode(const mlxeff_seedlm_weight* w, void* out, int64_t ld, int out_dtype) {
   if (const int error = check_weight(w)) return error;
-  if ((w->N > 0 && !out) || (w->N > 1 && ld < w->K)) return MLXEFF_BAD_ARGUMENT;
-  if (!dtype_known(out_dtype)) return MLXEFF_BAD_DTYPE;
-  decode_rows(*w, nullptr, w->N, out, ld, out_dtype);
-  return MLXEFF_OK;
+  return decode_rows(w, nullptr, w->N, out, ld, out_dtype);
 }
 }

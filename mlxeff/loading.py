@@ -21,7 +21,7 @@ from . import hub, kernels
 from .checkpoint import Source, open_source
 from .errors import MlxeffError, notices
 from .models import llama, openelm
-from .models.fused import fuse, set_precision
+from .models.fused import fuse
 from .models.layers import DecoderModel, fits
 from .ops import native_for
 from .tokenizer import Tokenizer, from_folder, from_gguf
@@ -41,14 +41,6 @@ class Loaded:
     fingerprint: str
     dtype: str  # of the activations
     backend: str  # what computes: "mlx", or "native" with the instruction set, "unfused" where operator by operator
-    compute: str | None = None  # of the fused form, see models/fused.py; None where there is none
-    kv_dtype: str | None = None  # of the fused form's KV cache; None where that has the type of the activations
-
-    def set_precision(self, compute: str = "exact", kv_dtype: str = "float32") -> None:
-        """Choose the arithmetic of the fused form and the type of its KV cache (models/fused.py)."""
-        set_precision(self.model, compute, kv_dtype)
-        if getattr(self.model, "_fused", None) is not None:
-            self.compute, self.kv_dtype = compute, kv_dtype
 
 
 def load(
@@ -87,9 +79,7 @@ def load_path(path: Path, overrides: dict | None = None, lazy: bool = False, tru
         _finish(model, config, path)
         backend = _fuse(path, model)
     dtype = "float32" if native_for() and isinstance(model, DecoderModel) else _dtype_name(model)
-    loaded = Loaded(model, tokenizer, config, Path(path), fingerprint(source, config), dtype, backend)
-    loaded.set_precision()
-    return loaded
+    return Loaded(model, tokenizer, config, Path(path), fingerprint(source, config), dtype, backend)
 
 
 def load_model(path: Path) -> tuple[object, str]:

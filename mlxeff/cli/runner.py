@@ -57,7 +57,7 @@ class Runner:
         """Counts and timings of an answer. Seconds, tokens a second, GB (10^9 bytes)."""
         import mlx.core as mx
 
-        last = answer.last
+        last, fused = answer.last, getattr(self.loaded.model, "_fused", None)
         return {
             "prompt_tokens": len(answer.prompt_ids),
             "reused_tokens": self.session.reused,
@@ -71,8 +71,8 @@ class Runner:
             "device": self.device,
             "dtype": self.loaded.dtype,
             "backend": self.loaded.backend,
-            "compute": self.loaded.compute,
-            "kv_dtype": self.loaded.kv_dtype,
+            "compute": fused and self.options.compute,
+            "kv_dtype": fused and self.options.kv_dtype,
             "kv_prediction": self.kv_prediction and self.kv_prediction.report(),
         }
 
@@ -105,13 +105,14 @@ def start(options: argparse.Namespace) -> Runner:
     from .. import hub, kernels
     from ..generation import Session
     from ..loading import load_path
+    from ..models.fused import set_precision
 
     device = kernels.use_device(options.device)
     with output.bar(f"fetching {options.model}", "B", options.quiet) as progress:
         path = hub.resolve(options.model, offline=options.offline, progress=progress)
     began = time.perf_counter()
     loaded = load_path(path, trust_remote_code=options.trust_remote_code)
-    loaded.set_precision(options.compute, options.kv_dtype)
+    set_precision(loaded.model, options.compute, options.kv_dtype)
     seed = random.SystemRandom().getrandbits(SEED_BITS) if options.seed is None else options.seed
     mx.random.seed(seed)
     session, pair = Session(loaded.model, loaded.tokenizer), _pair(options, loaded)

@@ -100,8 +100,8 @@ class FusedDecoder:
         self._native, self._model = native, model
         self._modes = dict(zip(COMPUTE, (native.EXACT, native.COMPUTE_BF16, native.COMPUTE_INT8), strict=True))
         norms = [ends.norm, *(norm for layer in layers for norm in layer.norms if norm is not None)]
-        modules = norms + [matrix.module for matrix in _matrices(model)]
-        self._given = [(module, name, array) for module in modules for name, array in module.parameters().items()]
+        modules = {id(module): module for module in norms + [matrix.module for matrix in _matrices(model)]}  # each once
+        self._given = [(m, name, array) for m in modules.values() for name, array in m.parameters().items()]
         self._told = False
         self._groups = [layer.groups for layer in layers]
         self._size = size
