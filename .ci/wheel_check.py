@@ -78,10 +78,7 @@ def build(folder):
     """
     run([sys.executable, "-m", "build", "--outdir", folder, ROOT], folder)
     direct = folder / "direct"
-    run(
-        [sys.executable, "-m", "build", "--wheel", "--config-settings=wheel.cmake=false", "--outdir", direct, ROOT],
-        folder,
-    )
+    run([sys.executable, "-m", "build", "--wheel", "-Cwheel.cmake=false", "--outdir", direct, ROOT], folder)
     [wheel], [same], [sdist] = folder.glob("*.whl"), direct.glob("*.whl"), folder.glob("*.tar.gz")
     names, wanted = wheel_names(wheel), set(source_files())
     native = {name for name in names if name.startswith("mlxeff/_native.")}
