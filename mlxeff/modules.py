@@ -11,7 +11,8 @@ from . import ops
 PARTS = ("weight", "scales", "biases")  # of a quantised module
 
 
-def _matrix(module: nn.Module) -> ops.Quantized:
+def quantized_matrix(module: nn.Module) -> ops.Quantized:
+    """The matrix of a quantised layer or embedding."""
     return ops.Quantized(
         module["weight"], module["scales"], module.get("biases"), module.group_size, module.bits, module.mode
     )
@@ -19,7 +20,7 @@ def _matrix(module: nn.Module) -> ops.Quantized:
 
 class QuantizedLinear(nn.QuantizedLinear):
     def __call__(self, x: mx.array) -> mx.array:
-        y = ops.quantized_linear(x, _matrix(self))
+        y = ops.quantized_linear(x, quantized_matrix(self))
         return y + self["bias"] if "bias" in self else y
 
 
@@ -44,7 +45,7 @@ class QuantizedEmbedding(nn.QuantizedEmbedding):
 
     def as_linear(self, x: mx.array) -> mx.array:
         """Hidden states (…, dims) → logits (…, rows)."""
-        return ops.quantized_linear(x, _matrix(self))
+        return ops.quantized_linear(x, quantized_matrix(self))
 
 
 class Embedding(nn.Embedding):

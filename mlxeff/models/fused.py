@@ -19,8 +19,7 @@ import mlx.nn as nn
 from .. import kernels
 from ..cache import KVCache, LayerCache
 from ..errors import MlxeffError, notices
-from ..modules import Embedding, Linear, QuantizedEmbedding, QuantizedLinear
-from ..ops import BITS, GROUPS
+from ..modules import Embedding, Linear, QuantizedEmbedding, QuantizedLinear, quantized_matrix
 
 COMPUTE = ("exact", "bf16", "int8")
 KV_DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
@@ -41,7 +40,7 @@ class Rows:
         if hasattr(module, "native_arrays"):
             return True
         if type(module) in (QuantizedLinear, QuantizedEmbedding):
-            return module.mode == "affine" and module.bits in BITS and module.group_size in GROUPS
+            return quantized_matrix(module).native
         return type(module) in (Linear, Embedding)
 
     def arrays(self) -> tuple:
