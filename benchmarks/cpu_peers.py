@@ -73,7 +73,7 @@ def measure(options: argparse.Namespace, chosen: list[Job]) -> tuple[dict, dict]
     prepare(measurer, chosen, folder)
     run(chosen, measurer, samples)
     others = {name: recorded(name, folder) or Peer(name, "", "", "not asked for") for name in PEERS}
-    costs = {name: checkpoints.costs(checkpoints.make(name, folder).gguf) for name in samples.models()}
+    costs = checkpoints.all_costs(samples.models(), folder)
     return {"card": card(others | peers, samples.all, options.limit), "samples": samples.all}, costs
 
 

@@ -90,6 +90,18 @@ def test_requantised_values_are_within_half_a_step(tiny, tmp_path):
     assert load_path(path).config["quantization"]["bits"] == 8
 
 
+def test_requantising_one_type_keeps_the_others(tiny, tmp_path):
+    path, kinds = tmp_path / "q4_0.gguf", gguf.GGMLQuantizationType
+    checkpoints.requantise(tiny, path, kinds.Q4_0, only=kinds.Q4_1)
+    before, after = gguf.GGUFReader(tiny), gguf.GGUFReader(path)
+    for old, new in zip(before.tensors, after.tensors, strict=True):
+        if old.tensor_type == kinds.Q4_1:
+            assert new.tensor_type == kinds.Q4_0
+        else:
+            assert (new.tensor_type, new.data.tobytes()) == (old.tensor_type, old.data.tobytes())
+    assert {t.tensor_type for t in before.tensors} >= {kinds.Q4_1, kinds.Q8_0}
+
+
 def test_repair_puts_the_barrier_before_the_load(tmp_path):
     path = tmp_path / install.TILE_FILE
     path.parent.mkdir(parents=True)
@@ -161,7 +173,7 @@ def test_samples_resume(tmp_path):
 
 
 def test_ratios_use_the_better_setting_for_each_metric():
-    costs = {LARGE: checkpoints.Costs(10**9, 10**9, 0, 0, 0)}
+    costs = {(LARGE, "gguf"): checkpoints.Costs(10**9, 10**9, 0, 0, 0)}
     results = report.Results(
         [
             sample("llama.cpp, flash attention", "ttft_s", [1.0, 1.2, 9.0]),

@@ -4,7 +4,7 @@ and folders of the same weights for mlx-lm and torch. And what a token costs, co
 Blocks are those of the `gguf` library, llama.cpp's own; a file is written under a temporary name and renamed.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,16 +18,19 @@ from mlxeff.checkpoint import open_source
 from .table import EIGHT, FOUR, LARGE, SIXTEEN
 
 F32, F16 = gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.F16
-Q4_1, Q8_0 = gguf.GGMLQuantizationType.Q4_1, gguf.GGMLQuantizationType.Q8_0
+Q4_0, Q4_1 = gguf.GGMLQuantizationType.Q4_0, gguf.GGMLQuantizationType.Q4_1
+Q8_0 = gguf.GGMLQuantizationType.Q8_0
 BLOCK, SEED = 32, 0
 ROW_BYTES = {Q4_1: 20, Q8_0: 34}  # of a block
 
 
 @dataclass(frozen=True)
 class Files:
-    """One model: the GGUF file, and folders of its weights: `mlx`, as mlx-lm is fastest on a CPU, and `bfloat16`."""
+    """One model: the GGUF file; folders of its weights: `mlx`, as mlx-lm is fastest on a CPU, and `bfloat16`; and
+    `q4_0`, a GGUF file with the Q4_1 matrices rounded to Q4_0."""
 
     gguf: Path
+    q4_0: Path | None = None
     mlx: Path | None = None
     bfloat16: Path | None = None
 
@@ -57,7 +60,8 @@ def make(name: str, folder: Path) -> Files:
     builtin, place = hub.resolve(hub.DEFAULT_MODEL), folder / "models"
     place.mkdir(parents=True, exist_ok=True)
     if name == LARGE:
-        return Files(once(place / "llama-1b-random.Q4_1.gguf", lambda path: write_random(path, builtin)))
+        path = once(place / "llama-1b-random.Q4_1.gguf", lambda path: write_random(path, builtin))
+        return Files(path, repacked(path, place))
     kind = {FOUR: None, EIGHT: Q8_0, SIXTEEN: F16}[name]
     path = builtin
     if kind is not None:
@@ -65,7 +69,12 @@ def make(name: str, folder: Path) -> Files:
     dense = name == SIXTEEN
     dtype = "bfloat16" if dense else "float32"  # of the scales: MLX's CPU kernels are fastest with float32
     mlx = once(place / f"{path.stem}.{dtype}", lambda place: convert(path, place, dtype=dtype))
-    return Files(path, mlx, mlx if dense else None)
+    return Files(path, repacked(path, place) if name == FOUR else None, mlx, mlx if dense else None)
+
+
+def repacked(path: Path, place: Path) -> Path:
+    """The Q4_0 file of a Q4_1 file."""
+    return once(place / f"{path.stem}.Q4_0.gguf", lambda out: requantise(path, out, Q4_0, only=Q4_1))
 
 
 def once(path: Path, write) -> Path:
@@ -97,8 +106,17 @@ def costs(path: Path) -> Costs:
     )
 
 
-def requantise(source: Path, path: Path, kind: gguf.GGMLQuantizationType) -> None:
-    """A copy of a GGUF file with every matrix of type `kind`; a tensor at a time is in memory."""
+def all_costs(models: Iterable[str], folder: Path) -> dict[tuple[str, str], Costs]:
+    """(model, form) → costs, of every GGUF file of `models`."""
+    files = {name: make(name, folder) for name in models}
+    forms = ((name, form, getattr(each, form)) for name, each in files.items() for form in ("gguf", "q4_0"))
+    return {(name, form): costs(path) for name, form, path in forms if path}
+
+
+def requantise(
+    source: Path, path: Path, kind: gguf.GGMLQuantizationType, only: gguf.GGMLQuantizationType | None = None
+) -> None:
+    """A copy of a GGUF file with every matrix, or those of type `only`, as `kind`; a tensor at a time is in memory."""
     reader = gguf.GGUFReader(source)
     writer = gguf.GGUFWriter(path, "llama")
     for field in reader.fields.values():
@@ -106,12 +124,17 @@ def requantise(source: Path, path: Path, kind: gguf.GGMLQuantizationType) -> Non
             kinds = field.types
             writer.add_key_value(field.name, field.contents(), kinds[0], sub_type=kinds[-1] if len(kinds) > 1 else None)
 
+    def kind_of(tensor):
+        if len(tensor.shape) != 2:
+            return F32
+        return kind if only in (None, tensor.tensor_type) else tensor.tensor_type
+
     def values(tensor):
         dense = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
-        return gguf.quants.quantize(dense, kind if len(tensor.shape) == 2 else F32)
+        return gguf.quants.quantize(dense, kind_of(tensor))
 
     shapes = {tensor.name: tensor.shape.tolist()[::-1] for tensor in reader.tensors}
-    kinds = {name: kind if len(shape) == 2 else F32 for name, shape in shapes.items()}
+    kinds = {tensor.name: kind_of(tensor) for tensor in reader.tensors}
     write(writer, shapes, kinds, (values(tensor) for tensor in reader.tensors))
 
 

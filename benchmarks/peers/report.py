@@ -11,14 +11,15 @@ from .checkpoints import Costs
 from .table import ARMS, COLD_START, DEPTHS, FOUR, GENERATED, LARGE
 
 TTFT_DEPTHS, DECODE_DEPTHS = (64, 512, 2048, 4096), (16, 512, 2048, 4096)
-LLAMA = [arm.name for arm in ARMS if arm.engine == "llama.cpp"]
+LLAMA, LLAMA_Q4_0 = ([a.name for a in ARMS if (a.engine, a.files) == ("llama.cpp", kind)] for kind in ("gguf", "q4_0"))
 OURS = [arm for arm in ARMS if arm.ours]
 
 
 class Results:
     """Medians of samples; a number that was not measured is None."""
 
-    def __init__(self, samples: list[dict], costs: dict[str, Costs]):
+    def __init__(self, samples: list[dict], costs: dict[tuple[str, str], Costs]):
+        """costs: of (model, form), a key of `checkpoints.Files`; forms that are missing have those of "gguf"."""
         self.samples, self.costs = samples, costs
         self.threads = sorted({s["threads"] for s in samples})
 
@@ -34,9 +35,9 @@ class Results:
     def speed(self, metric: str, arm: str, model: str, threads: int, depth: int) -> float | None:
         return self.get(metric, "speed", arm, model, threads, depth)
 
-    def llama(self, metric: str, model: str, threads: int, depth: int) -> float | None:
+    def llama(self, metric: str, model: str, threads: int, depth: int, arms: list[str] = LLAMA) -> float | None:
         """The better of llama.cpp's settings: more tokens a second, or less of anything else."""
-        values = [self.speed(metric, name, model, threads, depth) for name in LLAMA]
+        values = [self.speed(metric, name, model, threads, depth) for name in arms]
         best = max if metric == "decode_tps" else min
         return best((value for value in values if value is not None), default=None)
 
@@ -46,7 +47,8 @@ class Results:
         ceiling = self.get("gbps", "ceiling", "memory read", threads=threads)
         if rate is None or ceiling is None:
             return None
-        return rate * self.costs[model].decode_bytes(depth + GENERATED / 2, arm.kv_bytes) / 1e9 / ceiling
+        costs = self.costs.get((model, arm.files), self.costs[model, "gguf"])
+        return rate * costs.decode_bytes(depth + GENERATED / 2, arm.kv_bytes) / 1e9 / ceiling
 
     def flops_share(self, arm, model: str, threads: int, depth: int, peak: str) -> float | None:
         """Multiplications and additions of the prompt a second, relative to a measured peak."""
@@ -54,7 +56,7 @@ class Results:
         ceiling = self.get("gflops", "ceiling", peak, threads=threads)
         if seconds is None or ceiling is None:
             return None
-        return self.costs[model].prefill_flops(depth) / seconds / 1e9 / ceiling
+        return self.costs[model, "gguf"].prefill_flops(depth) / seconds / 1e9 / ceiling
 
 
 def quotient(a: float | None, b: float | None) -> float | None:
@@ -79,15 +81,16 @@ class Target:
         return cells
 
 
-def ttft_ratio(depth: int):
+def ttft_ratio(depth: int, arms: list[str] = LLAMA):
     return lambda results, arm, threads: quotient(
-        results.speed("ttft_s", arm.name, FOUR, threads, depth), results.llama("ttft_s", FOUR, threads, depth)
+        results.speed("ttft_s", arm.name, FOUR, threads, depth), results.llama("ttft_s", FOUR, threads, depth, arms)
     )
 
 
-def decode_ratio(depth: int):
+def decode_ratio(depth: int, arms: list[str] = LLAMA):
     return lambda results, arm, threads: quotient(
-        results.speed("decode_tps", arm.name, FOUR, threads, depth), results.llama("decode_tps", FOUR, threads, depth)
+        results.speed("decode_tps", arm.name, FOUR, threads, depth),
+        results.llama("decode_tps", FOUR, threads, depth, arms),
     )
 
 
@@ -109,13 +112,12 @@ def cold_start(results: Results, arm, threads: int) -> float | None:
     return results.get("first_token_s", "cold start", arm.name, FOUR, threads, 20)
 
 
+PEERS = {"llama.cpp": LLAMA, "llama.cpp Q4_0, 4.5 bits": LLAMA_Q4_0}
 TARGETS = [
-    Target("TTFT 512 / llama.cpp", 0.55, False, ttft_ratio(512)),
-    Target("TTFT 2048 / llama.cpp", 0.35, False, ttft_ratio(2048)),
-    Target("decode at 16 / llama.cpp", 0.9, True, decode_ratio(16)),
-    Target("decode at 512 / llama.cpp", 1.1, True, decode_ratio(512)),
-    Target("decode at 2048 / llama.cpp", 1.3, True, decode_ratio(2048)),
-    Target("decode at 4096 / llama.cpp", 1.3, True, decode_ratio(4096)),
+    *(Target(f"TTFT {depth} / {name}", wanted, False, ttft_ratio(depth, arms))
+      for name, arms in PEERS.items() for depth, wanted in ((512, 0.55), (2048, 0.35))),
+    *(Target(f"decode at {depth} / {name}", wanted, True, decode_ratio(depth, arms))
+      for name, arms in PEERS.items() for depth, wanted in ((16, 0.9), (512, 1.1), (2048, 1.3), (4096, 1.3))),
     Target(
         "share of read bandwidth, decode of 1B at 16", 0.8, True,
         lambda results, arm, threads: results.bandwidth_share(arm, LARGE, threads, 16),

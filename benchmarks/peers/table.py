@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 GENERATED = 32  # tokens decoded after each prompt
 FOUR, EIGHT, SIXTEEN, LARGE = "4-bit", "8-bit", "16-bit", "1B random"
 SMALL = (FOUR, EIGHT, SIXTEEN)
+REPACKED = (FOUR, LARGE)  # models that there is a Q4_0 file of
 DEPTHS = {  # prompt tokens: time to first token at it, decode speed after it
     **dict.fromkeys(SMALL, (16, 64, 512, 2048, 4096)),
     LARGE: (16, 512, 2048),
@@ -22,7 +23,7 @@ class Arm:
     engine: str  # of worker.ENGINES
     options: dict = field(default_factory=dict)  # what the worker gives the engine
     models: tuple[str, ...] = (*SMALL, LARGE)
-    files: str = "gguf"  # which form of the model it reads: a key of `checkpoints.Files`
+    files: str = "gguf"  # which form of the model it reads: a key of `checkpoints.Files`; "q4_0" has other weights
     kv_bytes: int = 2  # a value of its KV cache
     threaded: bool = True  # takes a number of threads; if not, it is measured once, among those of all cores
     peer: str | None = None  # what must be installed for it, a key of `install.PEERS`
@@ -38,6 +39,9 @@ ARMS = [
     Arm("mlxeff int8, fp16 KV", "mlxeff", {"compute": "int8", "kv_dtype": "float16"}, models=(FOUR, EIGHT, LARGE)),
     Arm("llama.cpp, flash attention", "llama.cpp", {"flash_attention": True}, peer="llama.cpp"),
     Arm("llama.cpp, plain attention", "llama.cpp", {"flash_attention": False}, peer="llama.cpp"),
+    # On CPUs without AMX, Q4_0 (4.5 bits a weight, not 5) has repacked kernels in llama.cpp, Q4_1 has not.
+    Arm("llama.cpp Q4_0, flash attention", "llama.cpp", {"flash_attention": True}, REPACKED, "q4_0", peer="llama.cpp"),
+    Arm("llama.cpp Q4_0, plain attention", "llama.cpp", {"flash_attention": False}, REPACKED, "q4_0", peer="llama.cpp"),
     Arm("torch bfloat16", "torch", {}, models=(SIXTEEN,), files="bfloat16", peer="torch"),
     Arm("mlx-lm", "mlx-lm", {}, models=SMALL, files="mlx", kv_bytes=4, threaded=False),
 ]
@@ -84,7 +88,11 @@ def jobs(rounds: int, threads: list[int]) -> list[Job]:
             if model in arm.models and (arm.threaded or count == most)
         ]
     # The reference of correctness is the 4-bit model; the 16-bit one has its weights, rounded to half precision.
-    found += [Job("quality", arm.name, FOUR if FOUR in arm.models else SIXTEEN, most, 0, 0) for arm in ARMS]
+    found += [
+        Job("quality", arm.name, FOUR if FOUR in arm.models else SIXTEEN, most, 0, 0)
+        for arm in ARMS
+        if arm.files != "q4_0"
+    ]
     return found
 
 
