@@ -130,6 +130,8 @@ def requantise(
         return kind if only in (None, tensor.tensor_type) else tensor.tensor_type
 
     def values(tensor):
+        if kind_of(tensor) == tensor.tensor_type:
+            return tensor.data
         dense = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
         return gguf.quants.quantize(dense, kind_of(tensor))
 
