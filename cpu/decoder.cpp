@@ -85,6 +85,14 @@ class Pass {
     head(logits);
   }
 
+  void read(const LayerReading* readings) {
+    readings_ = readings;
+    embed();
+    const int64_t last = int64_t(spec_.layers.size()) - 1;
+    for (int64_t i = 0; i < last; ++i) layer(i, false);
+    read_last(last);
+  }
+
  private:
   void embed() {
     each_row([&](int64_t r) { embedding_row(tokens_[r], b_.x + r * spec_.dim); });
@@ -112,11 +120,9 @@ class Pass {
   // With last_only, keys and values of all tokens, and the rest of the layer for each sequence's last token.
   void layer(int64_t index, bool last_only) {
     const DecoderLayer& l = spec_.layers[size_t(index)];
-    const float* const before = index ? b_.added : nullptr;
-    const float* const before_bias = index ? spec_.layers[size_t(index - 1)].down.bias : nullptr;
     const Output qkv[] = {{&l.q, b_.queries}, {&l.k, b_.keys}, {&l.v, b_.values}};
-    multiply(b_.normed, qkv, 3, [&](int64_t r) { add_and_norm(r, before, before_bias, l.attention_norm); });
-    each_row([&](int64_t r) { append(l, kv_[index], r); });
+    enter(index, qkv, 3);
+    each_row([&](int64_t r) { append(index, r); });
     if (last_only && span_.length > 1) keep_last_rows(l);
     attend(l, kv_[index]);
     const Output o[] = {{&l.o, b_.added}};
@@ -132,6 +138,38 @@ class Pass {
       add(up, l.up.bias, width);
       swiglu_.forward(gate, up, gate, width, MLXEFF_F32);
     });
+  }
+
+  // The norm of the layer's input and products with it.
+  void enter(int64_t index, const Output* outputs, int count) {
+    const float* const before = index ? b_.added : nullptr;
+    const float* const before_bias = index ? spec_.layers[size_t(index - 1)].down.bias : nullptr;
+    float* const input = readings_ ? readings_[index].input : nullptr;
+    multiply(b_.normed, outputs, count, [&](int64_t r) {
+      add_and_norm(r, before, before_bias, spec_.layers[size_t(index)].attention_norm);
+      if (input) memcpy(input + r * spec_.dim, b_.normed + r * spec_.dim, size_t(spec_.dim) * 4);
+    });
+  }
+
+  void read_last(int64_t index) {
+    const DecoderLayer& l = spec_.layers[size_t(index)];
+    const Output kv[] = {{&l.k, b_.keys}, {&l.v, b_.values}};
+    const bool wanted = readings_[index].keys || readings_[index].values;
+    enter(index, kv, wanted ? 2 : 0);
+    if (wanted) each_row([&](int64_t r) { finish_kv(index, r); });
+  }
+
+  // Bias of the row's keys and values, which are then as a reading wants them.
+  void finish_kv(int64_t index, int64_t r) {
+    const DecoderLayer& l = spec_.layers[size_t(index)];
+    const int64_t width = l.groups * spec_.head_dim;
+    float* const k = b_.keys + r * width;
+    float* const v = b_.values + r * width;
+    add(k, l.k.bias, width);
+    add(v, l.v.bias, width);
+    if (!readings_) return;
+    if (float* const keys = readings_[index].keys) memcpy(keys + r * width, k, size_t(width) * 4);
+    if (float* const values = readings_[index].values) memcpy(values + r * width, v, size_t(width) * 4);
   }
 
   void head(float* logits) {
@@ -212,6 +250,7 @@ class Pass {
       for (int i = 0; i < count; ++i)
         if (owner[i]) products[i].prepare(begin, end);
     });
+    if (!total) return;
     team_.for_chunks(total, 1, [&](int64_t begin, int64_t end) {
       for (int64_t p = begin; p < end; ++p) {
         int i = 0;
@@ -224,14 +263,15 @@ class Pass {
   }
 
   // Bias, norm and rotation of the row's queries and keys; keys and values go into the cache.
-  void append(const DecoderLayer& l, const KvBuffer& kv, int64_t r) {
+  void append(int64_t index, int64_t r) {
+    const DecoderLayer& l = spec_.layers[size_t(index)];
+    const KvBuffer& kv = kv_[index];
     const int64_t size = spec_.head_dim, width = int64_t(dtype_size(kv.dtype));
     float* const q = b_.queries + r * l.heads * size;
     float* const k = b_.keys + r * l.groups * size;
     float* const v = b_.values + r * l.groups * size;
     add(q, l.q.bias, l.heads * size);
-    add(k, l.k.bias, l.groups * size);
-    add(v, l.v.bias, l.groups * size);
+    finish_kv(index, r);
     if (l.q_norm) norm(q, q, l.q_norm, l.heads, size);
     if (l.k_norm) norm(k, k, l.k_norm, l.groups, size);
     const int64_t t = r % span_.length, stride = kv.capacity * size;
@@ -265,6 +305,7 @@ class Pass {
   Span span_;
   int mode_;
   std::atomic<int>& error_;
+  const LayerReading* readings_ = nullptr;
   const DecoderKernels& row_;
   const NormKernels& norm_;
   const RopeKernels& rope_;
@@ -284,12 +325,21 @@ Decoder::Decoder(DecoderSpec spec) : spec_(std::move(spec)) {
 
 int Decoder::forward(const int32_t* tokens, int64_t batch, int64_t length, int64_t offset, const KvBuffer* kv, float* logits,
                      bool all_rows, int mode) {
+  return pass(tokens, batch, length, offset, kv, {logits, all_rows, nullptr}, mode);
+}
+
+int Decoder::read(const int32_t* tokens, int64_t batch, int64_t length, int64_t offset, const KvBuffer* kv, const LayerReading* readings,
+                  int mode) {
+  return pass(tokens, batch, length, offset, kv, {nullptr, false, readings}, mode);
+}
+
+int Decoder::pass(const int32_t* tokens, int64_t batch, int64_t length, int64_t offset, const KvBuffer* kv, const Result& result, int mode) {
   const Span span = {batch, length, offset + length};
   const int64_t rows = span.rows();
   if (batch < 1 || length < 1 || offset < 0 || spec_.layers.empty()) return MLXEFF_BAD_ARGUMENT;
   for (int64_t r = 0; r < rows; ++r)
     if (tokens[r] < 0 || tokens[r] >= spec_.embedding.N) return MLXEFF_BAD_ARGUMENT;
-  for (size_t i = 0; i < spec_.layers.size(); ++i)
+  for (size_t i = 0; i + (result.readings ? 1 : 0) < spec_.layers.size(); ++i)
     if (kv[i].capacity < span.end) return MLXEFF_BAD_ARGUMENT;
 
   const int64_t size = spec_.head_dim, queries = widest_heads_ * size, keys = widest_groups_ * size;
@@ -316,7 +366,9 @@ int Decoder::forward(const int32_t* tokens, int64_t batch, int64_t length, int64
                            reinterpret_cast<char*>(parts[11]), parts[12]};
   std::atomic<int> error{MLXEFF_OK};
   team_run([&](Team& team) {
-    Pass(spec_, team, buffers, kv, tokens, span, mode, error).run(logits, all_rows);
+    Pass one(spec_, team, buffers, kv, tokens, span, mode, error);
+    if (result.readings) one.read(result.readings);
+    else one.run(result.logits, result.all_rows);
   });
   return error;
 }

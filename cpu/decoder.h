@@ -28,6 +28,12 @@ struct KvBuffer {
   int dtype;
 };
 
+// What a reading pass writes of one layer, fp32, null where it is not wanted: its normed input (batch, length, dim), and keys and values
+// (batch, length, groups, head_dim) before norm and rotation.
+struct LayerReading {
+  float *input, *keys, *values;
+};
+
 struct DecoderSpec {
   int64_t dim, head_dim;
   float eps;
@@ -48,7 +54,17 @@ class Decoder {
   // Returns an MLXEFF_* code; MLXEFF_BAD_ARGUMENT for a token outside the vocabulary or a cache that is too short.
   int forward(const int32_t* tokens, int64_t batch, int64_t length, int64_t offset, const KvBuffer* kv, float* logits, bool all_rows, int mode);
 
+  // The same without the head: readings[layer] of all tokens. Of the last layer nothing else is computed, and kv ends before it.
+  int read(const int32_t* tokens, int64_t batch, int64_t length, int64_t offset, const KvBuffer* kv, const LayerReading* readings, int mode);
+
  private:
+  struct Result {
+    float* logits;
+    bool all_rows;
+    const LayerReading* readings;  // null: logits are wanted
+  };
+  int pass(const int32_t* tokens, int64_t batch, int64_t length, int64_t offset, const KvBuffer* kv, const Result& result, int mode);
+
   DecoderSpec spec_;
   int64_t widest_heads_ = 0, widest_groups_ = 0, widest_ffn_ = 0;
   std::mutex busy_;  // the workspace serves one call at a time

@@ -146,22 +146,31 @@ void drop_inputs_of_siblings(const std::vector<mx::array>& inputs, std::vector<m
     if (&output.inputs() != &inputs) output.inputs().clear();
 }
 
-// Inputs: tokens, keys of each layer, values of each layer. Outputs: logits, then the same buffers with the new tokens in them.
+// What a pass is for: logits, or what each layer reads (see LayerReading).
+enum class Purpose { last_logits, all_logits, inputs, keys_and_values };
+bool reads(Purpose purpose) { return purpose == Purpose::inputs || purpose == Purpose::keys_and_values; }
+
+// Inputs: tokens, keys of each layer, values of each layer. Outputs: logits, or the layers' inputs, or their raw keys, then values; then
+// the buffers with the new tokens in them. A reading leaves out the last layer's buffers.
 class DecoderForward : public mx::Primitive {
  public:
-  DecoderForward(mx::Stream stream, std::shared_ptr<Model> model, int64_t offset, bool all_rows, int mode)
-      : mx::Primitive(stream), model_(std::move(model)), offset_(offset), all_rows_(all_rows), mode_(mode) {}
+  DecoderForward(mx::Stream stream, std::shared_ptr<Model> model, int64_t offset, Purpose purpose, int mode)
+      : mx::Primitive(stream), model_(std::move(model)), offset_(offset), purpose_(purpose), mode_(mode) {}
 
   void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override {
     auto& encoder = mx::cpu::get_command_encoder(stream());
     drop_inputs_of_siblings(inputs, outputs);
-    const size_t layers = model_->spec().layers.size();
+    const size_t layers = (inputs.size() - 1) / 2, results = outputs.size() - 2 * layers;
     std::vector<std::pair<const void*, size_t>> copies(2 * layers, {nullptr, 0});
     std::vector<mlxeff::KvBuffer> kv(layers);
-    outputs[0].set_data(mx::allocator::malloc(outputs[0].nbytes()));
+    std::vector<float*> written(results);
+    for (size_t i = 0; i < results; ++i) {
+      outputs[i].set_data(mx::allocator::malloc(outputs[i].nbytes()));
+      written[i] = outputs[i].data<float>();
+    }
     for (size_t i = 0; i < 2 * layers; ++i) {
       const mx::array& in = inputs[1 + i];
-      mx::array& out = outputs[1 + i];
+      mx::array& out = outputs[results + i];
       if (in.is_donatable() && in.flags().row_contiguous) {
         out.copy_shared_buffer(in);
       } else {
@@ -176,11 +185,17 @@ class DecoderForward : public mx::Primitive {
     }
     const int64_t batch = inputs[0].shape(0), length = inputs[0].shape(1);
     encoder.dispatch([model = model_, kv = std::move(kv), copies = std::move(copies), tokens = inputs[0].data<int32_t>(), batch, length,
-                      offset = offset_, logits = outputs[0].data<float>(), all_rows = all_rows_, mode = mode_]() {
+                      offset = offset_, written = std::move(written), purpose = purpose_, mode = mode_]() {
       const size_t layers = kv.size();
       for (size_t i = 0; i < copies.size(); ++i)
         if (copies[i].first) memcpy(i < layers ? kv[i].keys : kv[i - layers].values, copies[i].first, copies[i].second);
-      check(model->decoder().forward(tokens, batch, length, offset, kv.data(), logits, all_rows, mode));
+      mlxeff::Decoder& decoder = model->decoder();
+      if (!reads(purpose)) return check(decoder.forward(tokens, batch, length, offset, kv.data(), written[0], purpose == Purpose::all_logits, mode));
+      std::vector<mlxeff::LayerReading> readings(layers + 1);
+      for (size_t i = 0; i <= layers; ++i)
+        readings[i] = purpose == Purpose::inputs ? mlxeff::LayerReading{written[i], nullptr, nullptr}
+                                                 : mlxeff::LayerReading{nullptr, written[i], written[layers + 1 + i]};
+      check(decoder.read(tokens, batch, length, offset, kv.data(), readings.data(), mode));
     });
   }
   void eval_gpu(const std::vector<mx::array>&, std::vector<mx::array>&) override { throw std::runtime_error("decoder: has no GPU form"); }
@@ -193,7 +208,7 @@ class DecoderForward : public mx::Primitive {
  private:
   std::shared_ptr<Model> model_;
   int64_t offset_;
-  bool all_rows_;
+  Purpose purpose_;
   int mode_;
 };
 
@@ -202,29 +217,33 @@ struct Handle {
   std::shared_ptr<Model> model;
 };
 
-std::vector<mx::array> forward(const Handle& handle, const mx::array& tokens, const std::vector<mx::array>& keys,
-                               const std::vector<mx::array>& values, int64_t offset, bool all_rows, int mode) {
+std::vector<mx::array> run(const Handle& handle, const mx::array& tokens, const std::vector<mx::array>& keys, const std::vector<mx::array>& values,
+                           int64_t offset, Purpose purpose, int mode) {
   const DecoderSpec& spec = handle.model->spec();
-  const size_t layers = spec.layers.size();
+  const size_t layers = spec.layers.size() - (reads(purpose) ? 1 : 0);
   if (tokens.ndim() != 2 || tokens.size() < 1) throw std::invalid_argument("decoder: wanted tokens of shape (B, S)");
-  const int batch = tokens.shape(0);
+  const int batch = tokens.shape(0), length = tokens.shape(1);
   if (keys.size() != layers || values.size() != layers) throw std::invalid_argument("decoder: wanted a cache buffer for each layer");
   const mx::Stream stream = mx::default_stream(mx::Device::cpu);
   std::vector<mx::array> inputs = {mx::contiguous(mx::astype(tokens, mx::int32, stream), false, stream)};
-  std::vector<mx::Shape> shapes = {{batch, all_rows ? tokens.shape(1) : 1, int(spec.head.weight.N)}};
-  std::vector<mx::Dtype> dtypes = {mx::float32};
+  std::vector<mx::Shape> shapes;
+  if (!reads(purpose)) shapes.push_back({batch, purpose == Purpose::all_logits ? length : 1, int(spec.head.weight.N)});
+  for (int kind = 0; kind < (purpose == Purpose::inputs ? 1 : purpose == Purpose::keys_and_values ? 2 : 0); ++kind)
+    for (const mlxeff::DecoderLayer& l : spec.layers)
+      shapes.push_back({batch, length, int(purpose == Purpose::inputs ? spec.dim : l.groups * spec.head_dim)});
+  std::vector<mx::Dtype> dtypes(shapes.size(), mx::float32);
   for (const auto* buffers : {&keys, &values})
     for (size_t i = 0; i < layers; ++i) {
       const mx::array& buffer = (*buffers)[i];
       const mx::Shape wanted = {batch, int(spec.layers[i].groups), keys[i].shape(2), int(spec.head_dim)};
-      if (buffer.shape() != wanted || buffer.shape(2) < offset + tokens.shape(1) || buffer.dtype() != keys[i].dtype())
+      if (buffer.shape() != wanted || buffer.shape(2) < offset + length || buffer.dtype() != keys[i].dtype())
         throw std::invalid_argument("decoder: a cache buffer does not fit");
       dtype_of(buffer);
       inputs.push_back(buffer);
       shapes.push_back(buffer.shape());
       dtypes.push_back(buffer.dtype());
     }
-  return mx::array::make_arrays(std::move(shapes), dtypes, std::make_shared<DecoderForward>(stream, handle.model, offset, all_rows, mode),
+  return mx::array::make_arrays(std::move(shapes), dtypes, std::make_shared<DecoderForward>(stream, handle.model, offset, purpose, mode),
                                 std::move(inputs));
 }
 
@@ -256,6 +275,16 @@ NB_MODULE(_native, m) {
            nb::arg("attention_norm"), nb::arg("ffn_norm"), nb::arg("q_norm").none(), nb::arg("k_norm").none(),
            nb::arg("matrices"), nb::arg("heads"), nb::arg("groups"), nb::arg("window"));
   mlxeff::bind_ops(m);
-  m.def("forward", &forward, nb::arg("decoder"), nb::arg("tokens"), nb::arg("keys"), nb::arg("values"), nb::arg("offset"), nb::arg("all_rows"),
-        nb::arg("mode"), "(logits, keys..., values...): the buffers hold the new tokens after `offset`.");
+  m.def(
+      "forward",
+      [](const Handle& decoder, const mx::array& tokens, const std::vector<mx::array>& keys, const std::vector<mx::array>& values, int64_t offset,
+         bool all_rows, int mode) { return run(decoder, tokens, keys, values, offset, all_rows ? Purpose::all_logits : Purpose::last_logits, mode); },
+      nb::arg("decoder"), nb::arg("tokens"), nb::arg("keys"), nb::arg("values"), nb::arg("offset"), nb::arg("all_rows"), nb::arg("mode"),
+      "(logits, keys..., values...): the buffers hold the new tokens after `offset`.");
+  m.def(
+      "read",
+      [](const Handle& decoder, const mx::array& tokens, const std::vector<mx::array>& keys, const std::vector<mx::array>& values, int64_t offset,
+         bool inputs, int mode) { return run(decoder, tokens, keys, values, offset, inputs ? Purpose::inputs : Purpose::keys_and_values, mode); },
+      nb::arg("decoder"), nb::arg("tokens"), nb::arg("keys"), nb::arg("values"), nb::arg("offset"), nb::arg("inputs"), nb::arg("mode"),
+      "(read..., keys..., values...) without the last layer's buffers; read: each layer's normed input, or raw keys..., values...; rows (B, S, width).");
 }

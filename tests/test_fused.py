@@ -135,6 +135,27 @@ def test_equals_the_unfused_model(name):
         assert_close(gots, got[:, start:stop], f"{name}: chunks and one shot, {start} to {stop}", rtol=2.0**-15)
 
 
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("read", ["raw_kv", "layer_inputs"])
+def test_what_the_layers_read_equals_the_unfused_model(name, read):
+    plain, fused = pair(name)
+    tokens = mx.array(np.random.default_rng(2).integers(0, 300, (2, 40)))
+    caches = plain.new_cache(), fused.new_cache()
+    for start, stop in ((0, 1), (1, 18), (18, 40)):
+        part = tokens[:, start:stop]
+        wants, gots = (getattr(model, read)(part, cache) for model, cache in zip((plain, fused), caches))
+        assert len(gots) == len(wants) == len(plain.layers)
+        for i, (want, got) in enumerate(zip(wants, gots)):
+            parts = zip("kv", got, want) if read == "raw_kv" else [("x", got, want)]
+            for part, mine, theirs in parts:
+                # As above: three layers of float32 roundings.
+                assert_close(mine, theirs, f"{name}: {part} of layer {i}, {start} to {stop}", rtol=2.0**-15)
+        assert [layer.length for layer in caches[1].layers] == [stop] * (len(plain.layers) - 1) + [0]
+    for want, got in zip(caches[0].layers[:-1], caches[1].layers[:-1]):
+        for mine, theirs in zip(got.state(), want.state()):
+            assert_close(mine, theirs, "cache", rtol=2.0**-15)
+
+
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("name", ["llama", "small"])
 def test_last_logits_are_the_last_rows(name, batch):

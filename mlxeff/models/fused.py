@@ -10,7 +10,7 @@ int8    as bf16, and activations that meet affine-quantised weights are rounded 
         weights.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -132,19 +132,35 @@ class FusedDecoder:
 
     def __call__(self, tokens: mx.array, cache: KVCache, all_rows: bool) -> mx.array:
         """Token ids (B, S) → logits (B, S, V), or (B, 1, V) of the last position; float32."""
-        (batch, new), count = tokens.shape, len(cache.layers)
+        return self._run(self._native.forward, tokens, cache, cache.layers, all_rows)[0]
+
+    def raw_kv(self, tokens: mx.array, cache: KVCache) -> list[tuple[mx.array, mx.array]]:
+        """As `DecoderModel.raw_kv`, float32."""
+        rows = self._run(self._native.read, tokens, cache, cache.layers[:-1], False)
+        heads = [
+            each.reshape(*each.shape[:2], groups, self._size).transpose(0, 2, 1, 3)
+            for each, groups in zip(rows, 2 * self._groups, strict=True)
+        ]
+        return list(zip(heads[: len(heads) // 2], heads[len(heads) // 2 :], strict=True))
+
+    def layer_inputs(self, tokens: mx.array, cache: KVCache) -> list[mx.array]:
+        """As `DecoderModel.layer_inputs`, float32."""
+        return self._run(self._native.read, tokens, cache, cache.layers[:-1], True)
+
+    def _run(self, native: Callable, tokens: mx.array, cache: KVCache, layers: list[LayerCache], what: bool) -> list:
+        """What a native pass gives beside the buffers of `layers`, which it appends to."""
+        (batch, new), offset = tokens.shape, cache.length
         buffers = [
             layer.room(new, (batch, groups, self._size), self.kv_dtype)
-            for layer, groups in zip(cache.layers, self._groups, strict=True)
+            for layer, groups in zip(layers, self._groups, strict=False)
         ]
-        keys, values = zip(*buffers, strict=True)
-        mode = self._modes[self.compute]
-        logits, *written = self._native.forward(
-            self._decoder, tokens, list(keys), list(values), cache.length, all_rows, mode
-        )
-        for layer, held_keys, held_values in zip(cache.layers, written[:count], written[count:], strict=True):
+        keys, values = [pair[0] for pair in buffers], [pair[1] for pair in buffers]
+        outputs = native(self._decoder, tokens, keys, values, offset, what, self._modes[self.compute])
+        results = len(outputs) - 2 * len(layers)
+        written = outputs[results : results + len(layers)], outputs[results + len(layers) :]
+        for layer, held_keys, held_values in zip(layers, *written, strict=True):
             layer.replace(held_keys, held_values, new)
-        return logits
+        return outputs[:results]
 
 
 @dataclass(frozen=True)

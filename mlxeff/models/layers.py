@@ -109,7 +109,7 @@ class RotaryAttention(nn.Module):
 
 class DecoderModel(nn.Module):
     """The call protocol: a subclass gives `config`, `layers`, `embed(tokens)`, `hidden(tokens, cache)`, `head(hidden)`,
-    `new_cache()`, `context_length`, `pruned(layers)` and `layer_parts()`.
+    `new_cache()`, `context_length`, `pruned(layers)`, `layer_parts()` and `end_parts()`.
     """
 
     seams = frozenset({"cache", "linear", "feed-forward", "kv"})
@@ -138,19 +138,46 @@ class DecoderModel(nn.Module):
         """(KV heads G, head size E) of each layer."""
         return [(layer.attention.groups, layer.attention.head_size) for layer in self.layers]
 
+    @property
+    def hidden_size(self) -> int:
+        """Width D of the hidden states."""
+        return self.end_parts().norm.weight.shape[0]
+
     def raw_kv(self, tokens: mx.array, cache: KVCache) -> KvPairs:
         """Keys and values (B, G, S, E) of each layer for token ids (B, S), keys before norm and rotation.
 
-        Runs operator by operator and appends to `cache`, but of the last layer only the keys and values are computed
-        and nothing is appended: with the head, that work has no consumer here.
+        Appends to `cache`, but of the last layer only the keys and values are computed and nothing is appended: with
+        the head, that work has no consumer here.
         """
-        x, pairs, last = self.embed(tokens), [], len(self.layers) - 1
+        if self._fused is not None and self._fused.applies(cache):
+            return self._fused.raw_kv(tokens, cache)
+        return [projected[1:] for _, projected in self._read(tokens, cache)[0]]
+
+    def layer_inputs(self, tokens: mx.array, cache: KVCache) -> list[mx.array]:
+        """The normed hidden states (B, S, D) that each layer projects; else as `raw_kv`."""
+        if self._fused is not None and self._fused.applies(cache):
+            return self._fused.layer_inputs(tokens, cache)
+        return self._normed([x for x, _ in self._read(tokens, cache)[0]])
+
+    def read(self, tokens: mx.array, cache: KVCache) -> tuple[KvPairs, list[mx.array], mx.array]:
+        """(`raw_kv`, `layer_inputs`, logits (B, S, V)) of one pass, operator by operator: with gradients; what is not
+        used is not computed."""
+        states, x = self._read(tokens, cache, whole=True)
+        inputs = self._normed([x for x, _ in states])
+        return [projected[1:] for _, projected in states], inputs, self.head(self.end_parts().norm(x))
+
+    def _read(self, tokens: mx.array, cache: KVCache, whole: bool = False) -> tuple[list, mx.array]:
+        """(each layer's hidden states and what it projects of them; those after the layers, the last one only if
+        `whole`)."""
+        x, states, last = self.embed(tokens), [], len(self.layers) - 1
         for index, (layer, layer_cache) in enumerate(zip(self.layers, cache.layers, strict=True)):
-            projected = layer.project(x)
-            pairs.append(projected[1:])
-            if index < last:
-                x = layer.finish(x, projected, layer_cache)
-        return pairs
+            states.append((x, layer.project(x)))
+            if whole or index < last:
+                x = layer.finish(*states[-1], layer_cache)
+        return states, x
+
+    def _normed(self, states: list[mx.array]) -> list[mx.array]:
+        return [parts.attention_norm(x) for parts, x in zip(self.layer_parts(), states, strict=True)]
 
     def normed_kv(self, pairs: KvPairs) -> KvPairs:
         """Raw keys and values of each layer → the same with the keys normed, where the model norms them."""
