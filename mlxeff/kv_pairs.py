@@ -8,10 +8,12 @@ from pathlib import Path
 from . import hub
 from .errors import MlxeffError
 from .kvprediction import KvPrediction, Predictor
-from .kvprediction.files import PairConfig, read_config, read_weights
+from .kvprediction.files import AUXILIARY, PairConfig, read_config, read_weights
 from .kvprediction.layers import PUBLISHED, kept_layers, pruned_map, published_name, spread_map
 from .kvprediction.predictor import check_map
+from .kvprediction.tuning import Tuned
 from .loading import Loaded, fill, load_model, require_seam
+from .models.fused import fuse
 
 SEAM = "kv"  # of a model: raw_kv, append_kv
 
@@ -33,13 +35,29 @@ def load_pair(folder: str | Path, base: Loaded) -> KvPrediction:
     wanted, got = config.base.get("fingerprint"), base.fingerprint
     if wanted != got:
         raise MlxeffError(f"{folder}: wanted the base {config.base.get('name')} ({wanted}), got {base.path} ({got})")
-    auxiliary = _auxiliary_of(folder, config, base)
+    auxiliary, weights = _auxiliary_of(folder, config, base), read_weights(folder)
+    of_auxiliary = {name: weights.pop(name) for name in list(weights) if name.startswith(AUXILIARY)}
+    of_auxiliary = {name.removeprefix(AUXILIARY): value for name, value in of_auxiliary.items()}
     try:
-        predictor = Predictor(auxiliary.kv_shapes, base.model.kv_shapes, config.layer_map)
+        shapes = auxiliary.kv_shapes, base.model.kv_shapes
+        predictor = Predictor(*shapes, config.layer_map, config.inputs, auxiliary.hidden_size)
+        tuned = Tuned(auxiliary, **config.tuned) if config.tuned else None
     except MlxeffError as error:
         raise MlxeffError(f"{folder}: {error}") from error
-    fill(predictor, read_weights(folder), str(folder))
-    return KvPrediction(auxiliary, predictor.eval(), str(folder))
+    fill(predictor, weights, str(folder))
+    if tuned:
+        fill(tuned.modules, of_auxiliary, f"{folder}: auxiliary")
+        tuned.fold()
+    elif of_auxiliary:
+        raise MlxeffError(f"{folder}: wanted no tensors of an auxiliary that is not tuned, got {len(of_auxiliary)}")
+    return KvPrediction(fused_like(auxiliary, base.model), predictor.eval(), str(folder))
+
+
+def fused_like(auxiliary, base):
+    """The auxiliary with a fused form, where the base has one, and its arithmetic."""
+    if base._fused is not None and auxiliary is not base and fuse(auxiliary):
+        auxiliary._fused.compute, auxiliary._fused.kv_dtype = base._fused.compute, base._fused.kv_dtype
+    return auxiliary
 
 
 def _auxiliary_of(folder: Path, config: PairConfig, base: Loaded) -> object:
@@ -82,7 +100,8 @@ def make_auxiliary(spec: str, base: Loaded) -> Auxiliary:
     kind, _, rest = spec.partition(":")
     if kind in ("lp", "layers"):
         layers = kept_layers(rest, count) if kind == "lp" else _listed(rest, spec)
-        return Auxiliary(pruned(base.model, layers, spec), {"layers": layers}, pruned_map(layers, count))
+        model = fused_like(pruned(base.model, layers, spec), base.model)
+        return Auxiliary(model, {"layers": layers}, pruned_map(layers, count))
     path = hub.resolve(spec)
     model, mark = load_model(path)
     require_seam(model, SEAM, "KV prediction")
@@ -90,7 +109,7 @@ def make_auxiliary(spec: str, base: Loaded) -> Auxiliary:
     stored = str(Path(spec).resolve()) if Path(spec).exists() else spec
     layer_map = spread_map(len(model.layers), count)
     check_map(layer_map, len(model.layers), count)
-    return Auxiliary(model, {"model": stored, "fingerprint": mark}, layer_map)
+    return Auxiliary(fused_like(model, base.model), {"model": stored, "fingerprint": mark}, layer_map)
 
 
 def _listed(text: str, spec: str) -> list[int]:

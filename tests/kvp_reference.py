@@ -65,26 +65,40 @@ class Family:
         x = rms_norm(x, self.weight("norm"), self.eps)
         return x @ self.weight("token_embeddings" if self.openelm else "embed_tokens").T  # tied
 
+    def read(self, i, x):
+        """What layer i projects (S, D)."""
+        return rms_norm(x, self.weight(f"layers.{i}." + ("attn_norm" if self.openelm else "input_layernorm")), self.eps)
 
-def raw_pairs(model, tokens):
-    """Raw keys and values (S, G, E) of every layer."""
+
+def walk(model, tokens):
+    """(keys and values (S, G, E) of every layer, raw; what each layer projects; the last hidden states (S, D))."""
     tables, x, pairs = rotation_tables(model.size, model.base, None, len(tokens)), model.embed(tokens), []
+    inputs = []
     for i in range(model.count):
         q, k, v = model.project(i, x)
         pairs.append((k, v))
+        inputs.append(model.read(i, x))
         q, k = (rotate(model.norm(i, heads, name), tables) for heads, name in ((q, "q"), (k, "k")))
         x = model.finish(i, x, attention(q, k, v, None))
-    return pairs
+    return pairs, inputs, x
 
 
-def predicted_logits(base, auxiliary, maps, layer_map, tokens):
+def features(pairs, inputs, kind):
+    """Of each auxiliary layer the rows (S, P) that maps to keys and to values read."""
+    if kind == "hidden":
+        return [(rows, rows) for rows in inputs]
+    return [tuple(part.reshape(len(part), -1) for part in pair) for pair in pairs]
+
+
+def predicted_logits(base, auxiliary, maps, layer_map, tokens, kind="own"):
     """(V) of the last token; maps[f"{key|value}_maps.{i}.{weight|bias}"] are the predictor's, in its own names."""
     total = len(tokens)
-    tables, pairs = rotation_tables(base.size, base.base, None, total), raw_pairs(auxiliary, tokens[:-1])
+    tables = rotation_tables(base.size, base.base, None, total)
+    read = features(*walk(auxiliary, tokens[:-1])[:2], kind)
     x = base.embed(tokens[-1:])
     for i in range(base.count):
         q, k, v = base.project(i, x)
-        merged = [part.reshape(total - 1, -1) for part in pairs[layer_map[i]]]
+        merged = read[layer_map[i]]
         names = [f"{kind}_maps.{i}." for kind in ("key", "value")]
         before = [
             (rows @ maps[name + "weight"].T + maps[name + "bias"]).reshape(total - 1, -1, base.size)
@@ -98,23 +112,28 @@ def predicted_logits(base, auxiliary, maps, layer_map, tokens):
     return base.logits(x)[0]
 
 
-def training_loss(base, auxiliary, maps, layer_map, tokens, consistency):
+def language_loss(logits, targets):
+    """Cross-entropy and z-loss."""
+    sums = np.log(np.exp(logits).sum(-1))
+    return (sums - logits[np.arange(len(targets)), targets]).mean() + 1e-4 * (sums**2).mean()
+
+
+def training_loss(base, auxiliary, maps, layer_map, tokens, consistency, auxiliary_loss=0.0, kind="own"):
     """The loss of tokens (N + 1): all of the base's keys and values are predicted."""
     inputs, targets = tokens[:-1], tokens[1:]
     count = len(inputs)
     tables = rotation_tables(base.size, base.base, None, count)
-    read, true, x, distances = raw_pairs(auxiliary, inputs), raw_pairs(base, inputs), base.embed(inputs), 0.0
+    *read, last = walk(auxiliary, inputs)
+    read, true, x, distances = features(*read, kind), walk(base, inputs)[0], base.embed(inputs), 0.0
     for i in range(base.count):
         predicted = [
-            (rows.reshape(count, -1) @ maps[f"{kind}_maps.{i}.weight"].T + maps[f"{kind}_maps.{i}.bias"])
-            for rows, kind in zip(read[layer_map[i]], ("key", "value"), strict=True)
+            rows @ maps[f"{name}_maps.{i}.weight"].T + maps[f"{name}_maps.{i}.bias"]
+            for rows, name in zip(read[layer_map[i]], ("key", "value"), strict=True)
         ]
         keys, values = (rows.reshape(count, -1, base.size) for rows in predicted)
         keys = base.norm(i, keys, "k")
         distances += np.abs(keys - base.norm(i, true[i][0], "k")).mean() + np.abs(values - true[i][1]).mean()
         queries = rotate(base.norm(i, base.project(i, x)[0], "q"), tables)
         x = base.finish(i, x, attention(queries, rotate(keys, tables), values, None))
-    logits = base.logits(x)
-    sums = np.log(np.exp(logits).sum(-1))
-    entropy = sums - logits[np.arange(count), targets]
-    return entropy.mean() + 1e-4 * (sums**2).mean() + consistency * distances
+    own = auxiliary_loss * language_loss(auxiliary.logits(last), targets)
+    return language_loss(base.logits(x), targets) + own + consistency * distances

@@ -12,7 +12,7 @@ from mlxeff.decode import decode, prefill
 from mlxeff.errors import MlxeffError
 from mlxeff.kvprediction import KvPrediction, Predictor, predict
 from mlxeff.kvprediction.predict import Refinement
-from mlxeff.kvprediction.predictor import identity
+from mlxeff.kvprediction.predictor import INPUTS, identity
 from mlxeff.loading import build_model
 from mlxeff.models.fused import fuse, set_precision
 from mlxeff.sampling import make_sampler
@@ -65,10 +65,11 @@ def random_model(config, seed=0):
     return randomise(build_model(config), seed)
 
 
-def random_pair(family):
+def random_pair(family, inputs="own"):
     """(auxiliary, predictor, base) with a smaller model of another shape."""
     base, auxiliary = random_model(FAMILIES[family]), random_model(SMALLER[family], 1)
-    return auxiliary, randomise(Predictor(auxiliary.kv_shapes, base.kv_shapes, [0, 0, 1]), 2), base
+    shapes = auxiliary.kv_shapes, base.kv_shapes
+    return auxiliary, randomise(Predictor(*shapes, [0, 0, 1], inputs, auxiliary.hidden_size), 2), base
 
 
 def caches_close(got, want, what, **tolerance):
@@ -96,8 +97,9 @@ def test_base_as_its_own_auxiliary_with_identity_predictors_is_the_base(family, 
 
 @pytest.mark.parametrize("family", ["llama", "openelm"])
 @pytest.mark.parametrize("mlx_alone", [True, False])
-def test_against_the_formula_in_float64(family, mlx_alone):
-    auxiliary, predictor, base = random_pair(family)
+@pytest.mark.parametrize("inputs", INPUTS)
+def test_against_the_formula_in_float64(family, mlx_alone, inputs):
+    auxiliary, predictor, base = random_pair(family, inputs)
 
     def double(module):
         return {name: np.array(value, dtype=np.float64) for name, value in tree_flatten(module.parameters())}
@@ -106,7 +108,7 @@ def test_against_the_formula_in_float64(family, mlx_alone):
         kvp_reference.Family(double(model), config)
         for model, config in ((base, FAMILIES[family]), (auxiliary, SMALLER[family]))
     ]
-    want = kvp_reference.predicted_logits(*models, double(predictor), [0, 0, 1], PROMPT)
+    want = kvp_reference.predicted_logits(*models, double(predictor), [0, 0, 1], PROMPT, inputs)
     with ops.mlx_only() if mlx_alone else pytest.MonkeyPatch.context():
         got = predict(auxiliary, predictor, base, mx.array(PROMPT), base.new_cache())
     # Three layers and the predictor: the rounding of float32 adds up to some units of the table's.
@@ -275,6 +277,31 @@ def test_the_fused_base_continues_a_predicted_cache(kv_dtype):
     )
 
 
+@pytest.mark.parametrize("inputs", INPUTS)
+@pytest.mark.parametrize("family", ["llama", "openelm"])
+def test_the_fused_auxiliary_predicts_the_same(family, inputs):
+    auxiliary, predictor, base = random_pair(family, inputs)
+    cache, want_cache = base.new_cache(), base.new_cache()
+    want = predict(auxiliary, predictor, base, mx.array(PROMPT), want_cache, step_size=20)
+    if kernels.device() != "cpu" or not fuse(auxiliary):
+        pytest.skip("no native kernels here")
+    got = predict(auxiliary, predictor, base, mx.array(PROMPT), cache, step_size=20)
+    # Fused or not, float32 throughout: the order of sums differs.
+    assert_close(got, want, "first logits", rtol=2.0**-15)
+    caches_close(cache, want_cache, "cache", rtol=2.0**-15)
+
+
+def test_hidden_states_give_the_same_keys_and_values_where_the_auxiliary_is_the_base():
+    """Maps that are the base's own projections: what they predict is what the base computes."""
+    base = random_model(LLAMA)
+    predictor = Predictor(base.kv_shapes, base.kv_shapes, [0, 1, 2], "hidden", base.hidden_size)
+    for layer, key_map, value_map in zip(base.layers, predictor.key_maps, predictor.value_maps, strict=True):
+        key_map.weight, value_map.weight = layer.self_attn.k_proj.weight, layer.self_attn.v_proj.weight
+        key_map.bias, value_map.bias = mx.zeros(32), mx.zeros(32)
+    got = predict(base, predictor, base, mx.array(PROMPT), base.new_cache())
+    assert_close(got, base.last_logits(mx.array([PROMPT]), base.new_cache()), "logits", rtol=2.0**-15)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_pruned_models_share_their_weights(family):
     base = random_model(FAMILIES[family])
@@ -302,3 +329,8 @@ def test_layer_maps_that_do_not_fit(layer_map, complaint):
     with pytest.raises(MlxeffError) as caught:
         Predictor([(2, 16)] * 2, [(2, 16)] * 3, layer_map)
     assert str(caught.value) == complaint
+
+
+def test_inputs_that_are_unknown():
+    with pytest.raises(MlxeffError, match="predictor: wanted inputs of own, hidden, got 'all'"):
+        Predictor([(2, 16)], [(2, 16)], [0], "all")

@@ -9,23 +9,28 @@ from helpers import assert_close
 from mlxeff.errors import MlxeffError
 from mlxeff.kvprediction import predict
 from mlxeff.kvprediction.fit import SINK_WEIGHT, Moments, choose_layers, fit, head_columns, solve
+from mlxeff.kvprediction.predictor import INPUTS, merged
 from mlxeff.kvprediction.text import sample
 from test_kvprediction import FAMILIES, PROMPT, random_model, random_pair
 
 SEQUENCES = np.random.default_rng(9).integers(0, 200, (20, 40)).tolist()
 
 
-def rows_of(model, layer, kind):
+def rows_of(model, layer, kind, inputs="own"):
+    if inputs == "hidden":
+        states = [model.layer_inputs(mx.array([ids]), model.new_cache())[layer][0] for ids in SEQUENCES]
+        return np.concatenate([np.array(each, np.float64) for each in states])
     parts = [model.raw_kv(mx.array([ids]), model.new_cache())[layer][kind] for ids in SEQUENCES]
     return np.concatenate([np.array(p[0].transpose(1, 0, 2).reshape(p.shape[2], -1), np.float64) for p in parts])
 
 
 @pytest.mark.parametrize("kind", [0, 1])
 @pytest.mark.parametrize("ridge", [0.0, 0.01])
-def test_equals_least_squares(kind, ridge):
+@pytest.mark.parametrize("inputs", INPUTS)
+def test_equals_least_squares(kind, ridge, inputs):
     auxiliary, _, base = random_pair("openelm")
-    fitted = fit(auxiliary, base, [0, 0, 1], SEQUENCES, ridge=ridge)
-    x, y = rows_of(auxiliary, 1, kind), rows_of(base, 2, kind)
+    fitted = fit(auxiliary, base, [0, 0, 1], SEQUENCES, ridge=ridge, inputs=inputs)
+    x, y = rows_of(auxiliary, 1, kind, inputs), rows_of(base, 2, kind)
     weights = np.where(np.arange(len(x)) % 40 == 0, SINK_WEIGHT, 1.0)[:, None]
     # Ridge as least squares: √λ I below the rows, with zeros to meet; the column of ones is not penalised.
     strength = np.sqrt(ridge * (x * x * weights).sum() / x.shape[1])
@@ -51,12 +56,13 @@ def test_the_same_text_gives_the_same_predictor_to_the_bit():
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_finds_the_identity_where_the_auxiliary_is_the_base(family):
+@pytest.mark.parametrize("inputs", INPUTS)
+def test_finds_the_truth_where_the_auxiliary_is_the_base(family, inputs):
     base = random_model(FAMILIES[family])
-    fitted = fit(base, base, [0, 1, 2], SEQUENCES, ridge=1e-9)
+    fitted = fit(base, base, [0, 1, 2], SEQUENCES, ridge=1e-9, inputs=inputs)
     assert fitted.error < 1e-6
     got = predict(base, fitted.predictor, base, mx.array(PROMPT), base.new_cache())
-    # The identity is found to about the ridge times the spread of the data's variances.
+    # It is found to about the ridge times the spread of the data's variances.
     assert_close(got, base.last_logits(mx.array([PROMPT]), base.new_cache()), "logits", rtol=1e-3)
 
 
@@ -82,13 +88,19 @@ def test_per_head_reads_one_auxiliary_head():
     assert all(a > b for mine, theirs in zip(fitted.errors, full.errors, strict=True) for a, b in zip(mine, theirs))
 
 
+def test_per_head_needs_heads():
+    auxiliary, _, base = random_pair("llama")
+    with pytest.raises(MlxeffError, match="fit: per head: wanted inputs own, which have heads, got hidden"):
+        fit(auxiliary, base, [0, 0, 1], SEQUENCES, per_head=True, inputs="hidden")
+
+
 def test_memory_does_not_grow_with_the_text():
     auxiliary, _, base = random_pair("llama")
     moments = Moments([[0], [0], [1]])
     sizes = []
     for ids in SEQUENCES[:3]:
         tokens = mx.array([ids])
-        moments.add(auxiliary.raw_kv(tokens, auxiliary.new_cache()), base.raw_kv(tokens, base.new_cache()))
+        moments.add(*(merged(model.raw_kv(tokens, model.new_cache())) for model in (auxiliary, base)))
         sums = (moments.inputs, moments.cross, moments.squares, moments.sums)
         sizes.append(sum(value.nbytes for each in sums for value in each.values()))
     assert sizes[0] == sizes[1] == sizes[2]

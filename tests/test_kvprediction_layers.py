@@ -8,6 +8,7 @@ from mlxeff.kvprediction.flops import parameters, published_reduction, ttft_flop
 from mlxeff.kvprediction.layers import PUBLISHED, candidates, kept_layers, pruned_map, published_name, spread_map
 from mlxeff.loading import build_model
 from mlxeff.models.openelm import published_config
+from seedlm_models import with_seeds
 
 ROWS = 32128  # of CoreNet's vocabulary
 # name: (base layers, the layer map's formula, predictor parameters, first key map, last key map, FLOPs reduction), as
@@ -80,6 +81,8 @@ def test_packed_matrices_count_as_what_they_stand_for():
     dense, packed = build_model(config), build_model(config | {"quantization": {"group_size": 32, "bits": 4}})
     layer = 4 * (64 * 64 + 64) + 3 * 64 * 128 + 2 * 64
     assert parameters(dense) == parameters(packed) == 96 * 64 + 2 * layer + 64
+    for bits in ("3", "4", "4.5"):
+        assert parameters(build_model(with_seeds(config, bits))) == parameters(dense)
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from mlxeff.errors import MlxeffError
 from mlxeff.kv_pairs import load_pair, make_auxiliary
 from mlxeff.kvprediction import Predictor, predict
 from mlxeff.kvprediction.files import PairConfig, read_config, write_pair
+from mlxeff.kvprediction.tuning import Tuned
 from mlxeff.loading import load_model, load_path
 from test_cli import environment, fails, mlxeff
 from tiny_model import write_byte_tokenizer, write_tiny_model
@@ -133,6 +134,40 @@ cli.main({[str(each) for each in (*fit, *steps, "--out", out)]!r})
     assert not (tmp_path / "killed.training").exists()
 
 
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_tuned_pair_by_the_command(base_folder, base, text, tmp_path, method):
+    """What is loaded predicts as the auxiliary that was trained, which is put together here from the stored tensors."""
+    out = tmp_path / "pair"
+    arguments = ("--tokens", 600, "--length", 60, "--inputs", "hidden", "--train", method, "--rank", 3, "--json")
+    steps = ("--steps", 30, "--batch", 2, "--rate", 0.01)
+    run = mlxeff(
+        "fit", "kv-predictor", base_folder, "--aux", "lp:0.5", "--text", text, *arguments, *steps, "--out", out
+    )
+    report, config = json.loads(run[0]), read_config(out)
+    tuned = {"method": "lora", "rank": 3} if method == "lora" else {"method": "full"}
+    assert config.auxiliary == report["auxiliary"] == {"layers": [0, 2], "tuned": tuned}
+    assert (config.inputs, config.provenance["losses"]) == ("hidden", report["losses"])
+    assert np.mean(report["losses"][-5:]) < np.mean(report["losses"][:5])
+    missing = [line for line in report["notices"] if "matplotlib is missing" in line]
+    assert (out / "loss.png").exists() == (not missing)
+
+    auxiliary = base.model.pruned([0, 2])
+    modules, weights = Tuned(auxiliary, method, 3).modules, mx.load(str(out / "model.safetensors"))
+    parts = {name: value.astype(mx.float32) for name, value in weights.items()}
+    prefix = "auxiliary."
+    modules.load_weights([(n.removeprefix(prefix), v) for n, v in parts.items() if n.startswith(prefix)])
+    shapes = auxiliary.kv_shapes, base.model.kv_shapes
+    predictor = Predictor(*shapes, [0, 0, 1, 1], "hidden", auxiliary.hidden_size)
+    predictor.load_weights([(n, v) for n, v in parts.items() if not n.startswith(prefix)])
+    loaded, tokens = load_pair(out, base), mx.array(np.random.default_rng(0).integers(0, 200, 30))
+    want = predict(auxiliary, predictor, base.model, tokens, base.model.new_cache())
+    got = predict(loaded.auxiliary, loaded.predictor, base.model, tokens, base.model.new_cache())
+    assert_close(got, want, "loaded", rtol=2.0**-8)  # matrices of the base's own 16 bits
+    untuned = predict(base.model.pruned([0, 2]), predictor, base.model, tokens, base.model.new_cache())
+    assert mx.abs(untuned - want).max() > 10 * mx.abs(got - want).max()
+    mlxeff("generate", PROMPT, "--model", base_folder, "--kv-predict", out, "--max-tokens", 2)
+
+
 def test_searched_layers_by_the_command(base_folder, text, tmp_path):
     arguments = ("--aux", "search:0.5", "--text", text, "--tokens", 400, "--length", 100, "--json")
     report = json.loads(mlxeff("fit", "kv-predictor", base_folder, *arguments, "--out", tmp_path / "pair")[0])
@@ -173,6 +208,12 @@ def drop_tensor(folder):
         (lambda p: edit(p, auxiliary=None), "auxiliary: wanted dict, got None"),
         (lambda p: edit(p, version=9), "wanted format mlxeff-kv-pair version 1, got 'mlxeff-kv-pair' version 9"),
         (lambda p: edit(p, colour="red"), "unknown keys ['colour']"),
+        (lambda p: edit(p, inputs="all"), "predictor: wanted inputs of own, hidden, got 'all'"),
+        (lambda p: edit(p, inputs="hidden"), "wanted shape (32, 64), got (32, 32)"),
+        (lambda p: edit(p, auxiliary={"layers": [0, 2], "tuned": {"method": "lora", "rank": 2}}),
+         "auxiliary: missing 28 tensors: layers.0.mlp.down_proj.a, "),
+        (lambda p: edit(p, auxiliary={"layers": [0, 2], "tuned": {"method": "more"}}), "wanted one of lora, full and "),
+        (lambda p: edit(p, auxiliary={"layers": [0, 2], "tuned": {"rank": 2}}), "tuned: wanted a method, for lora a "),
         (drop_tensor, "missing 1 tensors: value_maps.3.bias"),
         (lambda p: (p / "model.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{}"), "model.safetensors"),
         (lambda p: (p / "config.json").write_text("{"), "not valid JSON"),

@@ -4,16 +4,23 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_flatten
 
 import kvp_reference
+import seedlm_models
 from helpers import assert_close
 from mlxeff import ops
 from mlxeff.errors import MlxeffError
+from mlxeff.kvprediction import Predictor
 from mlxeff.kvprediction.fit import fit
-from mlxeff.kvprediction.predictor import identity
-from mlxeff.kvprediction.train import Training, loss, predicted_logits, train
-from test_kvprediction import FAMILIES, PROMPT, SMALLER, random_model, random_pair
+from mlxeff.kvprediction.predictor import INPUTS, features, identity
+from mlxeff.kvprediction.train import Trained, Training, loss, predicted_logits, train, true_kv
+from mlxeff.kvprediction.tuning import METHODS, LoraLinear, Tuned, dense, is_matrix
+from mlxeff.loading import build_model
+from mlxeff.modules import Linear, QuantizedLinear
+from mlxeff.seedlm.linear import SeedModule
+from seedlm_models import with_seeds
+from test_kvprediction import FAMILIES, PROMPT, SMALLER, random_model, random_pair, randomise
 from test_kvprediction_fit import SEQUENCES
 
 LAYER_MAP = [0, 0, 1]
@@ -24,44 +31,156 @@ def double(module):
     return {name: np.array(value, dtype=np.float64) for name, value in tree_flatten(module.parameters())}
 
 
-def formula(family, auxiliary, base, maps):
-    models = [
-        kvp_reference.Family(double(model), config)
-        for model, config in ((base, FAMILIES[family]), (auxiliary, SMALLER[family]))
-    ]
-    return kvp_reference.training_loss(*models, maps, LAYER_MAP, PROMPT[:13], 0.3)
+def weights(model):
+    """All matrices and norms in float64 by name, whatever form they are stored in."""
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLinear):
+            a, b = (np.array(part, np.float64) for part in (module.a, module.b))
+            found[f"{name}.weight"] = np.array(dense(module._whole), np.float64) + b @ a
+        elif isinstance(module, nn.QuantizedEmbedding):
+            rows = mx.dequantize(module.weight, module.scales, module.biases, module.group_size, module.bits)
+            found[f"{name}.weight"] = np.array(rows, np.float64)
+        elif is_matrix(module) or isinstance(module, (nn.RMSNorm, nn.Embedding)):
+            matrix = dense(module) if is_matrix(module) else module.weight
+            found[f"{name}.weight"] = np.array(matrix, np.float64)
+    return found
+
+
+def value_and_gradients(predictor, auxiliary, base, tuned=None, auxiliary_loss=0.0):
+    """(loss, gradients by name) with λ = 0.3."""
+    trained, true = Trained(predictor, tuned), true_kv(base, TOKENS[:, :-1])
+    step = nn.value_and_grad(trained, lambda: loss(predictor, auxiliary, base, TOKENS, true, 0.3, auxiliary_loss))
+    value, gradients = step()
+    mx.eval(value, gradients)
+    return value.item(), {name: np.array(g, np.float64) for name, g in tree_flatten(gradients)}
+
+
+def slope(formula, parameters, name, rng):
+    """(a random direction of one parameter, the derivative of the float64 formula in it by central differences)."""
+    direction = rng.standard_normal(parameters[name].shape)
+    ends = [formula(parameters | {name: parameters[name] + t * direction}) for t in (1e-6, -1e-6)]
+    return direction, (ends[0] - ends[1]) / 2e-6
 
 
 @pytest.mark.parametrize("family", ["llama", "openelm"])
 @pytest.mark.parametrize("mlx_alone", [True, False])
-def test_loss_and_gradient_against_float64(family, mlx_alone):
-    """The derivative in a random direction by central differences of the float64 formula."""
-    auxiliary, predictor, base = random_pair(family)
+@pytest.mark.parametrize("inputs", INPUTS)
+def test_loss_and_gradient_of_the_predictor_against_float64(family, mlx_alone, inputs):
+    auxiliary, predictor, base = random_pair(family, inputs)
+    models = (
+        kvp_reference.Family(weights(base), FAMILIES[family]),
+        kvp_reference.Family(weights(auxiliary), SMALLER[family]),
+    )
+
+    def formula(maps):
+        return kvp_reference.training_loss(*models, maps, LAYER_MAP, PROMPT[:13], 0.3, kind=inputs)
+
     with ops.mlx_only() if mlx_alone else pytest.MonkeyPatch.context():
-        step = nn.value_and_grad(predictor, lambda: loss(predictor, auxiliary, base, TOKENS, 0.3))
-        value, gradients = step()
-        mx.eval(value, gradients)
-    maps = double(predictor)
-    assert value.item() == pytest.approx(formula(family, auxiliary, base, maps), rel=1e-5)
-    flat = {name: np.array(g, dtype=np.float64) for name, g in tree_flatten(gradients)}
-    assert flat.keys() == maps.keys()
-    rng = np.random.default_rng(5)
-    for part in ("key_maps.0", "value_maps.1", "key_maps.2", "value_maps.2"):
-        names = [name for name in maps if name.startswith(part)]
-        direction = {name: rng.standard_normal(maps[name].shape) for name in names}
-        ends = [
-            formula(family, auxiliary, base, maps | {name: maps[name] + t * direction[name] for name in names})
-            for t in (1e-6, -1e-6)
-        ]
-        got = sum((flat[name] * direction[name]).sum() for name in names)
+        value, gradients = value_and_gradients(predictor, auxiliary, base)
+    maps, rng = double(predictor), np.random.default_rng(5)
+    assert value == pytest.approx(formula(maps), rel=1e-5)
+    assert gradients.keys() == {f"predictor.{name}" for name in maps}
+    for name in maps:
+        direction, want = slope(formula, maps, name, rng)
         # float32 gradients over three layers; |x| of the L1 term has kinks that a step of 1e-6 rarely meets.
-        assert got == pytest.approx((ends[0] - ends[1]) / 2e-6, rel=2e-3, abs=2e-4), part
+        got = (gradients[f"predictor.{name}"] * direction).sum()
+        assert got == pytest.approx(want, rel=2e-3, abs=2e-4), name
+
+
+def model_of(family, form):
+    """A random model with dense, 4-bit or seed-encoded linear layers."""
+    if form == "seeds":
+        base = randomise(build_model(with_seeds(FAMILIES[family], "4")), 0)
+        for _, module in base.named_modules():
+            if isinstance(module, SeedModule):
+                seedlm_models.randomise(module, np.random.default_rng(1))
+        return base
+    base = random_model(FAMILIES[family])
+    if form == "4 bit":
+        nn.quantize(
+            base, 32, 4, class_predicate=lambda _, m: hasattr(m, "to_quantized") and m.weight.shape[1] % 32 == 0
+        )
+    return base
+
+
+def tuned_pair(family, method, form="dense"):
+    """(auxiliary of layers 0 and 2 of the base, tuned with random parameters, predictor, base)."""
+    base = model_of(family, form)
+    auxiliary = base.pruned([0, 2])
+    tuned = Tuned(auxiliary, method, rank=3)
+    randomise(tuned.modules, 4)
+    predictor = Predictor(auxiliary.kv_shapes, base.kv_shapes, LAYER_MAP, "hidden", auxiliary.hidden_size)
+    return auxiliary, tuned, randomise(predictor, 2), base
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("family", "form"),
+    [("llama", "dense"), ("llama", "4 bit"), ("llama", "seeds"), ("openelm", "seeds"), ("qwen3", "4 bit")],
+)
+@pytest.mark.parametrize("mlx_alone", [True, False])
+def test_loss_and_gradient_of_the_auxiliary_against_float64(family, form, method, mlx_alone):
+    """With the auxiliary's own loss, for every parameter that is trained."""
+    auxiliary, tuned, predictor, base = tuned_pair(family, method, form)
+    config, prefix = dict(FAMILIES[family]), "transformer." if family == "openelm" else "model."
+    for name in ("num_query_heads", "num_kv_heads", "ffn_multipliers"):
+        if name in config:
+            config[name] = [config[name][i] for i in (0, 2)]
+    config["num_transformer_layers" if family == "openelm" else "num_hidden_layers"] = 2
+    wholes = {place.path: np.array(dense(place.whole), np.float64) for place in tuned.places if is_matrix(place.whole)}
+    maps, of_base, fixed = double(predictor), kvp_reference.Family(weights(base), FAMILIES[family]), weights(auxiliary)
+
+    def formula(parameters):
+        given = dict(fixed)
+        for name, value in parameters.items():
+            path, _, part = name.removeprefix("layers.").rpartition(".")
+            if part == "weight":
+                given[f"{prefix}layers.{path}.weight"] = value
+            elif part == "a":
+                given[f"{prefix}layers.{path}.weight"] = wholes[path] + parameters[f"layers.{path}.b"] @ value
+        return kvp_reference.training_loss(
+            of_base, kvp_reference.Family(given, config), maps, LAYER_MAP, PROMPT[:13], 0.3, 0.7, "hidden"
+        )
+
+    with ops.mlx_only() if mlx_alone else pytest.MonkeyPatch.context():
+        value, gradients = value_and_gradients(predictor, auxiliary, base, tuned, 0.7)
+    parameters, rng = double(tuned.modules), np.random.default_rng(6)
+    assert value == pytest.approx(formula(parameters), rel=1e-5)
+    assert gradients.keys() == {f"predictor.{n}" for n in maps} | {f"auxiliary.{n}" for n in parameters}
+    for name in parameters:
+        direction, want = slope(formula, parameters, name, rng)
+        got = (gradients[f"auxiliary.{name}"] * direction).sum()
+        assert got == pytest.approx(want, rel=2e-3, abs=5e-4), name
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("form", ["dense", "4 bit", "seeds"])
+def test_folding_changes_nothing_but_the_form(method, form):
+    auxiliary, tuned, _, base = tuned_pair("llama", method, form)
+    before = auxiliary(TOKENS, auxiliary.new_cache())
+    plain = base.pruned([0, 2])
+    assert mx.abs(before - plain(TOKENS, plain.new_cache())).max() > 0.1
+    tuned.fold()
+    got = auxiliary(TOKENS, auxiliary.new_cache())
+    # Dense: one product for two. Else 8 bits of a range of six sigma: 1/40 sigma a weight, over two layers.
+    assert_close(got, before, "folded", rtol=2.0**-15 if form == "dense" else 0.1)
+    assert not any(isinstance(module, LoraLinear) for _, module in auxiliary.named_modules())
+    wanted = Linear if form == "dense" else QuantizedLinear
+    assert [type(layer.mlp.up_proj) for layer in auxiliary.layers] == [wanted] * 2
+    assert auxiliary.model.embed_tokens is base.model.embed_tokens
+
+
+@pytest.mark.parametrize(("method", "rank"), [("all", 4), ("lora", 0), ("lora", "4")])
+def test_tuning_that_is_not(method, rank):
+    with pytest.raises(MlxeffError, match="tuning: wanted one of lora, full and a rank ≥ 1, got "):
+        Tuned(random_model(FAMILIES["llama"]), method, rank)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_identity_predictors_give_the_logits_of_the_base(family):
     base = random_model(FAMILIES[family])
-    got, _ = predicted_logits(base, identity(base.kv_shapes), base, TOKENS)
+    got, _ = predicted_logits(identity(base.kv_shapes), features(base, TOKENS, base.new_cache(), "own"), base, TOKENS)
     assert_close(got, base(TOKENS, base.new_cache()), "training mode", rtol=0, atol=0)
 
 
@@ -70,50 +189,69 @@ def fitted(family="llama"):
     return auxiliary, fit(auxiliary, base, LAYER_MAP, SEQUENCES[:3]).predictor, base
 
 
-def copy_of(predictor):
-    return tree_unflatten([(name, mx.array(value)) for name, value in tree_flatten(predictor.parameters())])
-
-
 def test_training_lowers_the_loss_and_leaves_both_models_alone():
     auxiliary, predictor, base = fitted("openelm")
     before = {name: mx.array(value) for model in (auxiliary, base) for name, value in tree_flatten(model.parameters())}
     tokens = mx.array(SEQUENCES)
-    start = loss(predictor, auxiliary, base, tokens, 1 / 3).item()
+    true = true_kv(base, tokens[:, :-1])
+    start = loss(predictor, auxiliary, base, tokens, true, 1 / 3).item()
     losses = train(predictor, auxiliary, base, SEQUENCES, Training(steps=40, batch=4, rate=3e-3, warmup=5))
     assert len(losses) == 40
-    assert loss(predictor, auxiliary, base, tokens, 1 / 3).item() < start - 0.1
+    assert loss(predictor, auxiliary, base, tokens, true, 1 / 3).item() < start - 0.1
     after = {name: value for model in (auxiliary, base) for name, value in tree_flatten(model.parameters())}
     for name, value in before.items():
         assert_close(after[name], value, name, rtol=0, atol=0)
 
 
-def test_killed_and_resumed_is_the_same_to_the_bit(tmp_path):
-    auxiliary, predictor, base = fitted()
-    start, settings, path = copy_of(predictor), Training(steps=12, every=4, warmup=3, seed=6), tmp_path / "state"
-    whole = train(predictor, auxiliary, base, SEQUENCES, settings)
-    want = dict(tree_flatten(copy_of(predictor)))
+@pytest.mark.parametrize("method", [None, *METHODS])
+def test_killed_and_resumed_is_the_same_to_the_bit(tmp_path, method):
+    settings, path = Training(steps=12, every=4, warmup=3, seed=6), tmp_path / "state"
+
+    def begin():
+        """A new training, from the same start: (its parts, what it trains)."""
+        base = random_model(FAMILIES["openelm"])
+        auxiliary = base.pruned([0, 2])
+        predictor = fit(auxiliary, base, LAYER_MAP, SEQUENCES[:3]).predictor
+        tuned = Tuned(auxiliary, method, 2, seed=5) if method else None
+        return (predictor, auxiliary, base, SEQUENCES), tuned, Trained(predictor, tuned)
+
+    def run(checkpoint=None, progress=None, settings=settings):
+        parts, tuned, trained = begin()
+        return train(*parts, settings, checkpoint, progress, tuned), dict(tree_flatten(trained.parameters()))
 
     def kill(done, total):
         if done == 10:
             raise KeyboardInterrupt
 
-    predictor.update(start)
+    whole, want = run()
     with pytest.raises(KeyboardInterrupt):
-        train(predictor, auxiliary, base, SEQUENCES, settings, path, kill)
-    predictor.update(start)
+        run(path, kill)
     done = []
-    losses = train(predictor, auxiliary, base, SEQUENCES, settings, path, lambda at, _: done.append(at))
+    losses, got = run(path, lambda at, _: done.append(at))
     assert done == [9, 10, 11, 12]
     assert losses == whole
-    for name, value in tree_flatten(predictor.parameters()):
+    assert got.keys() == want.keys()
+    for name, value in got.items():
         assert_close(value, want[name], name, rtol=0, atol=0)
-    predictor.update(start)
     with pytest.raises(MlxeffError, match=r"state: wanted a checkpoint of this training \(\w+\), got \w+: delete it"):
-        train(predictor, auxiliary, base, SEQUENCES, Training(steps=13, every=4, warmup=3, seed=6), path)
+        run(path, settings=Training(steps=13, every=4, warmup=3, seed=6))
     path.write_bytes(b"not a checkpoint")
     with pytest.raises(MlxeffError, match="state: wanted a training's checkpoint, got "):
-        train(predictor, auxiliary, base, SEQUENCES, settings, path)
+        run(path)
     assert [each.name for each in tmp_path.iterdir()] == ["state"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_tuning_lowers_the_loss_and_leaves_the_base_alone(method):
+    base = random_model(FAMILIES["openelm"])
+    auxiliary = base.pruned([0, 2])
+    predictor = fit(auxiliary, base, LAYER_MAP, SEQUENCES).predictor
+    before = {name: mx.array(value) for name, value in tree_flatten(base.parameters())}
+    tuned = Tuned(auxiliary, method, 4)
+    losses = train(predictor, auxiliary, base, SEQUENCES, Training(40, batch=4, rate=3e-3, warmup=5), tuned=tuned)
+    assert np.mean(losses[-5:]) < np.mean(losses[:5]) - 0.3
+    for name, value in tree_flatten(base.parameters()):
+        assert_close(value, before[name], name, rtol=0, atol=0)
 
 
 def test_a_loss_that_is_not_finite_stops():

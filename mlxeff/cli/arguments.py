@@ -46,10 +46,32 @@ def add_fit(parser: argparse.ArgumentParser) -> None:
     sub.add_argument("--tokens", metavar="N", type=_positive, default=20000, help="to fit on (default %(default)s)")
     sub.add_argument("--length", metavar="N", type=_positive, default=512, help="tokens a piece (default %(default)s)")
     sub.add_argument("--ridge", metavar="X", type=float, default=1e-5, help="regularisation (default %(default)s)")
+    sub.add_argument(
+        "--inputs",
+        choices=("own", "hidden"),
+        default="own",
+        help="what the maps read of an auxiliary layer: keys for keys and values for values, as in the paper, or its "
+        "hidden states for both (default %(default)s)",
+    )
     sub.add_argument("--per-head", action="store_true", help="each base head from one auxiliary head")
     sub.add_argument("--search", action="store_true", help="choose the auxiliary layer of each base layer by its error")
     sub.add_argument(
         "--steps", metavar="N", type=_natural, default=0, help="of gradient training after the closed form"
+    )
+    sub.add_argument(
+        "--train",
+        choices=("predictor", "lora", "full"),
+        default="predictor",
+        help="what these steps change: the predictor, low-rank terms of the auxiliary's matrices too, or its whole "
+        "layers (default %(default)s)",
+    )
+    sub.add_argument("--rank", metavar="R", type=_positive, default=16, help="of --train lora (default %(default)s)")
+    sub.add_argument(
+        "--aux-loss",
+        metavar="X",
+        type=float,
+        default=1.0,
+        help="weight of a tuned auxiliary's own next-token loss; a step with 0 is cheaper (default %(default)s)",
     )
     sub.add_argument("--batch", metavar="N", type=_positive, default=1, help="pieces a step (default %(default)s)")
     sub.add_argument(

@@ -1,6 +1,7 @@
 """`mlxeff fit`: a technique's learned part, fitted to a model here. `kv-predictor` makes a pair of KV Prediction."""
 
 import argparse
+import itertools
 import json
 import time
 from pathlib import Path
@@ -34,9 +35,7 @@ def _kv_predictor(options: argparse.Namespace) -> dict:
     from ..loading import load_path, require_seam
 
     check_new(Path(options.out))
-    for name in ("ridge", "rate"):
-        if not getattr(options, name) >= 0:
-            raise MlxeffError(f"--{name}: wanted 0 or more, got {getattr(options, name)}")
+    _check(options)
     kernels.use_device(options.device)
     with output.bar(f"fetching {options.base}", "B", options.quiet) as progress:
         path = hub.resolve(options.base, offline=options.offline, progress=progress)
@@ -44,16 +43,28 @@ def _kv_predictor(options: argparse.Namespace) -> dict:
     require_seam(base.model, SEAM, "KV prediction")
     pieces = _sequences(options, base)
     auxiliary = make_auxiliary(_specification(options, base.model, pieces), base)
-    fitted, losses = _fit(options, auxiliary, base, pieces)
-    named = {"name": options.base, "fingerprint": base.fingerprint}
-    provenance = _provenance(options, fitted, losses)
-    config = PairConfig(named, auxiliary.config, fitted.predictor.layer_map, provenance)
-    write_pair(Path(options.out), lambda _: config, fitted.predictor)
+    fitted, losses, tuned = _fit(options, auxiliary, base, pieces)
+    config = PairConfig(
+        base={"name": options.base, "fingerprint": base.fingerprint},
+        auxiliary=auxiliary.config | ({"tuned": tuned.config} if tuned else {}),
+        layer_map=fitted.predictor.layer_map,
+        inputs=options.inputs,
+        provenance=_provenance(options, fitted, losses),
+    )
+
+    def describe(partial: Path) -> PairConfig:
+        if losses:
+            _plot(losses, partial / "loss.png")
+        return config
+
+    write_pair(Path(options.out), describe, fitted.predictor, tuned=tuned, half=True)
     _state(options).unlink(missing_ok=True)
+    if tuned:
+        tuned.fold()
     return {
         "pair": options.out,
-        "base": named,
-        "auxiliary": auxiliary.config,
+        "base": config.base,
+        "auxiliary": config.auxiliary,
         "layer_map": config.layer_map,
         "tokens": fitted.tokens,
         "seconds": time.perf_counter() - began,
@@ -62,6 +73,14 @@ def _kv_predictor(options: argparse.Namespace) -> dict:
         "losses": losses,
         **_sizes(base.model, auxiliary.model, fitted.predictor),
     }
+
+
+def _check(options: argparse.Namespace) -> None:
+    for name in ("ridge", "rate", "aux_loss"):
+        if not getattr(options, name) >= 0:
+            raise MlxeffError(f"--{name.replace('_', '-')}: wanted 0 or more, got {getattr(options, name)}")
+    if options.train != "predictor" and not options.steps:
+        raise MlxeffError(f"--train {options.train}: wanted --steps of 1 or more, got none")
 
 
 def _specification(options: argparse.Namespace, base, pieces: list[list[int]]) -> str:
@@ -73,26 +92,48 @@ def _specification(options: argparse.Namespace, base, pieces: list[list[int]]) -
     if kind != "search":
         return options.aux
     choices = candidates(fraction, len(base.layers))
-    best, errors = choose_layers(base, choices, pieces[:SEARCH_PIECES], options.ridge)
+    best, errors = choose_layers(base, choices, pieces[:SEARCH_PIECES], options.ridge, options.inputs)
     for layers, error in zip(choices, errors, strict=True):
         notices.info("fit: layers %s: unexplained variance %.3f", ",".join(map(str, layers)), error)
     return "layers:" + ",".join(map(str, best))
 
 
 def _fit(options: argparse.Namespace, auxiliary, base, pieces: list[list[int]]):
-    """(the closed form, perhaps trained on from there; the losses of the training)."""
+    """(the closed form, perhaps trained on from there; the losses of the training; what was tuned of the auxiliary)."""
     from ..kvprediction.fit import fit
     from ..kvprediction.train import Training, train
+    from ..kvprediction.tuning import Tuned
 
-    models = auxiliary.model, base.model
+    models, how = (auxiliary.model, base.model), (options.ridge, options.per_head, options.search, options.inputs)
     with output.bar("fitting", "tok", options.quiet) as progress:
-        counted = _counted(pieces, progress)
-        fitted = fit(*models, auxiliary.layer_map, counted, options.ridge, options.per_head, options.search)
+        fitted = fit(*models, auxiliary.layer_map, _counted(pieces, progress), *how)
     if not options.steps:
-        return fitted, []
-    settings = Training(options.steps, options.batch, options.rate, seed=options.seed)
+        return fitted, [], None
+    tuned = None
+    if options.train != "predictor":
+        tuned = Tuned(auxiliary.model, options.train, options.rank, options.seed)
+    settings = Training(options.steps, options.batch, options.rate, auxiliary_loss=options.aux_loss, seed=options.seed)
     with output.bar("training", "step", options.quiet) as progress:
-        return fitted, train(fitted.predictor, *models, pieces, settings, _state(options), progress)
+        losses = train(fitted.predictor, *models, pieces, settings, _state(options), progress, tuned)
+    return fitted, losses, tuned
+
+
+def _plot(losses: list[float], path: Path) -> None:
+    """The loss of each step and its running mean as PNG."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        notices.warning("%s: not drawn: matplotlib is missing (pip install 'mlxeff[benchmarks]')", path.name)
+        return
+    axes = (figure := Figure(figsize=(7, 4))).subplots()
+    axes.plot(range(1, len(losses) + 1), losses, linewidth=0.5, alpha=0.5, label="loss of a step")
+    width = max(1, len(losses) // 50)
+    sums = list(itertools.accumulate(losses, initial=0.0))
+    means = [(sums[i + width] - sums[i]) / width for i in range(len(losses) - width + 1)]
+    axes.plot(range(width, len(losses) + 1), means, label=f"mean of {width}")
+    axes.set(xlabel="step", ylabel="loss")
+    axes.legend()
+    figure.savefig(path, dpi=120)
 
 
 def _state(options: argparse.Namespace) -> Path:
@@ -102,7 +143,20 @@ def _state(options: argparse.Namespace) -> Path:
 
 
 def _provenance(options: argparse.Namespace, fitted, losses: list[float]) -> dict:
-    kept = ("ridge", "per_head", "search", "length", "seed", "steps", "batch", "rate")
+    kept = (
+        "ridge",
+        "per_head",
+        "search",
+        "inputs",
+        "length",
+        "seed",
+        "steps",
+        "batch",
+        "rate",
+        "train",
+        "rank",
+        "aux_loss",
+    )
     return {
         "method": "ridge, then gradient training" if losses else "ridge",
         "text": options.text and Path(options.text).name,

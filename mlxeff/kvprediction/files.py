@@ -2,7 +2,8 @@
 weights as safetensors.
 
 The auxiliary is layers of the base itself, `{"layers": [0, 2, …]}`, whose weights are not stored again, or a model,
-`{"model": NAME, "fingerprint": …}`: a folder inside the pair's, or anything that the hub knows.
+`{"model": NAME, "fingerprint": …}`: a folder inside the pair's, or anything that the hub knows. Where it was tuned,
+`"tuned": {"method": …}` stands beside that, and what was trained is among the weights, `auxiliary.*` in float16.
 """
 
 import json
@@ -16,20 +17,30 @@ from mlx.utils import tree_flatten
 from ..checkpoint import Piece, open_source, read_json, write_folder
 from ..errors import MlxeffError
 from .predictor import Predictor
+from .tuning import Tuned
 
 FORMAT, VERSION = "mlxeff-kv-pair", 1
+AUXILIARY = "auxiliary."  # begins the names of tensors that are not the predictor's
+DTYPES = {"F32": mx.float32, "F16": mx.float16}
 
 
 @dataclass(frozen=True)
 class PairConfig:
-    """config.json of a pair. `base`: name and fingerprint; `provenance`: how the predictor came to be."""
+    """config.json of a pair. `base`: name and fingerprint; `inputs`: what the maps read (`predictor`); `provenance`:
+    how the predictor came to be."""
 
     base: dict
     auxiliary: dict
     layer_map: list[int]
+    inputs: str = "own"
     provenance: dict = field(default_factory=dict)
     format: str = FORMAT
     version: int = VERSION
+
+    @property
+    def tuned(self) -> dict | None:
+        """`Tuned.config` of the auxiliary, None where it was not tuned."""
+        return self.auxiliary.get("tuned")
 
     @property
     def layers(self) -> list[int] | None:
@@ -47,6 +58,7 @@ def read_config(folder: Path) -> PairConfig:
     if got != (FORMAT, VERSION):
         raise MlxeffError(f"{path}: wanted format {FORMAT} version {VERSION}, got {got[0]!r} version {got[1]!r}")
     wanted = {"base": dict, "auxiliary": dict, "layer_map": list, "provenance": dict}
+    wanted |= {"inputs": str} if "inputs" in config else {}  # those of CoreNet, and of the paper, are the default
     if unknown := sorted(set(config) - {each.name for each in fields(PairConfig)}):
         raise MlxeffError(f"{path}: unknown keys {unknown}")
     for key, kind in wanted.items():
@@ -57,30 +69,50 @@ def read_config(folder: Path) -> PairConfig:
 
 
 def _check_auxiliary(path: Path, auxiliary: dict) -> None:
-    layers, keys = auxiliary.get("layers"), set(auxiliary)
+    layers, keys = auxiliary.get("layers"), set(auxiliary) - {"tuned"}
+    if "tuned" in auxiliary and not _is_tuning(auxiliary["tuned"]):
+        raise MlxeffError(f"{path}: auxiliary: tuned: wanted a method, for lora a rank, got {auxiliary['tuned']!r:.80}")
     if keys == {"layers"} and isinstance(layers, list) and layers and all(type(each) is int for each in layers):
         return
-    if keys == {"model", "fingerprint"} and all(isinstance(each, str) for each in auxiliary.values()):
+    if keys == {"model", "fingerprint"} and all(isinstance(auxiliary[each], str) for each in keys):
         return
     raise MlxeffError(f"{path}: auxiliary: wanted layers, or a model and its fingerprint, got {auxiliary!r:.80}")
 
 
+def _is_tuning(tuned: object) -> bool:
+    return isinstance(tuned, dict) and "method" in tuned and set(tuned) <= {"method", "rank"}
+
+
 def read_weights(folder: Path) -> dict[str, mx.array]:
-    """The predictor's tensors by name."""
+    """The predictor's tensors, and those of a tuned auxiliary, by name."""
     return {name: tensor.read() for name, tensor in open_source(folder).tensors.items()}
 
 
-def pieces(predictor: Predictor) -> list[Piece]:
-    """The predictor's tensors as they are written, in float32."""
-    parts = [(name, value.astype(mx.float32)) for name, value in tree_flatten(predictor.parameters())]
-    return [Piece(((name, "F32", value.shape),), lambda value=value: [value]) for name, value in parts]
+def pieces(predictor: Predictor, tuned: Tuned | None = None, half: bool = False) -> list[Piece]:
+    """The predictor's tensors as they are written, in float32, or with `half` in float16; those of a tuned auxiliary
+    are in float16."""
+    kind = "F16" if half else "F32"
+    parts = [(name, kind, value) for name, value in tree_flatten(predictor.parameters())]
+    if tuned is not None:
+        parts += [(f"{AUXILIARY}{name}", "F16", value) for name, value in tree_flatten(tuned.modules.parameters())]
+    return [
+        Piece(((name, kind, value.shape),), lambda kind=kind, value=value: [value.astype(DTYPES[kind])])
+        for name, kind, value in parts
+    ]
 
 
-def write_pair(folder: Path, describe: Callable[[Path], PairConfig], predictor: Predictor, progress=None) -> None:
+def write_pair(
+    folder: Path,
+    describe: Callable[[Path], PairConfig],
+    predictor: Predictor,
+    progress=None,
+    tuned: Tuned | None = None,
+    half: bool = False,
+) -> None:
     """Write a new folder, all or nothing; `describe(partial)` gives the config and may add to the unfinished folder."""
 
     def finish(partial: Path) -> None:
         text = json.dumps(asdict(describe(partial)), indent=1, ensure_ascii=False)
         (partial / "config.json").write_text(text, encoding="utf-8")
 
-    write_folder(folder, pieces(predictor), finish, progress=progress)
+    write_folder(folder, pieces(predictor, tuned, half), finish, progress=progress)

@@ -1,10 +1,10 @@
-"""The predictor in closed form: ridge regression of the base's raw keys and values on the auxiliary's.
+"""The predictor in closed form: ridge regression of the base's raw keys and values on what the maps read.
 
 For each pair of layers that is asked for, the normal equations are summed in float64 while text streams by, so memory
 does not grow with the text, and the same text gives the same predictor to the bit. With X the auxiliary's rows and a
 column of ones, Y the base's rows: W = (XᵀX + λ I)⁻¹ XᵀY, where λ = `ridge` · trace(XᵀX) / columns, 0 for the bias.
 The first token of a sequence counts SINK_WEIGHT times: every later token attends to it (Xiao et al., arXiv 2309.17453).
-Shapes: n tokens, p = G·E of the auxiliary's layer, q = G·E of the base's.
+Shapes: n tokens, p what a map reads (G·E or D of the auxiliary), q = G·E of the base's layer.
 """
 
 from collections.abc import Iterable, Sequence
@@ -15,7 +15,7 @@ import numpy as np
 
 from ..errors import MlxeffError
 from .layers import pruned_map
-from .predictor import Pairs, Predictor, merge_heads
+from .predictor import Features, Predictor, features, merged
 
 RIDGE = 1e-5
 SINK_WEIGHT = 100.0  # tokens that the first one counts for
@@ -35,9 +35,9 @@ class Moments:
         self.squares: dict[tuple[int, int], np.ndarray] = {}  # (kind, base) → (q)
         self.sums: dict[tuple[int, int], np.ndarray] = {}  # (kind, base) → (q)
 
-    def add(self, auxiliary: Pairs, base: Pairs) -> None:
-        """Raw keys and values (B, G, S, E) of the same tokens, from all layers of both models."""
-        batch, _, length, _ = auxiliary[0][0].shape
+    def add(self, auxiliary: Features, base: Features) -> None:
+        """What maps read of each auxiliary layer and raw keys and values of each base layer, (B, S, …) of one text."""
+        batch, length, _ = auxiliary[0][0].shape
         weights = np.tile([SINK_WEIGHT] + [1.0] * (length - 1), batch)[:, None]
         self.tokens, self.weight = self.tokens + batch * length, self.weight + weights.sum()
         used = sorted({j for link in self.links for j in link})
@@ -111,18 +111,21 @@ def fit(
     ridge: float = RIDGE,
     per_head: bool = False,
     search: bool = False,
+    inputs: str = "own",
 ) -> Fit:
     """Fit a predictor on `sequences` of token ids, each of which both models read from position 0.
 
     search: each base layer reads the auxiliary layer that explains most of its keys and values (the lowest of equals),
-    and `layer_map` is only where this begins: every link is then measured.
+    and `layer_map` is only where this begins: every link is then measured. inputs: what the maps read (`predictor`).
     """
+    if per_head and inputs != "own":
+        raise MlxeffError(f"fit: per head: wanted inputs own, which have heads, got {inputs}")
     count = len(auxiliary.layers)
     moments = Moments([range(count) if search else [j] for j in layer_map])
-    measure(moments, auxiliary, base, sequences)
+    measure(moments, auxiliary, base, sequences, inputs)
     shapes = auxiliary.kv_shapes, base.kv_shapes
     best = [_best(moments, i, ridge, per_head, shapes) for i in range(len(base.layers))]
-    predictor = Predictor(*shapes, [j for j, _ in best])
+    predictor = Predictor(*shapes, [j for j, _ in best], inputs, auxiliary.hidden_size)
     for i, (_, maps) in enumerate(best):
         for linear, fitted in zip((predictor.key_maps[i], predictor.value_maps[i]), maps, strict=True):
             linear.weight = mx.array(fitted.weight.astype(np.float32))
@@ -130,21 +133,30 @@ def fit(
     return Fit(predictor, [tuple(each.error for each in maps) for _, maps in best], moments.tokens)
 
 
-def choose_layers(base, choices: Sequence[Sequence[int]], sequences: Sequence[Sequence[int]], ridge: float = RIDGE):
+def choose_layers(
+    base,
+    choices: Sequence[Sequence[int]],
+    sequences: Sequence[Sequence[int]],
+    ridge: float = RIDGE,
+    inputs: str = "own",
+):
     """(the choice of base layers whose keys and values explain most of the base's, the error of each choice); on
     `sequences`, with each base layer reading the last chosen layer that is not above it."""
     count = len(base.layers)
-    errors = [fit(base.pruned(kept), base, pruned_map(kept, count), sequences, ridge).error for kept in choices]
+    errors = [
+        fit(base.pruned(kept), base, pruned_map(kept, count), sequences, ridge, inputs=inputs).error for kept in choices
+    ]
     return choices[int(np.argmin(errors))], errors
 
 
-def measure(moments: Moments, auxiliary, base, sequences: Iterable[Sequence[int]]) -> None:
+def measure(moments: Moments, auxiliary, base, sequences: Iterable[Sequence[int]], inputs: str = "own") -> None:
     """Run both models over `sequences` and sum."""
     for ids in sequences:
         tokens = mx.array([list(ids)])
-        pairs = auxiliary.raw_kv(tokens, auxiliary.new_cache()), base.raw_kv(tokens, base.new_cache())
-        mx.eval(pairs)
-        moments.add(*pairs)
+        read = features(auxiliary, tokens, auxiliary.new_cache(), inputs)
+        true = merged(base.raw_kv(tokens, base.new_cache()))
+        mx.eval(read, true)
+        moments.add(read, true)
     if not moments.tokens:
         raise MlxeffError("fit: wanted a text of at least one token, got none")
 
@@ -167,11 +179,10 @@ def head_columns(auxiliary: tuple[int, int], base: tuple[int, int]) -> list[slic
     return [slice(h * groups // count * size, (h * groups // count + 1) * size) for h in range(count)]
 
 
-def _rows(heads: mx.array, ones: bool = False) -> np.ndarray:
-    """(B, G, S, E) → (B·S, G·E) in float64, with a column of ones if asked."""
-    merged = merge_heads(heads).astype(mx.float32)
-    rows = np.array(merged).reshape(-1, merged.shape[-1]).astype(np.float64)
-    return np.concatenate([rows, np.ones((len(rows), 1))], axis=1) if ones else rows
+def _rows(rows: mx.array, ones: bool = False) -> np.ndarray:
+    """(B, S, P) → (B·S, P) in float64, with a column of ones if asked."""
+    flat = np.array(rows.astype(mx.float32)).reshape(-1, rows.shape[-1]).astype(np.float64)
+    return np.concatenate([flat, np.ones((len(flat), 1))], axis=1) if ones else flat
 
 
 def _sum(sums: dict, key: tuple, value: np.ndarray) -> None:

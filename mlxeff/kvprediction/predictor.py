@@ -1,7 +1,10 @@
-"""The predictor: for each base layer a linear map with bias from one auxiliary layer's keys, and one for the values.
+"""The predictor: for each base layer a linear map with bias to its keys, and one to its values, from one layer of the
+auxiliary.
 
-Keys are raw on both sides, before norm and rotation: the base norms and rotates what is predicted. Heads are merged
-head-major. Shapes: B batch, S tokens, G KV heads, E head size, N base layers.
+What the maps read (`inputs`) is in the paper that layer's keys, and its values (`own`), before norm and rotation. With
+`hidden` both read the normed hidden states that the layer projects, of which its keys and values are linear functions.
+Keys are predicted raw: the base norms and rotates them. Heads are merged head-major. Shapes: B batch, S tokens, G KV
+heads, E head size, D the auxiliary's width, N base layers, P what a map reads: G·E or D.
 """
 
 from collections.abc import Sequence
@@ -12,21 +15,29 @@ import mlx.nn as nn
 from ..errors import MlxeffError
 from ..modules import Linear
 
+INPUTS = ("own", "hidden")
 Shapes = Sequence[tuple[int, int]]  # (G, E) of each layer
 Pairs = list[tuple[mx.array, mx.array]]  # keys and values (B, G, S, E) of each layer
+Features = list[tuple[mx.array, mx.array]]  # of each auxiliary layer what maps to keys and to values read, (B, S, P)
 
 
 class Predictor(nn.Module):
-    """`predictor(pairs)` of the auxiliary → the pairs of the base; base layer i reads layer `layer_map[i]`.
+    """`predictor(features)` of the auxiliary → keys and values of the base; its layer i reads layer `layer_map[i]`.
 
-    auxiliary, base: the models' `kv_shapes`. Raises MlxeffError for a map that does not fit them.
+    auxiliary, base: the models' `kv_shapes`; hidden: the auxiliary's `hidden_size`, where the maps read that. Raises
+    MlxeffError for a map that does not fit them.
     """
 
-    def __init__(self, auxiliary: Shapes, base: Shapes, layer_map: Sequence[int]):
+    def __init__(
+        self, auxiliary: Shapes, base: Shapes, layer_map: Sequence[int], inputs: str = "own", hidden: int | None = None
+    ):
         super().__init__()
         check_map(layer_map, len(auxiliary), len(base))
-        self._layer_map, self._shapes = list(layer_map), list(base)
-        sizes = [(_width(auxiliary[j]), _width(shape)) for j, shape in zip(layer_map, base, strict=True)]
+        if inputs not in INPUTS:
+            raise MlxeffError(f"predictor: wanted inputs of {', '.join(INPUTS)}, got {inputs!r}")
+        self._layer_map, self._shapes, self.inputs = list(layer_map), list(base), inputs
+        widths = [hidden if inputs == "hidden" else _width(shape) for shape in auxiliary]
+        sizes = [(widths[j], _width(shape)) for j, shape in zip(layer_map, base, strict=True)]
         self.key_maps = [Linear(inner, outer) for inner, outer in sizes]
         self.value_maps = [Linear(inner, outer) for inner, outer in sizes]
 
@@ -34,16 +45,31 @@ class Predictor(nn.Module):
     def layer_map(self) -> list[int]:
         return self._layer_map
 
-    def __call__(self, pairs: Pairs) -> Pairs:
-        """Keys and values of all auxiliary layers → of all base layers; both raw."""
-        merged = [(merge_heads(keys), merge_heads(values)) for keys, values in pairs]
+    def __call__(self, features: Features) -> Pairs:
+        """Features of all auxiliary layers → raw keys and values of all base layers."""
         result = []
         for j, shape, key_map, value_map in zip(
             self._layer_map, self._shapes, self.key_maps, self.value_maps, strict=True
         ):
-            keys, values = merged[j]
-            result.append((split_heads(key_map(keys), shape), split_heads(value_map(values), shape)))
+            for_keys, for_values = features[j]
+            result.append((split_heads(key_map(for_keys), shape), split_heads(value_map(for_values), shape)))
         return result
+
+    def read(self, auxiliary, tokens: mx.array, cache) -> Pairs:
+        """Token ids (B, S) that follow what the auxiliary's `cache` holds → the base's raw keys and values."""
+        return self(features(auxiliary, tokens, cache, self.inputs))
+
+
+def features(auxiliary, tokens: mx.array, cache, inputs: str) -> Features:
+    """What the maps read of each layer of `auxiliary`, for token ids (B, S) that follow what `cache` holds."""
+    if inputs == "hidden":
+        return [(rows, rows) for rows in auxiliary.layer_inputs(tokens, cache)]
+    return merged(auxiliary.raw_kv(tokens, cache))
+
+
+def merged(pairs: Pairs) -> Features:
+    """Raw keys and values of each layer → the features that are these themselves."""
+    return [(merge_heads(keys), merge_heads(values)) for keys, values in pairs]
 
 
 def identity(shapes: Shapes) -> Predictor:

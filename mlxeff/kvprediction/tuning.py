@@ -1,0 +1,172 @@
+"""Training of the auxiliary itself: which of its weights change, and what they become when it predicts.
+
+lora   each matrix W of its layers computes with W + BA, of which A (R, K) and B (N, R) are trained (Hu et al.,
+       arXiv 2106.09685); W itself, quantised or not, is read as it is stored.
+full   matrices, biases and norms of its layers, in float32.
+
+Embedding, last norm and head stay as they are, so an auxiliary of the base's own layers shares them with the base. What
+was trained is kept beside the predictor; `Tuned.fold` then gives the auxiliary matrices of its own: of 8 bits where W
+is quantised or seed-encoded, else of W's type. Shapes: matrices (N, K), R rank.
+"""
+
+import copy
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_unflatten
+
+from ..errors import MlxeffError
+from ..modules import Linear, QuantizedLinear, RMSNorm
+from ..ops import GROUPS, linear
+
+METHODS = ("lora", "full")
+BITS = 8  # of a folded matrix whose W is not dense
+
+
+class LoraLinear(nn.Module):
+    """x → W x + B A x; B is 0 at first, so that nothing changes."""
+
+    def __init__(self, whole: nn.Module, rank: int):
+        super().__init__()
+        rows, columns = dense(whole).shape
+        bound = 1 / math.sqrt(columns)
+        self._whole = whole
+        self.a = mx.random.uniform(-bound, bound, (rank, columns))
+        self.b = mx.zeros((rows, rank))
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self._whole(x) + linear(linear(x, self.a), self.b)
+
+    def merged(self) -> nn.Module:
+        """One dense layer in float32 that computes the same."""
+        factors = self.b.astype(mx.float32) @ self.a.astype(mx.float32)
+        return _dense_linear(dense(self._whole) + factors, self._whole.get("bias"))
+
+
+@dataclass(frozen=True)
+class Place:
+    """A module of the auxiliary that is trained: it stands at `owner[key]`, where `whole` stood."""
+
+    owner: nn.Module
+    key: str
+    path: str
+    whole: nn.Module
+
+    @property
+    def trained(self) -> nn.Module:
+        return self.owner[self.key]
+
+    def fold(self) -> None:
+        """Put what computes the same, without gradients, in place of the trained module."""
+        trained = self.trained
+        if isinstance(trained, RMSNorm):
+            trained.weight = trained.weight.astype(mx.float32)
+            return
+        merged = trained.merged() if isinstance(trained, LoraLinear) else trained
+        self.owner[self.key] = _stored_like(self.whole, merged)
+
+
+class Tuned:
+    """The trained modules of an auxiliary, which gets layers of its own for them. `modules` is these alone, by the
+    names that they have in the layers: `layers.0.self_attn.q_proj.a`, …"""
+
+    def __init__(self, auxiliary: nn.Module, method: str, rank: int = 16, seed: int = 0):
+        """Raises MlxeffError for an unknown method and a rank below 1."""
+        if method not in METHODS or type(rank) is not int or rank < 1:
+            raise MlxeffError(f"tuning: wanted one of {', '.join(METHODS)} and a rank ≥ 1, got {method!r}, rank {rank}")
+        mx.random.seed(seed)
+        self.auxiliary, self.method, self.rank = auxiliary, method, rank
+        own_layers(auxiliary)
+        self.places = [
+            Place(owner, key, f"{i}.{path}", owner[key])
+            for i, layer in enumerate(auxiliary.layers)
+            for owner, key, path in _children(layer)
+            if is_matrix(owner[key]) or (method == "full" and isinstance(owner[key], nn.RMSNorm))
+        ]
+        for place in self.places:
+            place.owner[place.key] = LoraLinear(place.whole, rank) if method == "lora" else _trainable(place.whole)
+        self.modules = nn.Module()
+        self.modules.layers = tree_unflatten([(place.path, place.trained) for place in self.places])
+
+    @property
+    def config(self) -> dict:
+        """How a pair's config names it."""
+        return {"method": self.method} | ({"rank": self.rank} if self.method == "lora" else {})
+
+    def fold(self) -> None:
+        """Let the auxiliary be as it predicts: without gradients, its matrices as small as before or nearly."""
+        for place in self.places:
+            place.fold()
+        mx.eval(self.auxiliary.parameters())
+
+
+def own_layers(model: nn.Module) -> None:
+    """Give `model` layers that it shares with no other; the arrays in them are still the same."""
+    layers = model.layers
+    for i, layer in enumerate(layers):
+        layers[i] = _twin(layer)
+    model._fused = None  # it would read the layers that were there before
+
+
+def is_matrix(module: nn.Module) -> bool:
+    """Whether it is a linear layer: dense, quantised or seed-encoded."""
+    return isinstance(module, (nn.Linear, nn.QuantizedLinear)) or hasattr(module, "to_dense")
+
+
+def dense(module: nn.Module) -> mx.array:
+    """The matrix (N, K) of a linear layer in float32."""
+    if hasattr(module, "to_dense"):
+        return module.dense(mx.float32)
+    if isinstance(module, nn.QuantizedLinear):
+        scheme = module.group_size, module.bits, module.mode
+        return mx.dequantize(module.weight, module.scales, module.get("biases"), *scheme).astype(mx.float32)
+    return module.weight.astype(mx.float32)
+
+
+def _stored_like(whole: nn.Module, merged: nn.Module) -> nn.Module:
+    """The dense float32 layer `merged` in a form as small as that of `whole`, or 8 bits."""
+    if isinstance(whole, nn.Linear):
+        merged.weight = merged.weight.astype(whole.weight.dtype)
+        return merged
+    fitting = [size for size in GROUPS if merged.weight.shape[1] % size == 0]
+    wanted = getattr(whole, "group_size", None)
+    if not fitting:
+        return merged
+    return QuantizedLinear.from_linear(merged, wanted if wanted in fitting else fitting[0], BITS)
+
+
+def _trainable(module: nn.Module) -> nn.Module:
+    """A float32 copy of a linear layer or a norm."""
+    if isinstance(module, nn.RMSNorm):
+        norm = RMSNorm(module.weight.shape[0], module.eps)
+        norm.weight = module.weight.astype(mx.float32)
+        return norm
+    return _dense_linear(dense(module), module.get("bias"))
+
+
+def _dense_linear(weight: mx.array, bias: mx.array | None) -> Linear:
+    layer = Linear(1, 1, bias=False)
+    layer.weight = weight
+    if bias is not None:
+        layer.bias = bias.astype(mx.float32)
+    return layer
+
+
+def _children(module: nn.Module, path: str = "") -> Iterator[tuple[nn.Module, str, str]]:
+    """(owner, key, path) of all modules below `module`."""
+    for key, child in list(module.items()):
+        if isinstance(child, nn.Module):
+            yield module, key, path + key
+            yield from _children(child, f"{path}{key}.")
+
+
+def _twin(module: nn.Module) -> nn.Module:
+    """A copy of the modules, not of their arrays."""
+    twin = copy.copy(module)
+    for key, child in module.items():
+        if isinstance(child, nn.Module):
+            twin[key] = _twin(child)
+    return twin
