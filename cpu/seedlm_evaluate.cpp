@@ -1,104 +1,160 @@
-// One seed for one block, in fp64: the least-squares coefficients, their rounding and the error of the result.
+// One seed for one block: the least-squares coefficients, their rounding, and the error of what the block then decodes to.
 //
-// Rounding: the exponent e puts the largest |t| into [4, 8); q = round(t / 2^e), clipped to [-8, 7]. Refined: the best of e and e - 1, and of
-// the 3^P neighbours q - 1, q, q + 1 of the rounded coefficients. Compiled once, so that all levels choose alike.
+// Rounding: the exponent e puts the largest |t| into [4, 8); q = round(t / 2^e), clipped to [-8, 7]. Refined: of e and e - 1, and of the
+// 3^P neighbours q - 1, q, q + 1, the coefficients nearest to t under the Gram matrix. Seeds are compared by the error of the decoded block.
+//
+// All in fp32, with operations that IEEE 754 rounds alike everywhere, in one order: every product that is added to something goes
+// through fma. So each level, metal/seedlm_encode.metal and mlxeff/seedlm/search.py find the same bits; a change here is a change there.
 #include <math.h>
 
 #include "seedlm_search_kernels.h"
 
 namespace mlxeff {
+namespace MLXEFF_ISA {
 namespace {
 
-// R upper triangular with G = R^T R; t least-squares; |R (q - t)|^2 + bound is the error of coefficients q.
+MLXEFF_INLINE float fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+
+MLXEFF_INLINE float power_of_two(int exponent) {
+  const uint32_t bits = uint32_t(exponent + 127) << 23;
+  float value;
+  memcpy(&value, &bits, 4);
+  return value;
+}
+
+// G = L D L^T with ones on L's diagonal, t least-squares: coefficients q cost sum_p D_p (d_p + sum_{j > p} L_jp d_j)^2, d = q - t.
+template <int P>
 struct Fit {
-  double R[most_states][most_states], t[most_states], bound;
+  float L[P][P], D[P], t[P];
 };
 
-bool solve(const BlockSearch& block, const uint16_t* states, Fit& fit) {
-  const int C = block.columns, P = block.states_per_row;
-  double b[most_states] = {}, G[most_states][most_states] = {};
+template <int P>
+MLXEFF_INLINE bool factor(const float (*G)[P], Fit<P>& fit) {
+  float M[P][P], trace = 0, inverse_trace = 0;  // M = L D, later the inverse of L
+  for (int j = 0; j < P; ++j) {
+    float pivot = G[j][j];
+    for (int k = 0; k < j; ++k) pivot = fma(-M[j][k], fit.L[j][k], pivot);
+    if (!(pivot > 0)) return false;
+    fit.D[j] = pivot;
+    trace += G[j][j];
+    for (int i = j + 1; i < P; ++i) {
+      float sum = G[i][j];
+      for (int k = 0; k < j; ++k) sum = fma(-M[i][k], fit.L[j][k], sum);
+      M[i][j] = sum;
+      fit.L[i][j] = sum / pivot;
+    }
+  }
+  for (int j = 0; j < P; ++j) {
+    inverse_trace += 1.0f / fit.D[j];
+    for (int i = j + 1; i < P; ++i) {
+      float sum = fit.L[i][j];
+      for (int k = j + 1; k < i; ++k) sum = fma(fit.L[i][k], M[k][j], sum);
+      M[i][j] = -sum;
+      inverse_trace = fma(sum / fit.D[i], sum, inverse_trace);
+    }
+  }
+  return trace * inverse_trace < most_condition;
+}
+
+template <int C, int P>
+MLXEFF_INLINE bool solve(const BlockSearch& block, const uint16_t* states, Fit<P>& fit) {
+  float G[P][P] = {}, b[P] = {};
   for (int c = 0; c < C; ++c) {
-    double u[most_states];
-    for (int p = 0; p < P; ++p) u[p] = (int(states[c * P + p]) - 32768) / 32767.0;
-    for (int p = 0; p < P; ++p) {
-      const double hu = block.h[c] * u[p];
-      b[p] += hu * block.w[c];
-      for (int j = 0; j <= p; ++j) G[j][p] += hu * u[j];
+    float u[P];
+    for (int p = 0; p < P; ++p) u[p] = float(int(states[c * P + p]) - 32768) * 0x1p-15f;
+    for (int i = 0; i < P; ++i) {
+      const float hu = block.h[c] * u[i];
+      b[i] = fma(block.hw[c], u[i], b[i]);
+      for (int j = 0; j <= i; ++j) G[i][j] = fma(hu, u[j], G[i][j]);
     }
   }
-  double y[most_states];
-  fit.bound = block.norm;
-  for (int p = 0; p < P; ++p) {  // Cholesky, row by row, with the forward substitution
-    double pivot = G[p][p];
-    for (int k = 0; k < p; ++k) pivot -= fit.R[k][p] * fit.R[k][p];
-    if (!(pivot > 1e-9 * G[p][p])) return false;
-    fit.R[p][p] = sqrt(pivot);
-    y[p] = b[p];
-    for (int k = 0; k < p; ++k) y[p] -= fit.R[k][p] * y[k];
-    y[p] /= fit.R[p][p];
-    fit.bound -= y[p] * y[p];
-    for (int j = p + 1; j < P; ++j) {
-      double sum = G[p][j];
-      for (int k = 0; k < p; ++k) sum -= fit.R[k][p] * fit.R[k][j];
-      fit.R[p][j] = sum / fit.R[p][p];
-    }
+  if (!factor<P>(G, fit)) return false;
+  for (int i = 0; i < P; ++i)
+    for (int k = 0; k < i; ++k) b[i] = fma(-fit.L[i][k], b[k], b[i]);
+  for (int i = P - 1; i >= 0; --i) {
+    fit.t[i] = b[i] / fit.D[i];
+    for (int j = i + 1; j < P; ++j) fit.t[i] = fma(-fit.L[j][i], fit.t[j], fit.t[i]);
   }
-  for (int p = P - 1; p >= 0; --p) {
-    fit.t[p] = y[p];
-    for (int j = p + 1; j < P; ++j) fit.t[p] -= fit.R[p][j] * fit.t[j];
-    fit.t[p] /= fit.R[p][p];
-  }
+  for (float& t : fit.t) t = fma(-0x1p-15f, t, t);  // of states / 32767
   return true;
 }
 
-class Rounding {
- public:
-  Rounding(BlockSearch& block, const Fit& fit, int index, int exponent, int reach)
-      : block_(block), fit_(fit), index_(index), exponent_(exponent), reach_(reach), unit_(ldexp(1.0, exponent)) {}
+template <int P>
+struct Rounded {
+  float cost;
+  int exponent, q[P];
+};
 
-  // Chooses the coefficients p, p - 1, …, 0; `error` is what the later ones contribute.
-  void choose(int p, double error) {
-    if (p < 0) {
-      block_.error = error;
-      block_.index = index_;
-      block_.exponent = exponent_;
-      for (int i = 0; i < block_.states_per_row; ++i) block_.coefficients[i] = int8_t(q_[i]);
-      return;
-    }
-    const int middle = int(fmax(-8, fmin(7, nearbyint(fit_.t[p] / unit_))));
-    double later = 0;
-    for (int j = p + 1; j < block_.states_per_row; ++j) later += fit_.R[p][j] * (q_[j] * unit_ - fit_.t[j]);
-    for (int step = 0; step <= 2 * reach_; ++step) {  // 0, -1, +1
-      const int q = middle + (step + 1) / 2 * (step % 2 ? -1 : 1);
-      if (q < -8 || q > 7) continue;
-      const double miss = later + fit_.R[p][p] * (q * unit_ - fit_.t[p]), sum = error + miss * miss;
-      if (sum >= block_.error) continue;
-      q_[p] = q;
-      choose(p - 1, sum);
+// Tries the coefficients p, p - 1, …, 0 around t / unit; `cost` is what the later ones contribute.
+template <int P, int p>
+struct Choose {
+  MLXEFF_INLINE void run(const Fit<P>& fit, int exponent, int reach, float cost, int* q, float* misses, Rounded<P>& best) {
+    const float unit = power_of_two(exponent);
+    const int middle = int(fmaxf(-8.0f, fminf(7.0f, rintf(fit.t[p] * power_of_two(-exponent)))));
+    for (int step = 0; step <= 2 * reach; ++step) {  // 0, -1, +1
+      q[p] = middle + (step + 1) / 2 * (step % 2 ? -1 : 1);
+      if (q[p] < -8 || q[p] > 7) continue;
+      misses[p] = fma(float(q[p]), unit, -fit.t[p]);
+      float miss = misses[p];
+      for (int j = p + 1; j < P; ++j) miss = fma(fit.L[j][p], misses[j], miss);
+      const float sum = fma(fit.D[p] * miss, miss, cost);
+      if (sum < best.cost) Choose<P, p - 1>::run(fit, exponent, reach, sum, q, misses, best);
     }
   }
-
- private:
-  BlockSearch& block_;
-  const Fit& fit_;
-  int index_, exponent_, reach_, q_[most_states];
-  double unit_;
 };
+template <int P>
+struct Choose<P, -1> {
+  MLXEFF_INLINE void run(const Fit<P>&, int exponent, int, float cost, int* q, float*, Rounded<P>& best) {
+    best.cost = cost;
+    best.exponent = exponent;
+    for (int i = 0; i < P; ++i) best.q[i] = q[i];
+  }
+};
+
+// What the error is of the block that these coefficients decode to.
+template <int C, int P>
+MLXEFF_INLINE float error_of(const BlockSearch& block, const uint16_t* states, const Rounded<P>& rounded) {
+  const float scale = power_of_two(rounded.exponent) * (1.0f / 32767.0f);
+  float error = 0;
+  for (int c = 0; c < C; ++c) {
+    int sum = 0;
+    for (int p = 0; p < P; ++p) sum += rounded.q[p] * (int(states[c * P + p]) - 32768);
+    float miss = fma(-float(sum), scale, block.w[c]);
+    if (fabsf(miss) < least_miss) miss = 0;
+    error = fma(block.h[c] * miss, miss, error);
+  }
+  return error;
+}
+
+template <int C, int P>
+void evaluate(BlockSearch& block, const uint16_t* states) {
+  Fit<P> fit;
+  if (!solve<C, P>(block, states, fit)) return;
+  float largest = 0;
+  for (int p = 0; p < P; ++p) largest = fmaxf(largest, fabsf(fit.t[p]));
+  uint32_t bits;
+  memcpy(&bits, &largest, 4);
+  const int wanted = int(bits >> 23) - 129, exponent = max_of(block.lowest, min_of(block.highest, wanted));
+  Rounded<P> best = {INFINITY, exponent, {}};
+  int q[P];
+  float misses[P];
+  Choose<P, P - 1>::run(fit, exponent, block.refine, 0, q, misses, best);
+  if (block.refine && exponent > block.lowest) Choose<P, P - 1>::run(fit, exponent - 1, 1, 0, q, misses, best);
+  const float error = error_of<C, P>(block, states, best);
+  if (error > block.error || (error == block.error && states[0] >= block.seed)) return;
+  block.error = error;
+  block.seed = states[0];
+  block.exponent = best.exponent;
+  for (int p = 0; p < P; ++p) block.coefficients[p] = int8_t(best.q[p]);
+}
 
 }  // namespace
 
-void evaluate_seed(BlockSearch& block, const uint16_t* cycle, int index) {
-  Fit fit;
-  if (!solve(block, cycle + index, fit) || fit.bound >= block.error) return;
-  double largest = 0;
-  for (int p = 0; p < block.states_per_row; ++p) largest = fmax(largest, fabs(fit.t[p]));
-  int exponent;
-  frexp(largest, &exponent);
-  exponent = exponent - 3 < block.lowest ? block.lowest : exponent - 3 > block.highest ? block.highest : exponent - 3;
-  const int last = block.states_per_row - 1;
-  const double bound = fmax(fit.bound, 0.0);
-  Rounding(block, fit, index, exponent, block.refine).choose(last, bound);
-  if (block.refine && exponent > block.lowest) Rounding(block, fit, index, exponent - 1, 1).choose(last, bound);
+void evaluate_seed(BlockSearch& block, const uint16_t* states) {
+  if (block.states_per_row == 3) evaluate<8, 3>(block, states);
+  else if (block.columns == 8) evaluate<8, 4>(block, states);
+  else evaluate<12, 4>(block, states);
 }
 
+}  // namespace MLXEFF_ISA
 }  // namespace mlxeff

@@ -54,7 +54,7 @@ struct OwnedTables {
     double mean = 0;
     for (int c = 0; c < C; ++c) mean += diagonal ? double(diagonal[c]) / C : 1.0 / C;
     tables = {C, P, {}, shared.cycle, shared.states.get(), inverse.get()};
-    for (int c = 0; c < C; ++c) tables.metric[c] = diagonal ? float(double(diagonal[c]) / mean) : 1.0f;
+    for (int c = 0; c < C; ++c) tables.metric[c] = diagonal ? fmaxf(float(double(diagonal[c]) / mean), least_metric) : 1.0f;
     parallel_for(kernels.steps, 256, [&](int64_t begin, int64_t end) { kernels.fill_inverse(tables, begin, end); });
   }
 };

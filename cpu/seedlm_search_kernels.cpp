@@ -2,7 +2,7 @@
 //
 // A tile of blocks goes through the tables together, a chunk of 32 steps at a time, which stays in the first-level cache; the largest
 // energy b^T G^-1 b of each chunk and lane is kept. Chunks that may hold a better seed than the best so far are scanned again for its
-// place. Energies are fp32 and good to `slack` of |w|^2; evaluation is fp64, so the choice does not depend on them.
+// place. Energies are fp32 and good to `slack` of |w|^2; the choice depends on evaluation alone, which is the same at every level.
 #include "seedlm_search_kernels.h"
 
 #include <math.h>
@@ -19,8 +19,7 @@ constexpr int chunk = 32;                // steps
 constexpr int64_t chunks = segment / chunk;
 constexpr int tile = 32;                 // blocks
 constexpr float slack = 2e-4f;
-constexpr float most_condition = 4000;   // trace(G) trace(G^-1) of seeds that are considered: above, fp32 energies lose the slack
-constexpr int most_evaluated = 256;      // seeds a block; only blocks below the exponents' range have more that qualify
+constexpr float excluded = most_condition * 1.05f;  // seeds that evaluation refuses, whatever the rounding here: fp32 energies lose the slack
 
 template <int P>
 constexpr int entries = P * (P + 1) / 2;
@@ -74,7 +73,7 @@ void invert_step(const SearchTables& tables, int64_t step) {
       if (i == j) inverse_trace += sum;
       inverse[at] = i == j ? sum : sum + sum;
     }
-  good &= trace * inverse_trace < most_condition;
+  good &= trace * inverse_trace < excluded;
   for (at = 0; at < entries<P>; ++at)
     store(tables.inverse + (step * entries<P> + at) * VL, good ? inverse[at] : zero());
 }
@@ -124,47 +123,45 @@ MLXEFF_INLINE void scan(const SearchTables& tables, int64_t first, const float* 
 
 // The largest energies of all chunks, [block][chunk][lane].
 template <int C, int P>
-void scan_tile(const SearchTables& tables, const float (*hw)[most_columns], int blocks, float* largest) {
+void scan_tile(const SearchTables& tables, const BlockSearch* block, int blocks, float* largest) {
   for (int64_t i = 0; i < chunks; ++i)
-    for (int block = 0; block < blocks; ++block) {
+    for (int j = 0; j < blocks; ++j) {
       vf most = zero();
-      scan<C, P>(tables, i * chunk, hw[block], [&](int, vf energy) { most = max(most, energy); });
-      store(largest + (block * chunks + i) * VL, most);
+      scan<C, P>(tables, i * chunk, block[j].hw, [&](int, vf energy) { most = max(most, energy); });
+      store(largest + (j * chunks + i) * VL, most);
     }
 }
 
+// No seed of less energy is better than the best one found.
+MLXEFF_INLINE float least_energy(const BlockSearch& block) { return (1 - slack) * block.norm - block.error; }
+
 // Scans a chunk again and evaluates the seeds that may be better than the best.
 template <int C, int P>
-void visit(const SearchTables& tables, const float* hw, int64_t index, const float* largest, BlockSearch& block, int& evaluated) {
+void visit(const SearchTables& tables, int64_t index, const float* largest, BlockSearch& block) {
   float energies[chunk][VL];
-  scan<C, P>(tables, index * chunk, hw, [&](int step, vf energy) { store(energies[step], energy); });
+  scan<C, P>(tables, index * chunk, block.hw, [&](int step, vf energy) { store(energies[step], energy); });
   for (int lane = 0; lane < VL; ++lane) {
-    if (double(largest[lane]) <= (1 - slack) * block.norm - block.error) continue;
-    for (int step = 0; step < chunk && evaluated < most_evaluated; ++step)
-      if (double(energies[step][lane]) > (1 - slack) * block.norm - block.error) {
-        evaluate_seed(block, tables.cycle, int((lane * segment + index * chunk + step) % cycle_length));
-        ++evaluated;
-      }
+    if (largest[lane] <= least_energy(block)) continue;
+    for (int step = 0; step < chunk; ++step)
+      if (energies[step][lane] > least_energy(block))
+        evaluate_seed(block, tables.cycle + (lane * segment + index * chunk + step) % cycle_length);
   }
 }
 
 template <int C, int P>
-void choose_seed(const SearchTables& tables, const float* hw, const float* largest, BlockSearch& block) {
+void choose_seed(const SearchTables& tables, const float* largest, BlockSearch& block) {
   int64_t best = 0;
   float most = -1;
   for (int64_t i = 0; i < chunks; ++i)
     if (const float top = max(load(largest + i * VL)); top > most) most = top, best = i;
-  int evaluated = 0;
-  visit<C, P>(tables, hw, best, largest + best * VL, block, evaluated);
+  visit<C, P>(tables, best, largest + best * VL, block);
   for (int64_t i = 0; i < chunks; ++i)
-    if (i != best && double(max(load(largest + i * VL))) > (1 - slack) * block.norm - block.error)
-      visit<C, P>(tables, hw, i, largest + i * VL, block, evaluated);
+    if (i != best && max(load(largest + i * VL)) > least_energy(block)) visit<C, P>(tables, i, largest + i * VL, block);
 }
 
-// The block's weights, scaled so that the largest lies in [1/2, 1): the choice is then the same for weights times 2^k.
-// Returns k, or all_zero; *finite tells of NaN and infinities.
-constexpr int all_zero = -100000;
-int load_block(const SearchArgs& args, int64_t index, BlockSearch& block, float* hw, bool* finite) {
+// Scales a block, and tells whether it is to be searched: a block whose weights are all smaller than the smallest step of coefficients,
+// or 2^24 times the largest one, is left as zeros. *finite tells of NaN and infinities.
+bool load_block(const SearchArgs& args, int64_t index, BlockSearch& block, bool* finite) {
   const SearchTables& tables = *args.tables;
   const int64_t first = index % args.blocks_a_row * tables.columns;
   const float* const w = args.weights + index / args.blocks_a_row * args.ld + first;
@@ -180,17 +177,19 @@ int load_block(const SearchArgs& args, int64_t index, BlockSearch& block, float*
   block.columns = tables.columns;
   block.states_per_row = tables.states_per_row;
   block.refine = args.refine;
-  block.lowest = args.exponent_bias - 8 - scale;
-  block.highest = args.exponent_bias + 7 - scale;
+  block.base = args.exponent_bias - 8 - scale;
+  block.lowest = int(max_of(block.base, least_exponent));
+  block.highest = block.base + 15;
   for (int c = 0; c < tables.columns; ++c) {
-    block.w[c] = ldexp(values[c], -scale);
+    const float scaled = ldexpf(values[c], -scale);
+    block.w[c] = fabsf(scaled) < least_weight ? 0 : scaled;
     block.h[c] = tables.metric[c];
-    block.norm += block.h[c] * block.w[c] * block.w[c];
-    hw[c] = float(block.h[c] * block.w[c]);
+    block.hw[c] = block.h[c] * block.w[c];
+    block.norm = __builtin_fmaf(block.hw[c], block.w[c], block.norm);
   }
   block.error = block.norm;
-  block.exponent = block.lowest;
-  return largest > 0 ? scale : all_zero;
+  block.exponent = block.base;
+  return largest > 0 && block.base < 0 && block.highest >= least_exponent;
 }
 
 template <int C, int P>
@@ -201,17 +200,15 @@ int search_blocks(const SearchArgs& args, int64_t begin, int64_t end) {
   for (int64_t first = begin; first < end; first += tile) {
     const int blocks = int(min_of(tile, end - first));
     BlockSearch block[tile];
-    float hw[tile][most_columns];
-    int scale[tile];
-    bool finite = true;
-    for (int i = 0; i < blocks; ++i) scale[i] = load_block(args, first + i, block[i], hw[i], &finite);
+    bool searched[tile], finite = true;
+    for (int i = 0; i < blocks; ++i) searched[i] = load_block(args, first + i, block[i], &finite);
     if (!finite) return MLXEFF_BAD_ARGUMENT;
-    scan_tile<C, P>(tables, hw, blocks, largest);
+    scan_tile<C, P>(tables, block, blocks, largest);
     for (int i = 0; i < blocks; ++i) {
-      if (scale[i] != all_zero) choose_seed<C, P>(tables, hw[i], largest + i * chunks * VL, block[i]);
-      args.seeds[first + i] = tables.cycle[block[i].index];
+      if (searched[i]) choose_seed<C, P>(tables, largest + i * chunks * VL, block[i]);
+      args.seeds[first + i] = block[i].seed ? block[i].seed : 1;
       memcpy(args.coefficients + (first + i) * P, block[i].coefficients, P);
-      args.codes[first + i] = uint8_t(block[i].exponent - block[i].lowest);
+      args.codes[first + i] = uint8_t(block[i].exponent - block[i].base);
     }
   }
   return MLXEFF_OK;

@@ -44,20 +44,33 @@ struct SearchKernels {
 
 MLXEFF_DECLARE_FAMILY(SearchKernels, search_kernels)
 
-// A block scaled by a power of two, and the best seed found for it. seedlm_evaluate.cpp
+constexpr float most_condition = 4000;     // trace(G) trace(G^-1) of the seeds that are considered
+constexpr float least_weight = 0x1p-40f;   // of the scaled weights: smaller ones count as zeros
+constexpr float least_metric = 0x1p-20f;   // of h, whose mean is 1: smaller ones count as this
+constexpr float least_miss = 0x1p-50f;     // differences of scaled weights: smaller ones count as none
+constexpr int least_exponent = -24;        // of coefficients of the scaled weights
+// (With these limits nothing underflows that matters, so it makes no difference whether subnormal numbers are flushed to zero.)
+
+// A block scaled by a power of two so that its largest weight lies in [1/2, 1), and the best seed found for it. Of seeds with the same
+// error the lowest is kept, and zeros if no seed is better.
 struct BlockSearch {
   int columns, states_per_row;
   bool refine;
-  int lowest, highest;           // exponents, of the scaled block
-  double w[most_columns], h[most_columns];
-  double norm;                   // sum of h w^2
-  double error;                  // of the best; 0 coefficients at first
-  int index;                     // of the best seed in the cycle
+  int base;             // exponent of code 0, of the scaled block
+  int lowest, highest;  // exponents that are tried
+  float w[most_columns], h[most_columns], hw[most_columns];
+  float norm;      // sum of h w^2
+  float error;     // of the best: `norm` at first
+  uint16_t seed;   // of the best; 0: none
   int exponent;
   int8_t coefficients[most_states];
 };
 
-// Evaluates seed `index` of the cycle, with the coefficients rounded by the rule in force, and keeps it if it is better.
-void evaluate_seed(BlockSearch& block, const uint16_t* cycle, int index);
+#if defined(MLXEFF_ISA)
+namespace MLXEFF_ISA {
+// Evaluates the seed states[0], with the coefficients rounded by the rule in force, and keeps it if it is better. seedlm_evaluate.cpp
+void evaluate_seed(BlockSearch& block, const uint16_t* states);
+}  // namespace MLXEFF_ISA
+#endif
 
 }  // namespace mlxeff
