@@ -13,10 +13,11 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from .. import __version__, kernels
+from .. import __version__
 from ..checkpoint import Source, check_new, open_source, plan_shards, write_folder
 from ..errors import MlxeffError, notices
 from ..loading import fingerprint
+from ..seedlm.encode import search_backend
 from ..seedlm.install import metadata
 from . import calibration, folder, gguf, kv_pair, llama, openelm
 from .plan import DTYPES, Conversion, Family, Options, plan, some
@@ -79,8 +80,9 @@ def convert(
     check_new(destination)
     conversion.refuse_differences(source.path)
     if options.seedlm:
-        held["store"] = _encode(source, destination, found, conversion, tokens, text, encoding)
-        report.encoding = conversion.choice.report(held["store"].errors)
+        backend = search_backend(options.seedlm.format)
+        held["store"] = _encode(source, destination, found, conversion, tokens, text, encoding, backend)
+        report.encoding = conversion.choice.report(held["store"].errors, backend)
     _write(source, destination, conversion, tokens, progress)
     if options.seedlm:
         held["store"].remove()
@@ -115,12 +117,9 @@ def _seed_options(bits, keep, data_free, calibrate, tokens, options: Options) ->
 
 
 def _encode(
-    source: Source, destination: Path, family: Family, conversion: Conversion, tokens, text: str | None, encoding
+    source: Source, destination: Path, family: Family, conversion: Conversion, tokens, text, encoding, backend: str
 ) -> Store:
-    """Encode, or go on with encoding, all that the plan wants as blocks."""
-    native, reason = kernels.native()
-    if native is None:
-        raise MlxeffError(f"{source.path}: SeedLM encoding: wanted the native CPU kernels, they are {reason}")
+    """Encode, or go on with encoding, all that the plan wants as blocks. Layers run on the CPU."""
     options, config, total, done = conversion.options.seedlm, family.config, conversion.choice.weights, 0
 
     def advance(weights: int) -> None:
@@ -139,7 +138,8 @@ def _encode(
     device = mx.default_device()
     mx.set_default_device(mx.cpu)
     try:
-        Encoder(config, conversion.weights, conversion.choice, store, str(source.path)).run(windows, advance)
+        encoder = Encoder(config, conversion.weights, conversion.choice, store, str(source.path), backend)
+        encoder.run(windows, advance)
     except BaseException:
         if store.written:
             notices.info(f"{store.folder}: finished layers are kept: the same command goes on from there")
@@ -186,5 +186,5 @@ def _report(
         shards=len(plan_shards(conversion.pieces)),
         tokenizer=tokens.found,
         written=not dry_run,
-        encoding=conversion.choice.report({}) if conversion.choice else None,
+        encoding=conversion.choice.report({}, None) if conversion.choice else None,
     )

@@ -28,7 +28,7 @@ class Report:
     shards: int
     tokenizer: list[str]
     written: bool
-    encoding: dict | None = None  # of SeedLM: modules, weights, bits_per_weight, kept, errors by module
+    encoding: dict | None = None  # of SeedLM: modules, weights, bits_per_weight, kept, encoder, errors by module
 
     @property
     def ok(self) -> bool:
@@ -77,6 +77,8 @@ class Report:
             f"seedlm     {e['modules']} modules, {e['weights']:,} weights, {e['bits_per_weight']:.3f} bits a weight",
             f"kept       {', '.join(kept[:4])}{', …' if len(kept) > 4 else ''}",
         ]
+        if e["encoder"]:
+            lines.append(f"encoder    {e['encoder']}")
         if e["errors"]:
             worst = max(e["errors"], key=e["errors"].get)
             mean = sum(e["errors"].values()) / len(e["errors"])

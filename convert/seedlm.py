@@ -82,8 +82,8 @@ class Choice:
             described["quantization"] = default | others
         return described
 
-    def report(self, errors: dict[str, float]) -> dict:
-        """Sizes, what is kept, and the encoder's relative errors by module."""
+    def report(self, errors: dict[str, float], encoder: str | None) -> dict:
+        """Sizes, what is kept, what searches, and the encoder's relative errors by module."""
         count = self.weights
         nbytes = sum(_nbytes(*each) for each in self.seeded.values())
         return {
@@ -91,6 +91,7 @@ class Choice:
             "weights": count,
             "bits_per_weight": 8 * nbytes / count if count else 0.0,
             "kept": {name: f"{s['bits']} bits, groups of {s['group_size']}" for name, s in self.kept.items()},
+            "encoder": encoder,
             "errors": errors,
         }
 
@@ -144,10 +145,10 @@ def _stored_scheme(weight: Weight, config: dict) -> dict | None:
 class Encoder:
     """Fills a store with the blocks of every layer that is not in it yet."""
 
-    def __init__(self, config: dict, weights: list[Weight], choice: Choice, store: Store, origin: str):
+    def __init__(self, config: dict, weights: list[Weight], choice: Choice, store: Store, origin: str, backend: str):
         names = {name for weight in weights for name in ([s[0] for s in weight.packed] or [weight.name])}
         self.model = build_model(config, names)
-        self.weights, self.choice, self.store, self.origin = weights, choice, store, origin
+        self.weights, self.choice, self.store, self.origin, self.backend = weights, choice, store, origin, backend
         self.paths = {id(module): name for name, module in self.model.named_modules()}
         self.prefixes = tuple(f"{self.paths[id(layer)]}." for layer in self.model.layers)
 
@@ -229,7 +230,8 @@ class Encoder:
         arrays, errors = {}, {}
         for name, (module, gram) in modules.items():
             fmt, weight = self.choice.seeded[name][0], np.array(dense(module))
-            found = encode(fmt, weight, gram, advance=advance, origin=f"{self.origin}: {name}.weight")
+            origin = f"{self.origin}: {name}.weight"
+            found = encode(fmt, weight, gram, advance=advance, origin=origin, backend=self.backend)
             arrays[name] = {kind: mx.array(array) for kind, array in found.arrays.items()}
             errors[name] = found.error
         self.store.write(unit, arrays, errors)

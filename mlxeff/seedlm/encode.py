@@ -1,4 +1,4 @@
-"""A weight matrix → its SeedLM blocks, by exhaustive search over all seeds (`cpu/seedlm_search*.cpp`).
+"""A weight matrix → its SeedLM blocks, by exhaustive search over all seeds (`search`).
 
 Plain ("data-free", the paper's method): every block is the nearest to its weights. Activation-aware: given the Gram
 matrix H = XᵀX of the layer's inputs, the error that counts is tr(E H Eᵀ). Columns of blocks are encoded one after the
@@ -8,15 +8,18 @@ columns; the search itself weighs the columns of a block by the diagonal of what
 Memory: a few copies of the weights, and three of H in float64.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
 from .. import kernels
-from ..errors import MlxeffError
+from ..errors import MlxeffError, notices
 from .codec import Blocks, pack
 from .format import BIAS_LIMIT, BlockFormat
+from .metal_search import search_metal
+from .search import search_numpy
 
 SLICE = 1 << 18  # weights a native call, between two reports of progress
 BATCH = 16  # columns of blocks whose feedback to the far columns is applied in one product
@@ -47,12 +50,14 @@ def encode(
     damping: float = 0.01,
     advance: Callable[[int], None] = lambda _: None,
     origin: str = "weight",
+    backend: str | None = None,
 ) -> Encoded:
     """Encode a matrix (rows, cols).
 
     gram: H (cols, cols) for the activation-aware method; `damping` times its mean diagonal is added to its diagonal.
     refine: also try, for each seed, the next smaller exponent and the neighbours of each coefficient; without it, the
-    rounding is the paper's. advance: called with the number of weights done since the last call.
+    rounding is the paper's. advance: called with the number of weights done since the last call. backend: that of
+    `search_backend` where None.
     """
     weight = np.ascontiguousarray(weight, np.float32)
     if weight.ndim != 2 or not weight.size:
@@ -61,11 +66,12 @@ def encode(
         at = tuple(int(i) for i in bad[0])
         raise MlxeffError(f"{origin}: wanted finite weights, got {weight[at]} at {at}")
     bias = exponent_bias(weight, origin)
+    search = functools.partial(SEARCHES[(backend or search_backend(fmt)).split()[0]], fmt, bias=bias, refine=refine)
     if gram is None:
-        blocks, decoded = _plain(fmt, weight, bias, refine, advance)
+        blocks, decoded = _plain(fmt, weight, search, bias, advance)
         return Encoded(fmt, blocks, decoded, _ratio(np.sum((weight - decoded) ** 2.0), np.sum(weight**2.0)))
     gram = _checked_gram(gram, weight.shape[1], origin)
-    blocks, decoded = _with_feedback(fmt, weight, gram, bias, refine, damping, advance)
+    blocks, decoded = _with_feedback(fmt, weight, gram, search, bias, damping, advance)
     error = weight - decoded.astype(np.float64)
     return Encoded(fmt, blocks, decoded, _ratio(np.sum(error @ gram * error), np.sum(weight @ gram * weight)))
 
@@ -100,27 +106,60 @@ def _empty(fmt: BlockFormat, rows: int, cols: int, bias: int) -> Blocks:
     return Blocks(np.ones(shape, np.uint16), coefficients, np.zeros(shape, np.uint8), bias)
 
 
-def _search(fmt: BlockFormat, weight: np.ndarray, diagonal: np.ndarray | None, bias: int, refine: bool):
-    """The native search → (seeds, coefficients, codes, decoded) of a C-contiguous float32 matrix."""
+def search_backend(fmt: BlockFormat) -> str:
+    """What searches: "metal" where the default device is a GPU, "native" and the instruction set, or "numpy".
+
+    All find the same blocks. Metal's are compared with NumPy's once a process and format; what is not as wanted is a
+    warning.
+    """
+    if kernels.device() == "gpu" and kernels.has_metal():
+        if not (reason := _metal_reason(fmt)):
+            return "metal"
+        notices.warning(f"SeedLM encoding: not on Metal: {reason}")
+    native, reason = kernels.native()
+    if native is None:
+        notices.warning(f"SeedLM encoding: in NumPy, some 3,000 weights a second: the native kernels are {reason}")
+    return f"native {native.isa()}" if native else "numpy"
+
+
+@functools.cache
+def _metal_reason(fmt: BlockFormat) -> str:
+    """Why the Metal kernels cannot be used; "" if they can."""
+    weight = np.random.default_rng(0).standard_normal((5, fmt.columns)).astype(np.float32)
+    diagonal = np.geomspace(0.2, 3, fmt.columns, dtype=np.float32)
+    try:
+        found = search_metal(fmt, weight, diagonal, -2, True)
+    except RuntimeError as error:
+        return str(error).strip().splitlines()[0]
+    wanted = search_numpy(fmt, weight, diagonal, -2, True)
+    same = all(np.array_equal(*pair) for pair in zip(found, wanted, strict=True))
+    return "" if same else "a test of it finds other blocks than NumPy"
+
+
+def _search_native(fmt: BlockFormat, weight: np.ndarray, diagonal: np.ndarray | None, bias: int, refine: bool) -> tuple:
+    """As `search.search_numpy`; weight C-contiguous."""
     native, reason = kernels.native()
     if native is None:
         raise MlxeffError(f"SeedLM encoding: wanted the native kernels, they are {reason}")
     return native.seedlm_encode(weight, diagonal, fmt.columns, fmt.states, bias, refine)
 
 
-def _plain(fmt, weight, bias, refine, advance) -> tuple[Blocks, np.ndarray]:
+SEARCHES = {"metal": search_metal, "native": _search_native, "numpy": search_numpy}
+
+
+def _plain(fmt, weight, search, bias, advance) -> tuple[Blocks, np.ndarray]:
     rows, cols = weight.shape
     blocks, decoded = _empty(fmt, rows, cols, bias), np.empty_like(weight)
     step = max(1, SLICE // cols)
     for start in range(0, rows, step):
         part = slice(start, start + step)
-        found = _search(fmt, weight[part], None, bias, refine)
+        found = search(weight[part], None)
         blocks.seeds[part], blocks.coefficients[part], blocks.codes[part], decoded[part] = found
         advance(weight[part].size)
     return blocks, decoded
 
 
-def _with_feedback(fmt, weight, gram, bias, refine, damping, advance) -> tuple[Blocks, np.ndarray]:
+def _with_feedback(fmt, weight, gram, search, bias, damping, advance) -> tuple[Blocks, np.ndarray]:
     rows, cols = weight.shape
     order, column_order = _processing_order(fmt, gram)
     factor = _inverse_factor(gram[np.ix_(column_order, column_order)], damping)
@@ -134,7 +173,7 @@ def _with_feedback(fmt, weight, gram, bias, refine, damping, advance) -> tuple[B
         for group in batch:
             here = slice(start, start + _width(fmt, group, cols))
             inverse = np.linalg.inv(factor[here, here])
-            found = _search(fmt, np.ascontiguousarray(target[:, here]), _diagonal(fmt, inverse), bias, refine)
+            found = search(np.ascontiguousarray(target[:, here]), _diagonal(fmt, inverse))
             seeds, coefficients, codes, values = found
             blocks.seeds[:, group], blocks.coefficients[:, group] = seeds[:, 0], coefficients[:, 0]
             blocks.codes[:, group] = codes[:, 0]

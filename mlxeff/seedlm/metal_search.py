@@ -26,12 +26,12 @@ STATES, PENDING, PITCH, STAGE = 2144, 96, 36, 8  # sizes in threadgroup memory
 def search_metal(fmt: BlockFormat, weight: np.ndarray, diagonal: np.ndarray | None, bias: int, refine: bool) -> tuple:
     """→ (seeds, coefficients, codes, decoded) in NumPy: to the bit those of `search_numpy`."""
     blocks = problem(fmt, weight, diagonal, bias)
-    metric = mx.array(blocks.metric)
-    table = _plain_table(fmt) if diagonal is None else inverse_table(fmt, metric)
+    table = _plain_table(fmt) if diagonal is None else inverse_table(fmt, blocks.metric)
     parts = []
     for first in range(0, len(blocks.base), BATCH):
         part = slice(first, first + BATCH)
-        found = _search(fmt, Problem(blocks.scaled[part], blocks.base[part], blocks.metric), metric, table, bias, refine)
+        batch = Problem(blocks.scaled[part], blocks.base[part], blocks.metric)
+        found = choose(fmt, batch, table, scan(fmt, batch, table), bias, refine)
         parts.append([np.array(each) for each in found])
     seeds, coefficients, codes, decoded = (np.concatenate(each) for each in zip(*parts, strict=True))
     rows, cols = weight.shape
@@ -48,58 +48,66 @@ def _registers() -> tuple[mx.array, mx.array]:
 
 @functools.cache
 def _plain_table(fmt: BlockFormat) -> mx.array:
-    table = inverse_table(fmt, mx.ones(fmt.columns))
+    table = inverse_table(fmt, np.ones(fmt.columns, np.float32))
     mx.eval(table)
     return table
 
 
-def inverse_table(fmt: BlockFormat, metric: mx.array) -> mx.array:
+def inverse_table(fmt: BlockFormat, metric: np.ndarray) -> mx.array:
     """float32 (P (P + 1) / 2, WIDTH): of each seed's Gram matrix under the metric (C) the inverse's upper part."""
     body = f"write_inverse<{fmt.columns}, {fmt.states}>(states, metric, thread_position_in_grid.x, table);"
     shape = (fmt.states * (fmt.states + 1) // 2, WIDTH)
-    inputs = {"states": _registers()[0], "metric": metric}
+    inputs = {"states": _registers()[0], "metric": mx.array(metric)}
     [table] = _launch(fmt, "inverse", body, inputs, {"table": (shape, mx.float32)}, (WIDTH, 1, 1), (256, 1, 1))
     return table
 
 
-def _search(fmt: BlockFormat, blocks: Problem, metric: mx.array, table: mx.array, bias: int, refine: bool):
-    """seeds (N), coefficients (N, P), codes (N), decoded (N, C) of N blocks."""
-    C, P, count = fmt.columns, fmt.states, len(blocks.base)
-    states, words = _registers()
-    scaled, base = mx.array(blocks.scaled), mx.array(blocks.base)
+def scan(fmt: BlockFormat, blocks: Problem, table: mx.array, classes: int = CLASSES) -> mx.array:
+    """The largest energies of the first `classes` classes, a multiple of 32: float32 (N, CLASSES)."""
+    count, threads = len(blocks.base), SIMDGROUPS * 32
     body = f"""
         threadgroup float own_states[{STATES}];
-        threadgroup float entries[{P * (P + 1) // 2 * STAGE * PITCH}];
-        scan<{C}, {P}>(states, table, scaled, metric, uint(scaled_shape[0]), maxima, own_states, entries,
-            threadgroup_position_in_grid.xy, simdgroup_index_in_threadgroup, thread_index_in_simdgroup);
+        threadgroup float entries[{table.shape[0] * STAGE * PITCH}];
+        scan<{fmt.columns}, {fmt.states}>(states, table, scaled, metric, uint(scaled_shape[0]), maxima, own_states,
+            entries, threadgroup_position_in_grid.xy, simdgroup_index_in_threadgroup, thread_index_in_simdgroup);
     """
-    inputs = {"states": states, "table": table, "scaled": scaled, "metric": metric}
-    threads = SIMDGROUPS * 32
-    grid = (-(-count // (SIMDGROUPS * TOGETHER)) * threads, CLASSES // 32, 1)
+    inputs = {"states": _registers()[0], "table": table, **_arrays(blocks)}
+    grid = (-(-count // (SIMDGROUPS * TOGETHER)) * threads, classes // 32, 1)
     outputs = {"maxima": ((count, CLASSES), mx.float32)}
-    [maxima] = _launch(fmt, "scan", body, inputs, outputs, grid, (threads, 1, 1))
+    return _launch(fmt, "scan", body, inputs, outputs, grid, (threads, 1, 1))[0]
+
+
+def choose(fmt: BlockFormat, blocks: Problem, table: mx.array, maxima: mx.array, bias: int, refine: bool) -> list:
+    """seeds uint16 (N), coefficients int8 (N, P), codes uint8 (N), decoded float32 (N, C)."""
+    states, words = _registers()
     body = f"""
         threadgroup uint pending[{CHOOSING * PENDING}];
         uint simdgroup = simdgroup_index_in_threadgroup;
         uint block = threadgroup_position_in_grid.x * {CHOOSING} + simdgroup;
         if (block < uint(scaled_shape[0]))
-          choose<{C}, {P}>(words, states, table, scaled, metric, bases[block], bias[0], {str(refine).lower()}, maxima,
-              block, thread_index_in_simdgroup, pending + simdgroup * {PENDING}, seeds, coefficients, codes, decoded);
+          choose<{fmt.columns}, {fmt.states}>(words, states, table, scaled, metric, bases[block], bias[0],
+              {str(refine).lower()}, maxima, block, thread_index_in_simdgroup, pending + simdgroup * {PENDING}, seeds,
+              coefficients, codes, decoded);
     """
-    inputs = {"words": words, **inputs, "bases": base, "bias": mx.array([bias], mx.int32), "maxima": maxima}
+    inputs = {"words": words, "states": states, "table": table, **_arrays(blocks), "bases": mx.array(blocks.base)}
+    inputs |= {"bias": mx.array([bias], mx.int32), "maxima": maxima}
+    count, threads = len(blocks.base), CHOOSING * 32
     outputs = {
         "seeds": ((count,), mx.uint16),
-        "coefficients": ((count, P), mx.int8),
+        "coefficients": ((count, fmt.states), mx.int8),
         "codes": ((count,), mx.uint8),
-        "decoded": ((count, C), mx.float32),
+        "decoded": ((count, fmt.columns), mx.float32),
     }
-    threads = CHOOSING * 32
     name = "choose_refined" if refine else "choose"
     return _launch(fmt, name, body, inputs, outputs, (-(-count // CHOOSING) * threads, 1, 1), (threads, 1, 1))
 
 
+def _arrays(blocks: Problem) -> dict[str, mx.array]:
+    return {"scaled": mx.array(blocks.scaled), "metric": mx.array(blocks.metric)}
+
+
 def _launch(fmt, name, body, inputs, outputs, grid, threadgroup):
-    """Run `body`; inputs: name → array, outputs: name → (shape, type)."""
+    """Run `body` on the GPU, whatever the default device; inputs: name → array, outputs: name → (shape, type)."""
     title = f"seedlm_encode_{fmt.name.replace('.', '_')}_{name}"
     kernel = kernels.metal_kernel("seedlm_encode", title, tuple(inputs), tuple(outputs), body)
     shapes, dtypes = zip(*outputs.values(), strict=True)
@@ -109,4 +117,5 @@ def _launch(fmt, name, body, inputs, outputs, grid, threadgroup):
         threadgroup=threadgroup,
         output_shapes=list(shapes),
         output_dtypes=list(dtypes),
+        stream=mx.gpu,
     )

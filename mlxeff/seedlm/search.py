@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..errors import MlxeffError
 from .codec import HALF, Blocks, decode
 from .format import CODE_OFFSET, BlockFormat
 from .lfsr import expand, step
@@ -49,6 +50,8 @@ def cycle() -> np.ndarray:
 
 def problem(fmt: BlockFormat, weight: np.ndarray, diagonal: np.ndarray | None, bias: int) -> Problem:
     """Of a float32 matrix (rows, cols), whose row becomes NB blocks; with a diagonal (C), one, of cols ≤ C columns."""
+    if not np.isfinite(weight).all():
+        raise MlxeffError("SeedLM search: wanted finite weights, got others")
     rows, cols = weight.shape
     count = fmt.blocks(cols) if diagonal is None else 1
     blocks = np.zeros((rows, count * fmt.columns), np.float32)
@@ -138,7 +141,7 @@ def _states(fmt: BlockFormat, seeds: np.ndarray) -> np.ndarray:
 
 @functools.lru_cache(4)
 def _tables(fmt: BlockFormat, metric: bytes) -> tuple[np.ndarray, np.ndarray]:
-    """u (65,535 + P - 1, C) along the cycle, and the inverses of the Gram matrices (P, P, 65,535), 0 of the excluded."""
+    """u (65,535 + P - 1, C) along the cycle; the Gram matrices' inverses (P, P, 65,535), 0 of the excluded."""
     h = np.frombuffer(metric, np.float32).astype(np.float64)
     C, P = fmt.columns, fmt.states
     values = (np.resize(cycle(), SEEDS + C * P).astype(np.float64) - HALF) / HALF
