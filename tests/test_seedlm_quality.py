@@ -1,16 +1,25 @@
-"""The arithmetic of `benchmarks/seedlm_quality.py`, and the whole of it on a tiny model."""
+"""The arithmetic of `benchmarks/seedlm_quality.py`, its peers' quantisers, and the whole of it on a tiny model."""
 
 import json
 import math
+import subprocess
 import sys
+from pathlib import Path
 
+import gguf
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
+from mlxeff.convert.seedlm import dense
 
 import seedlm_quality
 from mlxeff import kernels
+from mlxeff.errors import MlxeffError
 from mlxeff.loading import load_path
+from peers import checkpoints
+from quality import arms, llama_quant, mlx_lm_quant, mlx_on_native, process, report
+from test_cpu_peers import TINY, VOCABULARY, tokenizer_file  # noqa: F401 - a fixture
 from tiny_model import quantise_folder, write_tiny_model
 
 pytestmark = pytest.mark.skipif(kernels.native()[0] is None, reason=kernels.native()[1])
@@ -34,9 +43,8 @@ def test_measures_are_those_of_the_formulas():
     a, b = rng.standard_normal((2, 7, 7))
     windows = rng.integers(0, 7, (3, 11))
     reference, other = Fixed(a.astype(np.float32)), Fixed(b.astype(np.float32))
-    found = seedlm_quality.measure(reference, {"reference": reference, "other": other}, windows)
-    assert found["reference"]["kl"] == 0
-    assert found["reference"]["top1"] == 1
+    same = seedlm_quality.measure(reference, reference, windows)
+    assert (same["kl"], same["top1"]) == (0, 1)
     p, q = (np.exp(t) / np.exp(t).sum(-1, keepdims=True) for t in (a, b))
     at, following = windows[:, :-1].ravel(), windows[:, 1:].ravel()
     want = {
@@ -44,19 +52,155 @@ def test_measures_are_those_of_the_formulas():
         "kl": (p * np.log(p / q)).sum(-1)[at].mean(),
         "top1": (a.argmax(-1) == b.argmax(-1))[at].mean(),
     }
-    assert found["other"] == pytest.approx(want, rel=1e-5)
+    assert seedlm_quality.measure(reference, other, windows) == pytest.approx(want, rel=1e-5)
 
 
 def test_an_affine_arm_is_the_requantised_reference(tmp_path):
     folder = quantise_folder(write_tiny_model(tmp_path / "m"))
-    model = seedlm_quality.affine_arm(folder, 4, 128)
+    model = arms.affine_arm(folder, 4, 128)
     layer = model.model.layers[0].mlp
     assert (layer.up_proj.group_size, layer.down_proj.group_size, layer.up_proj.bits) == (64, 32, 4)
-    dense = seedlm_quality.dense(load_path(folder).model.model.layers[0].mlp.up_proj).astype(mx.float16)
-    assert mx.array_equal(layer.up_proj.weight, mx.quantize(dense, 64, 4)[0]).item()
-    bits, _ = seedlm_quality.size(model)
-    assert 4.5 < bits < 5.0
+    found = dense(load_path(folder).model.model.layers[0].mlp.up_proj).astype(mx.float16)
+    assert mx.array_equal(layer.up_proj.weight, mx.quantize(found, 64, 4)[0]).item()
+    size = arms.Arm(model).size()
+    assert 4.5 < size["bits"] < 5.0
     assert model._fused is not None
+
+
+def test_the_products_of_mlx_lm_on_native_kernels_are_mlx_own():
+    rng = np.random.default_rng(0)
+    x, w = (mx.array(rng.standard_normal(shape).astype(np.float32)) for shape in ((5, 3, 32), (7, 3, 32)))
+    assert mx.allclose(mlx_on_native.einsum(mlx_on_native.CLIPS, x, w), mx.einsum(mlx_on_native.CLIPS, x, w), atol=1e-5)
+    flat = x.flatten(0, -2)
+    assert mx.allclose(mlx_on_native.gram(x), flat.T @ flat, atol=1e-5)
+    heads = mx.array(rng.standard_normal((3, 1, 4, 9, 16)).astype(np.float32))
+    found = mlx_on_native.attention(*heads, None, 0.25, "causal")
+    assert mx.allclose(found, mx.fast.scaled_dot_product_attention(*heads, scale=0.25, mask="causal"), atol=1e-5)
+
+
+def test_a_quantised_layer_trains_its_scales_as_mlx_does():
+    layer = nn.QuantizedLinear.from_linear(nn.Linear(64, 8, bias=False), 32, 4)
+    layer.unfreeze(keys=["scales", "biases"], recurse=False)
+    x = mx.random.normal((5, 64))
+    layer.train()
+    gradients = []
+    for call in (mlx_on_native.quantized_linear, nn.QuantizedLinear.__call__):
+        loss = lambda call=call: (call(layer, x) ** 2).sum()  # noqa: E731
+        gradients.append(nn.value_and_grad(layer, loss)()[1])
+    for kind in ("scales", "biases"):
+        assert mx.allclose(gradients[0][kind], gradients[1][kind], rtol=1e-4, atol=1e-4)
+
+
+def workshop(tmp_path, folder) -> arms.Workshop:
+    place = arms.Workshop(folder, tmp_path / "work", tmp_path / "peers", 600)
+    rng = np.random.default_rng(0)
+    place.windows = lambda: rng.integers(0, 256, (8, 32))
+    return place
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", mlx_lm_quant.QUANTISERS)
+def test_mlx_lm_quantises_the_decoder(method, tmp_path, monkeypatch):
+    """The arm's layers have the bits asked for, lie near the reference, and are made once."""
+    folder = quantise_folder(write_tiny_model(tmp_path / "m"))
+    monkeypatch.setitem(mlx_lm_quant.METHODS, "mlx-lm GPTQ 4 g64", mlx_lm_quant.Method(method, 4, 32, 256))
+    monkeypatch.setattr(mlx_lm_quant, "HEAD_GROUP", 32)
+    found = workshop(tmp_path, folder).arm("mlx-lm GPTQ 4 g64")
+    assert found.size()["bits"] == 5  # 4, and two halves for 32 weights
+    assert (found.made["tokens"], found.made["native"]) == (256, True)
+    reference, ids = load_path(folder).model, mx.array([[1, 2, 3, 4]])
+    a, b = (model(ids, model.new_cache()) for model in (reference, found.model))
+    assert 0 < mx.abs(a - b).max().item() < 0.3 * mx.abs(a).max().item()
+    monkeypatch.setattr(process, "run", None)
+    assert workshop(tmp_path, folder).arm("mlx-lm GPTQ 4 g64").made == found.made
+
+
+def test_a_worker_that_fails_leaves_nothing(tmp_path):
+    with pytest.raises(MlxeffError, match=r"quality.mlx_lm_quant: ended with 1"):
+        process.make(tmp_path / "place", "quality.mlx_lm_quant", {"source": "nowhere"}, 600)
+    assert not (tmp_path / "place").exists()
+
+
+def test_a_worker_has_its_limit(tmp_path):
+    (tmp_path / "endless.py").write_text("while True: pass")
+    program = "import sys; from quality import process; process.run('endless', {}, 1, sys.executable)"
+    variables = {"PYTHONPATH": f"{tmp_path}:{seedlm_quality.HERE}:{seedlm_quality.HERE.parent}"}
+    done = subprocess.run([sys.executable, "-c", program], env=variables, capture_output=True, text=True)
+    assert "MlxeffError: endless: beyond 1 CPU seconds" in done.stderr
+
+
+def test_importance_is_the_mean_square_of_the_inputs(tmp_path):
+    folder = write_tiny_model(tmp_path / "m")
+    model, windows = load_path(folder).model, np.arange(40).reshape(2, 20)
+    found = llama_quant.importance(model, windows)
+    assert len(found) == 14
+    layer = load_path(folder).model.model
+    inputs = layer.layers[0].input_layernorm(layer.embed_tokens(mx.array(windows)))
+    for name in ("attn_q", "attn_k", "attn_v"):
+        want = mx.square(inputs).mean(axis=(0, 1))
+        assert found[f"blk.0.{name}.weight"] == pytest.approx(np.array(want), rel=1e-5)
+
+
+def test_a_file_of_llama_cpp_becomes_an_arm(tokenizer_file, tmp_path):  # noqa: F811
+    """The arm's logits are those of the file, but for the embedding, which is the reference's; bits are the file's."""
+    source, file = tmp_path / "tiny.gguf", tmp_path / "eight.gguf"
+    checkpoints.write_random(source, tokenizer_file, VOCABULARY, TINY)
+    checkpoints.requantise(source, file, gguf.GGMLQuantizationType.Q8_0)
+    nbytes = sum(matrix.nbytes for matrix in llama_quant.matrices(file))
+    arm = arms.Arm(arms.assembled(source, arms.replaced_by(load_path(file).model)), nbytes)
+    assert arm.size()["bits"] == 8.5
+    assert llama_quant.types(file) == {"Q8_0": 1.0}
+    other, ids = load_path(file).model, mx.array([[5, 6, 7]])
+    assert mx.allclose(arm.model(ids, arm.model.new_cache()), other(ids, other.new_cache()), atol=0.05)
+
+
+def document(kl_of: dict) -> dict:
+    values = {"bytes": 10**8, "perplexity": 20.0, "top1": 0.9}
+    found = {name: values | {"bits": 4 + i / 4, "kl": kl} for i, (name, kl) in enumerate(kl_of.items())}
+    return {"arms": found, "single layers": {"Gaussian": {"affine 4 g64": 0.09}}}
+
+
+def test_targets_say_met_and_missed():
+    found = document({"SeedLM 4 aware": 0.1, "affine 4 g128": 0.2})
+    found["arms"]["affine 4 g128"]["perplexity"] = 21.0
+    (line,) = report.targets(found)
+    assert line.startswith(
+        "target met: SeedLM 4 aware (4.00 bits) below affine 4 g128 (4.25 bits): KL 0.1000 for 0.2000"
+    )
+    found["arms"]["SeedLM 4 aware"]["perplexity"] = 22.0
+    assert report.targets(found)[0].startswith("target missed")
+
+
+def test_the_readme_gets_the_table_between_its_marks(tmp_path):
+    readme, picture = tmp_path / "README.md", tmp_path / "a.png"
+    readme.write_text(f"before\n{report.BEGIN}old\n{report.END}after\n")
+    found = document({"affine 4 g64": 0.2, "SeedLM 4 aware": 0.1})
+    report.write_readme(found, readme, picture)
+    first = readme.read_text()
+    assert "old" not in first
+    assert first.startswith(f"before\n{report.BEGIN}")
+    assert first.endswith(f"{report.END}after\n")
+    assert "| SeedLM 4 aware | 4.250 | 100.0 | 20.00 | 0.1000 | 90.0% |" in first
+    report.write_readme(found, readme, picture)
+    assert readme.read_text() == first
+
+
+def test_the_projects_readme_holds_the_saved_results():
+    for path in (seedlm_quality.HERE / "results").glob("*-seedlm-quality.json"):
+        found, readme = json.loads(path.read_text()), seedlm_quality.README.read_text()
+        assert report.table(found) in readme
+        assert all(line[1:] in readme for line in report.targets(found))
+
+
+def test_every_arm_has_a_group():
+    assert {report.group_of(name) for name in arms.NAMES} == set(report.GROUPS)
+    assert report.group_of("reference") is None
+
+
+def run(monkeypatch, capsys, *options) -> dict:
+    monkeypatch.setattr(sys, "argv", ["seedlm_quality.py", *map(str, options)])
+    seedlm_quality.main()
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
 def test_the_whole_benchmark_on_a_tiny_model(tmp_path, monkeypatch, capsys):
@@ -65,14 +209,29 @@ def test_the_whole_benchmark_on_a_tiny_model(tmp_path, monkeypatch, capsys):
     text.write_text("All work and no play. " * 100)
     monkeypatch.setattr(seedlm_quality, "TEXT", text)
     monkeypatch.setattr(seedlm_quality, "single_layers", lambda: {"Gaussian": {"affine 4 g64": 0.09}})
-    options = ["--model", folder, "--work", tmp_path / "work", "--tokens", 1024]
-    options += ["--arms", "affine 3 g64", "SeedLM 3 data-free"]
-    monkeypatch.setattr(sys, "argv", ["seedlm_quality.py", *map(str, options)])
-    seedlm_quality.main()
-    out = capsys.readouterr().out
-    document = json.loads(out.splitlines()[-1])
-    assert document["tokens"] == 1024
-    arms = document["arms"]
-    assert set(arms) == {"reference", "affine 3 g64", "SeedLM 3 data-free"}
-    assert arms["SeedLM 3 data-free"]["bytes"] < arms["affine 3 g64"]["bytes"]
-    assert all(arm["kl"] > 0 for name, arm in arms.items() if name != "reference")
+    monkeypatch.setattr(seedlm_quality, "stem", lambda: tmp_path / "results")
+    monkeypatch.setattr(report, "plot", lambda *_: None)
+    options = [
+        "--model",
+        folder,
+        "--work",
+        tmp_path / "work",
+        "--cache",
+        tmp_path / "cache",
+        "--tokens",
+        1024,
+        "--save",
+    ]
+    first = run(monkeypatch, capsys, *options, "--arms", "affine 3 g64", "SeedLM 3 data-free")
+    assert first["tokens"] == 1024
+    assert set(first["arms"]) == {"reference", "affine 3 g64", "SeedLM 3 data-free"}
+    assert first["arms"]["SeedLM 3 data-free"]["bytes"] < first["arms"]["affine 3 g64"]["bytes"]
+    assert all(arm["kl"] > 0 for name, arm in first["arms"].items() if name != "reference")
+    assert json.loads(Path(tmp_path / "results.json").read_text()) == first
+    first["arms"]["affine 3 g64"]["kl"] = 77  # what is there already is not measured again
+    (tmp_path / "results.json").write_text(json.dumps(first))
+    more = run(monkeypatch, capsys, *options, "--add", "--arms", "affine 3 g64", "affine 4 g64")
+    assert set(more["arms"]) == {*first["arms"], "affine 4 g64"}
+    assert more["arms"]["affine 3 g64"]["kl"] == 77
+    with pytest.raises(SystemExit, match="measured with another tokens"):
+        run(monkeypatch, capsys, *options[:-2], 512, "--add")

@@ -1,0 +1,138 @@
+"""The arms: the reference with its decoder layers replaced by quantised ones. Embedding and head stay as they are."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten, tree_unflatten
+from mlxeff.convert import calibration, convert
+from mlxeff.convert.seedlm import dense
+
+from mlxeff.errors import MlxeffError
+from mlxeff.loading import load_path
+from mlxeff.models.fused import fuse
+from mlxeff.modules import QuantizedLinear
+from mlxeff.seedlm.format import FORMATS
+from mlxeff.seedlm.linear import SeedLinear
+from peers import checkpoints, install
+
+from . import llama_quant, mlx_lm_quant
+
+AFFINE = {"affine 3 g64": (3, 64), "affine 4 g128": (4, 128), "affine 4 g64": (4, 64), "affine 4 g32": (4, 32)}
+SEEDS = {f"SeedLM {bits} {how}": (bits, how == "data-free") for how in ("aware", "data-free") for bits in FORMATS}
+MLX_LM, LLAMA = [*mlx_lm_quant.METHODS], [*llama_quant.TYPES]
+NAMES = [*AFFINE, *SEEDS, *MLX_LM, *LLAMA]
+
+
+@dataclass
+class Arm:
+    """`linear_bytes`: of the decoder's matrices, where the model in memory does not hold them as the file does."""
+
+    model: nn.Module
+    linear_bytes: int | None = None
+    made: dict = field(default_factory=dict)  # how, if by a peer
+
+    def size(self) -> dict:
+        """Bits a weight of the linear layers, and bytes of all parameters."""
+        held = [(m.rows * m.cols if isinstance(m, SeedLinear) else dense(m).size, m) for _, m in linears(self.model)]
+        inside = sum(a.nbytes for _, m in held for _, a in tree_flatten(m.parameters()))
+        everything = sum(a.nbytes for _, a in tree_flatten(self.model.parameters()))
+        stored = inside if self.linear_bytes is None else self.linear_bytes
+        return {"bits": 8 * stored / sum(count for count, _ in held), "bytes": everything - inside + stored}
+
+
+def linears(model):
+    """(name, module) of the decoder's linear layers, the head left out."""
+    kinds = (nn.Linear, nn.QuantizedLinear, SeedLinear)
+    return [(name, m) for name, m in model.named_modules() if isinstance(m, kinds) and ".layers." in name]
+
+
+class Workshop:
+    """Makes arms of the reference at `path`; folders lie in `work` and `peers`; `limit`: CPU seconds."""
+
+    def __init__(self, path: Path, work: Path, peers: Path, limit: float):
+        self.path, self.work, self.peers, self.limit = path, work, peers, limit
+
+    def arm(self, name: str) -> Arm:
+        """Raises MlxeffError where the arm cannot be had."""
+        if name in AFFINE:
+            return Arm(affine_arm(self.path, *AFFINE[name]))
+        if name in SEEDS:
+            return Arm(seed_arm(self.path, self.work, name))
+        return self._mlx_lm(name) if name in MLX_LM else self._llama(name)
+
+    def windows(self) -> np.ndarray:
+        """The calibration windows (W, T) of SeedLM's encoder."""
+        text, _ = calibration.read_text(None)
+        return calibration.windows(text, load_path(self.path).tokenizer, calibration.TOKENS, str(self.path))
+
+    def _mlx_lm(self, name: str) -> Arm:
+        folder, note = mlx_lm_quant.make(name, self._folder(), self.windows(), self._quantised(), self.limit)
+        return Arm(assembled(self.path, replaced_by(load_path(folder).model)), made=note)
+
+    def _llama(self, name: str) -> Arm:
+        peer = install.install("llama.cpp", self.peers)
+        if peer.engine != "llama.cpp":
+            raise MlxeffError(f"llama.cpp: wanted llama-cpp-python, got {peer.engine or peer.how}")
+        place = self._quantised() / llama_quant.IMPORTANCE
+        llama_quant.write_importance(place, lambda: load_path(self.path).model, self.windows())
+        file, note = llama_quant.make(name, self.path, place, self._quantised(), peer.python, self.limit)
+        model = assembled(self.path, replaced_by(load_path(file).model))
+        nbytes = sum(matrix.nbytes for matrix in llama_quant.matrices(file))
+        return Arm(model, nbytes, note | {"types": llama_quant.types(file)})
+
+    def _quantised(self) -> Path:
+        place = self.peers / "quantised" / self.path.stem
+        place.mkdir(parents=True, exist_ok=True)
+        return place
+
+    def _folder(self) -> Path:
+        """The reference's own blocks as a folder that mlx-lm loads; scales in float32."""
+        place = self._quantised() / "reference"
+        return checkpoints.once(place, lambda path: convert(self.path, path, dtype="float32"))
+
+
+def assembled(path: Path, replaced: list[tuple[str, nn.Module]]):
+    """The reference with modules replaced, fused again."""
+    model = load_path(path).model
+    model.update_modules(tree_unflatten(replaced))
+    mx.eval(model.parameters())
+    model._fused = None
+    if not fuse(model):
+        raise SystemExit("the native kernels do not apply here: this benchmark needs them")
+    return model
+
+
+def replaced_by(other) -> list[tuple[str, nn.Module]]:
+    """The modules of another quantisation of the same model, embedding and head left out; scales in half precision."""
+    kept, embeddings = [], (nn.Embedding, nn.QuantizedEmbedding)
+    for name, module in tree_flatten(other.leaf_modules(), is_leaf=nn.Module.is_module):
+        if isinstance(module, embeddings) or name.startswith("lm_head"):
+            continue
+        if isinstance(module, nn.QuantizedLinear):
+            module.scales, module.biases = module.scales.astype(mx.float16), module.biases.astype(mx.float16)
+        kept.append((name, module))
+    return kept
+
+
+def affine_arm(path, bits, group):
+    """The reference requantised by MLX, scales in half precision; in smaller groups where these do not divide a row."""
+    replaced = []
+    for name, module in linears(load_path(path).model):
+        layer = nn.Linear(1, 1, bias=False)
+        layer.weight = dense(module).astype(mx.float16)
+        fitting = next(size for size in (group, 64, 32) if layer.weight.shape[1] % size == 0)
+        replaced.append((name, QuantizedLinear.from_linear(layer, fitting, bits)))
+    return assembled(path, replaced)
+
+
+def seed_arm(path, work, name):
+    """The converted folder, made where it is not there yet."""
+    bits, data_free = SEEDS[name]
+    folder = work / name.replace(" ", "-")
+    if not folder.exists():
+        work.mkdir(parents=True, exist_ok=True)
+        convert(path, folder, seedlm=bits, data_free=data_free)
+    return load_path(folder).model

@@ -1,0 +1,30 @@
+"""Relative error of the outputs of single layers, with weights that no grid favours: the model that the other measures
+take was itself rounded to a 4-bit grid once."""
+
+import mlx.core as mx
+import numpy as np
+
+from mlxeff.seedlm.encode import encode
+from mlxeff.seedlm.format import FORMATS
+
+from .arms import AFFINE, SEEDS
+
+
+def single_layers(rows=128, cols=768, samples=4096):
+    """Kind of weights → arm → error: weights N(0, 1) or Student t3, inputs with a power-law spectrum."""
+    rng = np.random.default_rng(0)
+    basis = np.linalg.qr(rng.standard_normal((cols, cols)))[0]
+    shape = (basis * np.arange(1, cols + 1) ** -0.25) @ basis.T * np.exp(0.3 * rng.standard_normal(cols))
+    seen, fresh = (rng.standard_normal((samples, cols)) @ shape for _ in range(2))
+    found_of = {}
+    for kind, w in (("Gaussian", rng.standard_normal((rows, cols))), ("Student t3", rng.standard_t(3, (rows, cols)))):
+        w = w.astype(np.float32)
+        error = lambda got, w=w: float(np.linalg.norm(fresh @ (got - w).T) / np.linalg.norm(fresh @ w.T))  # noqa: E731
+        found = {}
+        for name, (bits, group) in AFFINE.items():
+            parts = mx.quantize(mx.array(w).astype(mx.float16), group, bits)
+            found[name] = error(np.array(mx.dequantize(*parts, group, bits).astype(mx.float32)))
+        for name, (bits, data_free) in SEEDS.items():
+            found[name] = error(encode(FORMATS[bits], w, None if data_free else seen.T @ seen).decoded)
+        found_of[kind] = found
+    return found_of

@@ -1,0 +1,56 @@
+"""A worker in a process of its own, low in priority, with a limit of CPU time: the machine may be shared, so the clock
+says little. Its folder is renamed when it is complete."""
+
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from mlxeff.errors import MlxeffError
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+NICE = 10
+NOTE = "made.json"
+
+
+def make(place: Path, module: str, task: dict, limit: float, python: str = sys.executable) -> dict:
+    """Fill the folder `place` by `python -m module`, which reads the task, with `destination`; what the worker said.
+
+    Does nothing where the folder is there. Raises MlxeffError for a worker that fails or takes too many CPU seconds.
+    """
+    if not place.exists():
+        partial = place.with_name(f"partial-{place.name}")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        began = time.monotonic()
+        note = run(module, task | {"destination": str(partial)}, limit, python)
+        note |= {"cpu_s": round(note["cpu_s"]), "clock_s": round(time.monotonic() - began)}
+        (partial / NOTE).write_text(json.dumps(note, indent=1) + "\n")
+        partial.rename(place)
+    return json.loads((place / NOTE).read_text())
+
+
+def run(module: str, task: dict, limit: float, python: str) -> dict:
+    """The last line that the worker prints, with the CPU seconds that it took as `cpu_s`."""
+    paths = [str(ROOT / "benchmarks")] + ([os.environ.get("PYTHONPATH", "")] if python == sys.executable else [])
+    variables = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "HF_HUB_OFFLINE": "1"}
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+
+    def prepare():
+        os.nice(NICE)
+        resource.setrlimit(resource.RLIMIT_CPU, (int(limit), int(limit) + 5))
+
+    command, pipe = [python, "-m", module], {"input": json.dumps(task), "stdout": subprocess.PIPE, "text": True}
+    done = subprocess.run(command, **pipe, cwd=ROOT, env=variables, preexec_fn=prepare, check=False)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    if done.returncode in (-signal.SIGXCPU, -signal.SIGKILL):
+        raise MlxeffError(f"{module}: beyond {limit:g} CPU seconds")
+    if done.returncode:
+        raise MlxeffError(f"{module}: ended with {done.returncode}: its last lines say why")
+    spent = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return json.loads(done.stdout.splitlines()[-1]) | {"cpu_s": spent}

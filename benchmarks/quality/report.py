@@ -1,0 +1,137 @@
+"""The results document → tables, the targets, the plot, the README's section. Knows nothing of models."""
+
+import sys
+from pathlib import Path
+
+TARGETS = (
+    ("SeedLM 4.5 aware", "affine 4 g64"),
+    ("SeedLM 4 aware", "affine 4 g128"),
+    ("SeedLM 3 aware", "affine 3 g64"),
+)
+BEGIN, END = "<!-- seedlm-quality: begin -->\n", "<!-- seedlm-quality: end -->\n"
+GROUPS = {  # the first word of an arm's name, or its last → label, colour, marker
+    "affine": ("MLX affine", "tab:blue", "s"),
+    "data-free": ("SeedLM, data-free", "tab:orange", "o"),
+    "aware": ("SeedLM, activation-aware", "tab:red", "^"),
+    "mlx-lm": ("mlx-lm GPTQ, AWQ, DWQ", "tab:green", "D"),
+    "llama.cpp": ("llama.cpp, importance matrix", "tab:purple", "v"),
+}
+
+
+def group_of(name: str) -> str | None:
+    """The key of GROUPS; None for the reference."""
+    words = name.split()
+    return next((word for word in (words[0], words[-1]) if word in GROUPS), None)
+
+
+def in_order(document: dict) -> list[tuple[str, dict]]:
+    """Arms by bits a weight, fewest first, then by KL."""
+    return sorted(document["arms"].items(), key=lambda item: (round(item[1]["bits"], 3), -item[1]["kl"]))
+
+
+def table(document: dict) -> str:
+    """Markdown."""
+    lines = [
+        "| arm | bits a weight | MB | perplexity | KL, nats a token | same first token |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, a in in_order(document):
+        cells = [name, f"{a['bits']:.3f}", f"{a['bytes'] / 1e6:.1f}", f"{a['perplexity']:.2f}", f"{a['kl']:.4f}"]
+        lines.append("| " + " | ".join([*cells, f"{a['top1']:.1%}"]) + " |")
+    return "\n".join(lines)
+
+
+def targets(document: dict) -> list[str]:
+    """A line for each target whose arms were measured."""
+    lines, arms = [], document["arms"]
+    for mine, other in TARGETS:
+        if {mine, other} <= arms.keys():
+            a, b = arms[mine], arms[other]
+            met = all(a[key] < b[key] for key in ("kl", "perplexity"))
+            numbers = f"KL {a['kl']:.4f} for {b['kl']:.4f}, perplexity {a['perplexity']:.2f} for {b['perplexity']:.2f}"
+            bits = f"{mine} ({a['bits']:.2f} bits) below {other} ({b['bits']:.2f} bits)"
+            lines.append(f"target {'met' if met else 'missed'}: {bits}: {numbers}")
+    return lines
+
+
+def layers(document: dict) -> str:
+    """Markdown: the relative errors of single layers, a column for each arm."""
+    kinds = document["single layers"]
+    names = list(next(iter(kinds.values())))
+    lines = ["| weights | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+    lines += [f"| {kind} | " + " | ".join(f"{e[name]:.3f}" for name in names) + " |" for kind, e in kinds.items()]
+    return "\n".join(lines)
+
+
+def how(document: dict) -> list[str]:
+    """A line for each arm that a peer made: with how much, in what time; or why it was not."""
+    lines = []
+    for name, arm in document["arms"].items():
+        if made := arm.get("made"):
+            facts = [f"{key.replace('_', ' ')} {value}" for key, value in made.items() if key != "types"]
+            facts += [", ".join(f"{share:.0%} {kind}" for kind, share in made.get("types", {}).items())]
+            lines.append(f"{name}: {'; '.join(filter(None, facts))}")
+    return lines + [f"{name}: not measured: {why}" for name, why in document.get("not measured", {}).items()]
+
+
+def text(document: dict) -> str:
+    """All of it."""
+    return "\n\n".join([table(document), "\n".join([*targets(document), *how(document)]), layers(document)])
+
+
+def write_readme(document: dict, readme: Path, picture: Path) -> None:
+    """Replace what lies between the two marks in the README by the plot, table and targets."""
+    found = readme.read_text(encoding="utf-8")
+    if found.count(BEGIN) != 1 or found.count(END) != 1:
+        raise SystemExit(f"{readme}: wanted one {BEGIN.strip()} and one {END.strip()}")
+    head, rest = found.split(BEGIN)
+    shown = [f"![bits a weight against KL divergence]({picture.relative_to(readme.parent)})", table(document)]
+    shown += ["\n".join(f"- {line[0].upper()}{line[1:]}." for line in targets(document)), layers(document)]
+    partial = readme.with_name(f"partial-{readme.name}")
+    partial.write_text(head + BEGIN + "\n" + "\n\n".join(shown) + "\n\n" + END + rest.split(END)[1], encoding="utf-8")
+    partial.replace(readme)
+
+
+def plot(document: dict, path: Path) -> None:
+    """Bits a weight against KL divergence, every point with its name."""
+    try:
+        import matplotlib
+    except ImportError:
+        print("no plot: matplotlib is not installed (pip install 'mlxeff[benchmarks]')", file=sys.stderr)
+        return
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(9, 5.5))
+    for key, (label, colour, marker) in GROUPS.items():
+        points = sorted((a["bits"], a["kl"], n) for n, a in document["arms"].items() if group_of(n) == key)
+        line = "-" if key in ("affine", "data-free", "aware") else ""
+        if points:
+            axes.plot(*zip(*((x, y) for x, y, _ in points)), line, marker=marker, color=colour, label=label)
+    axes.set(xlabel="bits a weight", ylabel="KL divergence from the reference (nats a token)", yscale="log")
+    axes.set_title("SmolLM2-135M, decoder layers quantised")
+    axes.margins(x=0.12, y=0.08)
+    axes.grid(alpha=0.25, which="both")
+    write_names(axes, document)
+    axes.legend(loc="lower left")
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+    print(f"plot: {path}", file=sys.stderr)
+
+
+def write_names(axes, document: dict, height=9.5, width=95) -> None:
+    """Each point's name to its right, moved down where it would lie on another; size of a name in points."""
+    axes.figure.canvas.draw()
+    points = [(n, a) for n, a in document["arms"].items() if group_of(n)]
+    scale = 72 / axes.figure.dpi
+    at = {n: axes.transData.transform((a["bits"], a["kl"])) * scale for n, a in points}
+    placed = []
+    for name, arm in sorted(points, key=lambda item: -item[1]["kl"]):
+        x, y = at[name]
+        below = [low for left, low in placed if abs(left - x) < width]
+        y = min([y, *(low - height for low in below if low - height < y)]) if below else y
+        placed.append((x, y))
+        offset, colour = (7, y - at[name][1] - 3), GROUPS[group_of(name)][1]
+        short = name.replace("mlx-lm ", "").replace("llama.cpp ", "")
+        axes.annotate(short, (arm["bits"], arm["kl"]), offset, textcoords="offset points", fontsize=7.5, color=colour)
