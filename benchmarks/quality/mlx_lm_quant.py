@@ -4,10 +4,10 @@ Their functions are called as they are; their data sets, which are downloads, ar
 those that SeedLM's encoder sees. The products run on native kernels (`mlx_on_native.py`). As a worker:
 `python -m quality.mlx_lm_quant`, the task as JSON on standard input; the last line tells what was done.
 
-What is less than their defaults: GPTQ and AWQ run on as many tokens as `tokens` says (default there: all of a text
-of about 280,000, and 128 × 512). DWQ makes one pass over 128 windows in steps of 2, where the default is 512 steps of
-4 × 1025 tokens; its learning rate 1e-6 is multiplied by the ratio of the steps, so that Adam can move a scale as far.
-GPTQ packs 2, 4 and 8 bits only; groups of 128 do not divide 576 columns.
+What is less than their defaults, for the sake of time: GPTQ and AWQ run on as many tokens as METHODS says (default
+there: a downloaded text, and 128 × 512; AWQ's search costs 6 GFLOP a token). DWQ makes one pass over its windows,
+one a step, where the default is 512 steps of 4 × 1025 tokens; its learning rate 1e-6 is multiplied by the ratio of
+the steps, so that Adam can move a scale as far. GPTQ packs 2, 4 and 8 bits only; groups of 128 do not divide 576.
 """
 
 import copy
@@ -23,7 +23,7 @@ from . import process
 
 SEED = 123  # mlx-lm's default
 HEAD_BITS, HEAD_GROUP = 8, 64  # of the embedding, which no arm uses
-DWQ_BATCH, DWQ_VALID = 2, 4
+DWQ_BATCH, DWQ_VALID = 1, 4
 DWQ_STEPS, DWQ_RATE = 512, 1e-6  # mlx-lm's defaults
 
 
@@ -39,10 +39,10 @@ class Method:
 
 METHODS = {
     "mlx-lm GPTQ 4 g64": Method("gptq", 4, 64, 32768),
-    "mlx-lm AWQ 4 g64": Method("awq", 4, 64, 8192),
-    "mlx-lm AWQ 3 g64": Method("awq", 3, 64, 8192),
-    "mlx-lm DWQ 4 g64": Method("dwq", 4, 64, 32768),
-    "mlx-lm DWQ 3 g64": Method("dwq", 3, 64, 32768),
+    "mlx-lm AWQ 4 g64": Method("awq", 4, 64, 2048),
+    "mlx-lm AWQ 3 g64": Method("awq", 3, 64, 2048),
+    "mlx-lm DWQ 4 g64": Method("dwq", 4, 64, 8192),
+    "mlx-lm DWQ 3 g64": Method("dwq", 3, 64, 8192),
 }
 
 
