@@ -237,3 +237,9 @@ def test_the_whole_benchmark_on_a_tiny_model(tmp_path, monkeypatch, capsys):
     assert more["arms"]["affine 3 g64"]["kl"] == 77
     with pytest.raises(SystemExit, match="measured with another tokens"):
         run(monkeypatch, capsys, *options[:-2], 512, "--add")
+
+
+def test_names_in_the_plot_lie_apart():
+    found = report.apart([(0, 0), (10, 1), (20, 0.5), (500, 0.2)])
+    assert all(abs(a - b) > 8.9 for i, a in enumerate(found[:3]) for b in found[:i])
+    assert found[3] == 0.2

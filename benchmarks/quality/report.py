@@ -17,6 +17,8 @@ GROUPS = {  # the first word of an arm's name, or its last → label, colour, ma
     "llama.cpp": ("llama.cpp, importance matrix", "tab:purple", "v"),
 }
 
+LINES = ("affine", "data-free", "aware")  # groups whose points are one method with more or fewer bits
+
 
 def group_of(name: str) -> str | None:
     """The key of GROUPS; None for the reference."""
@@ -102,36 +104,47 @@ def plot(document: dict, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(9, 5.5))
+    figure, axes = pyplot.subplots(figsize=(9, 6.5))
     for key, (label, colour, marker) in GROUPS.items():
-        points = sorted((a["bits"], a["kl"], n) for n, a in document["arms"].items() if group_of(n) == key)
-        line = "-" if key in ("affine", "data-free", "aware") else ""
+        points = sorted((a["bits"], a["kl"]) for n, a in document["arms"].items() if group_of(n) == key)
+        line = "-" if key in LINES else "None"
         if points:
-            axes.plot(*zip(*((x, y) for x, y, _ in points)), line, marker=marker, color=colour, label=label)
+            axes.plot(*zip(*points), linestyle=line, marker=marker, color=colour, label=label, markersize=5)
     axes.set(xlabel="bits a weight", ylabel="KL divergence from the reference (nats a token)", yscale="log")
     axes.set_title("SmolLM2-135M, decoder layers quantised")
-    axes.margins(x=0.12, y=0.08)
-    axes.grid(alpha=0.25, which="both")
-    write_names(axes, document)
+    axes.margins(x=0.15, y=0.08)
+    axes.grid(alpha=0.2, which="both")
     axes.legend(loc="lower left")
     figure.tight_layout()
+    write_names(axes, document)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
     print(f"plot: {path}", file=sys.stderr)
 
 
-def write_names(axes, document: dict, height=9.5, width=95) -> None:
-    """Each point's name to its right, moved down where it would lie on another; size of a name in points."""
-    axes.figure.canvas.draw()
-    points = [(n, a) for n, a in document["arms"].items() if group_of(n)]
-    scale = 72 / axes.figure.dpi
-    at = {n: axes.transData.transform((a["bits"], a["kl"])) * scale for n, a in points}
-    placed = []
-    for name, arm in sorted(points, key=lambda item: -item[1]["kl"]):
-        x, y = at[name]
-        below = [low for left, low in placed if abs(left - x) < width]
-        y = min([y, *(low - height for low in below if low - height < y)]) if below else y
-        placed.append((x, y))
-        offset, colour = (7, y - at[name][1] - 3), GROUPS[group_of(name)][1]
-        short = name.replace("mlx-lm ", "").replace("llama.cpp ", "")
-        axes.annotate(short, (arm["bits"], arm["kl"]), offset, textcoords="offset points", fontsize=7.5, color=colour)
+def write_names(axes, document: dict) -> None:
+    """Each point's name to its right, with a thin line where names had to move apart."""
+    named = {name: arm for name, arm in document["arms"].items() if group_of(name)}
+    scale = 72 / axes.figure.dpi  # pixels → points
+    at = [axes.transData.transform((arm["bits"], arm["kl"])) * scale for arm in named.values()]
+    heights = apart([(x, y) for x, y in at])
+    for (name, arm), (_, y), height in zip(named.items(), at, heights, strict=True):
+        short = name.replace("mlx-lm ", "").replace("llama.cpp ", "").replace("SeedLM ", "")
+        colour = GROUPS[group_of(name)][1]
+        arrow = {"arrowstyle": "-", "color": colour, "linewidth": 0.4, "shrinkA": 0, "shrinkB": 2}
+        style = {"fontsize": 7.5, "color": colour, "va": "center", "textcoords": "offset points"}
+        axes.annotate(short, (arm["bits"], arm["kl"]), (12, height - y), arrowprops=arrow, **style)
+
+
+def apart(points: list[tuple[float, float]], height: float = 9, width: float = 62) -> list[float]:
+    """Heights of names near their points (x, y), so that no two lie on each other; all in points of typography."""
+    found = [y for _, y in points]
+    order = sorted(range(len(points)), key=lambda i: found[i])
+    for _ in range(500):
+        for place, low in enumerate(order):
+            for high in order[place + 1 :]:
+                gap = found[high] - found[low]
+                if gap < height and abs(points[high][0] - points[low][0]) < width:
+                    found[low] -= (height - gap) / 2
+                    found[high] += (height - gap) / 2
+    return found
