@@ -41,19 +41,37 @@ README = HERE.parent / "README.md"
 WINDOW = 512
 
 
-def measure(reference, model, windows) -> dict:
-    """Perplexity, KL divergence and shared first choices of `model`, over all predicted tokens of windows (W, T)."""
-    sums = np.zeros(3)
-    for number, window in enumerate(windows):
-        tokens = mx.array(window)
-        truth = log_softmax(reference(tokens[None], reference.new_cache())[0, :-1])
-        found = truth if model is reference else log_softmax(model(tokens[None], model.new_cache())[0, :-1])
-        nll = -mx.take_along_axis(found, tokens[1:, None], axis=-1).sum()
-        kl = (mx.exp(truth) * (truth - found)).sum()
-        same = (mx.argmax(found, axis=-1) == mx.argmax(truth, axis=-1)).sum()
-        sums += [nll.item(), kl.item(), same.item()]
-        print(f"\rwindow {number + 1} of {len(windows)}", end="", file=sys.stderr, flush=True)
+class Truth:
+    """The reference's distributions on windows (W, T) of tokens: of its passes the hidden states are kept."""
+
+    def __init__(self, model, windows):
+        self.head, self.hidden = model.head, []
+        for window in progress(windows):
+            self.hidden.append(model.hidden(mx.array(window)[None], model.new_cache())[0, :-1])
+            mx.eval(self.hidden[-1])
+
+    def __getitem__(self, window: int) -> mx.array:
+        """Logarithms of the probabilities of the tokens after each but the last of a window, (T - 1, V)."""
+        return log_softmax(self.head(self.hidden[window]))
+
+
+def progress(items):
+    for number, item in enumerate(items):
+        print(f"\r{number + 1} of {len(items)}", end="", file=sys.stderr, flush=True)
+        yield item
     print(file=sys.stderr)
+
+
+def measure(truth: Truth, model, windows) -> dict:
+    """Perplexity, KL divergence and shared first choices over all predicted tokens; without a model the reference's."""
+    sums = np.zeros(3)
+    for number, window in enumerate(progress(windows)):
+        tokens, wanted = mx.array(window), truth[number]
+        found = wanted if model is None else log_softmax(model(tokens[None], model.new_cache())[0, :-1])
+        nll = -mx.take_along_axis(found, tokens[1:, None], axis=-1).sum()
+        kl = (mx.exp(wanted) * (wanted - found)).sum()
+        same = (mx.argmax(found, axis=-1) == mx.argmax(wanted, axis=-1)).sum()
+        sums += [nll.item(), kl.item(), same.item()]
     nll, kl, same = (sums / (len(windows) * (windows.shape[1] - 1))).tolist()
     return {"perplexity": math.exp(nll), "kl": kl, "top1": same}
 
@@ -93,12 +111,14 @@ def fill(document: dict, names: list[str], workshop: Workshop, windows: np.ndarr
     """Measure the arms that the document lacks; an arm that cannot be had is noted with the reason."""
     reference = load_path(workshop.path).model
     failed = document.setdefault("not measured", {})
-    for name in [n for n in ("reference", *names) if n not in document["arms"]]:
+    missing = [name for name in ("reference", *names) if name not in document["arms"]]
+    truth = Truth(reference, windows) if missing else None
+    for name in missing:
         print(name, file=sys.stderr)
         failed.pop(name, None)
         try:
             arm = Arm(reference) if name == "reference" else workshop.arm(name)
-            document["arms"][name] = arm.size() | measure(reference, arm.model, windows)
+            document["arms"][name] = arm.size() | measure(truth, None if arm.model is reference else arm.model, windows)
             if arm.made:
                 document["arms"][name]["made"] = arm.made
         except MlxeffError as error:

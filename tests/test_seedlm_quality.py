@@ -34,8 +34,14 @@ class Fixed:
     def new_cache(self):
         return None
 
+    def hidden(self, tokens, cache):
+        return tokens
+
+    def head(self, hidden):
+        return self.table[hidden]
+
     def __call__(self, tokens, cache):
-        return self.table[tokens]
+        return self.head(self.hidden(tokens, cache))
 
 
 def test_measures_are_those_of_the_formulas():
@@ -43,8 +49,10 @@ def test_measures_are_those_of_the_formulas():
     a, b = rng.standard_normal((2, 7, 7))
     windows = rng.integers(0, 7, (3, 11))
     reference, other = Fixed(a.astype(np.float32)), Fixed(b.astype(np.float32))
-    same = seedlm_quality.measure(reference, reference, windows)
-    assert (same["kl"], same["top1"]) == (0, 1)
+    truth = seedlm_quality.Truth(reference, windows)
+    for same in (None, reference):
+        found = seedlm_quality.measure(truth, same, windows)
+        assert (found["kl"], found["top1"]) == (0, 1)
     p, q = (np.exp(t) / np.exp(t).sum(-1, keepdims=True) for t in (a, b))
     at, following = windows[:, :-1].ravel(), windows[:, 1:].ravel()
     want = {
@@ -52,7 +60,7 @@ def test_measures_are_those_of_the_formulas():
         "kl": (p * np.log(p / q)).sum(-1)[at].mean(),
         "top1": (a.argmax(-1) == b.argmax(-1))[at].mean(),
     }
-    assert seedlm_quality.measure(reference, other, windows) == pytest.approx(want, rel=1e-5)
+    assert seedlm_quality.measure(truth, other, windows) == pytest.approx(want, rel=1e-5)
 
 
 def test_an_affine_arm_is_the_requantised_reference(tmp_path):
@@ -118,7 +126,7 @@ def test_mlx_lm_quantises_the_decoder(method, tmp_path, monkeypatch):
 
 
 def test_a_worker_that_fails_leaves_nothing(tmp_path):
-    with pytest.raises(MlxeffError, match="quality.nothing: ended with 1"):
+    with pytest.raises(MlxeffError, match=r"quality\.nothing: ended with 1"):
         process.make(tmp_path / "place", "quality.nothing", {}, 600)
     assert not (tmp_path / "place").exists()
 
