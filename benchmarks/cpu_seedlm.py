@@ -1,11 +1,16 @@
-"""Speed of the native SeedLM kernels: products beside our own and MLX's 4-bit affine product, and the encoder.
+"""Speed of SeedLM on this CPU, in one run: the products beside our own and MLX's 4-bit affine ones, the encoder, and the whole
+built-in model beside other engines (`cpu_seedlm_models.py`).
 
-    python benchmarks/cpu_seedlm.py [--threads 1 2] [--isa NAME] [--shape 4096x1024 ...] [--save]
+    python benchmarks/cpu_seedlm.py [--threads 1 2] [--isa NAME] [--shape 576x576 ...] [--no-models] [--save]
 
-Gw/s: billions of weights of the matrix a second, for one call with M rows of x; times are medians. Weights are cold:
-each call takes the next of enough matrices to exceed 64 MB. MLX's product runs on one thread whatever is asked. The
-encoder is timed on Gaussian weights, in millions of weights a second. The ceiling of a product with one row is the
-read bandwidth of an fp32 matrix-vector product in the same run over the bytes a weight.
+Gw/s: billions of weights of the matrix a second, for one call with M rows of x. The arms take turns, round by round; a number is the
+median of the rounds. Weights are cold: each call takes the next of enough matrices to exceed 64 MB. MLX's product runs on
+one thread whatever is asked. The encoder is timed on Gaussian weights, in millions of weights a second.
+
+Ceilings of a product with one row, in Gw/s: from bytes, the read bandwidth of an fp32 matrix-vector product over the
+bytes a weight; from instructions, the multiply-add rate of an fp32 matrix product, whose instructions are nearly all
+multiply-adds, over the vector instructions a weight. These are counted in the inner loop of the object code, for CPUs
+with AVX-512 only.
 """
 
 import argparse
@@ -16,24 +21,39 @@ import platform
 import sys
 import time
 from pathlib import Path
+from statistics import median
 
+import cpu_seedlm_models
 import mlx.core as mx
 import numpy as np
+from cpu_matmul import median_time, read_bandwidth, sgemm_rate
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-from cpu_library import EXACT, F16, F32, OK, QuantizedWeight, address, lib
-from cpu_matmul import median_time, read_bandwidth
+from cpu_library import COMPUTE_INT8, EXACT, F16, F32, OK, QuantizedWeight, address, lib
 from mlxeff import __version__
 from mlxeff.seedlm.format import FORMATS
 from seedlm_calls import Seeded, SeedWeight, encode
 
-SHAPES = ("1024x4096", "1536x576", "576x1536")
+SHAPES = ("576x576", "1536x576", "576x1536", "2048x2048")
 COLD_BYTES = 64 << 20
-AFFINE = "affine 4 g64"
+MODES = {"exact": EXACT, "int8": COMPUTE_INT8}
+AFFINE, MLX = "affine 4 g64", "mlx 4 g64"
+LANES = 16  # fp32 lanes of a vector, of AVX-512
+# Vector instructions for one vector of blocks (16), or of packed words, and the weights that these hold.
+INSTRUCTIONS = {
+    ("seedlm 4", "exact"): (0, 128),
+    ("seedlm 4.5", "exact"): (0, 128),
+    ("seedlm 3", "exact"): (0, 192),
+    ("seedlm 4", "int8"): (0, 128),
+    ("seedlm 4.5", "int8"): (0, 128),
+    ("seedlm 3", "int8"): (0, 192),
+    (AFFINE, "exact"): (0, 128),
+    (AFFINE, "int8"): (0, 128),
+}
 
 
 class ColdSeeds:
-    """Copies of one random encoded matrix; `call(i, x, y)` multiplies by one of them."""
+    """Copies of one random encoded matrix; `call(i, x, y, mode)` multiplies by one of them."""
 
     def __init__(self, name, n, k):
         weight = Seeded.random(name, np.random.default_rng(0), n, k)
@@ -47,10 +67,10 @@ class ColdSeeds:
                 setattr(c, field, address(array))
             self.weights.append(c)
 
-    def __call__(self, i, x, y):
+    def __call__(self, i, x, y, mode):
         (m, k), n = x.shape, y.shape[1]
         weight = self.weights[i % len(self.weights)]
-        assert lib.mlxeff_seedlm_matmul(ctypes.byref(weight), address(x), k, F32, address(y), n, F32, m, EXACT) == OK
+        assert lib.mlxeff_seedlm_matmul(ctypes.byref(weight), address(x), k, F32, address(y), n, F32, m, mode) == OK
 
 
 class ColdAffine:
@@ -65,10 +85,10 @@ class ColdAffine:
         ]
         self.weights = [QuantizedWeight(*(address(a) for a in arrays), n, k, 4, 64, F16) for arrays in self.held]
 
-    def __call__(self, i, x, y):
+    def __call__(self, i, x, y, mode):
         (m, k), n = x.shape, y.shape[1]
         weight = self.weights[i % len(self.weights)]
-        assert lib.mlxeff_qmm(ctypes.byref(weight), address(x), k, F32, address(y), n, F32, m, EXACT) == OK
+        assert lib.mlxeff_qmm(ctypes.byref(weight), address(x), k, F32, address(y), n, F32, m, mode) == OK
 
 
 class ColdMlx:
@@ -80,34 +100,61 @@ class ColdMlx:
         self.held = [mx.quantize(mx.random.normal((n, k)), group_size=64, bits=4) for _ in range(copies)]
         mx.eval(self.held)
 
-    def __call__(self, i, x, _):
+    def __call__(self, i, x, _y, _mode):
         mx.eval(mx.quantized_matmul(mx.array(x), *self.held[i % len(self.held)], group_size=64, bits=4))
 
 
-def products(options, bandwidth):
-    """One line a shape, kernel, M and number of threads."""
+def products(options, ceilings):
+    """One line a shape, M, number of threads, kernel and mode."""
     rows = []
     for shape in options.shape:
         n, k = map(int, shape.split("x"))
-        arms = {f"seedlm {name}": ColdSeeds(name, n, k) for name in FORMATS}
-        arms |= {AFFINE: ColdAffine(n, k), "mlx 4 g64": ColdMlx(n, k)}
-        bytes_a_weight = {f"seedlm {name}": fmt.bits / 8 for name, fmt in FORMATS.items()} | {AFFINE: 4.5 / 8}
+        kernels = {f"seedlm {name}": ColdSeeds(name, n, k) for name in FORMATS}
+        kernels |= {AFFINE: ColdAffine(n, k), MLX: ColdMlx(n, k)}
         for m in options.rows:
             x, y = np.random.default_rng(1).standard_normal((m, k), np.float32), np.empty((m, n), np.float32)
             for threads in options.threads:
                 assert lib.mlxeff_set_num_threads(threads) == OK
-                for arm, call in arms.items():
-                    if arm.startswith("mlx") and (threads > 1 or m > 8):
-                        continue
-                    seconds = median_time(lambda i: call(i, x, y), options.seconds)  # noqa: B023
-                    rate = n * k / seconds / 1e9
-                    share = rate * bytes_a_weight.get(arm, 0) / bandwidth[threads]
-                    rows.append({"shape": shape, "kernel": arm, "M": m, "threads": threads, "seconds": seconds})
-                    print(
-                        f"{shape:>10} {arm:>12} {m:4} {threads:3} {seconds * 1e6:9.1f} {rate:7.2f} {share:8.1%}",
-                        flush=True,
-                    )
+                arms = {(kernel, mode): call for kernel, call in kernels.items() for mode in MODES}
+                arms = {key: call for key, call in arms.items() if key[0] != MLX or (key[1], threads) == ("exact", 1)}
+                seconds = interleaved(arms, x, y, options)
+                for (kernel, mode), samples in seconds.items():
+                    row = {"shape": shape, "kernel": kernel, "mode": mode, "M": m, "threads": threads}
+                    rows.append(row | {"seconds": samples} | (ceilings(kernel, mode, threads) if m == 1 else {}))
+                    print(line(rows[-1], n * k), flush=True)
     return rows
+
+
+def interleaved(arms, x, y, options):
+    """Arm → median seconds of a call, one a round."""
+    found = {key: [] for key in arms}
+    for _ in range(options.rounds):
+        for key, call in arms.items():
+            mode = MODES[key[1]]
+            found[key].append(median_time(lambda i: call(i, x, y, mode), options.seconds))  # noqa: B023
+    return found
+
+
+def line(row, weights):
+    """A row of the table."""
+    seconds = median(row["seconds"])
+    shares = [f"{row[key]:8.2f}" if key in row else " " * 8 for key in ("gw_per_s_by_bytes", "gw_per_s_by_instructions")]
+    left = f"{row['shape']:>10} {row['kernel']:>12} {row['mode']:>5} {row['M']:4} {row['threads']:3}"
+    return f"{left} {seconds * 1e6:9.1f} {weights / seconds / 1e9:7.2f} {' '.join(shares)}"
+
+
+def ceilings_of(bandwidth, multiply_adds):
+    """(kernel, mode, threads) → ceilings in Gw/s, given GB/s and GFLOPS by threads."""
+    bits = {f"seedlm {name}": fmt.bits for name, fmt in FORMATS.items()} | {AFFINE: 4.5, MLX: 5}
+
+    def ceilings(kernel, mode, threads):
+        found = {"gw_per_s_by_bytes": bandwidth[threads] / bits[kernel] * 8}
+        if lib.mlxeff_isa() in (b"avx512", b"amx") and (kernel, mode) in INSTRUCTIONS:
+            count, weights = INSTRUCTIONS[kernel, mode]
+            found["gw_per_s_by_instructions"] = multiply_adds[threads] / (2 * LANES) / count * weights
+        return found
+
+    return ceilings
 
 
 def encoders(options):
@@ -130,18 +177,27 @@ def encoders(options):
     return rows
 
 
-def main():
+def parse():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--isa")
     parser.add_argument("--shape", nargs="+", default=SHAPES, help="rows x columns of W")
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 4, 8, 64], help="of x")
-    parser.add_argument("--seconds", type=float, default=0.15, help="a measurement")
+    parser.add_argument("--seconds", type=float, default=0.05, help="a measurement")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--no-models", action="store_true", help="the kernels and the encoder only")
+    parser.add_argument("--seeds", type=Path, nargs="+", default=cpu_seedlm_models.default_seeds(),
+                        help="folders of the built-in model that convert --seedlm made, default %(default)s")  # fmt: skip
     parser.add_argument("--save", action="store_true", help="write results/<processor>-cpu-seedlm-mlx-<version>.json")
     options = parser.parse_args()
     if options.isa and lib.mlxeff_set_isa(options.isa.encode()) != OK:
         parser.error(f"{options.isa} is not usable here; there are {lib.mlxeff_isa_available().decode()}")
-    bandwidth = {t: read_bandwidth(t) for t in options.threads}
+    return options
+
+
+def main():
+    options = parse()
+    bandwidth, multiply_adds = ({t: f(t) for t in options.threads} for f in (read_bandwidth, sgemm_rate))
     card = {
         "isa": lib.mlxeff_isa().decode(),
         "processor": processor(),
@@ -151,14 +207,26 @@ def main():
         "mlxeff": __version__,
         "command": "benchmarks/cpu_seedlm.py " + " ".join(sys.argv[1:]),
         "read_gb_per_s": bandwidth,
+        "multiply_add_gflops": multiply_adds,
     }
     print(json.dumps(card))
-    print(f"{'N x K':>10} {'kernel':>12} {'M':>4} {'thr':>3} {'us':>9} {'Gw/s':>7} {'of read':>8}")
-    document = {**card, "products": products(options, bandwidth), "encoder": encoders(options)}
+    print(f"{'N x K':>10} {'kernel':>12} {'mode':>5} {'M':>4} {'thr':>3} {'us':>9} {'Gw/s':>7} {'by bytes':>8} {'by instr':>8}")
+    document = {**card, "products": products(options, ceilings_of(bandwidth, multiply_adds)), "encoder": encoders(options)}
+    if not options.no_models:
+        document["models"] = cpu_seedlm_models.measure(options.seeds, options.threads, options.rounds)
+        print(cpu_seedlm_models.table(document["models"]))
     if options.save:
-        name = f"{document['processor'].replace(' ', '-')}-cpu-seedlm-mlx-{mx.__version__}.json"
-        (Path(__file__).parent / "results" / name).write_text(json.dumps(document, indent=1) + "\n")
+        save(document)
     print(json.dumps(document))
+
+
+def save(document):
+    """Write results/<processor>-cpu-seedlm-mlx-<version>.json."""
+    name = f"{document['processor'].replace(' ', '-')}-cpu-seedlm-mlx-{mx.__version__}.json"
+    path = Path(__file__).parent / "results" / name
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(document, indent=1) + "\n")
+    partial.replace(path)
 
 
 def processor():

@@ -20,7 +20,7 @@ from ..errors import MlxeffError
 from ..loading import build_model
 from ..ops import linear
 from ..seedlm import install
-from ..seedlm.encode import encode
+from ..seedlm.encode import Inputs, encode
 from ..seedlm.format import BlockFormat, block_format
 from ..seedlm.linear import SeedLinear
 from .plan import Weight
@@ -228,10 +228,12 @@ class Encoder:
 
     def _encode(self, unit: str, modules: dict[str, tuple[nn.Module, np.ndarray | None]], advance: Callable) -> None:
         arrays, errors = {}, {}
+        inputs, source = None, (None, None)  # of the latest matrix: those that read the same inputs follow each other
         for name, (module, gram) in modules.items():
-            fmt, weight = self.choice.seeded[name][0], np.array(dense(module))
-            origin = f"{self.origin}: {name}.weight"
-            found = encode(fmt, weight, gram, advance=advance, origin=origin, backend=self.backend)
+            fmt, weight, origin = self.choice.seeded[name][0], np.array(dense(module)), f"{self.origin}: {name}.weight"
+            if source[0] is not fmt or source[1] is not gram:
+                inputs, source = None if gram is None else Inputs.of(fmt, gram, origin=origin), (fmt, gram)
+            found = encode(fmt, weight, inputs, advance=advance, origin=origin, backend=self.backend)
             arrays[name] = {kind: mx.array(array) for kind, array in found.arrays.items()}
             errors[name] = found.error
         self.store.write(unit, arrays, errors)

@@ -145,6 +145,15 @@ Choice& choice() {
 
 }  // namespace
 
+bool has_byte_permutes() {
+#if defined(MLXEFF_X86)
+  static const bool has = has_avx512() && bit(Cpuid(7, 0).c, 1);
+  return has;
+#else
+  return false;
+#endif
+}
+
 Isa active_isa() { return levels[choice().current.load(std::memory_order_relaxed)].isa; }
 
 }  // namespace mlxeff

@@ -9,6 +9,9 @@ enum class Isa { scalar, avx2, avx512, amx, neon, dotprod, i8mm };
 // The level in use: the best one that the machine, the operating system, the build and MLXEFF_CPU_ISA allow.
 Isa active_isa();
 
+// Whether the CPU has AVX-512 VBMI, which level avx512 does not imply.
+bool has_byte_permutes();
+
 }  // namespace mlxeff
 
 // A family declares its table of kernels with MLXEFF_DECLARE_FAMILY(Table, getter) at namespace mlxeff, defines

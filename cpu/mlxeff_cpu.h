@@ -28,7 +28,7 @@ enum { MLXEFF_F32 = 0, MLXEFF_F16 = 1, MLXEFF_BF16 = 2 };
 // How a matrix product treats its operands; accumulation is in fp32 in every mode.
 //   EXACT  operands are read at full precision and multiplied in fp32.
 //   BF16   operands are rounded to bf16 where the machine multiplies bf16 faster (AMX); EXACT elsewhere.
-//   INT8   activations are rounded to int8, one scale for each group of weights (quantised weights only).
+//   INT8   activations are rounded to int8, one scale for each group or block of weights (quantised weights and seeds only).
 enum { MLXEFF_EXACT = 0, MLXEFF_COMPUTE_BF16 = 1, MLXEFF_COMPUTE_INT8 = 2 };
 
 MLXEFF_API const char* mlxeff_error_string(int code);
@@ -83,7 +83,8 @@ typedef struct {
   int exponent_bias;
 } mlxeff_seedlm_weight;
 
-// y (M, N) = x (M, K) @ W^T. `mode` is MLXEFF_EXACT or MLXEFF_COMPUTE_BF16.
+// y (M, N) = x (M, K) @ W^T. INT8 applies to M <= 8 on CPUs with AVX-512 VBMI, and rounds the register's states to their leading
+// byte too; elsewhere it means BF16.
 MLXEFF_API int mlxeff_seedlm_matmul(const mlxeff_seedlm_weight* w, const void* x, int64_t ldx, int x_dtype, void* y, int64_t ldy,
                                     int y_dtype, int64_t M, int mode);
 // out (count, K): the decoded rows ids[0], ids[1], ... of W. An id outside [0, N) is MLXEFF_BAD_ARGUMENT.

@@ -33,7 +33,7 @@ class Product {
 
  public:
   Product() = default;
-  // `mode` is MLXEFF_EXACT, _BF16 or _INT8; where the matrix is not affine-quantised, INT8 means BF16.
+  // `mode` is MLXEFF_EXACT, _BF16 or _INT8; a dense matrix takes INT8 for BF16.
   Product(const WeightMatrix& w, const float* x, float* y, int64_t rows, int mode)
       : matrix_(&w), quantised_(&MLXEFF_DISPATCH(qmatmul_kernels)), seeds_(&MLXEFF_DISPATCH(seedlm_kernels)), dense_(&MLXEFF_DISPATCH(matmul_kernels)) {
     const int float_mode = mode == MLXEFF_EXACT ? MLXEFF_EXACT : MLXEFF_COMPUTE_BF16;
@@ -42,7 +42,7 @@ class Product {
         q_ = {w.quantised, x, w.K, MLXEFF_F32, y, w.N, MLXEFF_F32, rows, mode, nullptr, 0, nullptr, nullptr, nullptr, nullptr};
         break;
       case WeightMatrix::Kind::seeds:
-        s_ = {w.seeds, x, w.K, MLXEFF_F32, y, w.N, MLXEFF_F32, rows, float_mode, nullptr, nullptr};
+        s_ = {w.seeds, x, w.K, MLXEFF_F32, y, w.N, MLXEFF_F32, rows, mode, nullptr, nullptr, nullptr, 0};
         break;
       case WeightMatrix::Kind::dense:
         d_ = {{x, w.K, MLXEFF_F32, false}, {w.dense, w.K, w.dtype, true}, y, w.N, MLXEFF_F32, rows, w.N, w.K, float_mode, nullptr, nullptr};
@@ -82,6 +82,8 @@ class Product {
     d_.a_bf16 = owner.d_.a_bf16;
     s_.x_f32 = owner.s_.x_f32;
     s_.x_bf16 = owner.s_.x_bf16;
+    s_.x_int8 = owner.s_.x_int8;
+    s_.ldx_few = owner.s_.ldx_few;
     q_.x_f32 = owner.q_.x_f32;
     q_.ldx_f32 = owner.q_.ldx_f32;
     q_.x_sum = owner.q_.x_sum;

@@ -16,7 +16,7 @@ int check_product(const SeedArgs& args) {
   if (args.M < 0 || (args.M > 0 && (!args.x || !args.y))) return MLXEFF_BAD_ARGUMENT;
   if (args.M > 1 && (args.ldx < args.w.K || args.ldy < args.w.N)) return MLXEFF_BAD_ARGUMENT;
   if (!dtype_known(args.x_dtype) || !dtype_known(args.y_dtype)) return MLXEFF_BAD_DTYPE;
-  return args.mode == MLXEFF_EXACT || args.mode == MLXEFF_COMPUTE_BF16 ? MLXEFF_OK : MLXEFF_BAD_DTYPE;
+  return args.mode >= MLXEFF_EXACT && args.mode <= MLXEFF_COMPUTE_INT8 ? MLXEFF_OK : MLXEFF_BAD_DTYPE;
 }
 
 int decode_rows(const mlxeff_seedlm_weight* w, const int32_t* ids, int64_t count, void* out, int64_t ld, int out_dtype) {
@@ -35,7 +35,7 @@ extern "C" {
 int mlxeff_seedlm_matmul(const mlxeff_seedlm_weight* w, const void* x, int64_t ldx, int x_dtype, void* y, int64_t ldy, int y_dtype,
                          int64_t M, int mode) {
   if (const int error = check_weight(w)) return error;
-  SeedArgs args = {*w, x, ldx, x_dtype, y, ldy, y_dtype, M, mode, nullptr, nullptr};
+  SeedArgs args = {*w, x, ldx, x_dtype, y, ldy, y_dtype, M, mode, nullptr, nullptr, nullptr, 0};
   if (const int error = check_product(args)) return error;
   if (M == 0 || w->N == 0) return MLXEFF_OK;
   return threaded_product(MLXEFF_DISPATCH(seedlm_kernels), args, M, w->N, w->K);

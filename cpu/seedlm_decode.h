@@ -1,8 +1,10 @@
 // Decoding of SeedLM blocks, one block in each vector lane.
 //
-// A window of 16 bits of the stream becomes the leading mantissa bits of a float in [1, 2): f = 1 + V / 65536. So
-// sum of q[p] * f[p] - 1.5 * sum of q[p] = sum of q[p] (V[p] - 32768) / 65536, of which every partial sum is an integer below 2^22 in units
-// of 2^-16: exact in fp32. One multiplication by 65536 * fl32(2^e / 32767) then gives the weight with its one rounding.
+// The windows of a column, of 16 bits of the stream each and P in number, begin at adjacent bits, so one shift brings all of
+// them into the mantissa of a float, the last one leading. With the other bits cleared and an exponent set, window p is
+// f[p] = 2^(P - 1 - p) + V[p] / 65536; it stands for f[p] - centre(p) = (V[p] - 32768) / 65536. Every partial sum of q[p] * f[p] and
+// -q[p] * centre(p) is an integer below 2^24 in units of 2^-16: exact in fp32. One multiplication by 65536 * fl32(2^e / 32767) then gives the
+// weight with its one rounding.
 //
 // To be included by per-level sources only.
 #pragma once
@@ -27,9 +29,9 @@ constexpr StreamTables<3> stream_tables;
 constexpr StreamTables<8> stream_tables;
 #endif
 
-// Bits 16 … 47 (word 0) or 32 … 62 (word 1) of the streams of the seeds in the low 16 bits of each lane.
+// 32 bits of the streams of the seeds in the low 16 bits of each lane, as StreamTables numbers them.
 template <int word>
-MLXEFF_INLINE vu later_word(vu seeds) {
+MLXEFF_INLINE vu stream_word(vu seeds) {
   const auto& table = stream_tables.word[word];
 #if defined(__AVX512F__)
   const __m512i r = (__m512i)seeds;
@@ -94,10 +96,14 @@ MLXEFF_INLINE vu load_nibbles(const uint8_t* p, int64_t count) {
 #endif
 }
 
+// What f[p] is for V[p] = 32768.
+template <int P>
+constexpr float centre(int p) { return float(1 << (P - 1 - p)) + 0.5f; }
+
 template <int C, int P>
 struct Blocks {
-  static constexpr int words = (C * P + 15) / 16;
-  vu word[words];  // word[j] = bits 16 j … 16 j + 31 of the stream
+  static constexpr int stride = P == 3 ? 8 : 16, words = P == 3 ? 2 : C / 4;
+  vu word[words];  // word[j] = bits stride * j … stride * j + 31 of the stream
   vu packed;       // coefficient p at bit 4 p
   vu code;         // exponent code in the low four bits
 
@@ -130,14 +136,18 @@ struct Blocks {
     return unpack(first, from_array(packed), from_array(code));
   }
 
-  // State n in the mantissa of a float in [1, 2).
-  inline __attribute__((always_inline)) vf fraction(int n) const {
-    const int shift = n % 16 - 7;  // from bit n % 16 to bit 7, where the leading 16 of the 23 mantissa bits begin
-    const vu bits = shift < 0 ? word[n / 16] << -shift : word[n / 16] >> shift;
+  // The stream with window 0 of column c at bit 8 - P, so that its last one begins at bit 7, as do the leading 16 of 23 mantissa bits.
+  inline __attribute__((always_inline)) vu column(int c) const {
+    const int holder = P == 3 ? c / 5 : c / 4, shift = c * P - holder * stride - (8 - P);
+    return shift < 0 ? word[holder] << -shift : word[holder] >> shift;
+  }
+  // f[p], given a column.
+  static inline __attribute__((always_inline)) vf fraction(vu column, int p) {
+    const int window = 0xffff << (8 - P + p), exponent = (127 + P - 1 - p) << 23;
 #if defined(__AVX512F__)
-    return (vf)_mm512_ternarylogic_epi32((__m512i)bits, _mm512_set1_epi32(0x7fff80), _mm512_set1_epi32(0x3f800000), 0xea);
+    return (vf)_mm512_ternarylogic_epi32((__m512i)column, _mm512_set1_epi32(window), _mm512_set1_epi32(exponent), 0xea);
 #else
-    return (vf)((bits & 0x7fff80u) | 0x3f800000u);
+    return (vf)((column & uint32_t(window)) | uint32_t(exponent));
 #endif
   }
   inline __attribute__((always_inline)) vf coefficient(int p) const {
@@ -148,9 +158,16 @@ struct Blocks {
     return __builtin_convertvector((vi)(packed << (28 - 4 * p)) >> 28, vf);
 #endif
   }
-  inline __attribute__((always_inline)) vf scale(const mlxeff_seedlm_weight& w) const {
-    const vu exponent = (code & 15u) + uint32_t(w.exponent_bias - 8 + 127);
-    return (vf)(exponent << 23) * (65536.0f * (1.0f / 32767.0f));
+  // fl32(2^e / 32767) times `unit`, a power of two.
+  inline __attribute__((always_inline)) vf scale(const mlxeff_seedlm_weight& w, float unit = 65536.0f) const {
+    const uint32_t lowest = uint32_t(w.exponent_bias - 8 + 127);
+#if defined(__AVX512F__)
+    const vu codes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    const vf table = (vf)((codes + lowest) << 23) * (unit * (1.0f / 32767.0f));  // the same for all blocks of a matrix
+    return (vf)_mm512_permutexvar_ps((__m512i)code, (__m512)table);
+#else
+    return (vf)(((code & 15u) + lowest) << 23) * (unit * (1.0f / 32767.0f));
+#endif
   }
 
  private:
@@ -163,9 +180,9 @@ struct Blocks {
     Blocks b;
     b.packed = packed;
     b.code = code;
-    b.word[1] = later_word<0>(seeds);
-    b.word[0] = b.word[1] << 16 | (seeds & 0xffffu);
-    if constexpr (words == 3) b.word[2] = later_word<1>(seeds);
+    b.word[1] = stream_word<P == 3 ? 0 : 1>(seeds);
+    b.word[0] = b.word[1] << stride | (seeds & ((1u << stride) - 1));
+    if constexpr (words == 3) b.word[2] = stream_word<2>(seeds);
     return b;
   }
 };
@@ -177,14 +194,15 @@ MLXEFF_INLINE void decode_columns(const Blocks<C, P>& blocks, const mlxeff_seedl
 #pragma GCC unroll 4
   for (int p = 0; p < P; ++p) {
     q[p] = blocks.coefficient(p);
-    offset = fma(q[p], broadcast(-1.5f), offset);
+    offset = fma(q[p], broadcast(-centre<P>(p)), offset);
   }
   const vf scale = blocks.scale(w);
 #pragma GCC unroll 12
   for (int c = 0; c < C; ++c) {
+    const vu column = blocks.column(c);
     vf sum = offset;
 #pragma GCC unroll 4
-    for (int p = 0; p < P; ++p) sum = fma(q[p], blocks.fraction(c * P + p), sum);
+    for (int p = 0; p < P; ++p) sum = fma(q[p], blocks.fraction(column, p), sum);
     body(c, sum * scale);
   }
 }

@@ -1,8 +1,6 @@
-// SeedLM products y = x W^T at one instruction-set level: the form of x that each regime reads, and the choice of the regime.
-//
-// Few rows of x: a row of W at a time, VL of its blocks in the lanes, decoded to exact fp32 and used for all rows of x while in registers;
-// the lanes of the sums are added at the row's end. x is stored as [chunk of VL blocks][column of the block][lane]. Many rows of x:
-// seedlm_panel.h.
+// SeedLM products y = x W^T at one instruction-set level: the choice of the regime by M, mode and CPU. seedlm_few.h and
+// seedlm_int8.h (few rows of x) and seedlm_panel.h (many) hold the products.
+#include "seedlm_int8.h"
 #include "seedlm_panel.h"
 
 namespace mlxeff {
@@ -11,36 +9,39 @@ namespace {
 
 constexpr int few_rows = 8;
 
-bool uses_amx(const SeedArgs& args) {
+enum class Regime { few, int8, panel, amx };
+
+Regime regime(const SeedArgs& args) {
 #if defined(MLXEFF_AMX)
-  return args.mode == MLXEFF_COMPUTE_BF16 && args.M > few_rows;
-#else
-  (void)args;
-  return false;
+  if (args.mode != MLXEFF_EXACT && args.M > few_rows) return Regime::amx;
 #endif
+#if defined(__AVX512F__)
+  if (args.mode == MLXEFF_COMPUTE_INT8 && args.M <= few_rows && has_byte_permutes()) return Regime::int8;
+#endif
+  return args.M <= few_rows ? Regime::few : Regime::panel;
 }
 
-int64_t few_stride(const SeedArgs& args) { return round_up(blocks_a_row(args.w), VL) * args.w.columns; }
+// Bytes between the rows of x in the form that the kernels read.
+int64_t row_bytes(const SeedArgs& args) {
+  switch (regime(args)) {
+    case Regime::few: return chunks_a_row(args) * chunk_vectors(args) * VL * 4;
+#if defined(__AVX512F__)
+    case Regime::int8: return chunks_a_row(args) * int8_chunk_bytes(args);
+#endif
+    case Regime::amx: return amx_panel_stride(args) * 2;
+    default: return panel_stride(args) * 4;
+  }
+}
 
 size_t workspace_bytes(const SeedArgs& args) {
-  if (uses_amx(args)) return size_t(round_up(args.M, 32) * amx_panel_stride(args)) * 2;
-  return size_t(args.M * (args.M > few_rows ? panel_stride(args) : few_stride(args))) * 4;
+  return size_t(row_bytes(args) * (regime(args) == Regime::amx ? round_up(args.M, 32) : args.M));
 }
 
 void bind(SeedArgs& args, void* workspace) {
   args.x_f32 = static_cast<float*>(workspace);
   args.x_bf16 = static_cast<bf16*>(workspace);
-}
-
-// One row of x in the order of the few-rows kernel, padded with zeros.
-void arrange(const void* x, int dtype, int64_t K, int C, int64_t stride, float* out) {
-  const int64_t step = C * VL, size = int64_t(dtype_size(dtype));
-  for (int64_t k = 0; k < stride; k += step, out += step) {
-    float natural[12 * VL] = {};
-    if (k < K) to_floats(natural, static_cast<const char*>(x) + k * size, dtype, min_of(step, K - k));
-    for (int lane = 0; lane < VL; ++lane)
-      for (int c = 0; c < C; ++c) out[c * VL + lane] = natural[lane * C + c];
-  }
+  args.x_int8 = static_cast<char*>(workspace);
+  args.ldx_few = row_bytes(args) / (regime(args) == Regime::few ? 4 : 1);
 }
 
 void to_bf16_row(bf16* out, const void* x, int dtype, int64_t K, int64_t stride) {
@@ -52,15 +53,19 @@ void to_bf16_row(bf16* out, const void* x, int dtype, int64_t K, int64_t stride)
 
 // Whoever prepares the last row also clears the rows that exist only in the workspace.
 void prepare(const SeedArgs& args, int64_t m_begin, int64_t m_end) {
-  const int64_t K = args.w.K;
+  const int64_t K = args.w.K, stride = row_bytes(args);
+  const Regime chosen = regime(args);
   for (int64_t m = m_begin; m < m_end; ++m) {
     const char* const x = static_cast<const char*>(args.x) + m * args.ldx * int64_t(dtype_size(args.x_dtype));
-    if (uses_amx(args)) to_bf16_row(args.x_bf16 + m * amx_panel_stride(args), x, args.x_dtype, K, amx_panel_stride(args));
-    else if (args.M > few_rows) to_floats(args.x_f32 + m * panel_stride(args), x, args.x_dtype, K);
-    else arrange(x, args.x_dtype, K, args.w.columns, few_stride(args), args.x_f32 + m * few_stride(args));
+    char* const out = args.x_int8 + m * stride;
+    if (chosen == Regime::amx) to_bf16_row(reinterpret_cast<bf16*>(out), x, args.x_dtype, K, amx_panel_stride(args));
+    else if (chosen == Regime::panel) to_floats(reinterpret_cast<float*>(out), x, args.x_dtype, K);
+    else if (chosen == Regime::few) prepare_few(args, x, reinterpret_cast<float*>(out));
+#if defined(__AVX512F__)
+    else prepare_int8(args, x, out);
+#endif
   }
-  if (uses_amx(args) && m_end == args.M)
-    memset(args.x_bf16 + args.M * amx_panel_stride(args), 0, size_t((round_up(args.M, 32) - args.M) * amx_panel_stride(args)) * 2);
+  if (chosen == Regime::amx && m_end == args.M) memset(args.x_int8 + args.M * stride, 0, size_t((round_up(args.M, 32) - args.M) * stride));
 }
 
 int64_t piece(const SeedArgs& args, int threads) {
@@ -70,38 +75,27 @@ int64_t piece(const SeedArgs& args, int threads) {
 }
 
 template <int C, int P, int M>
-int run_few(const SeedArgs& args, int64_t n_begin, int64_t n_end) {
-  const mlxeff_seedlm_weight w = args.w;
-  const int64_t per_row = blocks_a_row(w), ldx = few_stride(args);
-  for (int64_t n = n_begin; n < n_end; ++n) {
-    vf sums[M][2] = {};
-    const float* x = args.x_f32;
-    for (int64_t j = 0; j < per_row; j += VL, x += C * VL) {
-      const Blocks<C, P> blocks = Blocks<C, P>::of_row(w, n, j, per_row);
-      decode_columns<C, P>(blocks, w, [&](int c, vf weight) {
-#pragma GCC unroll 8
-        for (int m = 0; m < M; ++m) sums[m][c % 2] = fma(weight, load(x + m * ldx + c * VL), sums[m][c % 2]);
-      });
-    }
-    for (int m = 0; m < M; ++m) store_value(args.y, args.y_dtype, m * args.ldy + n, sum(sums[m][0] + sums[m][1]));
-  }
-  return MLXEFF_OK;
+int run_rows(const SeedArgs& args, int64_t n_begin, int64_t n_end) {
+#if defined(__AVX512F__)
+  if (regime(args) == Regime::int8) return run_int8<C, P, M>(args, n_begin, n_end);
+#endif
+  return run_few<C, P, M>(args, n_begin, n_end);
 }
 
 template <int C, int P>
 int run_blocks(const SeedArgs& args, int64_t n_begin, int64_t n_end) {
   switch (args.M) {
-    case 1: return run_few<C, P, 1>(args, n_begin, n_end);
-    case 2: return run_few<C, P, 2>(args, n_begin, n_end);
-    case 3: return run_few<C, P, 3>(args, n_begin, n_end);
-    case 4: return run_few<C, P, 4>(args, n_begin, n_end);
-    case 5: return run_few<C, P, 5>(args, n_begin, n_end);
-    case 6: return run_few<C, P, 6>(args, n_begin, n_end);
-    case 7: return run_few<C, P, 7>(args, n_begin, n_end);
-    case 8: return run_few<C, P, 8>(args, n_begin, n_end);
+    case 1: return run_rows<C, P, 1>(args, n_begin, n_end);
+    case 2: return run_rows<C, P, 2>(args, n_begin, n_end);
+    case 3: return run_rows<C, P, 3>(args, n_begin, n_end);
+    case 4: return run_rows<C, P, 4>(args, n_begin, n_end);
+    case 5: return run_rows<C, P, 5>(args, n_begin, n_end);
+    case 6: return run_rows<C, P, 6>(args, n_begin, n_end);
+    case 7: return run_rows<C, P, 7>(args, n_begin, n_end);
+    case 8: return run_rows<C, P, 8>(args, n_begin, n_end);
   }
 #if defined(MLXEFF_AMX)
-  if (uses_amx(args)) return run_panel_amx<C, P>(args, n_begin, n_end);
+  if (regime(args) == Regime::amx) return run_panel_amx<C, P>(args, n_begin, n_end);
 #endif
   return run_panel<C, P>(args, n_begin, n_end);
 }

@@ -16,8 +16,10 @@ struct SeedArgs {
   int64_t M;
   int mode;
   // Set by bind. The form of x that the kernels read:
-  float* x_f32;  // few rows: (M, chunk of VL blocks, C, VL), zeros beyond K; many: (M, K)
-  bf16* x_bf16;  // AMX: (M padded to 32, K padded)
+  float* x_f32;     // few rows: seedlm_few.h; many: (M, K)
+  bf16* x_bf16;     // AMX: (M padded to 32, K padded)
+  char* x_int8;     // seedlm_int8.h
+  int64_t ldx_few;  // floats between the rows of a few, or bytes
 };
 
 struct SeedlmKernels {

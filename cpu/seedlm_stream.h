@@ -20,18 +20,20 @@ constexpr uint64_t later_bits(uint32_t seed) {
   return bits;
 }
 
-// Entry [i][v]: the later bits of a seed whose only bits are v, at bit i * width. Word 0 holds bits 16 … 47, word 1 bits 32 … 62.
+// 32 bits of the streams of all seeds, from bit 8 (of word 0), 16 (word 1) or 32 (word 2) on. Entry [i][v]: of the seed whose
+// only bits are v, at bit i * width.
 template <int width>
 struct StreamTables {
   static constexpr int count = (16 + width - 1) / width, entries = 1 << width;
-  alignas(64) uint32_t word[2][count][entries];
+  alignas(64) uint32_t word[3][count][entries];
 
   constexpr StreamTables() : word() {
+    constexpr int first[3] = {8, 16, 32};
     for (int i = 0; i < count; ++i)
       for (int v = 0; v < entries; ++v) {
-        const uint64_t bits = later_bits((uint32_t(v) << (i * width)) & 0xffffu);
-        word[0][i][v] = uint32_t(bits);
-        word[1][i][v] = uint32_t(bits >> 16);
+        const uint32_t seed = (uint32_t(v) << (i * width)) & 0xffffu;
+        const uint64_t stream = later_bits(seed) << 16 | seed;
+        for (int k = 0; k < 3; ++k) word[k][i][v] = uint32_t(stream >> first[k]);
       }
   }
 };

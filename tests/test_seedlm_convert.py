@@ -128,7 +128,7 @@ def test_the_inputs_of_a_layer_are_those_that_the_encoded_model_computes(tiny, t
     """Gram matrices of the second layer, from a forward pass through the converted first one."""
     seen = {}
     monkeypatch.setattr(
-        conversion, "encode", lambda *args, **more: seen.setdefault(more["origin"].split(": ")[1], args[2]) is None or
+        conversion, "encode", lambda *args, **more: seen.setdefault(more["origin"].split(": ")[1], args[2].gram) is None or
         encode(*args, **more)
     )  # fmt: skip
     convert(tiny, tmp_path / "out", seedlm="4", calibrate=text, calibration_tokens=512)
@@ -145,6 +145,17 @@ def test_the_inputs_of_a_layer_are_those_that_the_encoded_model_computes(tiny, t
     for name, x in (("self_attn.k_proj", normed), ("mlp.down_proj", product.reshape(-1, 96))):
         # float32 sums of 512 products, after two layers
         assert_close(seen[f"model.layers.1.{name}.weight"], (x.T @ x), name, rtol=2.0**-12)
+
+
+def test_matrices_that_read_the_same_inputs_share_what_is_made_of_them(tiny, text, tmp_path, monkeypatch):
+    """Of each layer: one factor for q, k and v, one for o, one for gate and up, one for down."""
+    made, make = [], conversion.Inputs.of
+    monkeypatch.setattr(
+        conversion.Inputs, "of", lambda fmt, gram, **more: made.append(more["origin"]) or make(fmt, gram, **more)
+    )
+    convert(tiny, tmp_path / "out", seedlm="4", calibrate=text, calibration_tokens=512)
+    layers = len(load_path(tiny).model.layers)
+    assert len(made) == 4 * layers, made
 
 
 def text_windows(tokens, length=256):

@@ -1,6 +1,7 @@
 """The native SeedLM products and decoders, at every instruction-set level, against the NumPy reference and float64."""
 
 import ctypes
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ from cpu_library import (
     lib,
     product,
 )
-from mlxeff.seedlm import codec
+from mlxeff.seedlm import codec, lfsr
 from mlxeff.seedlm.format import BIAS_LIMIT, FORMATS
 from seedlm_calls import Seeded, SeedWeight, decode, matmul, rows
 
@@ -99,15 +100,54 @@ def test_bf16_mode(level, name):
             assert_close(got, product(x, weight.dense()), 2e-2, f"{level} {name} M={m} {count}x{cols}")
 
 
+def int8_product(weight, x):
+    """x Wᵀ with x rounded to int8, one scale a block, and of the states the leading byte; and the size of an element."""
+    fmt, blocks = weight.format, weight.blocks
+    leading = lfsr.states(blocks.seeds, fmt.columns * fmt.states) >> 8
+    values = leading.reshape(*blocks.seeds.shape, fmt.columns, fmt.states) * 256 + 127.5 - 32768
+    scale = 2.0 ** (blocks.codes - 8.0 + blocks.exponent_bias) / 32767
+    dense = (values @ blocks.coefficients[..., None].astype(float))[..., 0] * scale[..., None]
+    padded = np.zeros((len(x), dense.shape[1] * fmt.columns), np.float32)
+    padded[:, : x.shape[1]] = x
+    padded = padded.reshape(len(x), -1, fmt.columns)
+    largest = np.abs(padded).max(-1, keepdims=True)
+    rounded = np.rint(padded * (np.float32(127) / np.where(largest > 0, largest, 1))) * (largest / 127.0)
+    return product(rounded.reshape(len(x), -1).astype(float), dense.reshape(weight.rows, -1))
+
+
+def rounds_to_int8(level):
+    cpu = Path("/proc/cpuinfo")
+    return level in ("avx512", "amx") and cpu.exists() and " avx512vbmi " in cpu.read_text()
+
+
 @pytest.mark.parametrize("name", FORMATS)
-def test_threads_do_not_change_results(threads, name):
+def test_int8_mode(level, name):
+    """Up to eight rows of x and with AVX-512 VBMI only; elsewhere as mode BF16. The sums start from an integer instead of
+    a half, an error of 3e-5 of a block's sum. Rounding both operands to 8 bits is one of 5e-2 at most: with codes from 0 to
+    15 a few blocks make the sum, whose errors hardly average."""
+    rng = np.random.default_rng(15)
+    for count, cols in SHAPES:
+        weight = Seeded.random(name, rng, count, cols)
+        for m in ROWS:
+            x = rng.standard_normal((m, cols), np.float32) * np.exp(rng.standard_normal(cols)).astype(np.float32)
+            got, what = matmul(weight, x, mode=COMPUTE_INT8), f"{level} {name} M={m} {count}x{cols}"
+            if m <= 8 and rounds_to_int8(level):
+                assert_close(got, int8_product(weight, x), 1e-4, what)
+                assert_close(got, product(x, weight.dense()), 5e-2, what)
+            else:
+                np.testing.assert_array_equal(got, matmul(weight, x, mode=COMPUTE_BF16), what)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("mode", [EXACT, COMPUTE_INT8])
+def test_threads_do_not_change_results(threads, name, mode):
     rng = np.random.default_rng(6)
     weight = Seeded.random(name, rng, 301, 576)
     for m in (1, 3, 33):
         x = rng.standard_normal((m, 576), np.float32)
-        got = matmul(weight, x)
+        got = matmul(weight, x, mode=mode)
         assert lib.mlxeff_set_num_threads(1) == OK
-        np.testing.assert_array_equal(got, matmul(weight, x))
+        np.testing.assert_array_equal(got, matmul(weight, x, mode=mode))
         assert lib.mlxeff_set_num_threads(threads) == OK
 
 
@@ -115,9 +155,26 @@ def test_threads_do_not_change_results(threads, name):
 def test_zeros_and_large_inputs(level, name):
     weight = Seeded.random(name, np.random.default_rng(7), 19, 100)
     for m in (1, 5, 20):
-        assert (matmul(weight, np.zeros((m, 100), np.float32)) == 0).all()
-        x = np.full((m, 100), 6e4, np.float32)
-        assert_close(matmul(weight, x), product(x, weight.dense()), 4e-6, f"{level} {name} M={m}")
+        for mode in (EXACT, COMPUTE_INT8):
+            assert (matmul(weight, np.zeros((m, 100), np.float32), mode=mode) == 0).all()
+        for size in (6e4, 1e30, 1e-30):
+            x = np.full((m, 100), size, np.float32)
+            want, what = product(x, weight.dense()), f"{level} {name} M={m} {size}"
+            assert_close(matmul(weight, x), want, 4e-6, what)
+            if m <= 8 and rounds_to_int8(level):
+                assert_close(matmul(weight, x, mode=COMPUTE_INT8), want, 5e-2, what)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_one_row_is_as_exact_as_more(level, name):
+    """One row of x meets the states, more rows meet decoded weights: root mean square errors of fp32 sums of 1536 terms."""
+    rng = np.random.default_rng(16)
+    weight = Seeded.random(name, rng, 64, 1536)
+    x = rng.standard_normal((2, 1536), np.float32)
+    want, size = product(x, weight.dense())
+    for m in (1, 2):
+        error = np.sqrt(np.mean(((matmul(weight, x[:m]) - want[:m]) / size[:m]) ** 2))
+        assert error < 1e-6, f"{level} {name} M={m}: {error:.3g}"
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -143,6 +200,7 @@ def test_nothing_beyond_the_arrays_is_read(level, name):
         np.testing.assert_array_equal(decode(weight), weight.dense())
         for m in (1, 9):
             matmul(weight, np.ones((m, cols), np.float32))
+        matmul(weight, np.ones((3, cols), np.float32), mode=COMPUTE_INT8)
         for _, guard in held:
             libc.mprotect(ctypes.c_void_p(guard), ctypes.c_size_t(page), 3)
 
@@ -163,7 +221,7 @@ def test_bad_arguments():
     for change in bad:
         assert call(**change) == BAD_ARGUMENT, change
     assert call(dtype=7) == BAD_DTYPE
-    assert call(mode=COMPUTE_INT8) == BAD_DTYPE
+    assert call(mode=3) == BAD_DTYPE
     ids = np.array([0, 4], np.int32)
     out = np.zeros((2, 32), np.float32)
     assert lib.mlxeff_seedlm_rows(ctypes.byref(weight.c), address(ids), 2, address(out), 32, F32) == BAD_ARGUMENT

@@ -8,6 +8,7 @@ import pytest
 from cpu_library import BAD_ARGUMENT, LEVELS, OK, lib
 from mlxeff import MlxeffError
 from mlxeff.seedlm import codec, lfsr
+from mlxeff.seedlm.encode import Inputs
 from mlxeff.seedlm.encode import encode as encode_matrix
 from mlxeff.seedlm.encode import exponent_bias
 from mlxeff.seedlm.format import FORMATS
@@ -254,6 +255,18 @@ def test_dead_inputs_and_zero_matrices():
     zeros = encode_matrix(FORMATS["3"], np.zeros((2, 24), np.float32))
     assert zeros.error == 0
     assert (zeros.decoded == 0).all()
+
+
+def test_inputs_made_once_serve_several_matrices():
+    rng = np.random.default_rng(17)
+    x, weights = rng.standard_normal((200, 44)), rng.standard_normal((2, 6, 44)).astype(np.float32)
+    inputs = Inputs.of(FORMATS["4.5"], x.T @ x)
+    for weight in weights:
+        got, want = (encode_matrix(FORMATS["4.5"], weight, given) for given in (inputs, x.T @ x))
+        np.testing.assert_array_equal(got.decoded, want.decoded)
+        assert got.error == want.error
+    with pytest.raises(MlxeffError, match=r"wanted inputs for 4 bits, got them for 4\.5"):
+        encode_matrix(FORMATS["4"], weights[0], inputs)
 
 
 def test_progress_counts_every_weight():

@@ -7,7 +7,8 @@ code or weights. The fused form applies on a CPU where every matrix is dense, af
 exact   float32 products: equals the unfused model in float32 to rounding (the default).
 bf16    operands of the large products are rounded to bfloat16 where the CPU multiplies it faster (AMX); else as exact.
 int8    as bf16, and activations that meet affine-quantised weights are rounded to int8, one scale for each group of
-        weights.
+        weights. So are those of up to eight tokens that meet seed-encoded weights, one scale for each block, where the
+        CPU has AVX-512 VBMI; the states of the weights' register are rounded to 8 bits there.
 """
 
 from collections.abc import Callable, Iterator

@@ -5,7 +5,8 @@ matrix H = XᵀX of the layer's inputs, the error that counts is tr(E H Eᵀ). C
 other, and the error of each is compensated in the columns not yet encoded, as GPTQ (arXiv 2210.17323) does for single
 columns; the search itself weighs the columns of a block by the diagonal of what is left of H.
 
-Memory: a few copies of the weights, and three of H in float64.
+Memory: a few copies of the weights, and three of H in float64. What depends on H alone, `Inputs`, is made once for all
+matrices that read the same X.
 """
 
 import functools
@@ -41,20 +42,37 @@ class Encoded:
         return pack(self.format, self.blocks)
 
 
+@dataclass(frozen=True)
+class Inputs:
+    """What the activation-aware method needs of H: for matrices of one format that read the same inputs X."""
+
+    format: BlockFormat
+    gram: np.ndarray  # H = XᵀX, float64 (cols, cols)
+    order: np.ndarray  # columns of blocks, by descending trace of their part of H
+    columns: np.ndarray  # columns of the matrix in that order
+    factor: np.ndarray  # upper triangular U with UᵀU = (damped H)⁻¹ in that order
+
+    @classmethod
+    def of(cls, fmt: BlockFormat, gram: np.ndarray, damping: float = 0.01, origin: str = "weight") -> "Inputs":
+        """From H (cols, cols), to whose diagonal `damping` times its mean is added."""
+        gram = _checked_gram(gram, origin)
+        order, columns = _processing_order(fmt, gram)
+        return cls(fmt, gram, order, columns, _inverse_factor(gram[np.ix_(columns, columns)], damping))
+
+
 def encode(
     fmt: BlockFormat,
     weight: np.ndarray,
-    gram: np.ndarray | None = None,
+    inputs: Inputs | np.ndarray | None = None,
     *,
     refine: bool = True,
-    damping: float = 0.01,
     advance: Callable[[int], None] = lambda _: None,
     origin: str = "weight",
     backend: str | None = None,
 ) -> Encoded:
     """Encode a matrix (rows, cols).
 
-    gram: H (cols, cols) for the activation-aware method; `damping` times its mean diagonal is added to its diagonal.
+    inputs: for the activation-aware method, `Inputs` of this format, or just H (cols, cols).
     refine: also try, for each seed, the next smaller exponent and the neighbours of each coefficient; without it, the
     rounding is the paper's. advance: called with the number of weights done since the last call. backend: that of
     `search_backend` where None.
@@ -67,11 +85,17 @@ def encode(
         raise MlxeffError(f"{origin}: wanted finite weights, got {weight[at]} at {at}")
     bias = exponent_bias(weight, origin)
     search = functools.partial(SEARCHES[(backend or search_backend(fmt)).split()[0]], fmt, bias=bias, refine=refine)
-    if gram is None:
+    if inputs is None:
         blocks, decoded = _plain(fmt, weight, search, bias, advance)
         return Encoded(fmt, blocks, decoded, _ratio(np.sum((weight - decoded) ** 2.0), np.sum(weight**2.0)))
-    gram = _checked_gram(gram, weight.shape[1], origin)
-    blocks, decoded = _with_feedback(fmt, weight, gram, search, bias, damping, advance)
+    if not isinstance(inputs, Inputs):
+        inputs = Inputs.of(fmt, inputs, origin=origin)
+    gram, cols = inputs.gram, weight.shape[1]
+    if len(gram) != cols:
+        raise MlxeffError(f"{origin}: Gram matrix of the inputs: wanted shape {(cols, cols)}, got {gram.shape}")
+    if inputs.format != fmt:
+        raise MlxeffError(f"{origin}: wanted inputs for {fmt.name} bits, got them for {inputs.format.name}")
+    blocks, decoded = _with_feedback(weight, inputs, search, bias, advance)
     error = weight - decoded.astype(np.float64)
     return Encoded(fmt, blocks, decoded, _ratio(np.sum(error @ gram * error), np.sum(weight @ gram * weight)))
 
@@ -90,10 +114,10 @@ def _ratio(error: float, size: float) -> float:
     return float(np.sqrt(max(error, 0.0) / size)) if size > 0 else 0.0
 
 
-def _checked_gram(gram: np.ndarray, cols: int, origin: str) -> np.ndarray:
+def _checked_gram(gram: np.ndarray, origin: str) -> np.ndarray:
     gram = np.asarray(gram, np.float64)
-    if gram.shape != (cols, cols):
-        raise MlxeffError(f"{origin}: Gram matrix of the inputs: wanted shape {(cols, cols)}, got {gram.shape}")
+    if gram.ndim != 2 or gram.shape[0] != gram.shape[1]:
+        raise MlxeffError(f"{origin}: Gram matrix of the inputs: wanted a square one, got shape {gram.shape}")
     if not np.isfinite(gram).all() or (np.diagonal(gram) < 0).any():
         raise MlxeffError(f"{origin}: Gram matrix of the inputs: wanted finite values, none negative on the diagonal")
     return gram
@@ -159,10 +183,9 @@ def _plain(fmt, weight, search, bias, advance) -> tuple[Blocks, np.ndarray]:
     return blocks, decoded
 
 
-def _with_feedback(fmt, weight, gram, search, bias, damping, advance) -> tuple[Blocks, np.ndarray]:
+def _with_feedback(weight, inputs, search, bias, advance) -> tuple[Blocks, np.ndarray]:
     rows, cols = weight.shape
-    order, column_order = _processing_order(fmt, gram)
-    factor = _inverse_factor(gram[np.ix_(column_order, column_order)], damping)
+    fmt, order, column_order, factor = inputs.format, inputs.order, inputs.columns, inputs.factor
     target = np.ascontiguousarray(weight[:, column_order])
     blocks, decoded = _empty(fmt, rows, cols, bias), np.empty_like(weight)
     start = 0

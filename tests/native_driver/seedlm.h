@@ -48,7 +48,7 @@ inline void check_seedlm_matrix(int columns, int states, int64_t M, int64_t N, i
     RUN(mlxeff_seedlm_rows(&weight, &last, 1, row.data(), row.ld, y_dtype));
     row.check("seedlm_rows", 0, [&](int64_t, int64_t k) { return matrix.decoded.at(N - 1, k); });
     const std::vector<double> want = sums(M, N, K, [&](int64_t m, int64_t n, int64_t k) { return x.at(m, k) * matrix.decoded.at(n, k); });
-    for (int mode : {MLXEFF_EXACT, MLXEFF_COMPUTE_BF16}) {
+    for (int mode : {MLXEFF_EXACT, MLXEFF_COMPUTE_BF16, MLXEFF_COMPUTE_INT8}) {
       Matrix y(M, N, y_dtype, 5);
       RUN(mlxeff_seedlm_matmul(&weight, x.data(), x.ld, x_dtype, y.data(), y.ld, y_dtype, M, mode));
       y.check("seedlm_matmul", product_tolerance(mode, K), [&](int64_t m, int64_t n) { return want[size_t(m * N + n)]; });
