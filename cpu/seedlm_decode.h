@@ -1,9 +1,9 @@
 // Decoding of SeedLM blocks, one block in each vector lane.
 //
-// The windows of a column, of 16 bits of the stream each and P in number, begin at adjacent bits, so one shift brings all of
-// them into the mantissa of a float, the last one leading. With the other bits cleared and an exponent set, window p is
-// f[p] = 2^(P - 1 - p) + V[p] / 65536; it stands for f[p] - centre(p) = (V[p] - 32768) / 65536. Every partial sum of q[p] * f[p] and
-// -q[p] * centre(p) is an integer below 2^24 in units of 2^-16: exact in fp32. One multiplication by 65536 * fl32(2^e / 32767) then gives the
+// The windows of a column, of 16 bits of the stream each and P in number, begin at adjacent bits, so one shift brings G = P of them
+// into the mantissa of a float, the last one leading. With the other bits cleared and an exponent set, window i of the G is
+// f[i] = 2^(G - 1 - i) + V[i] / 65536; it stands for f[i] - centre(i) = (V[i] - 32768) / 65536. Every partial sum of q[i] * f[i] and
+// -q[i] * centre(i) is an integer below 2^24 in units of 2^-16: exact in fp32. One multiplication by 65536 * fl32(2^e / 32767) then gives the
 // weight with its one rounding.
 //
 // To be included by per-level sources only.
@@ -96,9 +96,9 @@ MLXEFF_INLINE vu load_nibbles(const uint8_t* p, int64_t count) {
 #endif
 }
 
-// What f[p] is for V[p] = 32768.
-template <int P>
-constexpr float centre(int p) { return float(1 << (P - 1 - p)) + 0.5f; }
+// What f[i] is for V[i] = 32768.
+template <int G>
+constexpr float centre(int i) { return float(1 << (G - 1 - i)) + 0.5f; }
 
 template <int C, int P>
 struct Blocks {
@@ -136,18 +136,21 @@ struct Blocks {
     return unpack(first, from_array(packed), from_array(code));
   }
 
-  // The stream with window 0 of column c at bit 8 - P, so that its last one begins at bit 7, as do the leading 16 of 23 mantissa bits.
-  inline __attribute__((always_inline)) vu column(int c) const {
-    const int holder = P == 3 ? c / 5 : c / 4, shift = c * P - holder * stride - (8 - P);
+  // The stream with window n at bit 8 - G, so that window n + G - 1 begins at bit 7, as do the leading 16 of 23 mantissa bits. All G
+  // belong to one column.
+  template <int G>
+  inline __attribute__((always_inline)) vu windows(int n) const {
+    const int holder = P == 3 ? n / 15 : n / 16, shift = n - holder * stride - (8 - G);
     return shift < 0 ? word[holder] << -shift : word[holder] >> shift;
   }
-  // f[p], given a column.
-  static inline __attribute__((always_inline)) vf fraction(vu column, int p) {
-    const int window = 0xffff << (8 - P + p), exponent = (127 + P - 1 - p) << 23;
+  // f[i] of them.
+  template <int G>
+  static inline __attribute__((always_inline)) vf fraction(vu windows, int i) {
+    const int mask = 0xffff << (8 - G + i), exponent = (127 + G - 1 - i) << 23;
 #if defined(__AVX512F__)
-    return (vf)_mm512_ternarylogic_epi32((__m512i)column, _mm512_set1_epi32(window), _mm512_set1_epi32(exponent), 0xea);
+    return (vf)_mm512_ternarylogic_epi32((__m512i)windows, _mm512_set1_epi32(mask), _mm512_set1_epi32(exponent), 0xea);
 #else
-    return (vf)((column & uint32_t(window)) | uint32_t(exponent));
+    return (vf)((windows & uint32_t(mask)) | uint32_t(exponent));
 #endif
   }
   inline __attribute__((always_inline)) vf coefficient(int p) const {
@@ -199,10 +202,10 @@ MLXEFF_INLINE void decode_columns(const Blocks<C, P>& blocks, const mlxeff_seedl
   const vf scale = blocks.scale(w);
 #pragma GCC unroll 12
   for (int c = 0; c < C; ++c) {
-    const vu column = blocks.column(c);
+    const vu windows = blocks.template windows<P>(c * P);
     vf sum = offset;
 #pragma GCC unroll 4
-    for (int p = 0; p < P; ++p) sum = fma(q[p], blocks.fraction(column, p), sum);
+    for (int p = 0; p < P; ++p) sum = fma(q[p], blocks.template fraction<P>(windows, p), sum);
     body(c, sum * scale);
   }
 }

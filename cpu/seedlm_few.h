@@ -1,10 +1,10 @@
 // SeedLM products with few rows of x in fp32: a row of W at a time, VL of its blocks in the lanes; the lanes of the sums are added at
 // the row's end. x is stored as [chunk of VL blocks][column of the block][lane], zeros beyond K.
 //
-//   one row   y = sum over blocks of 2^e / 32767 * sum over p of q[p] * (sum over c of x[c] * (V[c][p] - 32768)): no weight is formed. The
-//             chunk's columns are followed by P vectors of -centre(p) * sum of x[c], from which the sums over c start. They are of numbers
-//             up to 2^(P - 1) + 1 times as large as x: the error is that of an fp32 sum, times about that.
-//   more rows weights are decoded to exact fp32 and used for all rows of x while in registers.
+//   one row    y = sum over blocks of 2^e / 32767 * sum over p of q[p] * (sum over c of x[c] * (V[c][p] - 32768)): no weight is formed. The
+//              columns of a chunk are followed by P vectors of -centre * sum of x[c], from which the sums over c start. These add
+//              products of x and numbers up to 5 where the result has -1/2 to 1/2, so they round several times as much.
+//   more rows  weights are decoded to exact fp32 and used for all rows of x while in registers.
 //
 // To be included by per-level sources only.
 #pragma once
@@ -13,6 +13,10 @@
 
 namespace mlxeff {
 namespace MLXEFF_ISA {
+
+// Windows that share a shift in the product with one row: fewer shifts against smaller numbers.
+template <int P>
+constexpr int shared_shift = P == 3 ? 3 : 2;
 
 // Vectors that a chunk of VL blocks takes in x.
 MLXEFF_INLINE int64_t chunk_vectors(const SeedArgs& args) { return args.w.columns + (args.M == 1 ? args.w.states : 0); }
@@ -41,12 +45,13 @@ static void prepare_few(const SeedArgs& args, const void* x, float* out) {
     vf total = zero();
     for (int c = 0; c < C; ++c) total += load(columns + c * VL);
     memcpy(chunk, columns, size_t(C * VL) * 4);
-    for (int p = 0; p < P && args.M == 1; ++p) store(chunk + (C + p) * VL, total * -(P == 3 ? centre<3>(p) : centre<4>(p)));
+    for (int p = 0; p < P && args.M == 1; ++p) store(chunk + (C + p) * VL, total * -(P == 3 ? centre<3>(p) : centre<2>(p % 2)));
   });
 }
 
 template <int C, int P>
 static int run_one(const SeedArgs& args, int64_t n_begin, int64_t n_end) {
+  constexpr int G = shared_shift<P>;
   const mlxeff_seedlm_weight w = args.w;
   const int64_t per_row = blocks_a_row(w);
   for (int64_t n = n_begin; n < n_end; ++n) {
@@ -59,10 +64,13 @@ static int run_one(const SeedArgs& args, int64_t n_begin, int64_t n_end) {
       for (int p = 0; p < P; ++p) sums[p] = load(x + (C + p) * VL);
 #pragma GCC unroll 12
       for (int c = 0; c < C; ++c) {
-        const vu column = blocks.column(c);
         const vf value = load(x + c * VL);
+        vu windows;
 #pragma GCC unroll 4
-        for (int p = 0; p < P; ++p) sums[p] = fma(blocks.fraction(column, p), value, sums[p]);
+        for (int p = 0; p < P; ++p) {
+          if (p % G == 0) windows = blocks.template windows<G>(c * P + p);
+          sums[p] = fma(blocks.template fraction<G>(windows, p % G), value, sums[p]);
+        }
       }
       vf sum = blocks.coefficient(0) * sums[0];
 #pragma GCC unroll 4
