@@ -1,5 +1,7 @@
 """Configs and models with seed-encoded modules: for tests of loading, of the fused form and of conversion."""
 
+from pathlib import Path
+
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -29,3 +31,9 @@ def randomise(module: SeedModule, rng):
         -5,
     )
     module.update({name: mx.array(array) for name, array in codec.pack(fmt, blocks).items()})
+
+
+def rounds_to_int8(level: str) -> bool:
+    """Whether the native kernels of an instruction-set level have mode INT8 for seeds here."""
+    cpu = Path("/proc/cpuinfo")
+    return level in ("avx512", "amx") and cpu.exists() and " avx512vbmi " in cpu.read_text()

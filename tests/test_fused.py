@@ -18,7 +18,7 @@ from mlxeff.models.fused import fuse, set_precision
 from mlxeff.models.openelm import make_divisible
 from mlxeff.sampling import make_sampler
 from mlxeff.seedlm.linear import SeedModule
-from seedlm_models import randomise, with_seeds
+from seedlm_models import randomise, rounds_to_int8, with_seeds
 from tiny_model import quantise_folder, write_tiny_model
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -198,13 +198,15 @@ def test_weights_and_scales_of_half_precision_are_read_as_they_are(name, dtype):
 
 
 # Bounds of the relative rms error of the logits. Sharp attention makes these small random models worse than
-# a trained one. attention makes these small random models worse than a trained one.
-@pytest.mark.parametrize(("compute", "kv_dtype", "bound"), [
-    ("exact", "float16", 2e-3), ("exact", "bfloat16", 2e-2), ("bf16", "float32", 3e-2), ("int8", "float32", 6e-2),
+# a trained one.
+@pytest.mark.parametrize(("name", "compute", "kv_dtype", "bound"), [
+    ("llama", "exact", "float16", 2e-3), ("llama", "exact", "bfloat16", 2e-2), ("llama", "bf16", "float32", 3e-2),
+    ("llama", "int8", "float32", 6e-2), ("seeds 4", "int8", "float32", 6e-2),
+    ("seeds 3, quantised head", "int8", "float32", 6e-2),
 ])  # fmt: skip
-def test_modes_are_close_to_exact_and_differ_from_it(compute, kv_dtype, bound):
-    _, exact = pair("llama")
-    _, other = pair("llama")
+def test_modes_are_close_to_exact_and_differ_from_it(name, compute, kv_dtype, bound):
+    _, exact = pair(name)
+    _, other = pair(name)
     set_precision(other, compute, kv_dtype)
     tokens = mx.array(np.random.default_rng(7).integers(0, 300, (1, 60)))
     want = exact(tokens, exact.new_cache())
@@ -216,11 +218,12 @@ def test_modes_are_close_to_exact_and_differ_from_it(compute, kv_dtype, bound):
     error = (mx.linalg.norm(got - want) / mx.linalg.norm(want)).item()
     assert error < bound
     amx = native.isa() == "amx"
-    assert error > (1e-5 if compute != "bf16" or amx else 0)
+    if name != "seeds 4" or rounds_to_int8(native.isa()):
+        assert error > (1e-5 if compute != "bf16" or amx else 0)
 
 
 @pytest.mark.parametrize("compute", ["bf16", "int8"])
-def test_seed_encoded_matrices_meet_float32_in_every_mode_but_on_amx(compute):
+def test_seed_encoded_matrices_meet_many_tokens_in_float32_but_on_amx(compute):
     _, exact = pair("seeds 4")
     _, other = pair("seeds 4")
     set_precision(other, compute, "float32")

@@ -1,7 +1,6 @@
 """The native SeedLM products and decoders, at every instruction-set level, against the NumPy reference and float64."""
 
 import ctypes
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -26,6 +25,7 @@ from cpu_library import (
 from mlxeff.seedlm import codec, lfsr
 from mlxeff.seedlm.format import BIAS_LIMIT, FORMATS
 from seedlm_calls import Seeded, SeedWeight, decode, matmul, rows
+from seedlm_models import rounds_to_int8
 
 ROWS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 33)  # of x
 SHAPES = ((1, 576), (3, 1536), (17, 1), (37, 100), (70, 24), (33, 257))
@@ -113,11 +113,6 @@ def int8_product(weight, x):
     largest = np.abs(padded).max(-1, keepdims=True)
     rounded = np.rint(padded * (np.float32(127) / np.where(largest > 0, largest, 1))) * (largest / 127.0)
     return product(rounded.reshape(len(x), -1).astype(float), dense.reshape(weight.rows, -1))
-
-
-def rounds_to_int8(level):
-    cpu = Path("/proc/cpuinfo")
-    return level in ("avx512", "amx") and cpu.exists() and " avx512vbmi " in cpu.read_text()
 
 
 @pytest.mark.parametrize("name", FORMATS)
