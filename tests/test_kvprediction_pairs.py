@@ -45,7 +45,7 @@ def text(tmp_path_factory):
 def fitted(tmp_path_factory, base_folder, text):
     folder = tmp_path_factory.mktemp("fitted") / "pair"
     mlxeff("fit", "kv-predictor", base_folder, "--aux", "lp:0.5", "--out", folder, "--text", text, "--tokens", 1000,
-           "--length", 100, "--quiet")  # fmt: skip
+           "--length", 100, "--inputs", "own", "--quiet")  # fmt: skip
     return folder
 
 
@@ -88,7 +88,7 @@ def test_json_tells_what_was_predicted_kept_and_refined(pair, base_folder):
 
 def test_the_same_command_gives_the_same_pair(pair, base_folder, text, tmp_path):
     again = tmp_path / "again"
-    arguments = ("--aux", "lp:0.5", "--text", text, "--tokens", 1000, "--length", 100, "--json")
+    arguments = ("--aux", "lp:0.5", "--text", text, "--tokens", 1000, "--length", 100, "--inputs", "own", "--json")
     report = json.loads(mlxeff("fit", "kv-predictor", base_folder, *arguments, "--out", again)[0])
     for name in ("config.json", "model.safetensors"):
         assert (again / name).read_bytes() == (pair / name).read_bytes()
@@ -99,7 +99,7 @@ def test_the_same_command_gives_the_same_pair(pair, base_folder, text, tmp_path)
 
 def test_fit_without_text_and_with_a_model_as_auxiliary(base_folder, tmp_path):
     write_tiny_model(tmp_path / "small", {"num_hidden_layers": 2, "hidden_size": 32, "num_key_value_heads": 4}, seed=3)
-    arguments = ("--tokens", 600, "--length", 50, "--search", "--per-head", "--json")
+    arguments = ("--tokens", 600, "--length", 50, "--search", "--per-head", "--inputs", "own", "--json")
     run = mlxeff("fit", "kv-predictor", base_folder, "--aux", "small", "--out", "pair", *arguments, cwd=tmp_path)
     report = json.loads(run[0])
     assert report["notices"] == ["fit: no --text: the base writes 600 tokens itself"]
@@ -138,7 +138,7 @@ cli.main({[str(each) for each in (*fit, *steps, "--out", out)]!r})
 def test_a_tuned_pair_by_the_command(base_folder, base, text, tmp_path, method):
     """What is loaded predicts as the auxiliary that was trained, which is put together here from the stored tensors."""
     out = tmp_path / "pair"
-    arguments = ("--tokens", 600, "--length", 60, "--inputs", "hidden", "--train", method, "--rank", 3, "--json")
+    arguments = ("--tokens", 600, "--length", 60, "--train", method, "--rank", 3, "--json")
     steps = ("--steps", 30, "--batch", 2, "--rate", 0.01)
     run = mlxeff(
         "fit", "kv-predictor", base_folder, "--aux", "lp:0.5", "--text", text, *arguments, *steps, "--out", out

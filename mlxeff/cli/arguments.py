@@ -48,12 +48,14 @@ def add_fit(parser: argparse.ArgumentParser) -> None:
     sub.add_argument("--ridge", metavar="X", type=float, default=1e-5, help="regularisation (default %(default)s)")
     sub.add_argument(
         "--inputs",
-        choices=("own", "hidden"),
-        default="own",
-        help="what the maps read of an auxiliary layer: keys for keys and values for values, as in the paper, or its "
-        "hidden states for both (default %(default)s)",
+        choices=("hidden", "own"),
+        default="hidden",
+        help="what the maps read of an auxiliary layer: its hidden states, or (own) keys for keys and values for values, "
+        "as in the paper (default %(default)s)",
     )
-    sub.add_argument("--per-head", action="store_true", help="each base head from one auxiliary head")
+    sub.add_argument(
+        "--per-head", action="store_true", help="each base head from one auxiliary head (with --inputs own)"
+    )
     sub.add_argument("--search", action="store_true", help="choose the auxiliary layer of each base layer by its error")
     sub.add_argument(
         "--steps", metavar="N", type=_natural, default=0, help="of gradient training after the closed form"
