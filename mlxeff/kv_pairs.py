@@ -50,7 +50,7 @@ def load_pair(folder: str | Path, base: Loaded) -> KvPrediction:
         tuned.fold()
     elif of_auxiliary:
         raise MlxeffError(f"{folder}: wanted no tensors of an auxiliary that is not tuned, got {len(of_auxiliary)}")
-    return KvPrediction(fused_like(auxiliary, base.model), predictor.eval(), str(folder))
+    return KvPrediction(fused_like(auxiliary, base.model), predictor.eval().join(), str(folder))
 
 
 def fused_like(auxiliary, base):

@@ -12,7 +12,7 @@ from mlxeff.decode import decode, prefill
 from mlxeff.errors import MlxeffError
 from mlxeff.kvprediction import KvPrediction, Predictor, predict
 from mlxeff.kvprediction.predict import Refinement
-from mlxeff.kvprediction.predictor import INPUTS, identity
+from mlxeff.kvprediction.predictor import INPUTS, features, identity
 from mlxeff.loading import build_model
 from mlxeff.models.fused import fuse, set_precision
 from mlxeff.sampling import make_sampler
@@ -329,6 +329,25 @@ def test_layer_maps_that_do_not_fit(layer_map, complaint):
     with pytest.raises(MlxeffError) as caught:
         Predictor([(2, 16)] * 2, [(2, 16)] * 3, layer_map)
     assert str(caught.value) == complaint
+
+
+@pytest.mark.parametrize("inputs", INPUTS)
+@pytest.mark.parametrize("family", ["llama", "openelm"])
+def test_joined_maps_predict_the_same_until_one_changes(family, inputs):
+    auxiliary, predictor, _ = random_pair(family, inputs)
+    read = features(auxiliary, mx.array([PROMPT]), auxiliary.new_cache(), inputs)
+    before = [np.array(value) for _, value in tree_flatten(predictor.parameters())]
+    want = predictor(read)
+    assert len(predictor.join()._joined.matrices) == (2 if inputs == "hidden" else 4)  # layers 0, 0, 1 are read
+    for (name, value), old in zip(tree_flatten(predictor.parameters()), before, strict=True):
+        assert_close(value, old, name, rtol=0, atol=0)
+    for pair, other in zip(predictor(read), want, strict=True):
+        for mine, theirs in zip(pair, other, strict=True):
+            assert_close(mine, theirs, "joined", rtol=2.0**-18)  # sums in the same order, blocks of another size
+    predictor.value_maps[1].weight = mx.zeros_like(predictor.value_maps[1].weight)
+    got = predictor(read)[1][1]
+    want = predictor.value_maps[1].bias.reshape(got.shape[1], 1, -1)
+    assert_close(got, mx.broadcast_to(want[None], got.shape), "changed", rtol=0, atol=0)
 
 
 def test_inputs_that_are_unknown():

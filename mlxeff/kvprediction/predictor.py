@@ -11,9 +11,11 @@ from collections.abc import Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from ..errors import MlxeffError
 from ..modules import Linear
+from ..ops import linear
 
 INPUTS = ("own", "hidden")
 Shapes = Sequence[tuple[int, int]]  # (G, E) of each layer
@@ -32,6 +34,7 @@ class Predictor(nn.Module):
         self, auxiliary: Shapes, base: Shapes, layer_map: Sequence[int], inputs: str = "own", hidden: int | None = None
     ):
         super().__init__()
+        self._joined = None
         check_map(layer_map, len(auxiliary), len(base))
         if inputs not in INPUTS:
             raise MlxeffError(f"predictor: wanted inputs of {', '.join(INPUTS)}, got {inputs!r}")
@@ -45,19 +48,67 @@ class Predictor(nn.Module):
     def layer_map(self) -> list[int]:
         return self._layer_map
 
+    @property
+    def maps(self) -> list[tuple[nn.Module, nn.Module]]:
+        """Of each base layer the map to its keys and that to its values."""
+        return list(zip(self.key_maps, self.value_maps, strict=True))
+
+    def join(self) -> "Predictor":
+        """Make one product of the maps that read the same rows, until one of them changes: fewer and larger ones."""
+        self._joined = JoinedMaps(self)
+        return self
+
     def __call__(self, features: Features) -> Pairs:
         """Features of all auxiliary layers → raw keys and values of all base layers."""
-        result = []
-        for j, shape, key_map, value_map in zip(
-            self._layer_map, self._shapes, self.key_maps, self.value_maps, strict=True
-        ):
-            for_keys, for_values = features[j]
-            result.append((split_heads(key_map(for_keys), shape), split_heads(value_map(for_values), shape)))
-        return result
+        if self._joined is not None and self._joined.current(self):
+            rows = self._joined(features)
+        else:
+            rows = [
+                [each(read) for each, read in zip(maps, features[j], strict=True)]
+                for j, maps in zip(self._layer_map, self.maps, strict=True)
+            ]
+        return [
+            tuple(split_heads(each, shape) for each in pair) for pair, shape in zip(rows, self._shapes, strict=True)
+        ]
 
     def read(self, auxiliary, tokens: mx.array, cache) -> Pairs:
         """Token ids (B, S) that follow what the auxiliary's `cache` holds → the base's raw keys and values."""
         return self(features(auxiliary, tokens, cache, self.inputs))
+
+
+class JoinedMaps:
+    """The maps of a predictor, whose weights become rows of a few larger matrices, one for each input."""
+
+    def __init__(self, predictor: Predictor):
+        groups: dict[tuple[int, int], list[tuple[int, int]]] = {}
+        for i, j in enumerate(predictor.layer_map):
+            for kind in range(2):  # keys, values
+                read = 0 if predictor.inputs == "hidden" else kind
+                groups.setdefault((j, read), []).append((i, kind))
+        self.groups, self.matrices = groups, {}
+        for source, places in groups.items():
+            maps = [predictor.maps[i][kind] for i, kind in places]
+            weight, bias = (mx.concatenate([each[name] for each in maps]) for name in ("weight", "bias"))
+            mx.eval(weight, bias)
+            stops = np.cumsum([each.weight.shape[0] for each in maps])
+            for each, start, stop in zip(maps, [0, *stops], stops):
+                each.weight, each.bias = weight[int(start) : int(stop)], bias[int(start) : int(stop)]
+            self.matrices[source] = weight, bias, [int(stop) for stop in stops[:-1]]
+        self.given = _arrays(predictor)
+
+    def current(self, predictor: Predictor) -> bool:
+        """Whether the maps still have the weights that were joined."""
+        return all(mine is theirs for mine, theirs in zip(_arrays(predictor), self.given, strict=True))
+
+    def __call__(self, features: Features) -> list[list[mx.array]]:
+        """Rows (B, S, G·E) of keys and values of each base layer."""
+        rows = [[None, None] for _ in range(len(self.given) // 4)]
+        for (j, read), places in self.groups.items():
+            weight, bias, stops = self.matrices[j, read]
+            parts = mx.split(linear(features[j][read], weight, bias), stops, axis=-1)
+            for (i, kind), part in zip(places, parts, strict=True):
+                rows[i][kind] = part
+        return rows
 
 
 def features(auxiliary, tokens: mx.array, cache, inputs: str) -> Features:
@@ -75,8 +126,8 @@ def merged(pairs: Pairs) -> Features:
 def identity(shapes: Shapes) -> Predictor:
     """The predictor that returns what it is given, for models of one shape."""
     predictor = Predictor(shapes, shapes, range(len(shapes)))
-    for linear in (*predictor.key_maps, *predictor.value_maps):
-        linear.weight, linear.bias = mx.eye(linear.weight.shape[0]), mx.zeros(linear.bias.shape)
+    for each in (*predictor.key_maps, *predictor.value_maps):
+        each.weight, each.bias = mx.eye(each.weight.shape[0]), mx.zeros(each.bias.shape)
     return predictor
 
 
@@ -98,6 +149,11 @@ def merge_heads(heads: mx.array) -> mx.array:
 def split_heads(rows: mx.array, shape: tuple[int, int]) -> mx.array:
     """(B, S, G·E) → (B, G, S, E)."""
     return rows.reshape(*rows.shape[:2], *shape).transpose(0, 2, 1, 3)
+
+
+def _arrays(predictor: Predictor) -> list[mx.array]:
+    """Weights and biases of all maps, four a base layer."""
+    return [array for pair in predictor.maps for each in pair for array in (each.weight, each.bias)]
 
 
 def _width(shape: tuple[int, int]) -> int:
