@@ -7,8 +7,6 @@ parameter counts of base and auxiliary; the predictor and the one base token are
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from ..seedlm.linear import SeedModule
-
 
 def parameters(model: nn.Module) -> int:
     """Numbers in the model's matrices and norms; packed ones are counted as the numbers they stand for. A module that
@@ -21,7 +19,7 @@ def _own(module: nn.Module) -> int:
     if isinstance(module, (nn.QuantizedLinear, nn.QuantizedEmbedding)):
         bias = module.bias.size if "bias" in module else 0
         return module.weight.size * 32 // module.bits + bias
-    if isinstance(module, SeedModule):
+    if hasattr(module, "to_dense"):  # seed-encoded
         return module.rows * module.cols + (module.bias.size if "bias" in module else 0)
     children = {name: value for name, value in module.items() if not _holds_modules(value)}
     return sum(value.size for _, value in tree_flatten(children) if hasattr(value, "size"))
