@@ -50,8 +50,8 @@ def add_fit(parser: argparse.ArgumentParser) -> None:
         "--inputs",
         choices=("hidden", "own"),
         default="hidden",
-        help="what the maps read of an auxiliary layer: its hidden states, or own: keys for keys, values for values, as "
-        "in the paper (default %(default)s)",
+        help="what the maps read of an auxiliary layer: its hidden states, or own: keys for keys, values for values, "
+        "as in the paper (default %(default)s)",
     )
     sub.add_argument(
         "--per-head", action="store_true", help="each base head from one auxiliary head (with --inputs own)"
