@@ -20,7 +20,7 @@ from .format import CODE_OFFSET, BlockFormat
 from .lfsr import expand, step
 
 SEEDS = 65535
-SLACK = np.float32(2e-4)  # of |w|²: what energies in float32 may be off
+SLACK = np.float32(6e-4)  # of |w|²: what energies in float32 may be off
 MOST_CONDITION = np.float32(4000)  # trace(G) trace(G⁻¹) of the seeds that are considered
 EXCLUDED = 4200  # the same in the first step, whatever its rounding
 LEAST_WEIGHT, LEAST_METRIC, LEAST_MISS = np.float32(2.0**-40), np.float32(2.0**-20), np.float32(2.0**-50)
