@@ -42,7 +42,7 @@ def run(module: str, task: dict, limit: float, python: str) -> dict:
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
 
     def prepare():
-        os.nice(NICE)
+        os.nice(max(0, NICE - os.nice(0)))
         resource.setrlimit(resource.RLIMIT_CPU, (int(limit), int(limit) + 5))
 
     command, pipe = [python, "-m", module], {"input": json.dumps(task), "stdout": subprocess.PIPE, "text": True}
