@@ -88,8 +88,11 @@ def saved() -> dict:
     return json.loads(path.read_text())
 
 
-def write(document: dict) -> None:
+def write(document: dict, add: bool) -> None:
+    """Save the document; with `add` it gets the arms that another run has saved meanwhile, and keeps them."""
     path = stem().with_suffix(".json")
+    if add and path.exists():
+        document["arms"] = saved()["arms"] | document["arms"]
     partial = path.with_name(f"partial-{path.name}")
     partial.write_text(json.dumps(document, indent=1) + "\n")
     partial.replace(path)
@@ -107,8 +110,8 @@ def begun(options, tokens: int) -> dict:
     return document
 
 
-def fill(document: dict, names: list[str], workshop: Workshop, windows: np.ndarray, save: bool) -> None:
-    """Measure the arms that the document lacks; an arm that cannot be had is noted with the reason."""
+def fill(document: dict, names: list[str], workshop: Workshop, windows: np.ndarray, save) -> None:
+    """Measure the arms that the document lacks, `save(document)` after each; one that cannot be had has the reason."""
     reference = load_path(workshop.path).model
     failed = document.setdefault("not measured", {})
     missing = [name for name in ("reference", *names) if name not in document["arms"]]
@@ -124,8 +127,7 @@ def fill(document: dict, names: list[str], workshop: Workshop, windows: np.ndarr
         except MlxeffError as error:
             failed[name] = str(error)
             print(f"{name}: not measured: {error}", file=sys.stderr)
-        if save:
-            write(document)
+        save(document)
     if "single layers" not in document:
         document["single layers"] = single_layers()
 
@@ -158,10 +160,11 @@ def main():
     count = min(options.tokens, len(ids)) // WINDOW
     windows = np.array(ids[: count * WINDOW], np.int32).reshape(count, WINDOW)
     document = begun(options, windows.size)
-    fill(document, options.arms, Workshop(path, options.work, options.cache, options.limit), windows, options.save)
+    save = (lambda document: write(document, options.add)) if options.save else (lambda _: None)
+    fill(document, options.arms, Workshop(path, options.work, options.cache, options.limit), windows, save)
     print(report.text(document))
     if options.save:
-        write(document)
+        save(document)
         report.plot(document, stem().with_suffix(".png"))
     print(json.dumps(document))
 
