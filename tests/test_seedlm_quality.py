@@ -102,7 +102,7 @@ def test_a_quantised_layer_trains_its_scales_as_mlx_does():
 def workshop(tmp_path, folder) -> arms.Workshop:
     place = arms.Workshop(folder, tmp_path / "work", tmp_path / "peers", 600)
     rng = np.random.default_rng(0)
-    place.windows = lambda: rng.integers(0, 256, (8, 32))
+    place.windows = rng.integers(0, 256, (8, 32))
     return place
 
 
@@ -117,7 +117,7 @@ def test_mlx_lm_quantises_the_decoder(method, tmp_path, monkeypatch):
     found = place.arm("mlx-lm GPTQ 4 g64")
     assert found.size()["bits"] == 5  # 4, and two halves for 32 weights
     assert (found.made["tokens"], found.made["native"]) == (256, True)
-    ids = mx.array(place.windows())
+    ids = mx.array(place.windows)
     logits = [m(ids, m.new_cache()) for m in (load_path(folder).model, found.model, arms.affine_arm(folder, 4, 32))]
     error, rounded = (mx.square(each - logits[0]).mean().item() for each in logits[1:])
     assert 0 < error < 1.2 * rounded  # columns of random weights and inputs are independent: nothing to gain

@@ -1,5 +1,6 @@
 """The arms: the reference with its decoder layers replaced by quantised ones. Embedding and head stay as they are."""
 
+import functools
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -63,13 +64,14 @@ class Workshop:
             return Arm(seed_arm(self.path, self.work, name))
         return self._mlx_lm(name) if name in MLX_LM else self._llama(name)
 
+    @functools.cached_property
     def windows(self) -> np.ndarray:
         """The calibration windows (W, T) of SeedLM's encoder."""
         text, _ = calibration.read_text(None)
         return calibration.windows(text, load_path(self.path).tokenizer, calibration.TOKENS, str(self.path))
 
     def _mlx_lm(self, name: str) -> Arm:
-        folder, note = mlx_lm_quant.make(name, self._folder(), self.windows(), self._quantised(), self.limit)
+        folder, note = mlx_lm_quant.make(name, self._folder(), self.windows, self._quantised(), self.limit)
         return Arm(assembled(self.path, replaced_by(load_path(folder).model)), made=note)
 
     def _llama(self, name: str) -> Arm:
@@ -77,7 +79,8 @@ class Workshop:
         if peer.engine != "llama.cpp":
             raise MlxeffError(f"llama.cpp: wanted llama-cpp-python, got {peer.engine or peer.how}")
         place = self._quantised() / llama_quant.IMPORTANCE
-        llama_quant.write_importance(place, lambda: load_path(self.path).model, self.windows())
+        if not place.exists():
+            llama_quant.write_importance(place, load_path(self.path).model, self.windows)
         file, note = llama_quant.make(name, self.path, place, self._quantised(), peer.python, self.limit)
         model = assembled(self.path, replaced_by(load_path(file).model))
         nbytes = sum(matrix.nbytes for matrix in llama_quant.matrices(file))

@@ -26,12 +26,11 @@ def make(name: str, source: Path, importance: Path, folder: Path, python: str, l
     return place / FILE, note
 
 
-def write_importance(path: Path, load, windows: np.ndarray) -> None:
-    """The file of the importance matrix of the model that `load()` gives, made when it is missing."""
-    if not path.exists():
-        partial = path.with_name(f"partial-{path.name}")
-        np.savez(partial, **importance(load(), windows))
-        partial.rename(path)
+def write_importance(path: Path, model, windows: np.ndarray) -> None:
+    """Write the importance matrix of a model of the Llama family."""
+    partial = path.with_name(f"partial-{path.name}")
+    np.savez(partial, **importance(model, windows))
+    partial.rename(path)
 
 
 def importance(model, windows: np.ndarray) -> dict[str, np.ndarray]:
