@@ -4,6 +4,9 @@ The wheel itself is built and tried by .ci/wheel_check.py.
 """
 
 import ast
+import importlib.util
+import json
+import os
 import re
 import shutil
 import subprocess
@@ -136,6 +139,47 @@ def test_scripts_parse(script):
         pytest.skip("no bash")
     run = subprocess.run([bash, "-n", script], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
+
+
+def output_of(command, **options):
+    run = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=300, **options)
+    assert run.returncode == 0, run.stdout + run.stderr
+    return run.stdout + run.stderr
+
+
+def venv_with_our_libraries(folder):
+    """A new environment without pip and mlxeff that finds this one's libraries; returns its folder of commands."""
+    output_of([sys.executable, "-m", "venv", "--without-pip", folder])
+    [packages] = folder.glob("lib/python*/site-packages")
+    # Python does not read the .pth files there, which editable installs are.
+    ours = [path for path in sys.path if path.endswith("-packages")]
+    (packages / "ours.pth").write_text("\n".join(ours), encoding="utf-8")
+    return folder / "bin"
+
+
+@pytest.mark.slow
+def test_a_broken_compiler_does_not_stop_the_installation(tmp_path, tiny_folder):
+    """The native kernels are left out; the installer's log says so in one line, and so does each run of the command."""
+    missing = [name for name in ("pip", "scikit_build_core") if not importlib.util.find_spec(name)]
+    if not shutil.which("cmake") and not importlib.util.find_spec("cmake"):
+        missing.append("cmake")
+    if missing:
+        pytest.skip(f"no {', '.join(missing)} in this environment")
+    folder = venv_with_our_libraries(tmp_path / "venv")
+    pip = [sys.executable, "-m", "pip", "--python", folder / "python", "--disable-pip-version-check", "--no-cache-dir"]
+    install = [*pip, "install", "-v", "--no-build-isolation", "--no-deps", ROOT]
+    log = output_of(install, env={**os.environ, "CXX": "/bin/false"})
+    assert log.count("CMake configuration failed - retrying") == 1, log
+
+    clean = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "MLXEFF_NATIVE")}
+    outside = {"cwd": tmp_path, "env": clean}
+    reason = "not built at installation (no C++ compiler?)"
+    native = json.loads(output_of([folder / "mlxeff", "doctor", "--json"], **outside))["native"]
+    assert (native["available"], native["reason"]) == (False, reason)
+    assert f"MLX's own kernels; native ones: {reason}\n" in output_of([folder / "mlxeff", "doctor"], **outside)
+    generate = [folder / "mlxeff", "generate", "--device", "cpu", "--model", tiny_folder, "Hello", "--max-tokens", "2"]
+    output = output_of(generate, **outside)
+    assert output.count(f"native CPU kernels: {reason}; MLX's own are used") == 1, output
 
 
 def test_no_file_names_a_private_place():
