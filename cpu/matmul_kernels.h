@@ -1,9 +1,9 @@
-// Table of the dense matmul kernels of one instruction-set level. Each function runs on the calling thread.
+// Table of the dense matmul kernels of one instruction-set level.
 //
-// All dense products are c (M, N) = A (M, K) B (K, N), where the arrays hold A or its transpose, B or its transpose.
-// The order of calls is that of qmatmul_kernels.h: bind, prepare over all rows of A, then run over all columns of c.
+// All dense products are c (M, N) = A (M, K) B (K, N), where the arrays hold A or its transpose, B or its transpose; A is the x of
+// product_kernels.h, and the columns of B its rows of W.
 #pragma once
-#include "isa.h"
+#include "product_kernels.h"
 
 namespace mlxeff {
 
@@ -26,13 +26,7 @@ struct MatmulArgs {
   bf16* a_bf16;
 };
 
-struct MatmulKernels {
-  size_t (*workspace_bytes)(const MatmulArgs& args);
-  void (*bind)(MatmulArgs& args, void* workspace);
-  void (*prepare)(const MatmulArgs& args, int64_t m_begin, int64_t m_end);  // m_begin a multiple of 16
-  int64_t (*piece)(const MatmulArgs& args, int threads);
-  int (*run)(const MatmulArgs& args, int64_t n_begin, int64_t n_end);
-};
+using MatmulKernels = ProductKernels<MatmulArgs>;  // prepare: m_begin a multiple of 16
 
 MLXEFF_DECLARE_FAMILY(MatmulKernels, matmul_kernels)
 

@@ -18,7 +18,7 @@ struct WeightMatrix {
   Kind kind() const { return quantised.packed ? Kind::quantised : seeds.seeds ? Kind::seeds : Kind::dense; }
 };
 
-// The calls come in the order of qmatmul_kernels.h: bind (or share_input), prepare over all rows of x, run over all rows of W.
+// The calls come in the order of product_kernels.h: bind (or share_input), prepare over all rows of x, run over all rows of W.
 class Product {
   // Calls f(kernel table, its arguments) of the matrix's family.
   template <class Self, class F>

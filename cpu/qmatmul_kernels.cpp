@@ -230,7 +230,7 @@ void dequantize_row(const mlxeff_qweight& w, int64_t n, void* out, int out_dtype
 }  // namespace
 
 const QmatmulKernels& qmatmul_kernels() {
-  static const QmatmulKernels table = {workspace_bytes, bind, prepare, piece, run, dequantize_row};
+  static const QmatmulKernels table = {{workspace_bytes, bind, prepare, piece, run}, dequantize_row};
   return table;
 }
 

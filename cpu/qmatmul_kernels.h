@@ -1,10 +1,6 @@
-// Table of the quantised-matmul kernels of one instruction-set level. Each function runs on the calling thread.
-//
-// A product is: bind(args, workspace of workspace_bytes(args) bytes); prepare(args, ...) over all rows of x; when that is
-// complete everywhere, run(args, ...) over all rows of W, in pieces of a multiple of `piece` rows. A fused step that
-// owns a team does the same with Team::for_chunks between other kernels.
+// Table of the quantised-matmul kernels of one instruction-set level.
 #pragma once
-#include "isa.h"
+#include "product_kernels.h"
 
 namespace mlxeff {
 
@@ -27,12 +23,7 @@ struct QmmArgs {
   bf16* x_bf16;         // BF16, rows padded with zeros to a multiple of 32
 };
 
-struct QmatmulKernels {
-  size_t (*workspace_bytes)(const QmmArgs& args);
-  void (*bind)(QmmArgs& args, void* workspace);
-  void (*prepare)(const QmmArgs& args, int64_t m_begin, int64_t m_end);
-  int64_t (*piece)(const QmmArgs& args, int threads);  // rows of W a thread should take at once
-  int (*run)(const QmmArgs& args, int64_t n_begin, int64_t n_end);
+struct QmatmulKernels : ProductKernels<QmmArgs> {
   void (*dequantize_row)(const mlxeff_qweight& w, int64_t n, void* out, int out_dtype);
 };
 

@@ -127,7 +127,7 @@ void decode_row(const mlxeff_seedlm_weight& w, int64_t n, void* out, int out_dty
 }  // namespace
 
 const SeedlmKernels& seedlm_kernels() {
-  static const SeedlmKernels table = {workspace_bytes, bind, prepare, piece, run, decode_row};
+  static const SeedlmKernels table = {{workspace_bytes, bind, prepare, piece, run}, decode_row};
   return table;
 }
 

@@ -1,7 +1,6 @@
-// Table of the SeedLM kernels of one instruction-set level. Each function runs on the calling thread; a product is made
-// as with QmatmulKernels: bind, prepare all rows of x, then run over all rows of W.
+// Table of the SeedLM kernels of one instruction-set level.
 #pragma once
-#include "isa.h"
+#include "product_kernels.h"
 
 namespace mlxeff {
 
@@ -22,12 +21,7 @@ struct SeedArgs {
   int64_t ldx_few;  // floats between the rows of a few, or bytes
 };
 
-struct SeedlmKernels {
-  size_t (*workspace_bytes)(const SeedArgs& args);
-  void (*bind)(SeedArgs& args, void* workspace);
-  void (*prepare)(const SeedArgs& args, int64_t m_begin, int64_t m_end);
-  int64_t (*piece)(const SeedArgs& args, int threads);  // rows of W a thread should take at once
-  int (*run)(const SeedArgs& args, int64_t n_begin, int64_t n_end);
+struct SeedlmKernels : ProductKernels<SeedArgs> {
   void (*decode_row)(const mlxeff_seedlm_weight& w, int64_t n, void* out, int out_dtype);
 };
 

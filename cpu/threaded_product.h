@@ -4,12 +4,13 @@
 #include <atomic>
 
 #include "pool.h"
+#include "product_kernels.h"
 
 namespace mlxeff {
 
-// The calls of qmatmul_kernels.h for a product (M, K) x (K, N), none of them 0; rows are prepared in multiples of `row_step`.
-template <class Kernels, class Args>
-static int threaded_product(const Kernels& kernels, Args& args, int64_t M, int64_t N, int64_t K, int64_t row_step = 1) {
+// The calls of product_kernels.h for a product (M, K) x (K, N), none of them 0; rows are prepared in multiples of `row_step`.
+template <class Args>
+static int threaded_product(const ProductKernels<Args>& kernels, Args& args, int64_t M, int64_t N, int64_t K, int64_t row_step = 1) {
   void* const workspace = scratch(Scratch::shared_input, kernels.workspace_bytes(args));
   if (!workspace) return MLXEFF_NO_MEMORY;
   kernels.bind(args, workspace);
