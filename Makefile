@@ -51,7 +51,7 @@ native-check: $(VENV)/.installed-dev $(VENV)/.installed-test
 	$(CONFIGURE) -B build/address -DMLXEFF_SANITIZE=address,undefined -DMLXEFF_AMX_EMULATED=ON
 	$(BIN)/ninja -C build/address --quiet mlxeff_driver
 	build/address/mlxeff_driver
-	$(CONFIGURE) -B build/thread -DMLXEFF_SANITIZE=thread
+	$(CONFIGURE) -B build/thread -DMLXEFF_SANITIZE=thread -DMLXEFF_BLAS=reference
 	$(BIN)/ninja -C build/thread --quiet mlxeff_driver
 	build/thread/mlxeff_driver nofork
 	$(CONFIGURE) -B build/plain

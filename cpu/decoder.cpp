@@ -95,7 +95,7 @@ class Pass {
 
  private:
   void embed() {
-    each_row([&](int64_t r) { embedding_row(tokens_[r], b_.x + r * spec_.dim); });
+    each_row([&](int64_t r) { read_row(spec_.embedding, tokens_[r], b_.x + r * spec_.dim); });
     const int64_t half = spec_.head_dim / 2;
     team_.for_chunks(span_.length, 16, [&](int64_t begin, int64_t end) {
       for (int64_t t = begin; t < end; ++t)
@@ -105,16 +105,6 @@ class Pass {
           b_.sines[t * half + i] = float(spec_.rope_magnitude * sin(angle));
         }
     });
-  }
-
-  void embedding_row(int64_t token, float* out) {
-    const WeightMatrix& w = spec_.embedding;
-    switch (w.kind()) {
-      case WeightMatrix::Kind::quantised: MLXEFF_DISPATCH(qmatmul_kernels).dequantize_row(w.quantised, token, out, MLXEFF_F32); break;
-      case WeightMatrix::Kind::seeds: MLXEFF_DISPATCH(seedlm_kernels).decode_row(w.seeds, token, out, MLXEFF_F32); break;
-      case WeightMatrix::Kind::dense:
-        row_.load(out, static_cast<const char*>(w.dense) + token * w.K * int64_t(dtype_size(w.dtype)), w.dtype, w.K);
-    }
   }
 
   // With last_only, keys and values of all tokens, and the rest of the layer for each sequence's last token.

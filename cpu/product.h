@@ -1,28 +1,18 @@
-// y = x W^T for a weight matrix of any kind: one form over the kernel tables of the matrix families. x and y are fp32.
+// y = x W^T for a weight matrix of any kind: one form over the kernel tables of the matrix families and of the BLAS. x and y are fp32.
 #pragma once
+#include "blas_product.h"
 #include "matmul_kernels.h"
 #include "qmatmul_kernels.h"
 #include "seedlm_kernels.h"
 
 namespace mlxeff {
 
-// W (N, K): affine-quantised, or in SeedLM blocks, or dense (row-major, contiguous). The kind is that of the pointer which is not null.
-struct WeightMatrix {
-  int64_t N, K;
-  mlxeff_qweight quantised;
-  const void* dense;
-  int dtype;  // of dense
-  mlxeff_seedlm_weight seeds;
-
-  enum class Kind { quantised, seeds, dense };
-  Kind kind() const { return quantised.packed ? Kind::quantised : seeds.seeds ? Kind::seeds : Kind::dense; }
-};
-
 // The calls come in the order of product_kernels.h: bind (or share_input), prepare over all rows of x, run over all rows of W.
 class Product {
   // Calls f(kernel table, its arguments) of the matrix's family.
   template <class Self, class F>
   static auto visit(Self& self, F&& f) {
+    if (self.blas_) return f(*self.blas_, self.b_);
     switch (self.matrix_->kind()) {
       case WeightMatrix::Kind::quantised: return f(*self.quantised_, self.q_);
       case WeightMatrix::Kind::seeds: return f(*self.seeds_, self.s_);
@@ -37,6 +27,9 @@ class Product {
   Product(const WeightMatrix& w, const float* x, float* y, int64_t rows, int mode)
       : matrix_(&w), quantised_(&MLXEFF_DISPATCH(qmatmul_kernels)), seeds_(&MLXEFF_DISPATCH(seedlm_kernels)), dense_(&MLXEFF_DISPATCH(matmul_kernels)) {
     const int float_mode = mode == MLXEFF_EXACT ? MLXEFF_EXACT : MLXEFF_COMPUTE_BF16;
+    const bool rounds = w.kind() == WeightMatrix::Kind::quantised && mode == MLXEFF_COMPUTE_INT8;
+    if (!rounds && (mode == MLXEFF_EXACT || active_isa() != Isa::amx)) blas_ = blas_kernels(rows);
+    b_ = {&w, x, y, rows};
     switch (w.kind()) {
       case WeightMatrix::Kind::quantised:
         q_ = {w.quantised, x, w.K, MLXEFF_F32, y, w.N, MLXEFF_F32, rows, mode, nullptr, 0, nullptr, nullptr, nullptr, nullptr};
@@ -97,9 +90,11 @@ class Product {
   const QmatmulKernels* quantised_ = nullptr;
   const SeedlmKernels* seeds_ = nullptr;
   const MatmulKernels* dense_ = nullptr;
+  const ProductKernels<BlasArgs>* blas_ = nullptr;
   QmmArgs q_ = {};
   SeedArgs s_ = {};
   MatmulArgs d_ = {};
+  BlasArgs b_ = {};
 };
 
 }  // namespace mlxeff
