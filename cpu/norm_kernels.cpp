@@ -3,9 +3,9 @@
 //   y = x * r * w,  r = 1 / sqrt(mean(x^2) + eps)
 //   dx = r * (w * dy) - x * r^3 / n * sum(w * dy * x),   dw = sum over rows of dy * x * r
 //
-// A row is widened to fp32, everything is computed in fp32, and results are rounded once when they are stored. With a residual,
-// x + residual is rounded to x's dtype and stored in x first, and the norm is that of the stored values, so that the
-// fused step equals an addition followed by a norm.
+// A row of half precision is widened to fp32, everything is computed in fp32, and results are rounded once when they are
+// stored. With a residual, x + residual is rounded to x's dtype and stored in x first, and the norm is that of the stored
+// values, so that the fused step equals an addition followed by a norm.
 #include "norm_kernels.h"
 
 #include <math.h>
@@ -33,34 +33,55 @@ static float* norm_buffers(const NormArgs& args, int64_t count) {
 }
 
 // sum of a[j] * b[j], in four independent sums.
-static float dot(const float* a, const float* b, int64_t width) {
+static float dot(const float* a, const float* b, int64_t n) {
   vf sums[4] = {};
   int64_t j = 0;
-  for (; j + 4 * VL <= width; j += 4 * VL)
+  for (; j + 4 * VL <= n; j += 4 * VL)
     for (int i = 0; i < 4; ++i) sums[i] = fma(load(a + j + i * VL), load(b + j + i * VL), sums[i]);
-  for (; j < width; j += VL) sums[0] = fma(load(a + j), load(b + j), sums[0]);
+  for (; j < n; j += VL) sums[0] = fma(load_up_to(a + j, n - j), load_up_to(b + j, n - j), sums[0]);
   return sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
 }
 
-static float inverse_rms(const float* x, int64_t n, float eps) { return 1.0f / sqrtf(dot(x, x, round_up(n, VL)) / float(n) + eps); }
+static float inverse_rms(const float* x, int64_t n, float eps) { return 1.0f / sqrtf(dot(x, x, n) / float(n) + eps); }
+
+// The row itself where it is fp32, else `buffer` with the row widened.
+static const float* in_fp32(const void* row, int dtype, int64_t n, float* buffer) {
+  if (dtype == MLXEFF_F32) return static_cast<const float*>(row);
+  to_floats(buffer, row, dtype, n);
+  return buffer;
+}
+
+// x += residual, rounded to x's dtype. sum and term are buffers of n values.
+static void add_row(char* x, int x_dtype, const char* residual, int residual_dtype, int64_t n, float* sum, float* term) {
+  const float *const a = in_fp32(x, x_dtype, n, sum), *const b = in_fp32(residual, residual_dtype, n, term);
+  float* const out = x_dtype == MLXEFF_F32 ? reinterpret_cast<float*>(x) : sum;
+  int64_t j = 0;
+  for (; j + VL <= n; j += VL) store(out + j, load(a + j) + load(b + j));
+  for (; j < n; ++j) out[j] = a[j] + b[j];
+  if (out == sum) from_floats(x, x_dtype, sum, n);
+}
+
+// y = x * r * weight; y may be x.
+static void scale_row(float* y, const float* x, float r, const float* weight, int64_t n) {
+  int64_t j = 0;
+  for (; j + VL <= n; j += VL) store(y + j, load(x + j) * r * load(weight + j));
+  for (; j < n; ++j) y[j] = x[j] * r * weight[j];
+}
 
 static bool rows(const NormArgs& args, int64_t begin, int64_t end) {
-  const int64_t n = args.n, width = round_up(n, VL);
-  float* const weight = norm_buffers(args, 3);
-  if (!weight) return false;
-  float *const x = weight + width, *const residual = x + width;
+  const int64_t n = args.n;
+  float* const ones = static_cast<float*>(scratch(Scratch::panel, size_t(n * 3) * 4));
+  if (!ones) return false;
+  for (int64_t j = 0; !args.weight && j < n; ++j) ones[j] = 1;
+  const float* const weight = args.weight ? in_fp32(args.weight, args.weight_dtype, n, ones) : ones;
+  float *const buffer = ones + n, *const term = buffer + n;
   for (int64_t row = begin; row < end; ++row) {
-    char* const source = row_of(args.x, row, args.inner);
-    to_floats(x, source, args.x.dtype, n);
-    if (args.residual.data) {
-      to_floats(residual, row_of(args.residual, row, args.inner), args.residual.dtype, n);
-      for (int64_t j = 0; j < width; j += VL) store(x + j, load(x + j) + load(residual + j));
-      from_floats(source, args.x.dtype, x, n);
-      if (args.x.dtype != MLXEFF_F32) to_floats(x, source, args.x.dtype, n);
-    }
-    const float r = inverse_rms(x, n, args.eps);
-    for (int64_t j = 0; j < width; j += VL) store(x + j, load(x + j) * r * load(weight + j));
-    from_floats(row_of(args.y, row, args.inner), args.y.dtype, x, n);
+    char *const source = row_of(args.x, row, args.inner), *const target = row_of(args.y, row, args.inner);
+    if (args.residual.data) add_row(source, args.x.dtype, row_of(args.residual, row, args.inner), args.residual.dtype, n, buffer, term);
+    const float* const x = in_fp32(source, args.x.dtype, n, buffer);
+    float* const y = args.y.dtype == MLXEFF_F32 ? reinterpret_cast<float*>(target) : buffer;
+    scale_row(y, x, inverse_rms(x, n, args.eps), weight, n);
+    if (y == buffer) from_floats(target, args.y.dtype, buffer, n);
   }
   return true;
 }
