@@ -26,7 +26,8 @@ enum { MLXEFF_OK = 0, MLXEFF_BAD_ARGUMENT = 1, MLXEFF_BAD_DTYPE = 2, MLXEFF_UNSU
 enum { MLXEFF_F32 = 0, MLXEFF_F16 = 1, MLXEFF_BF16 = 2 };
 
 // How a matrix product treats its operands; accumulation is in fp32 in every mode.
-//   EXACT  operands are read at full precision and multiplied in fp32.
+//   EXACT  operands are read at full precision and multiplied in fp32, or with errors as small: a single row of activations may be
+//          rounded to 24 bits of the largest of each group of quantised weights, and multiplied exactly.
 //   BF16   operands are rounded to bf16 where the machine multiplies bf16 faster (AMX); EXACT elsewhere.
 //   INT8   activations are rounded to int8, one scale for each group or block of weights (quantised weights and seeds only).
 enum { MLXEFF_EXACT = 0, MLXEFF_COMPUTE_BF16 = 1, MLXEFF_COMPUTE_INT8 = 2 };

@@ -14,6 +14,10 @@ bool few_rows(const QmmArgs& args) {
 
 bool one_row(const QmmArgs& args) { return args.M == 1 && (args.w.bits == 4 || args.w.bits == 8); }
 
+bool reads_digits(const QmmArgs& args) {
+  return one_row(args) && args.mode != MLXEFF_COMPUTE_INT8 && (args.w.bits == 4 ? by_digits<4> : by_digits<8>);
+}
+
 bool uses_amx(const QmmArgs& args) { return amx_mode(args.mode) && !few_rows(args); }
 
 bool reads_x_in_place(const QmmArgs& args) {
@@ -26,15 +30,15 @@ struct Layout {
 
 Layout layout(const QmmArgs& args) {
   const int64_t rows = rows_read(args.M, few_rows(args), uses_amx(args)), groups = args.w.K / args.w.group;
-  const bool int8 = args.mode == MLXEFF_COMPUTE_INT8, amx = uses_amx(args);
-  const int64_t element = int8 ? 1 : amx ? 2 : 4;
+  const bool int8 = args.mode == MLXEFF_COMPUTE_INT8, amx = uses_amx(args), three_bytes = reads_digits(args);
+  const int64_t element = int8 ? 1 : three_bytes ? digits : amx ? 2 : 4;
   Layout at = {};
   const int64_t columns = one_row(args) ? round_up(args.w.K, row_padding) : padded_stride(args.w.K, element);
   const size_t values = reads_x_in_place(args) ? 0 : size_t(rows * columns * element);
   const size_t group_floats = size_t(round_up(rows * groups * 4, 64));
   at.sums = at.values + values;
   at.scales = at.sums + (amx ? 0 : group_floats);
-  at.total = at.scales + (int8 ? group_floats : 0);
+  at.total = at.scales + (int8 || three_bytes ? group_floats : 0);
   return at;
 }
 
@@ -90,12 +94,35 @@ void round_to_int8(const float* x, int count, int bits, int8_t* out, float* scal
   *sum = *scale * MLXEFF_ISA::sum(__builtin_convertvector(total, vf));
 }
 
+// x = xd * scale, rounded to nearest, with |xd| as large as three signed bytes allow. A group that is not finite is NaN.
+void round_to_digits(const float* x, int count, int32_t* out, float* scale, float* sum) {
+  constexpr float limit = 8355700;
+  vf most = zero(), difference = zero();
+  for (int k = 0; k < count; k += VL) {
+    const vf v = load(x + k);
+    most = max(most, abs(v));
+    difference += v - v;
+  }
+  const bool finite = MLXEFF_ISA::sum(difference) == 0;
+  const float largest = max(most), up = largest < 0x1p-90f ? 0x1p60f : 1;  // limit / largest would be infinite
+  const vf inverse = broadcast(finite && largest > 0 ? limit / (largest * up) : 0);
+  int32_t total = 0;
+  for (int k = 0; k < count; k += VL) {
+    const vf v = finite ? load(x + k) * up * inverse : zero();
+    const vi rounded = __builtin_convertvector(v + (v < 0 ? broadcast(-0.5f) : broadcast(0.5f)), vi);
+    memcpy(out + k, &rounded, sizeof rounded);
+  }
+  for (int k = 0; k < count; ++k) total += out[k];
+  *scale = finite ? largest / limit : MLXEFF_ISA::sum(difference);
+  *sum = *scale * float(total);
+}
+
 // The forms that the kernels of qmatmul_row.h read; x_sum and x_scale end with zeros up to a whole vector.
 template <int bits>
 void prepare_one_row(const QmmArgs& args) {
   const int64_t K = args.w.K, group = args.w.group, groups = K / group;
   const bool int8 = args.mode == MLXEFF_COMPUTE_INT8;
-  if (int8) memset(args.x_int8, 0, size_t(round_up(K, row_padding)));
+  if (int8 || by_digits<bits>) memset(args.x_int8, 0, size_t(round_up(K, row_padding) * (int8 ? 1 : digits)));
   else arrange_exact<bits>(args.x, args.x_dtype, K, const_cast<float*>(args.x_f32));
   for (int64_t g = 0; g < groups; ++g) {
     float values[128];
@@ -104,6 +131,10 @@ void prepare_one_row(const QmmArgs& args) {
       int8_t rounded[128];
       round_to_int8(values, int(group), 8, rounded, args.x_scale + g, args.x_sum + g);
       for (int64_t i = 0; i < group; i += 32) arrange_int8<bits>(rounded + i, g * group + i, args.x_int8);
+    } else if (by_digits<bits>) {
+      int32_t rounded[128];
+      round_to_digits(values, int(group), rounded, args.x_scale + g, args.x_sum + g);
+      for (int64_t i = 0; i < group; i += 32) arrange_digits<bits>(rounded + i, g * group + i, args.x_int8);
     } else {
       vf total = zero();
       for (int64_t i = 0; i < group; i += VL) total += load(values + i);
@@ -112,7 +143,7 @@ void prepare_one_row(const QmmArgs& args) {
   }
   for (int64_t g = groups; g % VL != 0; ++g) {
     args.x_sum[g] = 0;
-    if (int8) args.x_scale[g] = 0;
+    if (int8 || by_digits<bits>) args.x_scale[g] = 0;
   }
 }
 

@@ -3,8 +3,11 @@
 // W is read in the order of its addresses, a row at a time, with the values of K in the lanes and a horizontal sum at the
 // end of each row. (The strips of qmatmul_strip.h would need the scales transposed, a third of the work here.)
 //
-//   EXACT  y[n] = sum over blocks of scale * sum(q * x) + bias * sum(x) in fp32. A vector of VL words holds 32 / bits values a
-//          lane: value j of every lane is q[j] = word >> (j * bits), so x is stored as [vector][j][lane].
+//   EXACT  y[n] = sum over groups of scale * sum(q * x) + bias * sum(x). Where there are byte products, x is rounded to 24 bits
+//          of the group's largest |x|, an error of half a unit in the last place of that, and kept as three signed bytes: sums of
+//          four or eight products q * x are exact in integers, and scaled and added in fp32. x is stored as [vector][byte, highest
+//          first][even, odd (4 bits)]. Elsewhere in fp32: a vector of VL words holds 32 / bits values a lane, value j of every
+//          lane is q[j] = word >> (j * bits), so x is stored as [vector][j][lane].
 //   INT8   the formula and rounding of qmatmul_strip.h; sums of 32 values in integers. 4-bit weights give the even values of
 //          a vector's bytes by a mask and the odd ones by a shift, so x is stored as [vector][even, odd].
 //
@@ -33,6 +36,19 @@ constexpr int exact_step = VL * 32 / bits;
 template <int bits>
 constexpr int int8_step = BL * 32 / bits;
 constexpr int64_t row_padding = 128;  // the largest step
+
+// Whether EXACT reads x as integers of three bytes. AVX2's products of bytes saturate beyond 6 bits.
+constexpr int digits = 3;
+#if defined(__AVX512F__) || defined(__ARM_FEATURE_DOTPROD)
+template <int bits>
+constexpr bool by_digits = true;
+#elif defined(__AVX2__)
+template <int bits>
+constexpr bool by_digits = bits == 4;
+#else
+template <int bits>
+constexpr bool by_digits = false;
+#endif
 
 // The first `count` of a vector of words, a multiple of 4; the rest are zero, and nothing beyond is read.
 template <class Vector>
@@ -96,12 +112,6 @@ MLXEFF_INLINE vf load_row_scales(const QmmArgs& args, int64_t n, float bias_shif
 
 template <int bits>
 MLXEFF_INLINE vf word_value(vu words, int j) {
-#if defined(__AVX512F__)
-  if (bits == 4) {
-    const __m512 table = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    return (vf)_mm512_permutexvar_ps((__m512i)(words >> (4 * j)), table);
-  }
-#endif
   return __builtin_convertvector((vi)((words >> (bits * j)) & ((1u << bits) - 1)), vf);
 }
 
@@ -150,6 +160,58 @@ MLXEFF_INLINE bi dot_vector(bi acc, bu w, const int8_t* x) {
 #endif
 }
 
+#if defined(__AVX512F__)
+template <int bits>
+MLXEFF_INLINE vi dot_wide(vi acc, vu w, const int8_t* x) {
+  return (vi)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)w, _mm512_loadu_si512(x));
+}
+#else
+template <int bits>
+MLXEFF_INLINE vi dot_wide(vi acc, vu w, const int8_t* x) {
+  return dot_vector<bits>(acc, w, x);
+}
+#endif
+// The same for the nibbles of 4-bit weights, eight to a lane.
+MLXEFF_INLINE vi dot_nibbles(vi acc, vu even, vu odd, const int8_t* x) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  const __m256i first = _mm256_maddubs_epi16((__m256i)even, _mm256_loadu_si256((const __m256i*)x));
+  const __m256i second = _mm256_maddubs_epi16((__m256i)odd, _mm256_loadu_si256((const __m256i*)(x + VL * 4)));
+  return acc + (vi)_mm256_madd_epi16(_mm256_add_epi16(first, second), _mm256_set1_epi16(1));
+#else
+  return dot_wide<4>(dot_wide<4>(acc, even, x), odd, x + VL * 4);
+#endif
+}
+
+// Lane by lane sum(q * x), x in the form of arrange_digits. Sums of eight products of 4 and 24 bits fit 32 bits; of four products
+// of 8 and 24 bits, only those of the two higher bytes do.
+template <int bits>
+MLXEFF_INLINE vf dot_digits(vu q, const int8_t* x) {
+  constexpr int step = exact_step<bits>;
+  if constexpr (bits == 4) {
+    const vu even = q & 0x0f0f0f0fu, odd = (q >> 4) & 0x0f0f0f0fu;
+    vi sum = dot_nibbles(vi{}, even, odd, x);
+    sum = dot_nibbles((vi)((vu)sum << 8), even, odd, x + step);
+    sum = dot_nibbles((vi)((vu)sum << 8), even, odd, x + 2 * step);
+    return __builtin_convertvector(sum, vf);
+  } else {
+    const vi high = dot_wide<bits>((vi)((vu)dot_wide<bits>(vi{}, q, x) << 8), q, x + step);
+    const vi low = dot_wide<bits>(vi{}, q, x + 2 * step);
+    return fma(__builtin_convertvector(high, vf), broadcast(256), __builtin_convertvector(low, vf));
+  }
+}
+
+template <int bits, int group>
+static float row_digits(const QmmArgs& args, const char* packed, const float* scales, vf total) {
+  const int64_t words = args.w.K * bits / 32;
+  const int8_t* x = args.x_int8;
+  for (int64_t i = 0; i < words; i += VL, x += digits * exact_step<bits>) {
+    __builtin_prefetch(packed + i * 4 + prefetch_distance, 0, 3);
+    const vf dot = dot_digits<bits>(load_words_up_to<vu>(packed + i * 4, words - i), x);
+    total = fma(dot, spread_scales<bits * group / 32>(scales, i), total);
+  }
+  return sum(total);
+}
+
 template <int bits, int group>
 static float row_int8(const QmmArgs& args, const char* packed, const float* scales, vf bias) {
   const int64_t words = args.w.K * bits / 32;
@@ -187,6 +249,39 @@ static void arrange_exact(const void* x, int dtype, int64_t K, float* out) {
       for (int lane = 0; lane < VL; ++lane) out[j * VL + lane] = natural[lane * per_word + j];
   }
 }
+// 32 bytes to 16 with even and 16 with odd index.
+MLXEFF_INLINE void split_even_odd(const int8_t* natural, int8_t* even, int8_t* odd) {
+  typedef int8_t Bytes __attribute__((vector_size(32)));
+  Bytes v;
+  memcpy(&v, natural, 32);
+  v = __builtin_shufflevector(v, v, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+  memcpy(even, &v, 16);
+  memcpy(odd, reinterpret_cast<const char*>(&v) + 16, 16);
+}
+// 32 values of 24 bits, from k on, put where row_digits meets them. Adding 0x8080 carries out of the lower bytes as if they were signed.
+template <int bits>
+static void arrange_digits(const int32_t* values, int64_t k, int8_t* out) {
+  typedef int8_t Lanes __attribute__((vector_size(VL)));
+  constexpr int step = exact_step<bits>;
+#pragma GCC unroll 3
+  for (int d = 0; d < digits; ++d) {
+    int8_t natural[32];
+#pragma GCC unroll 8
+    for (int i = 0; i < 32; i += VL) {
+      vu v;
+      memcpy(&v, values + i, sizeof v);
+      const Lanes bytes = __builtin_convertvector(((v + 0x8080u) ^ 0x8080u) >> (16 - 8 * d), Lanes);
+      memcpy(natural + i, &bytes, VL);
+    }
+    if constexpr (bits == 4) {
+      int8_t* const even = out + k / step * digits * step + d * step + k % step / 2;
+      split_even_odd(natural, even, even + step / 2);
+    } else {
+      constexpr int taken = step < 32 ? step : 32;
+      for (int i = 0; i < 32; i += taken) memcpy(out + (k + i) / step * digits * step + d * step + (k + i) % step, natural + i, taken);
+    }
+  }
+}
 // 32 rounded values, from k on, put where row_int8 meets them.
 template <int bits>
 static void arrange_int8(const int8_t* natural, int64_t k, int8_t* out) {
@@ -196,15 +291,17 @@ static void arrange_int8(const int8_t* natural, int64_t k, int8_t* out) {
   }
   constexpr int step = BL * 8;
   int8_t* const even = out + k / step * step + k % step / 2;
-  for (int i = 0; i < 16; ++i) even[i] = natural[2 * i], even[step / 2 + i] = natural[2 * i + 1];
+  split_even_odd(natural, even, even + step / 2);
 }
 
 template <int bits, int group, class T>
 static int run_rows_as(const QmmArgs& args, int64_t n_begin, int64_t n_end) {
   const mlxeff_qweight& w = args.w;
   const bool int8 = args.mode == MLXEFF_COMPUTE_INT8;
-  const float shift = int8 ? byte_offset<bits> : 0;
-  const float* const factors = int8 ? args.x_scale : nullptr;
+  const bool integers = int8 || by_digits<bits>;
+  const float shift = integers ? byte_offset<bits> : 0;
+  const float* const factors = integers ? args.x_scale : nullptr;
+  const auto row_product = int8 ? row_int8<bits, group> : by_digits<bits> ? row_digits<bits, group> : row_exact<bits, group>;
   const int64_t padded = round_up(w.K / group, VL) + VL, bytes = row_bytes(w), scale_bytes = w.K / group * int64_t(sizeof(T));
   const int64_t ahead = max_of(1, prefetch_distance / bytes);
   float* const scales = static_cast<float*>(scratch(Scratch::strip, size_t(padded) * 4));
@@ -219,7 +316,7 @@ static int run_rows_as(const QmmArgs& args, int64_t n_begin, int64_t n_end) {
     const vf bias = load_row_scales<T>(args, n, shift, factors, scales);
     const char* const packed = reinterpret_cast<const char*>(w.packed) + n * bytes;
     const int64_t slot = (n - n_begin) % 16;
-    out[slot] = (int8 ? row_int8<bits, group> : row_exact<bits, group>)(args, packed, scales, bias);
+    out[slot] = row_product(args, packed, scales, bias);
     if (slot == 15 || n + 1 == n_end) store_block(out, 0, 1, slot + 1, output(args), 0, n - slot);
   }
   return MLXEFF_OK;

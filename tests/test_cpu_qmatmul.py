@@ -142,6 +142,30 @@ def test_strided_rows(level):
     assert np.array_equal(y[:, :50], qmm(weight, x, F32))
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_one_row_of_any_size(level, bits):
+    """Activations of very different sizes in a group, and groups of very different sizes."""
+    rng = np.random.default_rng(13)
+    weight = Quantized(rng, 65, 1056, bits, 32)
+    for exponents in ((-6, 0), (-35, -30), (25, 30)):
+        x = (rng.standard_normal((1, 1056)) * 10 ** rng.uniform(*exponents, (1, 1056))).astype(np.float32)
+        assert_close(qmm(weight, x, F32), product(x, weight.dense()), 4e-6, f"{level} {bits} bit 1e{exponents}")
+    x = (rng.standard_normal((33, 32)) * 10 ** rng.uniform(-8, 4, (33, 1))).astype(np.float32).reshape(1, 1056)
+    x[0, 64:96] = 0
+    x[0, 100] = 1e6
+    assert_close(qmm(weight, x, F32), product(x, weight.dense()), 4e-6, f"{level} {bits} bit")
+
+
+def test_one_row_that_is_not_finite(level):
+    rng = np.random.default_rng(14)
+    for bits in (4, 8):
+        weight = Quantized(rng, 17, 96, bits, 32)
+        for bad in (np.nan, np.inf, -np.inf):
+            x = rng.standard_normal((1, 96)).astype(np.float32)
+            x[0, 40] = bad
+            assert not np.isfinite(qmm(weight, x, F32)).any(), (level, bits, bad)
+
+
 def test_zero_activations(level):
     weight = Quantized(np.random.default_rng(11), 40, 64, 4, 32)
     for mode in (EXACT, COMPUTE_BF16, COMPUTE_INT8):
