@@ -20,6 +20,7 @@ VERBS = {
     "models": "list the built-in names and what is in the cache",
     "convert": "convert a checkpoint: PyTorch, Hugging Face or GGUF to a folder that mlxeff and mlx-lm load",
     "fit": "fit what a technique needs to a model of yours",
+    "bench": "measure speed on this machine",
     "doctor": "say which backends are active here, and why not the others",
 }
 

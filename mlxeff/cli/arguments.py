@@ -101,6 +101,67 @@ def add_doctor(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON document")
 
 
+def add_bench(parser: argparse.ArgumentParser) -> None:
+    what = parser.add_subparsers(dest="what", metavar="WHAT", required=True)
+    summary = "seconds to the first token: of a model, of its pairs of KV Prediction, or of that paper's models"
+    sub = what.add_parser("ttft", help=summary, description=summary.capitalize() + ".", allow_abbrev=False)
+    sub.add_argument("model", nargs="?", metavar="MODEL", help="a folder, file, name or hub id")
+    sub.add_argument(
+        "--kv-predict",
+        metavar="PAIR[:keep=K]",
+        type=_kv_predict,
+        action="append",
+        default=[],
+        help="measure this pair beside MODEL (repeatable)",
+    )
+    sub.add_argument(
+        "--suite",
+        choices=("kvp-paper",),
+        help="in place of MODEL: OpenELM 1.1B and 3B, smaller ones, layer-pruned ones and the paper's eleven pairs, "
+        "batch 1, 4, 8 x 64 to 1024 tokens and 64 x 59, on CPU and GPU, beside the published numbers",
+    )
+    sub.add_argument("--prompt-lengths", metavar="N,…", type=_numbers, help="tokens (default 128,512,2048)")
+    sub.add_argument("--batch", metavar="B,…", type=_numbers, default=(1,), help="prompts at once (default 1)")
+    sub.add_argument(
+        "--only",
+        metavar="KEY=VALUE",
+        type=_filter,
+        nargs="+",
+        default=[],
+        help="a part: arm (by a part of its name), device, batch, tokens; one key several times: any of its values",
+    )
+    sub.add_argument("--rounds", metavar="N", type=_positive, default=3, help="passes counted (default %(default)s)")
+    sub.add_argument("--warmup", metavar="N", type=_natural, default=1, help="passes before (default %(default)s)")
+    sub.add_argument("--steps", metavar="N", type=_natural, default=4, help="decode steps a pass (default %(default)s)")
+    sub.add_argument("--out", metavar="FILE", help="keep every sample in FILE; the same command goes on from there")
+    _add_bench_machine(sub)
+    sub.add_argument("--offline", action="store_true", help="never touch the network")
+    sub.add_argument("--json", action="store_true", help="print one JSON document with every sample")
+    sub.add_argument("--quiet", action="store_true", help="no progress lines; warnings still show")
+
+
+def _add_bench_machine(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--device", choices=("auto", "cpu", "gpu"), default="auto", help="default: the GPU if any; the suite: every one"
+    )
+    sub.add_argument("--threads", metavar="N", type=_positive, help="of the CPU kernels (default: one a core)")
+    sub.add_argument(
+        "--dtype", choices=("float16", "bfloat16", "float32"), help="of the suite's random weights (default float16)"
+    )
+    sub.add_argument(
+        "--checkpoint",
+        metavar="SIZE=MODEL",
+        type=_checkpoint,
+        action="append",
+        default=[],
+        help="the suite's OpenELM of SIZE (270M, 450M, 1.1B, 3B) in place of random weights (repeatable)",
+    )
+    sub.add_argument("--prefill-step", metavar="N", type=_positive, help="prompt tokens a chunk (2048 GPU, 512 CPU)")
+    sub.add_argument(
+        "--memory", metavar="GB", type=float, help="to use (default: most of what is free); what needs more is left out"
+    )
+
+
 def add_convert(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("src", metavar="SRC", help="a folder, a file (.gguf .safetensors .pt .bin), a name or hub id")
     parser.add_argument("dst", metavar="DST", help="the new folder")
@@ -180,6 +241,25 @@ def _kv_predict(text: str) -> tuple[str, int | None, bool]:
         else:
             return text, keep, refine
         text = head
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    """ "1,8" → (1, 8)."""
+    return tuple(_positive(part) for part in text.split(","))
+
+
+def _filter(text: str) -> str:
+    key, equals, value = text.partition("=")
+    if key not in ("arm", "device", "batch", "tokens") or not equals or not value:
+        raise argparse.ArgumentTypeError(f"wanted KEY=VALUE with a KEY of arm, device, batch, tokens, got {text!r}")
+    return text
+
+
+def _checkpoint(text: str) -> tuple[str, str]:
+    size, equals, model = text.partition("=")
+    if size not in ("270M", "450M", "1.1B", "3B") or not equals or not model:
+        raise argparse.ArgumentTypeError(f"wanted SIZE=MODEL with a SIZE of 270M, 450M, 1.1B, 3B, got {text!r}")
+    return size, model
 
 
 def _quantize(text: str) -> tuple[int, int]:

@@ -1,0 +1,122 @@
+"""The suite `kvp-paper`: the models and points of the KV Prediction paper (arXiv 2410.08391), and what it prints.
+
+OpenELM 1.1B and 3B, the smaller OpenELMs, the layer-pruned baselines and the eleven pairs, with random weights where no
+checkpoint is named: the time to the first token does not depend on the values.
+
+The paper measured on the CPU of an M2 Pro; its numeric type, threads, software and repetitions are not stated. Of its
+times for pruned tokens (RP, SP, LazyLLM) none is here: they are not measured.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+
+from ..kernels import arithmetic_dtype
+from ..kvprediction.layers import PUBLISHED, kept_layers, pruned_map, spread_map
+from ..loading import build_model, load_model
+from ..models.openelm import published_config
+from ..ops import native_for
+from .arms import Arm, random_predictor, randomise
+from .ttft import Group, Point
+
+MACHINE = "M2 Pro CPU"
+POINTS = [Point(batch, tokens) for batch in (1, 4, 8) for tokens in (64, 128, 256, 512, 1024)] + [Point(64, 59)]
+SIZES = ("270M", "450M", "1.1B", "3B")
+
+
+@dataclass(frozen=True)
+class Published:
+    """What the paper prints of a model: FLOPs reduction; seconds and reduction of the TTFT at batch 64, 59 tokens."""
+
+    flops: float
+    ttft_s: float | None = None
+    reduction: float | None = None
+
+
+TABLE_5 = {  # OpenELM 1.1B
+    "OE1.1B": Published(1.00, 5.59, 1.00),
+    "OE450M": Published(2.36, 2.58, 2.17),
+    "OE270M": Published(3.98, 1.67, 3.34),
+    "OE1.1B-LP-0.75": Published(1.34, 4.08, 1.37),
+    "OE1.1B-LP-0.50": Published(1.93, 2.78, 2.01),
+    "OE1.1B-LP-0.25": Published(3.60, 1.46, 3.82),
+    "OE1.1B-KVP-C-450M": Published(2.36, 3.17, 1.76),
+    "OE1.1B-KVP-C-270M": Published(3.98, 2.24, 2.50),
+    "OE1.1B-KVP-LP-0.75": Published(1.34, 4.63, 1.21),
+    "OE1.1B-KVP-LP-0.50": Published(1.93, 3.33, 1.68),
+    "OE1.1B-KVP-LP-0.25": Published(3.60, 2.05, 2.73),
+}
+TABLE_6 = {  # OpenELM 3B; no times
+    "OE3B": Published(1.00),
+    "OE3B-LP-0.75": Published(1.34),
+    "OE3B-LP-0.50": Published(1.97),
+    "OE3B-LP-0.25": Published(3.84),
+    "OE3B-KVP-C-1.1B": Published(2.81),
+    "OE3B-KVP-C-450M": Published(6.64),
+    "OE3B-KVP-C-270M": Published(11.18),
+    "OE3B-KVP-LP-0.75": Published(1.34),
+    "OE3B-KVP-LP-0.50": Published(1.97),
+    "OE3B-KVP-LP-0.25": Published(3.84),
+}
+TABLES = {"OE1.1B": TABLE_5, "OE3B": TABLE_6}
+AT_TABLE_5 = Point(64, 59)
+FIGURE_1 = {"arm": "OE3B", "point": Point(1, 1024), "ttft_s": 4.8, "steps": 12}  # steps: TTFT in decode steps
+FIGURE_5B = ("OE1.1B-KVP-C-450M", "OE450M", 8, (128, 1024))  # within 10 to 20 % at batch 8, these prompts
+NOTE = "Table 3 prints 3.59 for the FLOPs reduction of OE1.1B-KVP-LP-0.25, Table 5 3.60."
+
+
+def groups(dtype: mx.Dtype, checkpoints: dict[str, Path]) -> list[Group]:
+    """The arms of each base; `checkpoints`: a size of OpenELM → a folder to take in place of random weights."""
+    return [Group(list(table), Builder(dtype, checkpoints, base), POINTS) for base, table in TABLES.items()]
+
+
+@dataclass
+class Builder:
+    """`builder(names)` → the arms of one base, which share its weights and those of the auxiliaries."""
+
+    dtype: mx.Dtype
+    checkpoints: dict[str, Path]
+    base: str
+
+    def __call__(self, names: Sequence[str]) -> list[Arm]:
+        self._models = {}
+        return [self._arm(name) for name in names]
+
+    def _arm(self, name: str) -> Arm:
+        if name in PUBLISHED:
+            return self._pair(name)
+        size, _, keep = name.removeprefix("OE").partition("-LP-")
+        return Arm(name, self._pruned(size, keep) if keep else self._model(size))
+
+    def _pair(self, name: str) -> Arm:
+        pair, base = PUBLISHED[name], self._model(self.base.removeprefix("OE"))
+        count = len(base.layers)
+        if pair.keep:
+            kept = kept_layers(pair.keep, count)
+            auxiliary, layer_map = base.pruned(kept), pruned_map(kept, count)
+        else:
+            auxiliary = self._model(pair.auxiliary.replace("_", "."))
+            layer_map = spread_map(len(auxiliary.layers), count)
+        return Arm(name, base, auxiliary, random_predictor(auxiliary, base, layer_map, self._type()))
+
+    def _pruned(self, size: str, keep: str):
+        base = self._model(size)
+        return base.pruned(kept_layers(keep, len(base.layers)))
+
+    def _model(self, size: str):
+        if size not in self._models:
+            self._models[size] = self._load(size)
+        return self._models[size]
+
+    def _load(self, size: str):
+        if size in self.checkpoints:
+            return load_model(self.checkpoints[size])[0]
+        model = build_model(published_config(size.replace(".", "_")))
+        randomise(model, self._type())
+        return model
+
+    def _type(self) -> mx.Dtype:
+        """The weights' type: on a CPU without native kernels the one that MLX computes in."""
+        return self.dtype if native_for() else arithmetic_dtype(self.dtype, False)

@@ -1,0 +1,140 @@
+"""Samples → medians and tables in Markdown."""
+
+from collections.abc import Iterable
+from statistics import median
+
+from . import kvp_paper
+from .ttft import Point, Results
+
+
+def medians(samples: Iterable[dict]) -> dict[tuple, dict]:
+    """(device, batch, tokens, arm) → its medians, how many passes there were and how far they spread."""
+    found: dict[tuple, list[dict]] = {}
+    for sample in samples:
+        found.setdefault((sample["device"], sample["batch"], sample["tokens"], sample["arm"]), []).append(sample)
+    return {key: _summary(key, each) for key, each in found.items()}
+
+
+def _summary(key: tuple, samples: list[dict]) -> dict:
+    device, batch, tokens, arm = key
+    times = [sample["ttft_s"] for sample in samples]
+    steps = [sample["step_s"] for sample in samples if sample["step_s"]]
+    ttft = median(times)
+    return {
+        "device": device,
+        "batch": batch,
+        "tokens": tokens,
+        "arm": arm,
+        "ttft_s": ttft,
+        "spread_s": max(times) - min(times),
+        "passes": len(times),
+        "prompt_tps": batch * tokens / ttft,
+        "decode_tps": batch / median(steps) if steps else None,
+    }
+
+
+def tables(results: Results, card: dict, suite: bool) -> str:
+    """Everything for people: the card, a table a device, what the paper has beside it, what was left out."""
+    found = medians(results.samples.all)
+    parts = ["\n".join(f"{key}: {value}" for key, value in card.items())]
+    for device in dict.fromkeys(key[0] for key in found):
+        chosen = {key[1:]: each for key, each in found.items() if key[0] == device}
+        parts.append(_table(device, chosen, list(results.arms)))
+    if suite:
+        parts += [text for text in (_table_5(found), _flops(results.arms), _figures(found)) if text]
+    parts += [f"skipped: {line}" for line in results.skipped]
+    return "\n\n".join(parts)
+
+
+def _table(device: str, found: dict[tuple, dict], arms: list[str]) -> str:
+    """Seconds to the first token, and of the last point's arms the tokens a second."""
+    points = sorted({key[:2] for key in found})
+    lines = [f"Median TTFT in seconds on the {device}; in brackets prompt tokens/s and decoded tokens/s", ""]
+    lines += _head(["batch x tokens", *(arm for arm in arms if any(key[2] == arm for key in found))])
+    for point in points:
+        cells = [f"{point[0]} x {point[1]}"]
+        for arm in arms:
+            if any(key[2] == arm for key in found):
+                cells.append(_cell(found.get((*point, arm))))
+        lines.append(_row(cells))
+    return "\n".join(lines)
+
+
+def _cell(summary: dict | None) -> str:
+    if summary is None:
+        return ""
+    decode = f", {summary['decode_tps']:.3g}" if summary["decode_tps"] else ""
+    return f"{summary['ttft_s']:.3f} ({summary['prompt_tps']:.3g}{decode})"
+
+
+def _table_5(found: dict[tuple, dict]) -> str:
+    """Ours beside the paper's Table 5, on each device."""
+    point = kvp_paper.AT_TABLE_5
+    parts = []
+    for device in dict.fromkeys(key[0] for key in found):
+        here = {arm: found[key] for arm in kvp_paper.TABLE_5 if (key := (device, *_sizes(point), arm)) in found}
+        base = here.get("OE1.1B")
+        if not here:
+            continue
+        where = f"the {device} here | paper: {kvp_paper.MACHINE}, numeric type and threads not stated"
+        lines = [f"Batch {point.batch} x {point.tokens} tokens: {where}", ""]
+        lines += _head(["", "TTFT s, here", "reduction, here", "TTFT s, paper", "reduction, paper"])
+        for arm, mine in here.items():
+            theirs = kvp_paper.TABLE_5[arm]
+            ratio = f"{base['ttft_s'] / mine['ttft_s']:.2f}" if base else ""
+            lines.append(_row([arm, f"{mine['ttft_s']:.2f}", ratio, f"{theirs.ttft_s:.2f}", f"{theirs.reduction:.2f}"]))
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
+
+
+def _flops(arms: dict[str, dict]) -> str:
+    """Reductions of the TTFT's FLOPs: the paper's definition on our counts, its print, and with predictor and base."""
+    lines = []
+    for base, table in kvp_paper.TABLES.items():
+        whole = arms.get(base)
+        for name, theirs in table.items():
+            if whole is None or name not in arms:
+                continue
+            mine = arms[name]
+            counted = whole["base"] / mine.get("auxiliary", mine["base"])
+            full = whole["flops_512"] / mine["flops_512"]
+            lines.append(_row([name, f"{counted:.2f}", f"{theirs.flops:.2f}", f"{full:.2f}"]))
+    if not lines:
+        return ""
+    title = ["FLOPs reductions. 'counted': parameters of base by parameters of auxiliary, as in the paper", ""]
+    head = _head(["", "counted", "paper", "with predictor and last token, 512 tokens"])
+    return "\n".join([*title, *head, *lines, "", kvp_paper.NOTE])
+
+
+def _figures(found: dict[tuple, dict]) -> str:
+    """Ours beside what the paper's text says of its figures."""
+    lines = []
+    first, mark = kvp_paper.FIGURE_1, f"paper, {kvp_paper.MACHINE}"
+    mine, other, batch, ends = kvp_paper.FIGURE_5B
+    for device in dict.fromkeys(key[0] for key in found):
+        if here := found.get((device, *_sizes(first["point"]), first["arm"])):
+            steps = f", {here['ttft_s'] * here['decode_tps']:.1f} decode steps" if here["decode_tps"] else ""
+            theirs = f"{first['ttft_s']} s, {first['steps']} decode steps"
+            ours = f"{device} here {here['ttft_s']:.2f} s{steps}"
+            lines.append(f"Figure 1, OE3B, batch 1 x 1024: {ours}; {mark}: {theirs}")
+        for tokens in sorted({key[2] for key in found if key[1] == batch and ends[0] <= key[2] <= ends[1]}):
+            pair, model = (found.get((device, batch, tokens, arm)) for arm in (mine, other))
+            if pair and model:
+                more = pair["ttft_s"] / model["ttft_s"] - 1
+                lines.append(
+                    f"Figure 5b, {mine} over {other}, batch {batch} x {tokens}: {device} here {more:+.0%}; "
+                    f"{mark}: +10 to +20%"
+                )
+    return "\n".join(lines)
+
+
+def _sizes(point: Point) -> tuple[int, int]:
+    return point.batch, point.tokens
+
+
+def _head(cells: list[str]) -> list[str]:
+    return [_row(cells), _row(["---"] * len(cells))]
+
+
+def _row(cells: list[str]) -> str:
+    return "| " + " | ".join(cells) + " |"

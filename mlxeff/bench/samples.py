@@ -1,0 +1,65 @@
+"""The file that keeps every sample as it is made, so that a run that was broken off goes on.
+
+JSON lines: first what may not differ between the samples of one file, then a sample a line.
+"""
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..errors import MlxeffError
+
+
+class Samples:
+    """Samples, in memory and, with a path, on disk. `keys` name the fields that tell samples apart.
+
+    Raises MlxeffError for a file that holds other things, or samples made under another `identity`.
+    """
+
+    def __init__(self, path: Path | None, identity: dict, keys: Sequence[str]):
+        self.path, self.keys = path, tuple(keys)
+        self.all: list[dict] = []
+        if path is None:
+            return
+        if path.exists() and path.stat().st_size:
+            self._read(identity)
+        else:
+            self._write([identity], "w")
+
+    def _read(self, identity: dict) -> None:
+        held = []
+        for number, line in enumerate(self.path.read_text(encoding="utf-8").splitlines(), 1):
+            try:
+                held.append(json.loads(line))
+            except ValueError:
+                if not held:  # a killed run may leave half a line, but not as the first one
+                    raise MlxeffError(f"{self.path}: line {number}: wanted JSON, got {line[:40]!r}") from None
+        first = held[0] if isinstance(held[0], dict) else {}
+        if names := sorted(name for name in {*first, *identity} if first.get(name) != identity.get(name)):
+            raise MlxeffError(f"{self.path}: holds samples made otherwise ({', '.join(names)} differ): name a new file")
+        known = [each for each in held[1:] if isinstance(each, dict) and set(self.keys) <= set(each)]
+        self.all = list({self.key(each): each for each in known}.values())
+        self._write([identity, *self.all], "w")
+
+    def _write(self, lines: Sequence[dict], mode: str) -> None:
+        """Append, or with mode "w" replace the file as a whole."""
+        target = self.path if mode == "a" else self.path.with_name(f".{self.path.name}.{os.getpid()}")
+        try:
+            with open(target, mode, encoding="utf-8") as file:
+                file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+            if mode == "w":
+                os.replace(target, self.path)
+        except OSError as error:
+            raise MlxeffError(f"{self.path}: cannot be written: {error.strerror or error}") from error
+
+    def key(self, sample: dict) -> tuple:
+        return tuple(sample[name] for name in self.keys)
+
+    def add(self, sample: dict) -> None:
+        self.all.append(sample)
+        if self.path is not None:
+            self._write([sample], "a")
+
+    def done(self) -> set[tuple]:
+        return {self.key(sample) for sample in self.all}

@@ -1,0 +1,211 @@
+"""`mlxeff bench ttft`: real processes on tiny models; the file of samples, what is left out, what is computed."""
+
+import json
+from statistics import median
+
+import mlx.core as mx
+import pytest
+from mlx.utils import tree_flatten
+
+from helpers import assert_close
+from mlxeff.bench import arms, kvp_paper, report, ttft
+from mlxeff.bench.samples import Samples
+from mlxeff.decode import prefill
+from mlxeff.errors import MlxeffError
+from mlxeff.kvprediction import predict
+from mlxeff.kvprediction.layers import PUBLISHED
+from mlxeff.loading import build_model, load_path
+from mlxeff.models.openelm import multipliers, published_config
+from test_cli import fails, mlxeff
+from tiny_model import random_model, write_byte_tokenizer, write_tiny_model
+
+KEYS = {"device", "batch", "tokens", "arm", "round", "ttft_s", "step_s", "load_average"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_tiny_model(tmp_path_factory.mktemp("bench") / "base", {"num_hidden_layers": 4})
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory, folder):
+    place = tmp_path_factory.mktemp("bench-pair")
+    (place / "text").write_text("The quick brown fox jumps over the lazy dog. " * 20)
+    mlxeff("fit", "kv-predictor", folder, "--aux", "lp:0.5", "--out", place / "pair", "--text", place / "text",
+           "--tokens", 500, "--length", 100, "--quiet")  # fmt: skip
+    return place / "pair"
+
+
+def openelm(size: str, layers: int) -> dict:
+    """The config of an OpenELM of `layers` small layers that grow as those of `size` do."""
+    config = published_config(size, vocab_size=261)
+    queries = [4 + 4 * (i * 2 // layers) for i in range(layers)]
+    shapes = {"num_query_heads": queries, "num_kv_heads": [q // 4 for q in queries]}
+    shapes |= {"ffn_multipliers": multipliers((0.5, 4.0), layers), "ffn_dim_divisor": 16}
+    return config | shapes | {"num_transformer_layers": layers, "model_dim": 64, "head_dim": 16}
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    """SIZE=FOLDER of four tiny OpenELMs, whose layers have the proportions of the published ones."""
+    place = tmp_path_factory.mktemp("openelm")
+    found = []
+    for size, layers in (("270M", 2), ("450M", 3), ("1_1B", 4), ("3B", 8)):
+        config, path = openelm(size, layers), place / size
+        path.mkdir()
+        (path / "config.json").write_text(json.dumps(config))
+        weights = dict(tree_flatten(random_model(config).parameters()))
+        mx.save_safetensors(str(path / "model.safetensors"), weights, {"format": "mlx"})
+        write_byte_tokenizer(path)
+        found += ["--checkpoint", f"{size.replace('_', '.')}={path}"]
+    return found
+
+
+def test_a_model_beside_its_pairs(folder, pair, tmp_path):
+    out, err = mlxeff("bench", "ttft", folder, "--kv-predict", pair, "--kv-predict", f"{pair}:keep=8", "--rounds", 2,
+                      "--batch", "1,3", "--prompt-lengths", "16,40", "--json", "--device", "cpu",
+                      "--threads", 1)  # fmt: skip
+    found = json.loads(out)
+    names = [str(folder), str(pair), f"{pair}:keep=8"]
+    want = {("cpu", b, n, a, r) for b in (1, 3) for n in (16, 40) for a in names for r in range(2)}
+    assert {tuple(s[k] for k in ttft.KEYS) for s in found["samples"]} == want
+    assert all(set(sample) == KEYS for sample in found["samples"])
+    assert found["card"]["threads"] == 1
+    assert found["settings"]["dtype"] == "float32"
+    for each in found["results"]:
+        times = [s["ttft_s"] for s in found["samples"] if all(s[k] == each[k] for k in ("batch", "tokens", "arm"))]
+        assert each["ttft_s"] == median(times)
+        assert each["prompt_tps"] == pytest.approx(each["batch"] * each["tokens"] / each["ttft_s"])
+    assert [sample["arm"] for sample in found["samples"][:6]] == names * 2  # the arms take turns
+    assert "TTFT" in err
+
+
+def test_the_file_of_samples_is_gone_on_with(folder, tmp_path):
+    command = ["bench", "ttft", folder, "--prompt-lengths", "8,16", "--out", tmp_path / "s.jsonl", "--json", "--quiet"]
+    whole = json.loads(mlxeff(*command)[0])["samples"]
+    lines = (tmp_path / "s.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines[1:]] == whole
+    (tmp_path / "s.jsonl").write_text("\n".join(lines[:4]) + '\n{"device": "cp')  # killed in the fourth
+    again = json.loads(mlxeff(*command)[0])["samples"]
+    assert again[:3] == whole[:3]
+    assert [[s[k] for k in ttft.KEYS] for s in again] == [[s[k] for k in ttft.KEYS] for s in whole]
+    assert again[3:] != whole[3:]
+    assert "holds samples made otherwise (steps differ)" in fails(*command[:-2], "--steps", 7)
+
+
+def test_the_suite_measures_all_models_of_the_paper(checkpoints):
+    out, _ = mlxeff("bench", "ttft", "--suite", "kvp-paper", *checkpoints, "--only", "batch=1", "batch=64", "tokens=64",
+                    "tokens=59", "--rounds", 1, "--warmup", 0, "--quiet", "--json", "--device", "cpu")  # fmt: skip
+    found = json.loads(out)
+    names = {*kvp_paper.TABLE_5, *kvp_paper.TABLE_6}
+    assert set(PUBLISHED) < names
+    points = {(1, 64), (64, 59)}
+    assert {(s["batch"], s["tokens"], s["arm"]) for s in found["samples"]} == {(*p, n) for p in points for n in names}
+    base, half = found["arms"]["OE1.1B"], found["arms"]["OE1.1B-KVP-LP-0.50"]
+    assert half["base"] == base["base"]
+    assert half["auxiliary"] == found["arms"]["OE1.1B-LP-0.50"]["base"]
+
+
+def test_the_suite_prints_the_published_numbers_beside_ours(checkpoints):
+    out, _ = mlxeff("bench", "ttft", "--suite", "kvp-paper", *checkpoints, "--only", "arm=OE1.1B", "batch=64",
+                    "--rounds", 1, "--warmup", 0, "--quiet", "--device", "cpu")  # fmt: skip
+    assert "paper: M2 Pro CPU" in out
+    row = next(line for line in out.splitlines() if line.startswith("| OE1.1B-KVP-LP-0.50 |"))
+    assert row.endswith("| 3.33 | 1.68 |")
+    assert "weights: as stored" in out
+
+
+def test_random_weights_have_the_published_shapes_and_share_what_is_shared():
+    """Nothing is computed: the weights of 1.1B stay lazy."""
+    group = kvp_paper.groups(mx.float16, {})[0]
+    made = {arm.name: arm for arm in group.build(group.names)}
+    for name, theirs in kvp_paper.TABLE_5.items():
+        described = ttft.describe(made[name])
+        reduction = ttft.describe(made["OE1.1B"])["base"] / described.get("auxiliary", described["base"])
+        assert reduction == pytest.approx(theirs.flops, abs=0.0051), name  # two decimals are printed
+    matrices = sum(v.nbytes for m in ("OE1.1B", "OE450M", "OE270M") for _, v in tree_flatten(made[m].base.parameters()))
+    predictors = sum(v.nbytes for a in made.values() if a.predictor for _, v in tree_flatten(a.predictor.parameters()))
+    extra = arms.weight_bytes(made.values()) - matrices - predictors
+    assert extra == 0
+    assert matrices == pytest.approx(2 * (1079891456 + 457179136 + 271527168))
+
+
+def test_random_weights_keep_activations_in_range():
+    model = build_model(openelm("1_1B", 4))
+    arms.randomise(model, mx.float16)
+    logits = model(mx.array([[1, 2, 3, 250]]), model.new_cache())
+    assert mx.isfinite(logits).all().item()
+    assert mx.abs(logits).max().item() < 100
+
+
+def test_what_does_not_fit_is_left_out_with_a_line(folder, checkpoints):
+    _, err = mlxeff("bench", "ttft", folder, "--prompt-lengths", "8,200", "--batch", "1,64", "--memory", 0.02, "--json",
+                    "--rounds", 1)  # fmt: skip
+    assert err.count("skipped") == 1
+    assert "skipped: " in err and "batch 64 x 200 tokens on cpu: needs about" in err  # noqa: PT018
+    out, err = mlxeff("bench", "ttft", "--suite", "kvp-paper", "--only", "arm=OE3B-LP", "--memory", 1, "--json")
+    assert "OE3B-LP-0.75, OE3B-LP-0.50, OE3B-LP-0.25 on cpu: needs about 4.52 GB, 1 GB may be used (--memory)" in err
+    assert json.loads(out)["samples"] == []
+    assert len(json.loads(out)["skipped"]) == 1
+
+
+def test_an_arm_computes_what_generation_does(folder, pair):
+    from mlxeff.kv_pairs import load_pair
+
+    base = load_path(folder)
+    loaded = load_pair(pair, base)
+    tokens = mx.array([[5, 6, 7, 8, 9, 10, 11, 12], [9, 1, 2, 3, 4, 5, 6, 7]])
+    whole = arms.Arm("base", base.model)
+    predicted = arms.Arm("pair", base.model, loaded.auxiliary, loaded.predictor, keep=3, sinks=2)
+    want = prefill(base.model, base.model.new_cache(), tokens, 4)
+    assert_close(whole.first_logits(tokens, base.model.new_cache(), 4), want, "base")
+    models = loaded.auxiliary, loaded.predictor, base.model
+    want = predict(*models, tokens, base.model.new_cache(), 4, keep=3, sinks=2)
+    got = predicted.first_logits(tokens, base.model.new_cache(), 4)
+    assert_close(got, want, "pair")
+    assert mx.abs(got - whole.first_logits(tokens, base.model.new_cache(), 4)).max().item() > 1e-3
+
+
+def test_filters():
+    fields = {"arm": "OE1.1B-KVP-LP-0.50", "device": "cpu", "batch": 64, "tokens": 59}
+    assert ttft.selected(fields, [])
+    assert ttft.selected(fields, ["arm=KVP", "batch=1", "batch=64"])
+    assert not ttft.selected(fields, ["batch=6"])
+    assert not ttft.selected(fields, ["arm=KVP", "tokens=64"])
+
+
+def test_medians_and_spread():
+    samples = [
+        {"device": "cpu", "batch": 2, "tokens": 10, "arm": "a", "ttft_s": t, "step_s": t / 10} for t in (1, 4, 2)
+    ]
+    (found,) = report.medians(samples).values()
+    assert (found["ttft_s"], found["spread_s"], found["passes"]) == (2, 3, 3)
+    assert (found["prompt_tps"], found["decode_tps"]) == (10, 10)
+
+
+def test_samples_refuse_what_they_do_not_know(tmp_path):
+    path = tmp_path / "s.jsonl"
+    path.write_text("no JSON\n")
+    with pytest.raises(MlxeffError, match="line 1: wanted JSON"):
+        Samples(path, {"a": 1}, ["k"])
+    with pytest.raises(MlxeffError, match="cannot be written"):
+        Samples(tmp_path / "none" / "s", {"a": 1}, ["k"])
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ([], "wanted MODEL or --suite, got neither"),
+        (["m", "--suite", "kvp-paper"], "wanted MODEL or --suite, got both"),
+        (["m", "--dtype", "float16"], "--dtype is not for a MODEL"),
+        (["m", "--checkpoint", "3B=x"], "--checkpoint is not for a MODEL"),
+        (["--suite", "kvp-paper", "--kv-predict", "p"], "--kv-predict is not for --suite"),
+        (["m", "--kv-predict", "p:refine"], "refine changes nothing before the first token"),
+        (["m", "--memory", "0"], "--memory: wanted GB above 0"),
+        (["FOLDER", "--only", "batch=3"], "--only batch=3: no measurement is left"),
+        (["FOLDER", "--prompt-lengths", "99999"], "but the context is 256 tokens"),
+    ],
+)
+def test_bad_input_is_one_line(options, words, folder):
+    options = [str(folder) if option == "FOLDER" else option for option in options]
+    assert words in fails("bench", "ttft", *options, "--offline")
