@@ -1,0 +1,86 @@
+"""A small extractive question set, made from the validation text: definitions with their terms, and the term of one of
+the definitions is asked for. The answer stands in the prompt, so it is a matter of finding, not of knowing.
+
+    python -m kvp.questions        # in benchmarks/: writes data/jargon-questions.json again, always the same
+"""
+
+import json
+import random
+import re
+from pathlib import Path
+
+from mlxeff.generation import stream_generate
+
+DATA = Path(__file__).resolve().parent.parent / "data"
+TEXT, QUESTIONS = DATA / "jargon-validation.txt", DATA / "jargon-questions.json"
+ENTRY = re.compile(r"^:([A-Za-z][A-Za-z -]{2,24}): (?:/[^\n]*/, )?[a-z.,/ ]+\n\n([^\n]+)", re.MULTILINE)
+WORDS = range(6, 31)  # of a definition
+ENTRIES, COUNT, SEED = 12, 48, 0  # entries of a glossary, questions, of their choice
+MAX_TOKENS, STOP = 16, ["\n"]
+
+
+def entries(text: str) -> list[tuple[str, str]]:
+    """(term, the first sentence of its definition) of the entries that are short and do not name their own term."""
+    found = []
+    for term, paragraph in ENTRY.findall(text):
+        plain = re.sub(r"^(?:\[[^\]]*\]|\d\.|\s)+", "", paragraph)
+        sentence = re.match(r"[^.!?]+[.!?]", re.sub(r"[{}]", "", plain))
+        definition = sentence[0].strip() if sentence else ""
+        named = any(part in definition.lower() for part in term.lower().split())
+        if len(definition.split()) in WORDS and definition[0].isupper() and not named and ":" not in definition:
+            found.append((term, definition))
+    return found
+
+
+def make(text: str) -> list[dict]:
+    """COUNT items: passage, question (a definition), answer (its term) and the span of the answer in the passage."""
+    usable, chooser = entries(text), random.Random(SEED)
+    return [_item(chooser.sample(usable, ENTRIES), chooser.randrange(ENTRIES)) for _ in range(COUNT)]
+
+
+def _item(glossary: list[tuple[str, str]], asked: int) -> dict:
+    blocks = [f"{question(definition)} {term}" for term, definition in glossary]
+    term, definition = glossary[asked]
+    end = len("\n\n".join(blocks[: asked + 1]))
+    return {
+        "passage": "\n\n".join(blocks),
+        "question": definition,
+        "answer": term,
+        "span": [end - len(term), end],
+    }
+
+
+def question(definition: str) -> str:
+    return f"Definition: {definition}\nTerm:"
+
+
+def prompt(item: dict) -> str:
+    """The text that a model continues with the answer."""
+    return f"Hacker slang.\n\n{item['passage']}\n\n{question(item['question'])}"
+
+
+def answer(model, tokenizer, ids: list[int], kv_prediction=None) -> str:
+    """What the model says, greedily, up to the end of the line."""
+    stream = stream_generate(
+        model, tokenizer, ids, max_tokens=MAX_TOKENS, stop=STOP, kv_prediction=kv_prediction, prefill_step_size=512
+    )
+    return "".join(response.text for response in stream)
+
+
+def exact(given: str, wanted: str) -> bool:
+    """Equal but for case, punctuation and spaces."""
+    return _normal(given) == _normal(wanted)
+
+
+def _normal(text: str) -> str:
+    return " ".join(re.findall(r"\w+", text.lower()))
+
+
+def read() -> list[dict]:
+    return json.loads(QUESTIONS.read_text(encoding="utf-8"))["questions"]
+
+
+if __name__ == "__main__":
+    made = {"source": TEXT.name, "questions": make(TEXT.read_text(encoding="utf-8"))}
+    QUESTIONS.write_text(json.dumps(made, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    print(f"{QUESTIONS}: {len(made['questions'])} questions")

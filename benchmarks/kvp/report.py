@@ -1,0 +1,228 @@
+"""Samples → a summary of each arm, tables in Markdown, targets, plot."""
+
+import json
+import math
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+from mlxeff.bench import report as times_report
+
+from .measures import Reader
+from .pairs import arms as arms_of
+
+TARGET_TTFT, TARGET_GAP = 0.60, 0.90  # KVP lp:0.50 by base; of the gap that keep and refine recover
+HALF = "KVP lp:0.50"
+PLOT_POINT = (1, 512)  # batch, prompt tokens
+BETTER = {"perplexity": -1, "kl": -1, "agreement": 1, "exact": 1}  # the sign of an improvement
+
+
+def summary(readers: dict[str, Reader], digests: dict, quality: list[dict], times: list[dict], prompt: int) -> dict:
+    """What is known of each arm that has samples."""
+    costs = {arm.name: arm.flops(prompt) for arm in arms_of(readers)}
+    medians = times_report.medians(times)
+    found = {}
+    for name, reader in readers.items():
+        mark = digests.get(name.partition(",")[0], "")
+        mine = [sample for sample in quality if (sample["arm"], sample["digest"]) == (name, mark)]
+        flops = costs.get(name, costs.get(name.partition(",")[0]))  # refine begins after the first token
+        entry = {"kind": kind(name, reader), "flops": flops / costs["base"]}
+        entry |= _windows([s for s in mine if s["kind"] == "window"])
+        entry |= _questions([s for s in mine if s["kind"] == "question"])
+        entry["ttft"] = [
+            {key: each[key] for key in ("batch", "tokens", "ttft_s", "spread_s", "passes")}
+            for (_, _, _, arm), each in sorted(medians.items())
+            if arm == name
+        ]
+        if mine or entry["ttft"]:
+            found[name] = entry
+    return found
+
+
+def kind(name: str, reader: Reader) -> str:
+    """ "base", "pruned", "pair", "keep" or "refine"."""
+    if reader.pair is None:
+        return "base" if name == "base" else "pruned"
+    return "refine" if reader.refine else "pair" if reader.keep is None else "keep"
+
+
+def _windows(samples: list[dict]) -> dict:
+    if not samples:
+        return {}
+    tokens = sum(sample["tokens"] for sample in samples)
+
+    def total(key: str) -> float:
+        return sum(sample[key] for sample in samples)
+
+    return {
+        "windows": len(samples),
+        "perplexity": math.exp(total("nll") / tokens),
+        "kl": total("kl") / tokens,
+        "agreement": total("same") / tokens,
+        "first_kl": total("first_kl") / len(samples),
+        "first_agreement": total("first_same") / len(samples),
+    }
+
+
+def _questions(samples: list[dict]) -> dict:
+    return {"exact": float(np.mean([s["exact"] for s in samples])), "questions": len(samples)} if samples else {}
+
+
+def tables(document: dict) -> str:
+    """All that is for people."""
+    arms = document["arms"]
+    parts = ["\n".join(f"{key}: {value}" for key, value in document["card"].items()), _quality(arms)]
+    points = sorted({(each["batch"], each["tokens"]) for arm in arms.values() for each in arm["ttft"]})
+    if points:
+        parts.append(_ttft(arms, points))
+    return "\n\n".join([*parts, "\n".join(targets(arms))])
+
+
+def _quality(arms: dict[str, dict]) -> str:
+    head = ["", "TTFT FLOPs", "perplexity", "KL", "same first choice", "KL, first token", "exact match"]
+    lines = [_row(head), _row(["---"] * len(head))]
+    for name, arm in arms.items():
+        measured = [_text(arm, "perplexity", ".2f"), _text(arm, "kl", ".3f"), _text(arm, "agreement", ".1%")]
+        measured += [_text(arm, "first_kl", ".3f"), _text(arm, "exact", ".0%")]
+        lines.append(_row([name, f"{arm['flops']:.2f}", *measured]))
+    return "\n".join(lines)
+
+
+def _ttft(arms: dict[str, dict], points: list[tuple[int, int]]) -> str:
+    """Seconds, and in brackets what share of the base's."""
+    head = ["TTFT, s", *(f"{batch} x {tokens}" for batch, tokens in points)]
+    lines = [_row(head), _row(["---"] * len(head))]
+    whole = _times(arms.get("base", {"ttft": []}))
+    for name, arm in arms.items():
+        mine = _times(arm)
+        if not mine:
+            continue
+        cells = []
+        for point in points:
+            share = f" ({mine[point] / whole[point]:.2f})" if point in mine and point in whole else ""
+            cells.append(f"{mine[point]:.3f}{share}" if point in mine else "")
+        lines.append(_row([name, *cells]))
+    return "\n".join(lines)
+
+
+def _times(arm: dict) -> dict[tuple[int, int], float]:
+    return {(each["batch"], each["tokens"]): each["ttft_s"] for each in arm["ttft"]}
+
+
+def _text(arm: dict, key: str, form: str) -> str:
+    return format(arm[key], form) if key in arm else ""
+
+
+def _row(cells: Iterable[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def targets(arms: dict[str, dict]) -> list[str]:
+    """A line for each target: met or missed, and the numbers."""
+    return [*_target_ttft(arms), *_target_pareto(arms), *_target_gap(arms)]
+
+
+def _target_ttft(arms: dict[str, dict]) -> Iterable[str]:
+    mine, whole = (_times(arms.get(name, {"ttft": []})) for name in (HALF, "base"))
+    for point in sorted(set(mine) & set(whole)):
+        share = mine[point] / whole[point]
+        what = f"{HALF} at most {TARGET_TTFT} of the base's TTFT, batch {point[0]} x {point[1]}: {share:.2f}"
+        yield f"target: {what}: {_verdict(share <= TARGET_TTFT)}"
+
+
+def _target_pareto(arms: dict[str, dict]) -> Iterable[str]:
+    """Each pair against the layer-pruned baselines at equal FLOPs, interpolated between them and the base."""
+    for measure, sign in BETTER.items():
+        known = {name: arm for name, arm in arms.items() if measure in arm}
+        line = sorted((arm["flops"], arm[measure]) for arm in known.values() if arm["kind"] in ("base", "pruned"))
+        if len(line) < 2:
+            continue
+        best: dict[float, float] = {}
+        for flops, value in line:  # of several baselines of equal cost the better one
+            best[flops] = max(best.get(flops, value), value, key=lambda each: sign * each)
+        for name, arm in known.items():
+            if arm["kind"] == "pair":
+                at = float(np.interp(arm["flops"], list(best), list(best.values())))
+                what = f"{name}, {measure} {arm[measure]:.3g}, pruned baselines at equal FLOPs {at:.3g}"
+                yield f"target: {what}: {_verdict(sign * (arm[measure] - at) > 0)}"
+
+
+def _target_gap(arms: dict[str, dict]) -> Iterable[str]:
+    """How much of the pair's distance from the base its dials recover."""
+    for name, arm in arms.items():
+        plain = arms.get(name.partition(",")[0])
+        if arm["kind"] not in ("keep", "refine") or not plain or "kl" not in arm or "kl" not in plain:
+            continue
+        share = 1 - arm["kl"] / plain["kl"]
+        verdict = _verdict(share >= TARGET_GAP)
+        yield f"target: {name} recovers at least {TARGET_GAP:.0%} of the KL: {share:.0%}: {verdict}"
+
+
+def _verdict(met: bool) -> str:
+    return "met" if met else "missed"
+
+
+def save(document: dict, folder: Path) -> None:
+    """Write the document, and the plot where matplotlib is there."""
+    chip = "-".join(document["card"]["cpu"].replace("(R)", "").split())
+    path = folder / f"{chip}-kvp-quality.json"
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    partial.replace(path)
+    print(f"written: {path}", file=sys.stderr)
+    plot(document, path.with_suffix(".png"))
+
+
+def plot(document: dict, path: Path) -> None:
+    """KL divergence and exact match against the TTFT's FLOPs and its measured time, as shares of the base's."""
+    try:
+        import matplotlib
+    except ImportError:
+        print("no plot: matplotlib is not installed (pip install 'mlxeff[benchmarks]')", file=sys.stderr)
+        return
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    arms = document["arms"]
+    whole = _times(arms["base"]).get(PLOT_POINT)
+    figure, rows = pyplot.subplots(2, 2, figsize=(12, 9), sharey="row")
+    for axes, (measure, label) in zip(rows, (("perplexity", "perplexity"), ("exact", "exact match")), strict=True):
+        _panel(axes[0], arms, measure, lambda arm: arm["flops"])
+        axes[0].set(xlabel="FLOPs to the first token, share of the base's", ylabel=label)
+        if whole:
+            _panel(axes[1], arms, measure, lambda arm: _share(arm, arms, whole))
+        axes[1].set(xlabel=f"measured TTFT, batch {PLOT_POINT[0]} x {PLOT_POINT[1]} tokens, share of the base's")
+    rows[0][0].set_yscale("log")
+    rows[0][0].legend(fontsize=8)
+    figure.suptitle("SmolLM2-135M-Instruct: what reads the prompt")
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+    print(f"plot: {path}", file=sys.stderr)
+
+
+def _share(arm: dict, arms: dict[str, dict], whole: float) -> float | None:
+    mine = _times(arm).get(PLOT_POINT)
+    if mine is None and arm["kind"] == "refine":  # its first token is the pair's
+        name = next(each for each, other in arms.items() if other is arm).partition(",")[0]
+        mine = _times(arms[name]).get(PLOT_POINT)
+    return mine and mine / whole
+
+
+def _panel(axes, arms: dict[str, dict], measure: str, place) -> None:
+    styles = {"base": ("k*", 14), "pruned": ("s", 7), "pair": ("o", 7), "keep": ("^", 6), "refine": ("D", 6)}
+    names = {"pruned": "layer-pruned", "pair": "KV Prediction", "keep": "with keep", "refine": "with refine"}
+    for what, (marker, size) in styles.items():
+        points = [
+            (place(arm), arm[measure], name) for name, arm in arms.items() if arm["kind"] == what and measure in arm
+        ]
+        points = sorted(point for point in points if point[0] is not None)
+        if not points:
+            continue
+        xs, ys, _ = zip(*points, strict=True)
+        axes.plot(xs, ys, marker, markersize=size, label=names.get(what, what))
+        if what in ("pruned", "pair"):
+            for x, y, label in points:
+                axes.annotate(label, (x, y), fontsize=6, xytext=(4, 3), textcoords="offset points")
+    axes.grid(alpha=0.3, which="both")

@@ -1,0 +1,155 @@
+"""What KV Prediction costs in quality and gains in time to the first token, on the built-in model.
+
+    python benchmarks/kvp_quality.py [--pair NAME=FOLDER ...] [--pruned NAME=FOLDER ...] [--only WORD ...] [--save]
+    python benchmarks/kvp_quality.py --ttft [...]          # the times; needs a quiet machine, quality does not
+    python benchmarks/kvp_quality.py --table FILE.json     # the tables of a saved result
+
+Arms: the base; its layer-pruned forms as models of their own; pairs of KV Prediction in closed form (fitted under
+--work where they are not there yet, some minutes a piece) and those that --pair names; each pair as it is, with `keep`,
+and with `refine`. On windows of `data/jargon-validation.txt` a prompt is read, and what follows is scored:
+perplexity, KL divergence from the base, agreement of the first choices. `data/jargon-questions.json` are questions
+whose answers stand in the prompt. Every sample is kept under --work as it is made: a run that was broken off goes on.
+
+The last line is one JSON document; --save writes it, and a plot (needs `mlxeff[benchmarks]`), to results/.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import mlx.core as mx
+
+from kvp import measures, pairs, questions, report
+from mlxeff import hub
+from mlxeff.bench import ttft
+from mlxeff.bench.machine import card
+from mlxeff.bench.samples import Samples
+from mlxeff.cli.output import show_notices
+from mlxeff.errors import MlxeffError
+from mlxeff.hub.catalog import cache_dir
+from mlxeff.kernels import use_device
+from mlxeff.loading import Loaded, load_path
+
+RESULTS = Path(__file__).parent / "results"
+TEXT = questions.TEXT
+TTFT_POINTS = [ttft.Point(batch, tokens) for batch in (1, 8) for tokens in (128, 512, 2048)]
+QUALITY_KEYS = ("kind", "arm", "digest", "item")
+
+
+def main() -> None:
+    options = parse()
+    if options.table:
+        print(report.tables(json.loads(options.table.read_text())))
+        return
+    use_device("cpu")
+    options.work.mkdir(parents=True, exist_ok=True)
+    base = load_path(hub.resolve(options.model))
+    made = {f"KVP {each}": pairs.make(each, options.model, options.work, options.tokens) for each in options.aux}
+    given = made | dict(options.pair)
+    readers = pairs.readers(base, given, dict(options.pruned))
+    names = pairs.chosen(list(readers), options.only)
+    digests = {name: pairs.digest(folder) for name, folder in [*given.items(), *options.pruned]}
+    what = {"model": base.fingerprint, "windows": [options.windows, options.prompt, options.continuation]}
+    quality = Samples(options.work / "quality.jsonl", {"format": "kvp-quality", **what}, QUALITY_KEYS)
+    times = Samples(options.work / "ttft.jsonl", {"format": "kvp-ttft", **card(), **what}, ttft.KEYS)
+    with show_notices():
+        if options.ttft:
+            timed = [name for name in names if not readers[name].refine]
+            group = ttft.Group(timed, lambda wanted: pairs.arms({n: readers[n] for n in wanted}), TTFT_POINTS, True)
+            ttft.run([group], ["cpu"], ttft.Settings(options.rounds), options.point, ttft.Results(times))
+        else:
+            tagged = {name: (readers[name], _digest(name, digests)) for name in names}
+            measure_windows(base, tagged, windows(base, options), options.prompt, quality)
+            measure_questions(base, tagged, quality)
+    document = {"card": card() | {"command": " ".join(sys.argv)}, **what, "tokens fitted on": options.tokens}
+    document["arms"] = report.summary(readers, digests, quality.all, times.all, options.prompt)
+    print(report.tables(document))
+    if options.save:
+        report.save(document, RESULTS)
+    print(json.dumps(document))
+
+
+def _digest(name: str, digests: dict[str, str]) -> str:
+    """The digest of the pair that an arm is made of; nothing for the base and its untrained pruned forms."""
+    return digests.get(name.partition(",")[0], "")
+
+
+def windows(base: Loaded, options: argparse.Namespace):
+    ids = base.tokenizer.encode(TEXT.read_text(encoding="utf-8"), add_special_tokens=False)
+    return measures.windows(ids, options.windows, options.prompt, options.continuation)
+
+
+def measure_windows(base: Loaded, arms: dict, rows, prompt: int, samples: Samples) -> None:
+    """Compare every arm with the base on every window."""
+    truth_of = measures.Reader(base.model)
+    for item, row in enumerate(rows):
+        left = [name for name, (_, mark) in arms.items() if ("window", name, mark, item) not in samples.done()]
+        truth = measures.log_probabilities(truth_of, row, prompt) if left else None
+        for name in left:
+            reader, mark = arms[name]
+            found = measures.compare(measures.log_probabilities(reader, row, prompt), truth, row[prompt:])
+            samples.add({"kind": "window", "arm": name, "digest": mark, "item": item} | found)
+        _show(f"window {item + 1} of {len(rows)}")
+
+
+def measure_questions(base: Loaded, arms: dict, samples: Samples) -> None:
+    """Ask every arm every question."""
+    items = questions.read()
+    for number, item in enumerate(items):
+        ids = base.tokenizer.encode(questions.prompt(item), add_special_tokens=True)
+        for name, (reader, mark) in arms.items():
+            if ("question", name, mark, number) in samples.done():
+                continue
+            said = questions.answer(reader.model, base.tokenizer, ids, reader.dialled())
+            found = {"said": said, "exact": questions.exact(said, item["answer"]), "tokens": len(ids)}
+            samples.add({"kind": "question", "arm": name, "digest": mark, "item": number} | found)
+            mx.clear_cache()
+        _show(f"question {number + 1} of {len(items)}")
+
+
+def _show(text: str) -> None:
+    print(f"\r{text}  ", end="", file=sys.stderr, flush=True)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=hub.DEFAULT_MODEL)
+    parser.add_argument("--aux", nargs="*", default=pairs.CLOSED_FORM, help="auxiliaries of closed-form pairs")
+    parser.add_argument(
+        "--pair", action="append", type=named, default=[], metavar="NAME=FOLDER", help="measure this too"
+    )
+    parser.add_argument(
+        "--pruned",
+        action="append",
+        type=named,
+        default=[],
+        metavar="NAME=FOLDER",
+        help="a trained baseline: a model, or a pair, whose auxiliary is meant",
+    )
+    parser.add_argument("--only", nargs="+", default=[], metavar="WORD", help="arms whose name has one of these words")
+    parser.add_argument("--tokens", type=int, default=8192, help="to fit closed-form pairs on")
+    parser.add_argument("--windows", type=int, default=32)
+    parser.add_argument("--prompt", type=int, default=512, help="tokens of a window that are read")
+    parser.add_argument("--continuation", type=int, default=128, help="tokens of a window that are scored")
+    parser.add_argument("--ttft", action="store_true", help="measure the time to the first token, not the quality")
+    parser.add_argument("--rounds", type=int, default=3, help="of the times")
+    parser.add_argument("--point", nargs="+", default=[], metavar="KEY=VALUE", help="of the times: batch, tokens, arm")
+    parser.add_argument("--work", type=Path, default=cache_dir().with_name("mlxeff-kvp"), help="default %(default)s")
+    parser.add_argument("--table", type=Path, metavar="FILE", help="print the tables of a saved result")
+    parser.add_argument("--save", action="store_true", help="write results/<processor>-kvp-quality.json and .png")
+    return parser.parse_args()
+
+
+def named(text: str) -> tuple[str, Path]:
+    name, equals, folder = text.partition("=")
+    if not name or not equals or "," in name or not Path(folder).is_dir():
+        raise argparse.ArgumentTypeError(f"wanted NAME=FOLDER, the name without commas, got {text!r}")
+    return name, Path(folder)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except MlxeffError as error:
+        sys.exit(f"kvp_quality: {error}")

@@ -1,0 +1,197 @@
+"""benchmarks/kvp_quality.py: its questions, its measures against formulas and the engine, its verdicts, and the whole
+of it on a tiny model."""
+
+import itertools
+import json
+import math
+import sys
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+import kvp_quality
+from helpers import assert_close
+from kvp import measures, pairs, questions, report
+from mlxeff import kernels
+from mlxeff.bench import ttft
+from mlxeff.decode import prefill
+from mlxeff.generation import stream_generate
+from mlxeff.kv_pairs import load_pair
+from mlxeff.loading import load_path
+from test_cli import mlxeff
+from tiny_model import write_tiny_model
+
+pytestmark = pytest.mark.skipif(kernels.native()[0] is None, reason=kernels.native()[1])
+TEXT = "".join(chr(c) for c in np.random.default_rng(3).integers(32, 127, 4000))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    sizes = {"num_hidden_layers": 4, "max_position_embeddings": 4096}
+    return write_tiny_model(tmp_path_factory.mktemp("kvp-quality") / "base", sizes)
+
+
+@pytest.fixture(scope="module")
+def base(folder):
+    return load_path(folder)
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory, folder, base):
+    place = tmp_path_factory.mktemp("kvp-quality-pair")
+    (place / "text").write_text(TEXT[:500])
+    mlxeff("fit", "kv-predictor", folder, "--aux", "lp:0.5", "--out", place / "pair", "--text", place / "text",
+           "--tokens", 400, "--length", 100, "--quiet")  # fmt: skip
+    return load_pair(place / "pair", base)
+
+
+@pytest.fixture
+def window():
+    return mx.array(np.random.default_rng(4).integers(0, 250, 150))
+
+
+def test_the_committed_questions_are_those_of_the_text():
+    items = questions.read()
+    assert items == questions.make(questions.TEXT.read_text(encoding="utf-8"))
+    assert 40 <= len(items) <= 60
+    for item in items:
+        start, end = item["span"]
+        assert item["passage"][start:end] == item["answer"]
+        assert item["passage"].count(item["question"]) == 1
+        assert questions.prompt(item).endswith(f"Definition: {item['question']}\nTerm:")
+
+
+def test_an_answer_is_exact_but_for_case_and_punctuation():
+    assert questions.exact(" Multics.", "multics")
+    assert questions.exact("one line fix", "one-line fix")
+    assert not questions.exact("misbuggery", "misbug")
+    assert not questions.exact("", "misbug")
+
+
+def test_measures_are_those_of_the_formulas():
+    rng = np.random.default_rng(0)
+    first, second = rng.dirichlet(np.ones(9), (2, 5))
+    a, b, targets = np.log(first), np.log(first / 2 + second / 2), rng.integers(0, 9, 5)
+    found = measures.compare(mx.array(a.astype(np.float32)), mx.array(b.astype(np.float32)), targets)
+    kl, same = (np.exp(b) * (b - a)).sum(-1), a.argmax(-1) == b.argmax(-1)
+    assert 0 < same.sum() < 5
+    want = {"tokens": 5, "nll": -a[range(5), targets].sum(), "kl": kl.sum(), "same": same.sum()}
+    assert found == pytest.approx(want | {"first_kl": kl[0], "first_same": int(same[0])}, rel=1e-5)
+
+
+def test_a_model_alone_is_scored_in_one_pass(base, window):
+    got = measures.Reader(base.model).logits(window[:100], window[100:])
+    want = base.model(window[None], base.model.new_cache())[0, 99:-1]
+    assert_close(got, want, "continuation")
+
+
+def test_everything_kept_is_the_base(base, pair, window):
+    want = measures.Reader(base.model).logits(window[:100], window[100:])
+    got = measures.Reader(base.model, pair, keep=100).logits(window[:100], window[100:])
+    assert_close(got, want, "kept")
+    plain = measures.Reader(base.model, pair).logits(window[:100], window[100:])
+    assert plain.shape == want.shape
+    assert mx.abs(plain - want).max().item() > 1e-2
+
+
+@pytest.mark.parametrize("refine", [False, True])
+def test_scoring_is_what_generation_computes(base, pair, window, refine):
+    """The log-probabilities of a generated text, step by step, are those that scoring the same text finds."""
+    reader = measures.Reader(base.model, pair, keep=5, refine=refine)
+    prompt = window.tolist()
+    steps = stream_generate(base.model, base.tokenizer, prompt, 12, kv_prediction=reader.dialled())
+    steps = [(step.token, step.logprobs) for step in steps]
+    tokens, rows = [token for token, _ in steps], mx.stack([row for _, row in steps])
+    logits = reader.logits(window, mx.array(tokens))
+    assert_close(logits - mx.logsumexp(logits, axis=-1, keepdims=True), rows, "log-probabilities")
+
+
+def test_refined_ends_as_the_base(base, pair, window):
+    """150 tokens are refined in chunks of 64 after three steps: the rows after that are the base's own."""
+    prompt, continuation = window[:140], window[140:]
+    want = measures.Reader(base.model).logits(prompt, continuation)
+    got = measures.Reader(base.model, pair, refine=True).logits(prompt, continuation)
+    assert_close(got[4:], want[4:], "after the refinement")
+    assert mx.abs(got[0] - want[0]).max().item() > 1e-2
+
+
+def test_windows_are_spread_and_do_not_overlap():
+    rows = measures.windows(list(range(1000)), 4, 100, 20)
+    assert rows.shape == (4, 120)
+    assert rows[0, 0] == 0
+    assert rows[-1, -1] == 999
+    assert all(after[0] > before[-1] for before, after in itertools.pairwise(rows))
+    with pytest.raises(SystemExit, match="wanted a text of 1200 tokens"):
+        measures.windows(list(range(1000)), 10, 100, 20)
+
+
+def arm(kind, flops, perplexity, ttft=None):
+    times = [{"batch": 1, "tokens": 512, "ttft_s": ttft}] if ttft else []
+    return {"kind": kind, "flops": flops, "perplexity": perplexity, "kl": perplexity / 100, "ttft": times}
+
+
+def test_verdicts():
+    arms = {
+        "base": arm("base", 1.0, 10, 2.0),
+        "LP 0.50": arm("pruned", 0.5, 50),
+        "KVP lp:0.50": arm("pair", 0.75, 29, 1.19),
+        "KVP other": arm("pair", 0.75, 31),
+        "KVP other, keep 9": arm("keep", 0.8, 3.1),
+        "KVP other, refine": arm("refine", 0.75, 3.2),
+    }
+    lines = report.targets(arms)
+    words = "KVP lp:0.50 at most 0.6 of the base's TTFT, batch 1 x 512: 0.59"
+    assert f"target: {words}: met" in lines
+    assert "target: KVP lp:0.50, perplexity 29, pruned baselines at equal FLOPs 30: met" in lines
+    assert "target: KVP other, perplexity 31, pruned baselines at equal FLOPs 30: missed" in lines
+    assert "target: KVP other, keep 9 recovers at least 90% of the KL: 90%: met" in lines
+    assert "target: KVP other, refine recovers at least 90% of the KL: 90%: missed" in lines
+
+
+def test_the_whole_benchmark_on_a_tiny_model(folder, base, tmp_path, monkeypatch, capsys):
+    text = tmp_path / "text"
+    text.write_text(TEXT)
+    items = questions.read()[:2]
+    monkeypatch.setattr(kvp_quality, "TEXT", text)
+    monkeypatch.setattr(kvp_quality, "TTFT_POINTS", [ttft.Point(1, 20), ttft.Point(2, 20)])
+    monkeypatch.setattr(pairs, "CALIBRATION", text)
+    monkeypatch.setattr(report, "PLOT_POINT", (1, 20))
+    monkeypatch.setattr(questions, "read", lambda: items)
+
+    def run(*more):
+        options = ["--model", folder, "--work", tmp_path / "work", "--windows", 2, "--prompt", 60, "--continuation", 8]
+        options += ["--tokens", 1024, "--aux", "lp:0.50", *more]
+        monkeypatch.setattr(sys, "argv", ["kvp_quality.py", *map(str, options)])
+        kvp_quality.main()
+        return json.loads(capsys.readouterr().out.splitlines()[-1])["arms"]
+
+    run("--only", "base", "refine")
+    lines = (tmp_path / "work" / "quality.jsonl").read_text().splitlines()
+    assert len(lines) == 1 + 2 * (2 + 2)
+    found = run()
+    assert (tmp_path / "work" / "quality.jsonl").read_text().splitlines()[: len(lines)] == lines
+    names = ["base", "LP 0.75", "LP 0.50", "LP 0.25", "KVP lp:0.50"]
+    names += [f"KVP lp:0.50, {dial}" for dial in ("keep 16", "keep 64", "refine")]
+    assert list(found) == names
+    assert found["base"]["kl"] == 0
+    assert found["KVP lp:0.50, keep 64"]["kl"] < 1e-6  # all 60 tokens
+    assert found["KVP lp:0.50"]["kl"] > found["KVP lp:0.50, refine"]["kl"] > 1e-6
+    rows = measures.windows(base.tokenizer.encode(TEXT, add_special_tokens=False), 2, 60, 8)
+    model, total = base.model, 0.0
+    for row in mx.array(rows):
+        logits = model(row[None], model.new_cache())[0, 59:-1]
+        total += (mx.logsumexp(logits, -1) - mx.take_along_axis(logits, row[60:, None], -1)[:, 0]).sum().item()
+    assert found["base"]["perplexity"] == pytest.approx(math.exp(total / 16), rel=1e-4)
+    timed = run("--ttft", "--rounds", "1", "--pruned", f"LP trained={folder}")
+    assert [(t["batch"], t["tokens"]) for t in timed["LP trained"]["ttft"]] == [(1, 20), (2, 20)]
+    assert timed["KVP lp:0.50"]["perplexity"] == found["KVP lp:0.50"]["perplexity"]
+
+
+def test_arms_of_the_times_are_those_of_the_quality(base, pair, window):
+    readers = {"a": measures.Reader(base.model, pair, keep=9), "b": measures.Reader(base.model, pair, refine=True)}
+    (one,) = pairs.arms(readers)
+    cache = base.model.new_cache()
+    got = one.first_logits(window[None], cache, 512)
+    assert_close(got, readers["a"].logits(window, window[:1]), "first logits")
+    assert mx.abs(got - prefill(base.model, base.model.new_cache(), window, 512)).max().item() > 1e-2
