@@ -15,10 +15,11 @@ BUILT_FROM = pyproject.toml $(wildcard cpu/*.cpp cpu/*.h cpu/CMakeLists.txt)
 PROMPT = Explain in two sentences why the sky is blue.
 
 .NOTPARALLEL:
-.PHONY: help demo test lint format wheel-check native-check arm-check old-cpu-check clean
+.PHONY: help demo demo-kvp test lint format wheel-check native-check arm-check old-cpu-check clean
 
 help:
 	@echo "make demo         install into .venv, fetch the built-in model, stream an answer with its timings"
+	@echo "make demo-kvp     fit a pair of KV Prediction (some minutes the first time), answer a long prompt without and with it"
 	@echo "make test         install the test extras into .venv, run the tests (make test ARGS='-k cache' for some)"
 	@echo "make lint         check style and formatting; make format mends both"
 	@echo "make wheel-check  build the wheel, install it in a clean environment, try it from several folders"
@@ -29,6 +30,19 @@ help:
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m mlxeff generate "$(PROMPT)"
+
+# The base's own first half as auxiliary. The prompt is 60 definitions; the answer stands among them.
+KVP_PAIR = build/kvp-pair
+KVP_FIT = --aux layers:0-14 --text convert/calibration.txt --tokens 8192
+KVP_ASK = $(BIN)/python -m mlxeff generate --raw --file benchmarks/data/demo-prompt.txt --stop Definition: --max-tokens 16
+demo-kvp: $(KVP_PAIR)/config.json
+	$(KVP_ASK)
+	$(KVP_ASK) --kv-predict $(KVP_PAIR)
+	$(KVP_ASK) --kv-predict $(KVP_PAIR):keep=64:refine
+
+$(KVP_PAIR)/config.json: | $(VENV)/.installed
+	@mkdir -p build
+	$(BIN)/python -m mlxeff fit kv-predictor smollm2-135m $(KVP_FIT) --out $(KVP_PAIR)
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest $(ARGS)

@@ -71,7 +71,7 @@ def test_a_model_beside_its_pairs(folder, pair, tmp_path):
     assert {tuple(s[k] for k in ttft.KEYS) for s in found["samples"]} == want
     assert all(set(sample) == KEYS for sample in found["samples"])
     assert found["card"]["threads"] == 1
-    assert found["settings"]["dtype"] == "float32"
+    assert found["settings"]["activations"] == "float32"
     for each in found["results"]:
         times = [s["ttft_s"] for s in found["samples"] if all(s[k] == each[k] for k in ("batch", "tokens", "arm"))]
         assert each["ttft_s"] == median(times)

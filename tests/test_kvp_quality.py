@@ -55,6 +55,8 @@ def test_the_committed_questions_are_those_of_the_text():
     items = questions.read()
     assert items == questions.make(questions.TEXT.read_text(encoding="utf-8"))
     assert 40 <= len(items) <= 60
+    text = questions.TEXT.read_text(encoding="utf-8")
+    assert questions.DEMO.read_text(encoding="utf-8") == questions.prompt(questions.demo(text))
     for item in items:
         start, end = item["span"]
         assert item["passage"][start:end] == item["answer"]

@@ -1,7 +1,8 @@
 """A small extractive question set, made from the validation text: definitions with their terms, and the term of one of
 the definitions is asked for. The answer stands in the prompt, so it is a matter of finding, not of knowing.
 
-    python -m kvp.questions        # in benchmarks/: writes data/jargon-questions.json again, always the same
+    python -m kvp.questions        # in benchmarks/: writes data/jargon-questions.json and data/demo-prompt.txt again,
+                                   # always the same
 """
 
 import json
@@ -13,6 +14,7 @@ from mlxeff.generation import stream_generate
 
 DATA = Path(__file__).resolve().parent.parent / "data"
 TEXT, QUESTIONS = DATA / "jargon-validation.txt", DATA / "jargon-questions.json"
+DEMO, DEMO_ENTRIES = DATA / "demo-prompt.txt", 60  # of `make demo-kvp`
 ENTRY = re.compile(r"^:([A-Za-z][A-Za-z -]{2,24}): (?:/[^\n]*/, )?[a-z.,/ ]+\n\n([^\n]+)", re.MULTILINE)
 WORDS = range(6, 31)  # of a definition
 ENTRIES, COUNT, SEED = 12, 48, 0  # entries of a glossary, questions, of their choice
@@ -50,6 +52,12 @@ def _item(glossary: list[tuple[str, str]], asked: int) -> dict:
     }
 
 
+def demo(text: str) -> dict:
+    """One item with a long passage."""
+    chooser = random.Random(SEED)
+    return _item(chooser.sample(entries(text), DEMO_ENTRIES), DEMO_ENTRIES // 3)
+
+
 def question(definition: str) -> str:
     return f"Definition: {definition}\nTerm:"
 
@@ -81,6 +89,8 @@ def read() -> list[dict]:
 
 
 if __name__ == "__main__":
-    made = {"source": TEXT.name, "questions": make(TEXT.read_text(encoding="utf-8"))}
+    text = TEXT.read_text(encoding="utf-8")
+    made = {"source": TEXT.name, "questions": make(text)}
     QUESTIONS.write_text(json.dumps(made, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    print(f"{QUESTIONS}: {len(made['questions'])} questions")
+    DEMO.write_text(prompt(demo(text)), encoding="utf-8")
+    print(f"{QUESTIONS}: {len(made['questions'])} questions; {DEMO}")

@@ -48,10 +48,12 @@ def physical_bytes() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def usable_bytes() -> float:
+def usable_bytes(device: str) -> float:
     """Memory that a benchmark may take now: a share of what is free (Linux) or of all (elsewhere, where what counts as
-    free is mostly caches)."""
+    free is mostly caches); on a GPU no more than it should hold at once."""
     info = Path("/proc/meminfo")
     lines = info.read_text().splitlines() if info.exists() else []
     free = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
-    return LINUX_SHARE * free[0] if free else OTHER_SHARE * physical_bytes()
+    usable = LINUX_SHARE * free[0] if free else OTHER_SHARE * physical_bytes()
+    limit = mx.device_info().get("max_recommended_working_set_size") if device == "gpu" else None
+    return min(usable, limit or usable)

@@ -79,53 +79,59 @@ def run(
 
 def _run_group(group: Group, device: str, settings: Settings, only: Sequence[str], results: Results) -> None:
     kernels.use_device(device)
-    wanted = {
-        point: names
-        for point in group.points
-        if (names := [n for n in group.names if selected(_fields(n, device, point), only)])
-    }
+    points = sorted(group.points, key=lambda point: point.batch * point.tokens)
+    wanted = {point: [n for n in group.names if selected(_fields(n, device, point), only)] for point in points}
     names = [name for name in group.names if any(name in each for each in wanted.values())]
     if not names:
         return
     arms = {arm.name: arm for arm in group.build(names)}
     results.arms |= {name: describe(arm) for name, arm in arms.items()}
-    usable = usable_bytes() if settings.memory is None else settings.memory
+    left = {
+        point: [n for n in here if _rounds_left(n, device, point, settings, results)] for point, here in wanted.items()
+    }
+    if not any(left.values()):
+        return
+    usable = usable_bytes(device) if settings.memory is None else settings.memory
     weights = 0 if group.loaded else weight_bytes(arms.values())
     if weights > usable:
         _skip(results, f"{', '.join(names)} on {device}", weights, usable)
         return
     for arm in arms.values():
         arm.prepare()
-    for point, here in sorted(wanted.items(), key=lambda item: item[0].batch * item[0].tokens):
+    for point, here in left.items():
         step_size = settings.step_size or kernels.PREFILL_STEP[device]
-        fitting = []
-        for name in here:
-            needed = weights + arms[name].working_bytes(point.batch, point.tokens, step_size)
-            if needed > usable:
-                _skip(results, f"{name}, batch {point.batch} x {point.tokens} tokens on {device}", needed, usable)
-            else:
-                fitting.append(arms[name])
-        _run_point(fitting, device, point, settings, step_size, results.samples)
+        fitting = [arms[n] for n in here if _fits(arms[n], device, point, step_size, weights, usable, results)]
+        _run_point(fitting, device, point, settings, step_size, results)
+
+
+def _fits(arm: Arm, device: str, point: Point, step_size: int, weights: float, usable: float, results: Results) -> bool:
+    """Whether there is memory for a pass; says so where there is not."""
+    needed = weights + arm.working_bytes(point.batch, point.tokens, step_size)
+    if needed > usable:
+        _skip(results, f"{arm.name}, batch {point.batch} x {point.tokens} tokens on {device}", needed, usable)
+    return needed <= usable
+
+
+def _rounds_left(name: str, device: str, point: Point, settings: Settings, results: Results) -> list[int]:
+    """The rounds of an arm at a point that are not in the samples."""
+    done = results.samples.done()
+    return [r for r in range(settings.rounds) if (device, point.batch, point.tokens, name, r) not in done]
 
 
 def _run_point(
-    arms: Sequence[Arm], device: str, point: Point, settings: Settings, step_size: int, samples: Samples
+    arms: Sequence[Arm], device: str, point: Point, settings: Settings, step_size: int, results: Results
 ) -> None:
-    done = samples.done()
-
-    def left(arm: Arm, number: int) -> bool:
-        return (device, point.batch, point.tokens, arm.name, number) not in done
-
-    arms = [arm for arm in arms if any(left(arm, number) for number in range(settings.rounds))]
+    left = {arm.name: _rounds_left(arm.name, device, point, settings, results) for arm in arms}
     for number in range(-settings.warmup, settings.rounds):
         for arm in arms:
-            if number >= 0 and not left(arm, number):
+            if number >= 0 and number not in left[arm.name]:
                 continue
             found = measure(arm, point, step_size, settings.steps)
             if number >= 0:
-                samples.add(_fields(arm.name, device, point) | {"round": number} | found)
+                results.samples.add(_fields(arm.name, device, point) | {"round": number} | found)
     for arm in arms:
-        times = [s["ttft_s"] for s in samples.all if samples.key(s)[:4] == (device, *_sizes(point), arm.name)]
+        same = _fields(arm.name, device, point)
+        times = [sample["ttft_s"] for sample in results.samples.all if same.items() <= sample.items()]
         where = f"{device}, batch {point.batch} x {point.tokens} tokens"
         notices.info("%s, %s: TTFT %.3f s", arm.name, where, median(times))
 
@@ -168,10 +174,6 @@ def selected(fields: dict, only: Iterable[str]) -> bool:
 
 def _fields(arm: str, device: str, point: Point) -> dict:
     return {"device": device, "batch": point.batch, "tokens": point.tokens, "arm": arm}
-
-
-def _sizes(point: Point) -> tuple[int, int]:
-    return point.batch, point.tokens
 
 
 def _skip(results: Results, what: str, needed: float, usable: float) -> None:

@@ -8,6 +8,7 @@ from ..errors import MlxeffError
 from . import output
 
 LENGTHS = (128, 512, 2048)
+ACTIVATIONS = "float32 in the native CPU kernels, else the weights' type"
 
 
 def run(options: argparse.Namespace) -> int:
@@ -57,7 +58,8 @@ def _measure(options: argparse.Namespace) -> tuple[dict, dict, object]:
     memory = options.memory and options.memory * 1e9
     settings = ttft.Settings(options.rounds, options.warmup, options.steps, options.prefill_step, memory)
     card = machine.card()
-    described = about | {"steps": options.steps, "prefill_step": options.prefill_step}
+    steps = {device: options.prefill_step or kernels.PREFILL_STEP[device] for device in devices}
+    described = about | {"steps": options.steps, "prefill_step": steps}
     samples = Samples(options.out and Path(options.out), {"format": "mlxeff-ttft", **card, **described}, ttft.KEYS)
     results = ttft.Results(samples)
     ttft.run(groups, devices, settings, options.only, results)
@@ -91,7 +93,7 @@ def _suite(options: argparse.Namespace) -> tuple[list, dict]:
     found = {size: hub.resolve(model, offline=options.offline) for size, model in options.checkpoint}
     weights = f"{dtype}, random" if len(found) < len(kvp_paper.SIZES) else "as stored"
     given = {size: str(path) for size, path in found.items()}
-    about = {"suite": options.suite, "weights": weights, "checkpoints": given}
+    about = {"suite": options.suite, "weights": weights, "checkpoints": given, "activations": ACTIVATIONS}
     return kvp_paper.groups(getattr(mx, dtype), found), about
 
 
@@ -115,7 +117,7 @@ def _model(options: argparse.Namespace) -> tuple[list, dict]:
         arms[name] = Arm(name, base.model, pair.auxiliary, pair.predictor, keep or 1, SINKS if keep else 0)
     lengths = _lengths(options, base.model.context_length)
     points = [Point(batch, tokens) for batch in options.batch for tokens in lengths]
-    about = {"model": options.model, "fingerprint": base.fingerprint, "weights": "as stored", "dtype": base.dtype}
+    about = {"model": options.model, "fingerprint": base.fingerprint, "weights": "as stored", "activations": base.dtype}
     return [Group(list(arms), lambda names: [arms[name] for name in names], points, loaded=True)], about
 
 
