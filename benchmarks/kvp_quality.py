@@ -1,7 +1,7 @@
 """What KV Prediction costs in quality and gains in time to the first token, on the built-in model.
 
     python benchmarks/kvp_quality.py [--pair NAME=FOLDER ...] [--pruned NAME=FOLDER ...] [--only WORD ...] [--save]
-    python benchmarks/kvp_quality.py --ttft [...]          # the times; needs a quiet machine, quality does not
+    python benchmarks/kvp_quality.py --phase ttft [...]    # the times; they need a quiet machine, quality does not
     python benchmarks/kvp_quality.py --table FILE.json     # the tables of a saved result
 
 Arms: the base; its layer-pruned forms as models of their own; pairs of KV Prediction in closed form (fitted under
@@ -34,7 +34,8 @@ from mlxeff.loading import Loaded, load_path
 RESULTS = Path(__file__).parent / "results"
 TEXT = questions.TEXT
 TTFT_POINTS = [ttft.Point(batch, tokens) for batch in (1, 8) for tokens in (128, 512, 2048)]
-QUALITY_KEYS = ("kind", "arm", "digest", "item")
+QUALITY_KEYS = ("arm", "digest", "item")
+PHASES = ("windows", "questions", "ttft")
 
 
 def main() -> None:
@@ -51,19 +52,20 @@ def main() -> None:
     names = pairs.chosen(list(readers), options.only)
     digests = {name: pairs.digest(folder) for name, folder in [*given.items(), *options.pruned]}
     what = {"model": base.fingerprint, "windows": [options.windows, options.prompt, options.continuation]}
-    quality = Samples(options.work / "quality.jsonl", {"format": "kvp-quality", **what}, QUALITY_KEYS)
-    times = Samples(options.work / "ttft.jsonl", {"format": "kvp-ttft", **card(), **what}, ttft.KEYS)
-    with show_notices():
-        if options.ttft:
-            timed = [name for name in names if not readers[name].refine]
-            group = ttft.Group(timed, lambda wanted: pairs.arms({n: readers[n] for n in wanted}), TTFT_POINTS, True)
-            ttft.run([group], ["cpu"], ttft.Settings(options.rounds), options.point, ttft.Results(times))
-        else:
-            tagged = {name: (readers[name], _digest(name, digests)) for name in names}
-            measure_windows(base, tagged, windows(base, options), options.prompt, quality)
-            measure_questions(base, tagged, quality)
+    scored = Samples(options.work / "windows.jsonl", {"format": "kvp-windows", **what}, QUALITY_KEYS)
+    asked = Samples(
+        options.work / "questions.jsonl", {"format": "kvp-questions", "model": base.fingerprint}, QUALITY_KEYS
+    )
+    times = Samples(options.work / "ttft.jsonl", {"format": "kvp-ttft", "model": base.fingerprint, **card()}, ttft.KEYS)
+    tagged = {name: (readers[name], _digest(name, digests)) for name in names}
+    if "windows" in options.phase:
+        measure_windows(base, tagged, windows(base, options), options.prompt, scored)
+    if "questions" in options.phase:
+        measure_questions(base, tagged, asked)
+    if "ttft" in options.phase:
+        measure_times(tagged, options, times)
     document = {"card": card() | {"command": " ".join(sys.argv)}, **what, "tokens fitted on": options.tokens}
-    document["arms"] = report.summary(readers, digests, quality.all, times.all, options.prompt)
+    document["arms"] = report.summary(readers, digests, scored.all, asked.all, times.all, options.prompt)
     print(report.tables(document))
     if options.save:
         report.save(document, RESULTS)
@@ -84,12 +86,12 @@ def measure_windows(base: Loaded, arms: dict, rows, prompt: int, samples: Sample
     """Compare every arm with the base on every window."""
     truth_of = measures.Reader(base.model)
     for item, row in enumerate(rows):
-        left = [name for name, (_, mark) in arms.items() if ("window", name, mark, item) not in samples.done()]
+        left = [name for name, (_, mark) in arms.items() if (name, mark, item) not in samples.done()]
         truth = measures.log_probabilities(truth_of, row, prompt) if left else None
         for name in left:
             reader, mark = arms[name]
             found = measures.compare(measures.log_probabilities(reader, row, prompt), truth, row[prompt:])
-            samples.add({"kind": "window", "arm": name, "digest": mark, "item": item} | found)
+            samples.add({"arm": name, "digest": mark, "item": item} | found)
         _show(f"window {item + 1} of {len(rows)}")
 
 
@@ -99,13 +101,21 @@ def measure_questions(base: Loaded, arms: dict, samples: Samples) -> None:
     for number, item in enumerate(items):
         ids = base.tokenizer.encode(questions.prompt(item), add_special_tokens=True)
         for name, (reader, mark) in arms.items():
-            if ("question", name, mark, number) in samples.done():
+            if (name, mark, number) in samples.done():
                 continue
             said = questions.answer(reader.model, base.tokenizer, ids, reader.dialled())
             found = {"said": said, "exact": questions.exact(said, item["answer"]), "tokens": len(ids)}
-            samples.add({"kind": "question", "arm": name, "digest": mark, "item": number} | found)
+            samples.add({"arm": name, "digest": mark, "item": number} | found)
             mx.clear_cache()
         _show(f"question {number + 1} of {len(items)}")
+
+
+def measure_times(arms: dict, options: argparse.Namespace, samples: Samples) -> None:
+    """Seconds to the first token; `refine` begins after it."""
+    timed = {name: reader for name, (reader, _) in arms.items() if not reader.refine}
+    group = ttft.Group(list(timed), lambda names: pairs.arms({n: timed[n] for n in names}), TTFT_POINTS, loaded=True)
+    with show_notices():
+        ttft.run([group], ["cpu"], ttft.Settings(options.rounds), options.point, ttft.Results(samples))
 
 
 def _show(text: str) -> None:
@@ -132,7 +142,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--windows", type=int, default=32)
     parser.add_argument("--prompt", type=int, default=512, help="tokens of a window that are read")
     parser.add_argument("--continuation", type=int, default=128, help="tokens of a window that are scored")
-    parser.add_argument("--ttft", action="store_true", help="measure the time to the first token, not the quality")
+    parser.add_argument("--phase", nargs="+", choices=PHASES, default=PHASES[:2], help="default: the quality")
     parser.add_argument("--rounds", type=int, default=3, help="of the times")
     parser.add_argument("--point", nargs="+", default=[], metavar="KEY=VALUE", help="of the times: batch, tokens, arm")
     parser.add_argument("--work", type=Path, default=cache_dir().with_name("mlxeff-kvp"), help="default %(default)s")

@@ -169,10 +169,10 @@ def test_the_whole_benchmark_on_a_tiny_model(folder, base, tmp_path, monkeypatch
         return json.loads(capsys.readouterr().out.splitlines()[-1])["arms"]
 
     run("--only", "base", "refine")
-    lines = (tmp_path / "work" / "quality.jsonl").read_text().splitlines()
-    assert len(lines) == 1 + 2 * (2 + 2)
+    lines = (tmp_path / "work" / "windows.jsonl").read_text().splitlines()
+    assert len(lines) == 1 + 2 * 2
     found = run()
-    assert (tmp_path / "work" / "quality.jsonl").read_text().splitlines()[: len(lines)] == lines
+    assert (tmp_path / "work" / "windows.jsonl").read_text().splitlines()[: len(lines)] == lines
     names = ["base", "LP 0.75", "LP 0.50", "LP 0.25", "KVP lp:0.50"]
     names += [f"KVP lp:0.50, {dial}" for dial in ("keep 16", "keep 64", "refine")]
     assert list(found) == names
@@ -185,7 +185,7 @@ def test_the_whole_benchmark_on_a_tiny_model(folder, base, tmp_path, monkeypatch
         logits = model(row[None], model.new_cache())[0, 59:-1]
         total += (mx.logsumexp(logits, -1) - mx.take_along_axis(logits, row[60:, None], -1)[:, 0]).sum().item()
     assert found["base"]["perplexity"] == pytest.approx(math.exp(total / 16), rel=1e-4)
-    timed = run("--ttft", "--rounds", "1", "--pruned", f"LP trained={folder}")
+    timed = run("--phase", "ttft", "--rounds", "1", "--pruned", f"LP trained={folder}")
     assert [(t["batch"], t["tokens"]) for t in timed["LP trained"]["ttft"]] == [(1, 20), (2, 20)]
     assert timed["KVP lp:0.50"]["perplexity"] == found["KVP lp:0.50"]["perplexity"]
 

@@ -19,24 +19,25 @@ PLOT_POINT = (1, 512)  # batch, prompt tokens
 BETTER = {"perplexity": -1, "kl": -1, "agreement": 1, "exact": 1}  # the sign of an improvement
 
 
-def summary(readers: dict[str, Reader], digests: dict, quality: list[dict], times: list[dict], prompt: int) -> dict:
+def summary(
+    readers: dict[str, Reader], digests: dict, scored: list[dict], asked: list[dict], times: list[dict], prompt: int
+) -> dict:
     """What is known of each arm that has samples."""
     costs = {arm.name: arm.flops(prompt) for arm in arms_of(readers)}
     medians = times_report.medians(times)
     found = {}
     for name, reader in readers.items():
-        mark = digests.get(name.partition(",")[0], "")
-        mine = [sample for sample in quality if (sample["arm"], sample["digest"]) == (name, mark)]
+        key = name, digests.get(name.partition(",")[0], "")
+        windows, questions = ([s for s in each if (s["arm"], s["digest"]) == key] for each in (scored, asked))
         flops = costs.get(name, costs.get(name.partition(",")[0]))  # refine begins after the first token
         entry = {"kind": kind(name, reader), "flops": flops / costs["base"]}
-        entry |= _windows([s for s in mine if s["kind"] == "window"])
-        entry |= _questions([s for s in mine if s["kind"] == "question"])
+        entry |= _windows(windows) | _questions(questions)
         entry["ttft"] = [
             {key: each[key] for key in ("batch", "tokens", "ttft_s", "spread_s", "passes")}
             for (_, _, _, arm), each in sorted(medians.items())
             if arm == name
         ]
-        if mine or entry["ttft"]:
+        if windows or questions or entry["ttft"]:
             found[name] = entry
     return found
 
