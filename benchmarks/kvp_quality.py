@@ -56,7 +56,9 @@ def main() -> None:
     asked = Samples(
         options.work / "questions.jsonl", {"format": "kvp-questions", "model": base.fingerprint}, QUALITY_KEYS
     )
-    times = Samples(options.work / "ttft.jsonl", {"format": "kvp-ttft", "model": base.fingerprint, **card()}, ttft.KEYS)
+    machine = card()
+    place = options.work / f"ttft-{machine['threads']}-threads.jsonl"
+    times = Samples(place, {"format": "kvp-ttft", "model": base.fingerprint, **machine}, ttft.KEYS)
     tagged = {name: (readers[name], _digest(name, digests)) for name in names}
     if "windows" in options.phase:
         measure_windows(base, tagged, windows(base, options), options.prompt, scored)
@@ -64,7 +66,7 @@ def main() -> None:
         measure_questions(base, tagged, asked)
     if "ttft" in options.phase:
         measure_times(tagged, options, times)
-    document = {"card": card() | {"command": " ".join(sys.argv)}, **what, "tokens fitted on": options.tokens}
+    document = {"card": machine | {"command": " ".join(sys.argv)}, **what, "tokens fitted on": options.tokens}
     document["arms"] = report.summary(readers, digests, scored.all, asked.all, times.all, options.prompt)
     print(report.tables(document))
     if options.save:
@@ -115,7 +117,7 @@ def measure_times(arms: dict, options: argparse.Namespace, samples: Samples) -> 
     timed = {name: reader for name, (reader, _) in arms.items() if not reader.refine}
     group = ttft.Group(list(timed), lambda names: pairs.arms({n: timed[n] for n in names}), TTFT_POINTS, loaded=True)
     with show_notices():
-        ttft.run([group], ["cpu"], ttft.Settings(options.rounds), options.point, ttft.Results(samples))
+        ttft.run([group], ["cpu"], ttft.Settings(options.rounds, options.warmup), options.point, ttft.Results(samples))
 
 
 def _show(text: str) -> None:
@@ -144,6 +146,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--continuation", type=int, default=128, help="tokens of a window that are scored")
     parser.add_argument("--phase", nargs="+", choices=PHASES, default=PHASES[:2], help="default: the quality")
     parser.add_argument("--rounds", type=int, default=3, help="of the times")
+    parser.add_argument("--warmup", type=int, default=1, help="uncounted rounds of the times")
     parser.add_argument("--point", nargs="+", default=[], metavar="KEY=VALUE", help="of the times: batch, tokens, arm")
     parser.add_argument("--work", type=Path, default=cache_dir().with_name("mlxeff-kvp"), help="default %(default)s")
     parser.add_argument("--table", type=Path, metavar="FILE", help="print the tables of a saved result")

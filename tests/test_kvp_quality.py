@@ -151,6 +151,20 @@ def test_verdicts():
     assert "target: KVP other, refine recovers at least 90% of the KL: 90%: missed" in lines
 
 
+def test_the_plot_shows_every_arm(tmp_path):
+    pytest.importorskip("matplotlib")
+    arms = {
+        "base": arm("base", 1.0, 10, 2.0),
+        "LP 0.50": arm("pruned", 0.5, 50, 1.0),
+        "KVP a": arm("pair", 0.6, 20, 1.2),
+    }
+    arms |= {"KVP a, keep 9": arm("keep", 0.7, 15), "KVP a, refine": arm("refine", 0.6, 11)}
+    for each in arms.values():
+        each["exact"] = 0.5
+    report.plot({"arms": arms}, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_the_whole_benchmark_on_a_tiny_model(folder, base, tmp_path, monkeypatch, capsys):
     text = tmp_path / "text"
     text.write_text(TEXT)
