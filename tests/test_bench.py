@@ -12,6 +12,7 @@ from mlxeff.bench import arms, kvp_paper, report, ttft
 from mlxeff.bench.samples import Samples
 from mlxeff.decode import prefill
 from mlxeff.errors import MlxeffError
+from mlxeff.kv_pairs import load_pair
 from mlxeff.kvprediction import predict
 from mlxeff.kvprediction.layers import PUBLISHED
 from mlxeff.loading import build_model, load_path
@@ -150,8 +151,6 @@ def test_what_does_not_fit_is_left_out_with_a_line(folder, checkpoints):
 
 
 def test_an_arm_computes_what_generation_does(folder, pair):
-    from mlxeff.kv_pairs import load_pair
-
     base = load_path(folder)
     loaded = load_pair(pair, base)
     tokens = mx.array([[5, 6, 7, 8, 9, 10, 11, 12], [9, 1, 2, 3, 4, 5, 6, 7]])
@@ -164,6 +163,17 @@ def test_an_arm_computes_what_generation_does(folder, pair):
     got = predicted.first_logits(tokens, base.model.new_cache(), 4)
     assert_close(got, want, "pair")
     assert mx.abs(got - whole.first_logits(tokens, base.model.new_cache(), 4)).max().item() > 1e-3
+
+
+def test_flops_count_what_each_model_reads(folder, pair):
+    """The auxiliary and the maps read all but the last `keep` tokens, the base those and the first `sinks`."""
+    base = load_path(folder)
+    loaded = load_pair(pair, base)
+    models = base.model, loaded.auxiliary, loaded.predictor
+    sizes = [sum(v.size for _, v in tree_flatten(model.parameters())) for model in models]
+    one = arms.Arm("pair", *models, keep=8, sinks=4)
+    assert one.flops(100) == 2 * (92 * (sizes[1] + sizes[2]) + 12 * sizes[0])
+    assert one.flops(8) == arms.Arm("base", base.model).flops(8) == 2 * 8 * sizes[0]
 
 
 def test_filters():

@@ -12,6 +12,7 @@ from mlx.utils import tree_flatten, tree_map_with_path
 from ..decode import prefill
 from ..kvprediction import Predictor, predict
 from ..kvprediction.flops import parameters, ttft_flops
+from ..kvprediction.predict import predicted_range
 from ..models.fused import fuse
 from ..ops import native_for
 
@@ -51,12 +52,15 @@ class Arm:
         """Forward FLOPs to the first token of a prompt, as the paper counts them (`kvprediction.flops`)."""
         if self.predictor is None:
             return 2 * tokens * parameters(self.base)
-        sizes = (parameters(each) for each in (self.base, self.auxiliary, self.predictor))
-        return ttft_flops(*sizes, tokens, self.keep + self.sinks)
+        base, auxiliary, predictor = map(parameters, self.modules)
+        first, stop = predicted_range(tokens, self.keep, self.sinks)
+        if first == stop:
+            return 2 * tokens * base
+        return ttft_flops(base, auxiliary, predictor, tokens, tokens - stop) + 2 * first * base
 
     def working_bytes(self, batch: int, tokens: int, step_size: int) -> int:
-        """Memory that a measurement takes beside the weights, about: the caches, a copy of a layer's, a chunk's widest
-        activations, and the scores of attention where they are kept."""
+        """Memory that a measurement takes beside the weights, about: the caches twice, since they are copied where they
+        grow, and a chunk's widest activations, all in float32."""
         models = [each for each in (self.base, self.auxiliary) if each is not None]
         chunk = min(step_size, tokens)
         held = sum(2 * groups * size for model in models for groups, size in model.kv_shapes)
