@@ -1,16 +1,16 @@
-"""Speed of SeedLM on this CPU, in one run: the products beside our own and MLX's 4-bit affine ones, the encoder, and the whole
-built-in model beside other engines (`cpu_seedlm_models.py`).
+"""Speed of SeedLM on this CPU, in one run: the products beside our own and MLX's 4-bit affine ones, the encoder, and
+the whole built-in model beside other engines (`cpu_seedlm_models.py`).
 
     python benchmarks/cpu_seedlm.py [--threads 1 2] [--isa NAME] [--shape 576x576 ...] [--no-models] [--save]
 
-Gw/s: billions of weights of the matrix a second, for one call with M rows of x. The arms take turns, round by round; a number is the
-median of the rounds. Weights are cold: each call takes the next of enough matrices to exceed 64 MB. MLX's product runs on
-one thread whatever is asked. The encoder is timed on Gaussian weights, in millions of weights a second.
+Gw/s: billions of weights of the matrix a second, for one call with M rows of x. The arms take turns, round by round; a
+number is the median of the rounds. Weights are cold: each call takes the next of enough matrices to exceed 64 MB.
+MLX's product runs on one thread whatever is asked. The encoder is timed on Gaussian weights, in millions of weights a
+second.
 
-Ceilings of a product with one row, in Gw/s: from bytes, the read bandwidth of an fp32 matrix-vector product over the
-bytes a weight; from instructions, the multiply-add rate of an fp32 matrix product, whose instructions are nearly all
-multiply-adds, over the vector instructions a weight. These are counted in the inner loop of the object code, for CPUs
-with AVX-512 only.
+Ceilings of a product with one row, in Gw/s: from bytes, the read bandwidth of an fp32 dot product over the bytes a
+weight; from instructions, the multiply-add instructions a second of an fp32 matrix product over the vector
+instructions a weight. These are counted in the inner loops of the object code (g++ 12), for AVX-512 only.
 """
 
 import argparse
@@ -23,9 +23,10 @@ import time
 from pathlib import Path
 from statistics import median
 
-import cpu_seedlm_models
 import mlx.core as mx
 import numpy as np
+
+import cpu_seedlm_models
 from cpu_matmul import median_time, read_bandwidth, sgemm_rate
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
@@ -39,16 +40,15 @@ COLD_BYTES = 64 << 20
 MODES = {"exact": EXACT, "int8": COMPUTE_INT8}
 AFFINE, MLX = "affine 4 g64", "mlx 4 g64"
 LANES = 16  # fp32 lanes of a vector, of AVX-512
-# Vector instructions for one vector of blocks (16), or of packed words, and the weights that these hold.
+# Vector instructions, moves apart, for one vector of 16 blocks or packed words, and the weights that these hold.
 INSTRUCTIONS = {
-    ("seedlm 4", "exact"): (0, 128),
-    ("seedlm 4.5", "exact"): (0, 128),
-    ("seedlm 3", "exact"): (0, 192),
-    ("seedlm 4", "int8"): (0, 128),
-    ("seedlm 4.5", "int8"): (0, 128),
-    ("seedlm 3", "int8"): (0, 192),
-    (AFFINE, "exact"): (0, 128),
-    (AFFINE, "int8"): (0, 128),
+    ("seedlm 4", "exact"): (79, 128),
+    ("seedlm 4.5", "exact"): (107, 128),
+    ("seedlm 3", "exact"): (152, 192),
+    ("seedlm 4", "int8"): (37, 128),
+    ("seedlm 4.5", "int8"): (50, 128),
+    ("seedlm 3", "int8"): (64, 192),
+    (AFFINE, "exact"): (26, 128),
 }
 
 
@@ -138,7 +138,8 @@ def interleaved(arms, x, y, options):
 def line(row, weights):
     """A row of the table."""
     seconds = median(row["seconds"])
-    shares = [f"{row[key]:8.2f}" if key in row else " " * 8 for key in ("gw_per_s_by_bytes", "gw_per_s_by_instructions")]
+    keys = ("gw_per_s_by_bytes", "gw_per_s_by_instructions")
+    shares = [f"{row[key]:8.2f}" if key in row else " " * 8 for key in keys]
     left = f"{row['shape']:>10} {row['kernel']:>12} {row['mode']:>5} {row['M']:4} {row['threads']:3}"
     return f"{left} {seconds * 1e6:9.1f} {weights / seconds / 1e9:7.2f} {' '.join(shares)}"
 
@@ -187,7 +188,7 @@ def parse():
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--no-models", action="store_true", help="the kernels and the encoder only")
     parser.add_argument("--seeds", type=Path, nargs="+", default=cpu_seedlm_models.default_seeds(),
-                        help="folders of the built-in model that convert --seedlm made, default %(default)s")  # fmt: skip
+                        help="folders that convert --seedlm made of the built-in model; %(default)s")  # fmt: skip
     parser.add_argument("--save", action="store_true", help="write results/<processor>-cpu-seedlm-mlx-<version>.json")
     options = parser.parse_args()
     if options.isa and lib.mlxeff_set_isa(options.isa.encode()) != OK:
@@ -210,8 +211,10 @@ def main():
         "multiply_add_gflops": multiply_adds,
     }
     print(json.dumps(card))
-    print(f"{'N x K':>10} {'kernel':>12} {'mode':>5} {'M':>4} {'thr':>3} {'us':>9} {'Gw/s':>7} {'by bytes':>8} {'by instr':>8}")
-    document = {**card, "products": products(options, ceilings_of(bandwidth, multiply_adds)), "encoder": encoders(options)}
+    titles = f"{'N x K':>10} {'kernel':>12} {'mode':>5} {'M':>4} {'thr':>3} {'us':>9} {'Gw/s':>7}"
+    print(titles, f"{'by bytes':>8} {'by instr':>8}")
+    ceilings = ceilings_of(bandwidth, multiply_adds)
+    document = {**card, "products": products(options, ceilings), "encoder": encoders(options)}
     if not options.no_models:
         document["models"] = cpu_seedlm_models.measure(options.seeds, options.threads, options.rounds)
         print(cpu_seedlm_models.table(document["models"]))

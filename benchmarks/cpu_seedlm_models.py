@@ -1,6 +1,6 @@
 """Decode speed and time to first token of the whole built-in model with SeedLM weights, beside other 4-bit forms of it.
 
-    python benchmarks/cpu_seedlm_models.py [--seeds FOLDER ...]       # alone; `cpu_seedlm.py` does this after the kernels
+    python benchmarks/cpu_seedlm_models.py [--seeds FOLDER ...]     # alone; `cpu_seedlm.py` does this after the kernels
 
 Every measurement is a process of `peers.worker`; the arms take turns, round by round. mlx-lm runs on as many threads as
 MLX gives it, whatever is asked. An arm whose model or peer is not there is left out, with a line.

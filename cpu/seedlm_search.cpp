@@ -43,21 +43,18 @@ struct Register {
   }
 };
 
-// Tables for one metric, and the memory that is theirs.
-struct OwnedTables {
-  SearchTables tables = {};
-  AlignedFloats inverse;
-
-  OwnedTables(const SearchKernels& kernels, int C, int P, const float* diagonal)
-      : inverse(aligned_floats(kernels.steps * kernels.lanes * P * (P + 1) / 2)) {
-    const Register& shared = Register::of(kernels);
-    double mean = 0;
-    for (int c = 0; c < C; ++c) mean += diagonal ? double(diagonal[c]) / C : 1.0 / C;
-    tables = {C, P, {}, shared.cycle, shared.states.get(), inverse.get()};
-    for (int c = 0; c < C; ++c) tables.metric[c] = diagonal ? fmaxf(float(double(diagonal[c]) / mean), least_metric) : 1.0f;
-    parallel_for(kernels.steps, 256, [&](int64_t begin, int64_t end) { kernels.fill_inverse(tables, begin, end); });
-  }
-};
+// Tables for one metric, in memory that the calling thread keeps: a conversion asks for thousands of them, one at a time.
+SearchTables tables_for(const SearchKernels& kernels, int C, int P, const float* diagonal) {
+  float* const inverse = static_cast<float*>(scratch(Scratch::shared_input, size_t(kernels.steps * kernels.lanes * P * (P + 1) / 2) * 4));
+  if (!inverse) throw std::bad_alloc();
+  const Register& shared = Register::of(kernels);
+  double mean = 0;
+  for (int c = 0; c < C; ++c) mean += diagonal ? double(diagonal[c]) / C : 1.0 / C;
+  SearchTables tables = {C, P, {}, shared.cycle, shared.states.get(), inverse};
+  for (int c = 0; c < C; ++c) tables.metric[c] = diagonal ? fmaxf(float(double(diagonal[c]) / mean), least_metric) : 1.0f;
+  parallel_for(kernels.steps, 256, [&](int64_t begin, int64_t end) { kernels.fill_inverse(tables, begin, end); });
+  return tables;
+}
 
 // What the stored block decodes to, C values; returns its error, the sum of diagonal * (w - decoded)^2 over the columns in the matrix.
 double decode_block(const SearchArgs& args, const float* diagonal, int64_t index, float* decoded) {
@@ -97,8 +94,8 @@ extern "C" int mlxeff_seedlm_encode(const mlxeff_seedlm_encode_args* a) try {
   if (const int error = check(a)) return error;
   const int64_t blocks = ceil_div(a->cols, a->columns), a_row = a->states == 4 && !a->diagonal ? round_up(blocks, 2) : blocks;
   const SearchKernels& kernels = MLXEFF_DISPATCH(search_kernels);
-  const OwnedTables owned(kernels, a->columns, a->states, a->diagonal);
-  const SearchArgs args = {&owned.tables, a->weights, a->ld, a->cols, a_row, a->exponent_bias, a->refine != 0, a->seeds, a->coefficients, a->codes};
+  const SearchTables tables = tables_for(kernels, a->columns, a->states, a->diagonal);
+  const SearchArgs args = {&tables, a->weights, a->ld, a->cols, a_row, a->exponent_bias, a->refine != 0, a->seeds, a->coefficients, a->codes};
   std::atomic<int> result{MLXEFF_OK};
   parallel_for(a->rows * a_row, 32, [&](int64_t begin, int64_t end) {
     if (const int error = kernels.search(args, begin, end)) {

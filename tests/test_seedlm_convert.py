@@ -127,10 +127,12 @@ def test_calibration_lowers_the_error_of_the_outputs(tiny, text, aware, tmp_path
 def test_the_inputs_of_a_layer_are_those_that_the_encoded_model_computes(tiny, text, tmp_path, monkeypatch):
     """Gram matrices of the second layer, from a forward pass through the converted first one."""
     seen = {}
-    monkeypatch.setattr(
-        conversion, "encode", lambda *args, **more: seen.setdefault(more["origin"].split(": ")[1], args[2].gram) is None or
-        encode(*args, **more)
-    )  # fmt: skip
+
+    def note(fmt, weight, inputs, **more):
+        seen.setdefault(more["origin"].split(": ")[1], inputs.gram)
+        return encode(fmt, weight, inputs, **more)
+
+    monkeypatch.setattr(conversion, "encode", note)
     convert(tiny, tmp_path / "out", seedlm="4", calibrate=text, calibration_tokens=512)
     reference, encoded = load_path(tiny).model, dense_model(tmp_path / "out")[0]
     reference.model.layers[0] = encoded.model.layers[0]

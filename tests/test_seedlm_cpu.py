@@ -101,7 +101,7 @@ def test_bf16_mode(level, name):
 
 
 def int8_product(weight, x):
-    """x Wᵀ with x rounded to int8, one scale a block, and of the states the leading byte; and the size of an element."""
+    """x Wᵀ with x rounded to int8, one scale a block, and states to their leading byte; and the size of an element."""
     fmt, blocks = weight.format, weight.blocks
     leading = lfsr.states(blocks.seeds, fmt.columns * fmt.states) >> 8
     values = leading.reshape(*blocks.seeds.shape, fmt.columns, fmt.states) * 256 + 127.5 - 32768
@@ -117,9 +117,9 @@ def int8_product(weight, x):
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_int8_mode(level, name):
-    """Up to eight rows of x and with AVX-512 VBMI only; elsewhere as mode BF16. The sums start from an integer instead of
-    a half, an error of 3e-5 of a block's sum. Rounding both operands to 8 bits is one of 5e-2 at most: with codes from 0 to
-    15 a few blocks make the sum, whose errors hardly average."""
+    """For one to eight rows of x, with AVX-512 VBMI; else as mode BF16. The sums start from a rounded number, an
+    error of 3e-5 of a block's sum. Rounding both operands to 8 bits is one of 5e-2 at most: with codes from 0 to 15 a
+    few blocks make the sum, whose errors hardly average."""
     rng = np.random.default_rng(15)
     for count, cols in SHAPES:
         weight = Seeded.random(name, rng, count, cols)
@@ -162,7 +162,7 @@ def test_zeros_and_large_inputs(level, name):
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_one_row_is_as_exact_as_more(level, name):
-    """One row of x meets the states, more rows meet decoded weights: root mean square errors of fp32 sums of 1536 terms."""
+    """One row of x meets the states, more rows meet decoded weights: root mean square errors of sums of 1536 terms."""
     rng = np.random.default_rng(16)
     weight = Seeded.random(name, rng, 64, 1536)
     x = rng.standard_normal((2, 1536), np.float32)

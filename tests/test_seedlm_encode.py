@@ -8,9 +8,8 @@ import pytest
 from cpu_library import BAD_ARGUMENT, LEVELS, OK, lib
 from mlxeff import MlxeffError
 from mlxeff.seedlm import codec, lfsr
-from mlxeff.seedlm.encode import Inputs
+from mlxeff.seedlm.encode import Inputs, exponent_bias
 from mlxeff.seedlm.encode import encode as encode_matrix
-from mlxeff.seedlm.encode import exponent_bias
 from mlxeff.seedlm.format import FORMATS
 from seedlm_calls import encode
 

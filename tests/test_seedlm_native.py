@@ -46,7 +46,7 @@ def test_decoding_equals_the_twin(name, dtype):
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_products_equal_the_twin(name):
-    """fp32 sums of at most 576 products in another order; their size is that of a typical result, |x| |w| / sqrt(cols)."""
+    """fp32 sums of at most 576 products in another order, in units of a typical result, |x| |w| / sqrt(cols)."""
     for rows, cols in ((1, 576), (37, 100)):
         fmt, arrays = encoded(name, rows, cols)
         norm = mx.linalg.norm(codec.decode_ops(fmt, cols, arrays), axis=1).max().item() / cols**0.5
