@@ -46,7 +46,7 @@ MLXEFF_DECLARE_FAMILY(SearchKernels, search_kernels)
 
 constexpr float most_condition = 4000;     // trace(G) trace(G^-1) of the seeds that are considered
 constexpr float least_weight = 0x1p-40f;   // of the scaled weights: smaller ones count as zeros
-constexpr float least_metric = 0x1p-20f;   // of h, whose mean is 1: smaller ones count as this
+constexpr float least_metric = 0x1p-7f;    // of h, whose mean is 1: smaller ones count as this, lest one column leave every seed ill-conditioned
 constexpr float least_miss = 0x1p-50f;     // differences of scaled weights: smaller ones count as none
 constexpr int least_exponent = -24;        // of coefficients of the scaled weights
 // (With these limits nothing underflows that matters, so it makes no difference whether subnormal numbers are flushed to zero.)
