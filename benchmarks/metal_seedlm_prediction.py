@@ -1,4 +1,5 @@
-"""Predicted share of memory bandwidth that the SeedLM Metal kernels reach for one token, from their instruction counts.
+"""Predicted speed of the SeedLM Metal kernels, from their instruction counts: the share of memory bandwidth that products
+for one token reach, and the time that the encoder needs.
 
     python benchmarks/metal_seedlm_prediction.py [--rows 4] [--save]
 
@@ -16,6 +17,12 @@ M1, M2: cycles = max(slots, 4 x slow ones). M3, M4 issue float and integer work 
 published): cycles = max(float slots, other slots, 4 x slow ones). Bank conflicts of the table look-ups, latency, the
 start of a threadgroup and the reduction at a row's end are not in the model: shares are upper bounds. Bandwidth counts
 the stored blocks alone.
+
+The encoder (metal/seedlm_encode.metal): its scan is the straight line `scan_step` for 4 blocks. To it come the entries
+that a threadgroup copies (12 instructions each), the classes that are visited again and the seeds that are evaluated,
+whose numbers a block are taken from random Gaussian blocks; an evaluation counts all 2 x 3^P neighbours, although it
+leaves out most. What the host does between the launches is not in the model, nor is the feedback of the
+activation-aware method, which NumPy computes on the CPU.
 """
 
 import argparse
@@ -29,8 +36,14 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
+
+from mlxeff.seedlm import search
+from mlxeff.seedlm.format import FORMATS as BLOCK_FORMATS
+
 ROOT = Path(__file__).resolve().parent.parent
 HARNESS = ROOT / "tests/metal_on_cpu"
+WEIGHTS = 30 * (2 * 576 * 576 + 2 * 576 * 192 + 3 * 576 * 1536)  # of SmolLM2-135M's linear layers
 
 # TFLOPS (2 x lanes x GHz) and GB/s. M1, M2: measured by metal-benchmarks; M3, M4: published clocks and core counts.
 CHIPS = {
@@ -60,10 +73,27 @@ extern "C" void probe(Store store, const float* vectors, int bias, uint block, u
   add_block<{form}<Store::C, Store::P>, {rows}>(store, vectors, bias, block, cols, starts, tables, sums);
 }}
 """
+ENCODER_PROBES = {
+    "scan": """
+extern "C" void probe(const float* states, const float* entries, uint k, const float* hw, float* d, float* largest) {{
+  if (k >= 64 - {P}) __builtin_unreachable();
+  scan_step<{C}, {P}, together>(states, entries, k, hw, reinterpret_cast<float(*)[{P}]>(d), largest);
+}}""",
+    "visit": """
+extern "C" float probe(const Search<{C}, {P}, const ulong*, const float*, const float*>& search, uint index) {{
+  return search.energy(index);
+}}""",
+    "solve": """
+extern "C" float probe(const Problem<{C}>& block, ulong word, const Rounded<{P}>& rounded, Fit<{P}>& fit) {{
+  return solve<{C}, {P}>(block, word, fit) ? error_of<{C}, {P}>(block, word, rounded) : 0;
+}}""",
+    "evaluate": """
+extern "C" void probe(const Problem<{C}>& block, ulong word, Best<{P}>& best) {{ evaluate<{C}, {P}>(block, word, best); }}""",
+}
 KINDS = {
     "float": ("fadd", "fsub", "fmul", "llvm.fma"),
-    "integer": ("and", "or", "xor", "add", "sub", "icmp", "select", "llvm.umin"),
-    "slow": ("shl", "lshr", "ashr", "mul", "sitofp", "uitofp"),
+    "integer": ("and", "or", "xor", "add", "sub", "icmp", "select", "llvm.umin", "llvm.umax", "llvm.smin", "llvm.smax"),
+    "slow": ("shl", "lshr", "ashr", "mul", "sitofp", "uitofp", "fptosi"),
     "load": ("load",),
     "store": ("store",),
     "free": ("fneg", "zext", "sext", "trunc", "bitcast", "getelementptr", "llvm.assume", "ret"),
