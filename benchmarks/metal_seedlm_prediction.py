@@ -1,5 +1,5 @@
-"""Predicted speed of the SeedLM Metal kernels, from their instruction counts: the share of memory bandwidth that products
-for one token reach, and the time that the encoder needs.
+"""Predicted speed of the SeedLM Metal kernels, from their instruction counts: the share of memory bandwidth that one
+token's products reach, and the time that the encoder needs.
 
     python benchmarks/metal_seedlm_prediction.py [--rows 4] [--save]
 
@@ -88,18 +88,24 @@ extern "C" float probe(const Problem<{C}>& block, ulong word, const Rounded<{P}>
   return solve<{C}, {P}>(block, word, fit) ? error_of<{C}, {P}>(block, word, rounded) : 0;
 }}""",
     "evaluate": """
-extern "C" void probe(const Problem<{C}>& block, ulong word, Best<{P}>& best) {{ evaluate<{C}, {P}>(block, word, best); }}""",
+extern "C" void probe(const Problem<{C}>& block, ulong word, Best<{P}>& best) {{
+  evaluate<{C}, {P}>(block, word, best);
+}}""",
 }
 KINDS = {
-    "float": ("fadd", "fsub", "fmul", "llvm.fma"),
+    "float": ("fadd", "fsub", "fmul", "llvm.fma", "fcmp", "llvm.maxnum", "llvm.minnum", "llvm.rint", "llvm.nearbyint"),
     "integer": ("and", "or", "xor", "add", "sub", "icmp", "select", "llvm.umin", "llvm.umax", "llvm.smin", "llvm.smax"),
     "slow": ("shl", "lshr", "ashr", "mul", "sitofp", "uitofp", "fptosi"),
     "load": ("load",),
     "store": ("store",),
-    "free": ("fneg", "zext", "sext", "trunc", "bitcast", "getelementptr", "llvm.assume", "ret"),
+    "free": ("fneg", "zext", "sext", "trunc", "bitcast", "getelementptr", "llvm.assume", "ret", "llvm.fabs", "phi"),
+    "branch": ("br", "switch"),
 }
 KIND = {name: kind for kind, names in KINDS.items() for name in names}
 FUNNEL = {"slow": 2, "integer": 1}  # llvm.fshl of two words: two shifts and an OR
+DIVISION = {"float": 8, "slow": 1}  # a reciprocal and the steps to a correctly rounded quotient: assumed
+COPY = 12  # instructions of an entry that a threadgroup copies
+TOGETHER, BLOCKS_A_GROUP, LANES = 4, 32, 32
 
 
 def find_clang():
@@ -112,8 +118,13 @@ def find_clang():
 
 def count(clang, fmt, form, rows):
     """Instructions by kind of the loop body for `rows` rows."""
-    source = re.sub(r"//[^\n]*", "", (ROOT / "metal/seedlm.metal").read_text(encoding="utf-8"))
-    source += PROBE.format(store=FORMATS[fmt][0], form=FORMS[form], rows=rows)
+    probe = PROBE.format(store=FORMATS[fmt][0], form=FORMS[form], rows=rows)
+    return count_ir(compile_probe(clang, "seedlm", probe), straight=True)
+
+
+def compile_probe(clang, family, probe):
+    """LLVM's text form of the function `probe`, compiled with the source of a kernel family."""
+    source = re.sub(r"//[^\n]*", "", (ROOT / f"metal/{family}.metal").read_text(encoding="utf-8")) + probe
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "probe.cpp"
         path.write_text(source)
@@ -123,22 +134,27 @@ def count(clang, fmt, form, rows):
         done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
         sys.exit(f"metal_seedlm_prediction: {done.stderr[:2000]}")
-    return count_ir(re.search(r"^define [^\n]*@probe\(.*?^}", done.stdout, re.MULTILINE | re.DOTALL).group(0))
+    return re.search(r"^define [^\n]*@probe\(.*?^}", done.stdout, re.MULTILINE | re.DOTALL).group(0)
 
 
-def count_ir(text):
-    """Instructions by kind of one function in LLVM's text form; it must be a straight line."""
+def count_ir(text, straight):
+    """Instructions by kind of one function in LLVM's text form, which must be a straight line if `straight`."""
     kinds = Counter()
     for line in text.splitlines()[1:-1]:
-        operation = re.match(r"\s+(?:%\S+ = )?(?:tail call .*?@([\w.]+)|(\w+))", line)
-        if operation is None:
-            sys.exit(f"metal_seedlm_prediction: not a straight line: {line!r}")
+        operation = re.match(r"\s+(?:%\S+ = )?(?:(?:tail )?call .*?@([\w.]+)|(\w+))", line)
+        if operation is None or operation.group(2) in ("br", "phi", "switch"):
+            if straight:
+                sys.exit(f"metal_seedlm_prediction: not a straight line: {line!r}")
+            if operation is None:
+                continue
         name = operation.group(2) or re.sub(r"\.[fi]\d+$", "", operation.group(1))
         if name in ("llvm.fshl", "llvm.fshr"):
             kinds.update(FUNNEL)
+        elif name == "fdiv":
+            kinds.update(DIVISION)
         elif name in KIND:
             kinds[KIND[name]] += 1
-        else:
+        elif not name.startswith("llvm."):  # memset, lifetimes: variables that are registers on a GPU
             sys.exit(f"metal_seedlm_prediction: an instruction that is in no table: {line!r}")
     return kinds
 
@@ -178,6 +194,95 @@ def predict(counts, fmt, chip):
     }
 
 
+# ---- The encoder ----------------------------------------------------------------------------------------------------
+
+
+def survivors(fmt, blocks=64):
+    """Means a block of Gaussian weights: classes visited again, batches of 32 evaluations, seeds evaluated."""
+    weight = np.random.default_rng(0).standard_normal((blocks // 2, 2 * fmt.columns)).astype(np.float32)
+    problem = search.problem(fmt, weight, None, -2)
+    states, inverse = search._tables(fmt, problem.metric.tobytes())
+    energy = np.zeros((blocks, search.SEEDS + 1), np.float32)
+    energy[:, :-1] = search._energies(states, inverse, problem.metric * problem.scaled)
+    best = search.Best.zeros(fmt, problem)
+    norm = best.error.copy()
+    first = energy.argmax(1)
+    search._evaluate(fmt, problem, np.arange(blocks), search.cycle()[first].astype(np.int64), True, best)
+    over = energy > ((1 - search.SLACK) * norm - best.error)[:, None]
+    seeds = over.sum(1)
+    return over.reshape(blocks, -1, 64).any(2).sum(1).mean(), (1 + np.ceil(seeds / LANES)).mean(), seeds.mean()
+
+
+def encoder_counts(clang, name):
+    """Instructions by kind: of the scan for a block and seed, of a visited class and of an evaluation for a lane."""
+    C, P = BLOCK_FORMATS[name].columns, BLOCK_FORMATS[name].states
+    found = {}
+    for part, probe in ENCODER_PROBES.items():
+        text = compile_probe(clang, "seedlm_encode", probe.format(C=C, P=P))
+        found[part] = count_ir(text, straight=part in ("scan", "visit"))
+    entries = P * (P + 1) // 2
+    scan = found["scan"]
+    scan["load"] = C + entries  # the others are of registers
+    scan["integer"] += COPY * entries / 8
+    scan = {kind: scan[kind] / TOGETHER for kind in ("float", "integer", "slow", "load")}
+    node = {kind: (found["evaluate"][kind] - found["solve"][kind]) / (2 * P) for kind in KINDS}
+    nodes = 2 * sum(3 ** (level + 1) for level in range(P))
+    evaluation = {kind: found["solve"][kind] + nodes * max(0, node[kind]) for kind in ("float", "integer", "slow")}
+    evaluation["load"] = 1
+    visit = {kind: 2 * found["visit"][kind] for kind in ("float", "integer", "slow", "load")}  # two seeds a lane
+    return scan, visit, evaluation
+
+
+def predict_encoder(clang, name):
+    """One sample: counts, and PREDICTED seconds for the linear layers of SmolLM2-135M."""
+    fmt = BLOCK_FORMATS[name]
+    scan, visit, evaluation = encoder_counts(clang, name)
+    visits, batches, seeds = survivors(fmt)
+    blocks, predicted = WEIGHTS / fmt.columns, []
+    for chip, (tflops, bandwidth) in CHIPS.items():
+        scanned = (search.SEEDS + 1) * cycles(scan, chip)
+        chosen = LANES * (visits * cycles(visit, chip) + batches * cycles(evaluation, chip))
+        seconds = blocks * (scanned + chosen) / (tflops * 1e12 / 2)
+        seconds = max(seconds, blocks * 2 * 4096 / (bandwidth * 1e9))  # the maxima, written and read
+        predicted.append(
+            {
+                "chip": chip,
+                "predicted_seconds": round(seconds, 1),
+                "predicted_mweights_per_s": round(WEIGHTS / seconds / 1e6, 2),
+                "share_of_the_scan": round(scanned / (scanned + chosen), 2),
+            }
+        )
+    return {
+        "format": name,
+        "weights": WEIGHTS,
+        "mflop_a_block": round((search.SEEDS + 1) * 2 * scan["float"] / 1e6, 2),
+        "kib_a_block": {
+            "maxima": 8,
+            "tables, of 32 blocks": round(4 * 64 * (1 + fmt.states * (fmt.states + 1) / 2) / 32),
+        },
+        "scan_instructions": {kind: round(value, 2) for kind, value in scan.items()},
+        "evaluation_instructions": {kind: round(value) for kind, value in evaluation.items()},
+        "visited_classes": round(float(visits), 1),
+        "evaluated_seeds": round(float(seeds), 1),
+        "evaluation_batches": round(float(batches), 2),
+        "predicted": predicted,
+    }
+
+
+def print_encoder(samples):
+    print("The encoder\n\n| format | MFLOP a block | classes visited | seeds evaluated |\n|---|---|---|---|")
+    for s in samples:
+        print(f"| {s['format']} | {s['mflop_a_block']} | {s['visited_classes']} | {s['evaluated_seeds']} |")
+    print("\nPREDICTED seconds for SmolLM2-135M, data-free\n")
+    print(f"| format | {' | '.join(CHIPS)} |\n|---|{'---|' * len(CHIPS)}")
+    for s in samples:
+        print(f"| {s['format']} | " + " | ".join(f"{p['predicted_seconds']:.0f}" for p in s["predicted"]) + " |")
+    print()
+
+
+# ---- The report -----------------------------------------------------------------------------------------------------
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, default=4, help="rows a simdgroup computes, which share the work on x")
@@ -202,7 +307,9 @@ def main():
             sample["instructions_per_weight"] = {kind: round(value, 3) for kind, value in counts.items()}
             sample["predicted"] = [predict(counts, fmt, chip) for chip in CHIPS]
             results["samples"].append(sample)
+    results["encoder"] = [predict_encoder(clang, name) for name in FORMATS]
     print_tables(results)
+    print_encoder(results["encoder"])
     if options.save:
         path = ROOT / "benchmarks/results/predicted-M1-to-M4-metal-seedlm.json"
         path.write_text(json.dumps(results, indent=1) + "\n")
