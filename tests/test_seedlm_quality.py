@@ -193,6 +193,9 @@ def test_the_readme_gets_the_table_between_its_marks(tmp_path):
     assert "| SeedLM 4 aware | 4.250 | 100.0 | 20.00 | 0.1000 | 90.0% |" in first
     report.write_readme(found, readme, picture)
     assert readme.read_text() == first
+    del found["single layers"]
+    report.write_readme(found | {"not measured": {"mlx-lm DWQ 3 g64": "no time"}}, readme, picture)
+    assert "- mlx-lm DWQ 3 g64: not measured: no time." in readme.read_text()
 
 
 def test_the_projects_readme_holds_saved_results():

@@ -57,8 +57,10 @@ def targets(document: dict) -> list[str]:
 
 
 def layers(document: dict) -> str:
-    """Markdown: the relative errors of single layers, a column for each arm."""
-    kinds = document["single layers"]
+    """Markdown: the relative errors of single layers, a column for each arm; nothing where they are not there yet."""
+    kinds = document.get("single layers")
+    if not kinds:
+        return ""
     names = list(next(iter(kinds.values())))
     lines = ["| weights | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
     lines += [f"| {kind} | " + " | ".join(f"{e[name]:.3f}" for name in names) + " |" for kind, e in kinds.items()]
@@ -73,7 +75,12 @@ def how(document: dict) -> list[str]:
             facts = [f"{key.replace('_', ' ')} {value}" for key, value in made.items() if key != "types"]
             facts += [", ".join(f"{share:.0%} {kind}" for kind, share in made.get("types", {}).items())]
             lines.append(f"{name}: {'; '.join(filter(None, facts))}")
-    return lines + [f"{name}: not measured: {why}" for name, why in document.get("not measured", {}).items()]
+    return lines + absent(document)
+
+
+def absent(document: dict) -> list[str]:
+    """A line for each arm that could not be had."""
+    return [f"{name}: not measured: {why}" for name, why in document.get("not measured", {}).items()]
 
 
 def text(document: dict) -> str:
@@ -88,9 +95,12 @@ def write_readme(document: dict, readme: Path, picture: Path) -> None:
         raise SystemExit(f"{readme}: wanted one {BEGIN.strip()} and one {END.strip()}")
     head, rest = found.split(BEGIN)
     shown = [f"![bits a weight against KL divergence]({picture.relative_to(readme.parent)})", table(document)]
-    shown += ["\n".join(f"- {line[0].upper()}{line[1:]}." for line in targets(document)), layers(document)]
+    lines = [*targets(document), *absent(document)]
+    shown += ["\n".join(f"- {line}." for line in lines), layers(document)]
     partial = readme.with_name(f"partial-{readme.name}")
-    partial.write_text(head + BEGIN + "\n" + "\n\n".join(shown) + "\n\n" + END + rest.split(END)[1], encoding="utf-8")
+    partial.write_text(
+        head + BEGIN + "\n" + "\n\n".join(filter(None, shown)) + "\n\n" + END + rest.split(END)[1], encoding="utf-8"
+    )
     partial.replace(readme)
 
 
