@@ -22,20 +22,22 @@ from .measures import Reader
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 CALIBRATION = ROOT / "convert" / "calibration.txt"
-CLOSED_FORM = ("lp:0.75", "lp:0.50", "lp:0.25", "layers:0-14")
+CLOSED_FORM = ("lp:0.75", "lp:0.50", "lp:0.25", "layers:0-14", "lp:0.50 hidden")  # "hidden": what the maps read
 FRACTIONS = ("0.75", "0.50", "0.25")
 LENGTH, SEED = 512, 0  # tokens of a piece; of the base's own text
 KEEPS = (16, 64)
 
 
-def make(auxiliary: str, model: str, work: Path, tokens: int) -> Path:
-    """The closed-form pair of `--aux auxiliary`, fitted on `tokens` tokens unless it is there."""
-    folder = work / re.sub(r"[^\w.]+", "-", f"{auxiliary}-{tokens}")
+def make(recipe: str, model: str, work: Path, tokens: int) -> Path:
+    """The closed-form pair of `recipe`, one of CLOSED_FORM, fitted on `tokens` tokens unless it is there."""
+    folder = work / re.sub(r"[^\w.]+", "-", f"{recipe}-{tokens}")
     if not folder.exists():
+        auxiliary, _, inputs = recipe.partition(" ")
         options = ["--aux", auxiliary, "--out", folder, "--text", _text(model, work, tokens), "--tokens", tokens]
+        options += ["--inputs", inputs] if inputs else []
         code = mlxeff(["fit", "kv-predictor", model, *map(str, options), "--length", str(LENGTH)])
         if code:
-            raise MlxeffError(f"kvp_quality: fitting {auxiliary} failed")
+            raise MlxeffError(f"kvp_quality: fitting {recipe} failed")
     return folder
 
 
@@ -89,7 +91,8 @@ def auxiliary_of(folder: Path, base: Loaded):
 
 
 def _fused(model):
-    fuse(model)
+    if model._fused is None:
+        fuse(model)
     return model
 
 

@@ -10,6 +10,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map_with_path
 
 from ..decode import prefill
+from ..kv_pairs import fused_like
 from ..kvprediction import Predictor, predict
 from ..kvprediction.flops import parameters, ttft_flops
 from ..kvprediction.predict import predicted_range
@@ -38,11 +39,13 @@ class Arm:
         return predict(self.auxiliary, self.predictor, self.base, tokens, cache, step_size, self.keep, self.sinks)
 
     def prepare(self) -> None:
-        """Compute the weights, and give the base its fused form where it applies and is missing."""
+        """Compute the weights, and give the models their fused form where it applies and is missing."""
         for module in self.modules:
             mx.eval(module.parameters())
         if native_for() and self.base._fused is None:
             fuse(self.base)
+        if self.auxiliary is not None and self.auxiliary._fused is None:
+            fused_like(self.auxiliary, self.base)
 
     @property
     def modules(self) -> list[nn.Module]:
