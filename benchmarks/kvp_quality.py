@@ -141,7 +141,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--only", nargs="+", default=[], metavar="WORD", help="arms whose name has one of these words")
     parser.add_argument("--tokens", type=int, default=8192, help="to fit closed-form pairs on")
-    parser.add_argument("--windows", type=int, default=32)
+    parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--prompt", type=int, default=512, help="tokens of a window that are read")
     parser.add_argument("--continuation", type=int, default=128, help="tokens of a window that are scored")
     parser.add_argument("--phase", nargs="+", choices=PHASES, default=PHASES[:2], help="default: the quality")
