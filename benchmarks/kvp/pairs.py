@@ -22,7 +22,7 @@ from .measures import Reader
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 CALIBRATION = ROOT / "convert" / "calibration.txt"
-CLOSED_FORM = ("lp:0.75", "lp:0.50", "lp:0.25", "layers:0-14", "lp:0.50 hidden")  # "hidden": what the maps read
+CLOSED_FORM = ("lp:0.75", "lp:0.50", "lp:0.25", "layers:0-14", "lp:0.50 own")  # own: what the maps read
 FRACTIONS = ("0.75", "0.50", "0.25")
 LENGTH, SEED = 512, 0  # tokens of a piece; of the base's own text
 KEEPS = (16, 64)
@@ -34,7 +34,7 @@ def make(recipe: str, model: str, work: Path, tokens: int) -> Path:
     if not folder.exists():
         auxiliary, _, inputs = recipe.partition(" ")
         options = ["--aux", auxiliary, "--out", folder, "--text", _text(model, work, tokens), "--tokens", tokens]
-        options += ["--inputs", inputs] if inputs else []
+        options += ["--inputs", inputs or "hidden"]
         code = mlxeff(["fit", "kv-predictor", model, *map(str, options), "--length", str(LENGTH)])
         if code:
             raise MlxeffError(f"kvp_quality: fitting {recipe} failed")
