@@ -94,27 +94,24 @@ void round_to_int8(const float* x, int count, int bits, int8_t* out, float* scal
   *sum = *scale * MLXEFF_ISA::sum(__builtin_convertvector(total, vf));
 }
 
-// x = xd * scale, rounded to nearest, with |xd| as large as three signed bytes allow. A group that is not finite is NaN.
-void round_to_digits(const float* x, int count, int32_t* out, float* scale, float* sum) {
+// x = xd * scale, rounded to nearest, with |xd| as large as three signed bytes allow; where all x are below 2^-100, as if one were not.
+// `not_zero` is not 0 any more where an x is not finite.
+void round_to_digits(const float* x, int count, int32_t* out, float* scale, float* sum, vf* not_zero) {
   constexpr float limit = 8355700;
-  vf most = zero(), difference = zero();
+  vf most = broadcast(0x1p-100f);
+  for (int k = 0; k < count; k += VL) most = max(most, abs(load(x + k)));
+  const float largest = max(most);
+  const vf inverse = broadcast(limit / largest);
+  vi total = {};
   for (int k = 0; k < count; k += VL) {
-    const vf v = load(x + k);
-    most = max(most, abs(v));
-    difference += v - v;
-  }
-  const bool finite = MLXEFF_ISA::sum(difference) == 0;
-  const float largest = max(most), up = largest < 0x1p-90f ? 0x1p60f : 1;  // limit / largest would be infinite
-  const vf inverse = broadcast(finite && largest > 0 ? limit / (largest * up) : 0);
-  int32_t total = 0;
-  for (int k = 0; k < count; k += VL) {
-    const vf v = finite ? load(x + k) * up * inverse : zero();
-    const vi rounded = __builtin_convertvector(v + (v < 0 ? broadcast(-0.5f) : broadcast(0.5f)), vi);
+    *not_zero += load(x + k) - load(x + k);
+    const vf v = load(x + k) * inverse, half = (vf)(((vu)v & 0x80000000u) | float_to_bits(0.5f));
+    const vi rounded = __builtin_convertvector(v + half, vi);
+    total += rounded;
     memcpy(out + k, &rounded, sizeof rounded);
   }
-  for (int k = 0; k < count; ++k) total += out[k];
-  *scale = finite ? largest / limit : MLXEFF_ISA::sum(difference);
-  *sum = *scale * float(total);
+  *scale = largest / limit;
+  *sum = *scale * MLXEFF_ISA::sum(__builtin_convertvector(total, vf));
 }
 
 // The forms that the kernels of qmatmul_row.h read; x_sum and x_scale end with zeros up to a whole vector.
@@ -124,6 +121,7 @@ void prepare_one_row(const QmmArgs& args) {
   const bool int8 = args.mode == MLXEFF_COMPUTE_INT8;
   if (int8 || by_digits<bits>) memset(args.x_int8, 0, size_t(round_up(K, row_padding) * (int8 ? 1 : digits)));
   else arrange_exact<bits>(args.x, args.x_dtype, K, const_cast<float*>(args.x_f32));
+  vf not_zero = zero();
   for (int64_t g = 0; g < groups; ++g) {
     float values[128];
     to_floats(values, static_cast<const char*>(args.x) + g * group * int64_t(dtype_size(args.x_dtype)), args.x_dtype, group);
@@ -133,7 +131,7 @@ void prepare_one_row(const QmmArgs& args) {
       for (int64_t i = 0; i < group; i += 32) arrange_int8<bits>(rounded + i, g * group + i, args.x_int8);
     } else if (by_digits<bits>) {
       int32_t rounded[128];
-      round_to_digits(values, int(group), rounded, args.x_scale + g, args.x_sum + g);
+      round_to_digits(values, int(group), rounded, args.x_scale + g, args.x_sum + g, &not_zero);
       for (int64_t i = 0; i < group; i += 32) arrange_digits<bits>(rounded + i, g * group + i, args.x_int8);
     } else {
       vf total = zero();
@@ -141,6 +139,8 @@ void prepare_one_row(const QmmArgs& args) {
       args.x_sum[g] = sum(total);
     }
   }
+  const float poison = sum(not_zero);
+  for (int64_t g = 0; poison != 0 && g < groups; ++g) args.x_sum[g] = args.x_scale[g] = poison;
   for (int64_t g = groups; g % VL != 0; ++g) {
     args.x_sum[g] = 0;
     if (int8 || by_digits<bits>) args.x_scale[g] = 0;

@@ -249,36 +249,46 @@ static void arrange_exact(const void* x, int dtype, int64_t K, float* out) {
       for (int lane = 0; lane < VL; ++lane) out[j * VL + lane] = natural[lane * per_word + j];
   }
 }
-// 32 bytes to 16 with even and 16 with odd index.
-MLXEFF_INLINE void split_even_odd(const int8_t* natural, int8_t* even, int8_t* odd) {
-  typedef int8_t Bytes __attribute__((vector_size(32)));
-  Bytes v;
-  memcpy(&v, natural, 32);
-  v = __builtin_shufflevector(v, v, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
-  memcpy(even, &v, 16);
-  memcpy(odd, reinterpret_cast<const char*>(&v) + 16, 16);
+// The lanes with even and with odd index of two vectors, one after the other.
+#if defined(__AVX512F__)
+MLXEFF_INLINE vu even_lanes(vu a, vu b) { return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30); }
+MLXEFF_INLINE vu odd_lanes(vu a, vu b) { return __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31); }
+#elif defined(__AVX2__)
+MLXEFF_INLINE vu even_lanes(vu a, vu b) { return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14); }
+MLXEFF_INLINE vu odd_lanes(vu a, vu b) { return __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15); }
+#else
+MLXEFF_INLINE vu even_lanes(vu a, vu b) { return __builtin_shufflevector(a, b, 0, 2, 4, 6); }
+MLXEFF_INLINE vu odd_lanes(vu a, vu b) { return __builtin_shufflevector(a, b, 1, 3, 5, 7); }
+#endif
+
+// out [byte, highest first][step] = the three bytes of values of 24 bits. Adding 0x8080 carries out of the lower bytes as if they were
+// signed.
+MLXEFF_INLINE void store_digits(vu values, int8_t* out, int64_t step) {
+  typedef int8_t Bytes __attribute__((vector_size(16)));
+  const vu carried = (values + 0x8080u) ^ 0x8080u;
+#pragma GCC unroll 4
+  for (int lane = 0; lane < VL; lane += 4) {
+    Bytes b;
+    memcpy(&b, reinterpret_cast<const char*>(&carried) + lane * 4, sizeof b);
+    b = __builtin_shufflevector(b, b, 2, 6, 10, 14, 1, 5, 9, 13, 0, 4, 8, 12, 3, 7, 11, 15);
+#pragma GCC unroll 3
+    for (int d = 0; d < digits; ++d) memcpy(out + d * step + lane, reinterpret_cast<const char*>(&b) + d * 4, 4);
+  }
 }
-// 32 values of 24 bits, from k on, put where row_digits meets them. Adding 0x8080 carries out of the lower bytes as if they were signed.
+
+// 32 values of 24 bits, from k on, put where row_digits meets them.
 template <int bits>
 static void arrange_digits(const int32_t* values, int64_t k, int8_t* out) {
-  typedef int8_t Lanes __attribute__((vector_size(VL)));
-  constexpr int step = exact_step<bits>;
-#pragma GCC unroll 3
-  for (int d = 0; d < digits; ++d) {
-    int8_t natural[32];
-#pragma GCC unroll 8
-    for (int i = 0; i < 32; i += VL) {
-      vu v;
-      memcpy(&v, values + i, sizeof v);
-      const Lanes bytes = __builtin_convertvector(((v + 0x8080u) ^ 0x8080u) >> (16 - 8 * d), Lanes);
-      memcpy(natural + i, &bytes, VL);
-    }
+  constexpr int step = exact_step<bits>, taken = bits == 4 ? 2 * VL : VL;
+  for (int i = 0; i < 32; i += taken) {
+    int8_t* const vector = out + (k + i) / step * digits * step;
+    vu v[taken / VL];
+    memcpy(v, values + i, sizeof v);
     if constexpr (bits == 4) {
-      int8_t* const even = out + k / step * digits * step + d * step + k % step / 2;
-      split_even_odd(natural, even, even + step / 2);
+      store_digits(even_lanes(v[0], v[1]), vector + (k + i) % step / 2, step);
+      store_digits(odd_lanes(v[0], v[1]), vector + (k + i) % step / 2 + step / 2, step);
     } else {
-      constexpr int taken = step < 32 ? step : 32;
-      for (int i = 0; i < 32; i += taken) memcpy(out + (k + i) / step * digits * step + d * step + (k + i) % step, natural + i, taken);
+      store_digits(v[0], vector + (k + i) % step, step);
     }
   }
 }
@@ -291,7 +301,7 @@ static void arrange_int8(const int8_t* natural, int64_t k, int8_t* out) {
   }
   constexpr int step = BL * 8;
   int8_t* const even = out + k / step * step + k % step / 2;
-  split_even_odd(natural, even, even + step / 2);
+  for (int i = 0; i < 16; ++i) even[i] = natural[2 * i], even[step / 2 + i] = natural[2 * i + 1];
 }
 
 template <int bits, int group, class T>
