@@ -23,6 +23,7 @@ import time
 from pathlib import Path
 from statistics import median
 
+os.environ["OPENBLAS_NUM_THREADS"] = "1"  # read by numpy when it is imported
 import mlx.core as mx
 import numpy as np
 
