@@ -8,6 +8,7 @@ MLX gives it, whatever is asked. An arm whose model or peer is not there is left
 
 import argparse
 import json
+import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from statistics import median
 from mlxeff.hub.catalog import cache_dir
 from peers import checkpoints
 from peers.install import install
-from peers.measure import Measurer
+from peers.measure import Measurer, reason
 from peers.table import FOUR, GENERATED
 
 DEPTH = 512  # tokens of the prompt: time to the first token, decoded tokens a second after it
@@ -57,7 +58,8 @@ def arms(seeds: list[Path], folder: Path) -> list[Arm]:
 
 
 def measure(seeds: list[Path], threads: list[int], rounds: int, folder: Path | None = None) -> list[dict]:
-    """One sample a round, number of threads and arm: seconds to the first token, tokens a second after it (lists)."""
+    """One sample a round, number of threads and arm: seconds to the first token, tokens a second after it (lists); or
+    `error`, one line."""
     folder = folder or cache_dir().with_name("mlxeff-peers")
     folder.mkdir(parents=True, exist_ok=True)
     chosen, measurer, samples = arms(seeds, folder), Measurer(folder, {}, {}, LIMIT), []
@@ -68,16 +70,28 @@ def measure(seeds: list[Path], threads: list[int], rounds: int, folder: Path | N
                     continue
                 task = {"task": "speed", "engine": arm.engine, "path": str(arm.path), "options": arm.options}
                 task |= {"threads": count, "depth": DEPTH, "generate": GENERATED}
-                found = measurer.run_task(task, arm.python)
-                samples.append({"arm": arm.name, "threads": count, "round": number, **found})
+                samples.append({"arm": arm.name, "threads": count, "round": number, **run(measurer, task, arm)})
     return samples
+
+
+def run(measurer: Measurer, task: dict, arm: Arm) -> dict:
+    """What the process measured, or why it did not."""
+    try:
+        return measurer.run_task(task, arm.python)
+    except subprocess.TimeoutExpired:
+        error = f"no answer in {LIMIT:g} s"
+    except subprocess.CalledProcessError as failure:
+        error = reason(failure)
+    print(f"{arm.name}: {error}", file=sys.stderr)
+    return {"error": error}
 
 
 def table(samples: list[dict]) -> str:
     """Medians over rounds and repetitions."""
     lines = [f"{'model':<34} {'threads':>7} {'TTFT ' + str(DEPTH) + ', s':>12} {'decode tok/s':>13}"]
-    for arm, threads in dict.fromkeys((s["arm"], s["threads"]) for s in samples):
-        own = [s for s in samples if (s["arm"], s["threads"]) == (arm, threads)]
+    complete = [s for s in samples if "error" not in s]
+    for arm, threads in dict.fromkeys((s["arm"], s["threads"]) for s in complete):
+        own = [s for s in complete if (s["arm"], s["threads"]) == (arm, threads)]
         ttft, decode = (median(v for s in own for v in s[key]) for key in ("ttft_s", "decode_tps"))
         lines.append(f"{arm:<34} {threads:>7} {ttft:>12.3f} {decode:>13.1f}")
     return "\n".join(lines)

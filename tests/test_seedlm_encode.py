@@ -220,7 +220,7 @@ def test_metric_of_ones_is_plain_and_a_metric_lowers_its_own_error():
 @pytest.mark.parametrize("dominant", [1, 2])
 @pytest.mark.parametrize("name", NAMES)
 def test_columns_that_dominate_leave_the_others_a_seed(name, dominant):
-    """Inputs of massive activations weigh a column 10⁴ times and more. Plain blocks miss 0.09 to 0.25 of the weights."""
+    """Massive activations weigh a column 10⁴ times and more. Plain blocks miss 0.09 to 0.25 of the weights."""
     fmt = FORMATS[name]
     weights = np.random.default_rng(17).standard_normal((32, fmt.columns)).astype(np.float32)
     for ratio in (1e3, 1e5, 1e8):
