@@ -84,6 +84,8 @@ def test_the_converted_model_is_the_decoded_one(tiny, tmp_path, bits):
     # Sums of the same numbers in another order, two layers deep.
     assert_close(logits(loaded.model), logits(dense), bits, rtol=2.0**-14)
     assert report.encoding["errors"].keys() == set(names)
+    assert report.encoding["encoder"] == loaded.backend
+    assert f"encoder    {loaded.backend}" in report.lines()
     assert 0.05 < np.mean(list(report.encoding["errors"].values())) < {"3": 0.24, "4": 0.13, "4.5": 0.09}[bits]
 
 
