@@ -4,6 +4,8 @@ import json
 import math
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import gguf
@@ -129,6 +131,15 @@ def test_a_worker_that_fails_leaves_nothing(tmp_path):
     with pytest.raises(MlxeffError, match=r"quality\.nothing: ended with 1"):
         process.make(tmp_path / "place", "quality.nothing", {}, 600)
     assert not (tmp_path / "place").exists()
+
+
+def test_two_runs_fill_a_folder_once(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(process, "run", lambda *task: calls.append(task) or time.sleep(0.2) or {"cpu_s": 1.0})
+    with ThreadPoolExecutor() as pool:
+        notes = list(pool.map(lambda _: process.make(tmp_path / "place", "module", {}, 1), range(3)))
+    assert len(calls) == 1
+    assert notes[0] == notes[1] == notes[2]
 
 
 def test_a_worker_has_its_limit(tmp_path):

@@ -1,6 +1,7 @@
 """A worker in a process of its own, low in priority, with a limit of CPU time: the machine may be shared, so the clock
 says little. Its folder is renamed when it is complete."""
 
+import fcntl
 import json
 import os
 import resource
@@ -21,18 +22,26 @@ NOTE = "made.json"
 def make(place: Path, module: str, task: dict, limit: float, python: str = sys.executable) -> dict:
     """Fill the folder `place` by `python -m module`, which reads the task, with `destination`; what the worker said.
 
-    Does nothing where the folder is there. Raises MlxeffError for a worker that fails or takes too many CPU seconds.
+    Does nothing where the folder is there; waits where another process is filling it. Raises MlxeffError for a worker
+    that fails or takes too many CPU seconds.
     """
-    if not place.exists():
-        partial = place.with_name(f"partial-{place.name}")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        began = time.monotonic()
-        note = run(module, task | {"destination": str(partial)}, limit, python)
-        note |= {"cpu_s": round(note["cpu_s"]), "clock_s": round(time.monotonic() - began)}
-        (partial / NOTE).write_text(json.dumps(note, indent=1) + "\n")
-        partial.rename(place)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with open(place.parent / f".{place.name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not place.exists():
+            fill(place, module, task, limit, python)
     return json.loads((place / NOTE).read_text())
+
+
+def fill(place: Path, module: str, task: dict, limit: float, python: str) -> None:
+    partial = place.with_name(f"partial-{place.name}")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    began = time.monotonic()
+    note = run(module, task | {"destination": str(partial)}, limit, python)
+    note |= {"cpu_s": round(note["cpu_s"]), "clock_s": round(time.monotonic() - began)}
+    (partial / NOTE).write_text(json.dumps(note, indent=1) + "\n")
+    partial.rename(place)
 
 
 def run(module: str, task: dict, limit: float, python: str) -> dict:
