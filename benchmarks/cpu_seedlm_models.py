@@ -3,7 +3,7 @@
     python benchmarks/cpu_seedlm_models.py [--seeds FOLDER ...]     # alone; `cpu_seedlm.py` does this after the kernels
 
 Every measurement is a process of `peers.worker`; the arms take turns, round by round. mlx-lm runs on as many threads as
-MLX gives it, whatever is asked. An arm whose model or peer is not there is left out, with a line.
+MLX gives it, whatever is asked, and once: it takes minutes. An arm whose model or peer is not there is left out, with a line.
 """
 
 import argparse
@@ -51,7 +51,10 @@ def arms(seeds: list[Path], folder: Path) -> list[Arm]:
         found.append(Arm(f"mlxeff {mode}, affine 4-bit", "mlxeff", files.gguf, options))
     found.append(Arm("mlx-lm, affine 4-bit", "mlx-lm", files.mlx, {}, threaded=False))
     if llama.present:
-        found.append(Arm("llama.cpp, Q4_0", llama.engine, files.q4_0, {"flash_attention": True}, llama.python))
+        found += [
+            Arm(f"llama.cpp Q4_0, {kind} attention", llama.engine, files.q4_0, {"flash_attention": flash}, llama.python)
+            for kind, flash in (("flash", True), ("plain", False))
+        ]
     for missing in (arm for arm in found if not arm.path.exists()):
         print(f"{missing.name}: not measured: there is no {missing.path}", file=sys.stderr)
     return [arm for arm in found if arm.path.exists()]
@@ -66,7 +69,7 @@ def measure(seeds: list[Path], threads: list[int], rounds: int, folder: Path | N
     for number in range(rounds):
         for count in threads:
             for arm in chosen:
-                if not arm.threaded and count != max(threads):
+                if not arm.threaded and (number or count != max(threads)):
                     continue
                 task = {"task": "speed", "engine": arm.engine, "path": str(arm.path), "options": arm.options}
                 task |= {"threads": count, "depth": DEPTH, "generate": GENERATED}
