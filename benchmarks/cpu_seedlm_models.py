@@ -3,7 +3,8 @@
     python benchmarks/cpu_seedlm_models.py [--seeds FOLDER ...]     # alone; `cpu_seedlm.py` does this after the kernels
 
 Every measurement is a process of `peers.worker`; the arms take turns, round by round. mlx-lm runs on as many threads as
-MLX gives it, whatever is asked, and once: it takes minutes. An arm whose model or peer is not there is left out, with a line.
+MLX gives it, whatever is asked, and once: it takes minutes. An arm whose model or peer is not there is left out, with a
+line.
 """
 
 import argparse
