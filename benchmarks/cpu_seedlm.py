@@ -226,7 +226,7 @@ def main():
 
 def save(document):
     """Write results/<processor>-cpu-seedlm-mlx-<version>.json."""
-    name = f"{document['processor'].replace(' ', '-')}-cpu-seedlm-mlx-{mx.__version__}.json"
+    name = f"{document['processor'].replace('(R)', '').replace(' ', '-')}-cpu-seedlm-mlx-{mx.__version__}.json"
     path = Path(__file__).parent / "results" / name
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(document, indent=1) + "\n")

@@ -78,7 +78,7 @@ def measure(truth: Truth, model, windows) -> dict:
 
 def stem() -> Path:
     """Of the result files of this machine."""
-    return HERE / "results" / f"{card.machine()['cpu'].replace(' ', '-')}-seedlm-quality"
+    return HERE / "results" / f"{card.machine()['cpu'].replace('(R)', '').replace(' ', '-')}-seedlm-quality"
 
 
 def saved() -> dict:
