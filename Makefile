@@ -77,7 +77,7 @@ arm-check: $(VENV)/.installed-dev
 	$(CONFIGURE) -B build/arm -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++
 	$(BIN)/ninja -C build/arm --quiet mlxeff_driver
 	for cpu in cortex-a72 neoverse-n1 max; do \
-	  qemu-aarch64 -L /usr/aarch64-linux-gnu -cpu $$cpu build/arm/mlxeff_driver nofork || exit 1; \
+	  qemu-aarch64 -L /usr/aarch64-linux-gnu -cpu $$cpu build/arm/mlxeff_driver nofork quick || exit 1; \
 	done
 
 # No illegal instruction on x86-64 without AVX2 and without AVX-512.
