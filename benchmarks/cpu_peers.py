@@ -13,13 +13,13 @@ import contextlib
 import fcntl
 import hashlib
 import json
-import re
 import signal
 import subprocess
 import sys
 from pathlib import Path
 from statistics import median
 
+import saving
 from mlxeff.checkpoint import open_source
 from mlxeff.errors import MlxeffError
 from mlxeff.generation import prompt_ids
@@ -28,7 +28,7 @@ from mlxeff.tokenizer import from_gguf
 from peers import checkpoints
 from peers.card import card, cores, current_commit, identity, versions
 from peers.install import PEERS, Peer, install, recorded
-from peers.measure import COLD_PROMPT, ROOT, Measurer, Samples, environment, last_line, needed, reason, worker_command
+from peers.measure import COLD_PROMPT, Measurer, Samples, environment, last_line, needed, reason, worker_command
 from peers.report import Results, report
 from peers.table import FOUR, GENERATED, Job, jobs
 
@@ -203,11 +203,8 @@ def locked(folder: Path):
 
 def save(results: dict) -> None:
     """Write benchmarks/results/<cpu>-cpu-peers-mlx-<version>.json."""
-    chip = re.sub(r"[^A-Za-z0-9.]+", "-", results["card"]["cpu"].replace("(R)", "")).strip("-")
-    path = ROOT / "benchmarks/results" / f"{chip}-cpu-peers-mlx-{results['card']['mlx']}.json"
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(results, indent=1) + "\n")
-    partial.replace(path)
+    path = saving.result_path(results["card"]["cpu"], f"cpu-peers-mlx-{results['card']['mlx']}.json")
+    saving.write_json(results, path)
     print(f"written: {path}", file=sys.stderr)
 
 

@@ -28,6 +28,7 @@ import mlx.core as mx
 import numpy as np
 
 import cpu_seedlm_models
+import saving
 from cpu_matmul import median_time, read_bandwidth, sgemm_rate
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
@@ -226,11 +227,7 @@ def main():
 
 def save(document):
     """Write results/<processor>-cpu-seedlm-mlx-<version>.json."""
-    name = f"{document['processor'].replace('(R)', '').replace(' ', '-')}-cpu-seedlm-mlx-{mx.__version__}.json"
-    path = Path(__file__).parent / "results" / name
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(document, indent=1) + "\n")
-    partial.replace(path)
+    saving.write_json(document, saving.result_path(document["processor"], f"cpu-seedlm-mlx-{mx.__version__}.json"))
 
 
 def processor():

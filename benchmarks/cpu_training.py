@@ -19,6 +19,8 @@ import sys
 import time
 from pathlib import Path
 
+import saving
+
 ROOT = Path(__file__).resolve().parent.parent
 ARMS = {
     "native": {},
@@ -43,9 +45,8 @@ def main():
     results = {"card": card(), "samples": measure(options)}
     print_table(results)
     if options.save:
-        chip = results["card"]["cpu"].replace(" ", "-").replace("(R)", "")
-        path = ROOT / "benchmarks/results" / f"{chip}-cpu-training-mlx-{results['card']['mlx']}.json"
-        path.write_text(json.dumps(results, indent=1) + "\n")
+        name = f"cpu-training-mlx-{results['card']['mlx']}.json"
+        saving.write_json(results, saving.result_path(results["card"]["cpu"], name))
     print(json.dumps(results))
 
 

@@ -26,6 +26,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
+import saving
 from mlxeff import hub
 from mlxeff.errors import MlxeffError
 from mlxeff.loading import load_path
@@ -78,7 +79,7 @@ def measure(truth: Truth, model, windows) -> dict:
 
 def stem() -> Path:
     """Of the result files of this machine."""
-    return HERE / "results" / f"{card.machine()['cpu'].replace('(R)', '').replace(' ', '-')}-seedlm-quality"
+    return saving.result_path(card.machine()["cpu"], "seedlm-quality")
 
 
 def saved() -> dict:
@@ -93,9 +94,7 @@ def write(document: dict, add: bool) -> None:
     path = stem().with_suffix(".json")
     if add and path.exists():
         document["arms"] = saved()["arms"] | document["arms"]
-    partial = path.with_name(f"partial-{path.name}")
-    partial.write_text(json.dumps(document, indent=1) + "\n")
-    partial.replace(path)
+    saving.write_json(document, path)
 
 
 def begun(options, tokens: int) -> dict:

@@ -1,6 +1,5 @@
 """Samples → a summary of each arm, tables in Markdown, targets, plot."""
 
-import json
 import math
 import sys
 from collections.abc import Iterable
@@ -8,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+import saving
 from mlxeff.bench import report as times_report
 
 from .measures import Reader
@@ -167,25 +167,16 @@ def _verdict(met: bool) -> str:
 
 def save(document: dict, folder: Path) -> None:
     """Write the document, and the plot where matplotlib is there."""
-    chip = "-".join(document["card"]["cpu"].replace("(R)", "").split())
-    path = folder / f"{chip}-kvp-quality.json"
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial.replace(path)
+    path = saving.result_path(document["card"]["cpu"], "kvp-quality.json", folder)
+    saving.write_json(document, path)
     print(f"written: {path}", file=sys.stderr)
     plot(document, path.with_suffix(".png"))
 
 
 def plot(document: dict, path: Path) -> None:
     """KL divergence and exact match against the TTFT's FLOPs and its measured time, as shares of the base's."""
-    try:
-        import matplotlib
-    except ImportError:
-        print("no plot: matplotlib is not installed (pip install 'mlxeff[benchmarks]')", file=sys.stderr)
+    if (pyplot := saving.pyplot()) is None:
         return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     arms = document["arms"]
     whole = _times(arms["base"]).get(PLOT_POINT)
     figure, rows = pyplot.subplots(2, 2, figsize=(12, 9), sharey="row")

@@ -3,6 +3,8 @@
 import sys
 from pathlib import Path
 
+import saving
+
 TARGETS = (
     ("SeedLM 4.5 aware", "affine 4 g64"),
     ("SeedLM 4 aware", "affine 4 g128"),
@@ -106,14 +108,8 @@ def write_readme(document: dict, readme: Path, picture: Path) -> None:
 
 def plot(document: dict, path: Path) -> None:
     """Bits a weight against KL divergence, every point with its name."""
-    try:
-        import matplotlib
-    except ImportError:
-        print("no plot: matplotlib is not installed (pip install 'mlxeff[benchmarks]')", file=sys.stderr)
+    if (pyplot := saving.pyplot()) is None:
         return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     figure, axes = pyplot.subplots(figsize=(9, 6.5))
     for key, (label, colour, marker) in GROUPS.items():
         points = sorted((a["bits"], a["kl"]) for n, a in document["arms"].items() if group_of(n) == key)
