@@ -20,13 +20,14 @@ from pathlib import Path
 from statistics import median
 
 import saving
+from mlxeff.bench.machine import cores
 from mlxeff.checkpoint import open_source
 from mlxeff.errors import MlxeffError
 from mlxeff.generation import prompt_ids
 from mlxeff.hub.catalog import cache_dir
 from mlxeff.tokenizer import from_gguf
 from peers import checkpoints
-from peers.card import card, cores, current_commit, identity, versions
+from peers.card import card, current_commit, identity, versions
 from peers.install import PEERS, Peer, install, recorded
 from peers.measure import COLD_PROMPT, Measurer, Samples, environment, last_line, needed, reason, worker_command
 from peers.report import Results, report

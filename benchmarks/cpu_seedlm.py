@@ -17,7 +17,6 @@ import argparse
 import ctypes
 import json
 import os
-import platform
 import sys
 import time
 from pathlib import Path
@@ -33,7 +32,7 @@ from cpu_matmul import median_time, read_bandwidth, sgemm_rate
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from cpu_library import COMPUTE_INT8, EXACT, F16, F32, OK, QuantizedWeight, address, lib
-from mlxeff import __version__
+from mlxeff.bench import machine
 from mlxeff.seedlm.format import FORMATS
 from seedlm_calls import Seeded, SeedWeight, encode
 
@@ -201,13 +200,8 @@ def parse():
 def main():
     options = parse()
     bandwidth, multiply_adds = ({t: f(t) for t in options.threads} for f in (read_bandwidth, sgemm_rate))
-    card = {
+    card = machine.card() | {
         "isa": lib.mlxeff_isa().decode(),
-        "processor": processor(),
-        "cpus": os.cpu_count(),
-        "python": platform.python_version(),
-        "mlx": mx.__version__,
-        "mlxeff": __version__,
         "command": "benchmarks/cpu_seedlm.py " + " ".join(sys.argv[1:]),
         "read_gb_per_s": bandwidth,
         "multiply_add_gflops": multiply_adds,
@@ -227,16 +221,7 @@ def main():
 
 def save(document):
     """Write results/<processor>-cpu-seedlm-mlx-<version>.json."""
-    saving.write_json(document, saving.result_path(document["processor"], f"cpu-seedlm-mlx-{mx.__version__}.json"))
-
-
-def processor():
-    """The processor's name as Linux tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    saving.write_json(document, saving.result_path(document["cpu"], f"cpu-seedlm-mlx-{mx.__version__}.json"))
 
 
 if __name__ == "__main__":

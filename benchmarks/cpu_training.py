@@ -11,7 +11,6 @@ The last line is one JSON document with every sample; --save writes it to benchm
 import argparse
 import json
 import os
-import platform
 import resource
 import statistics
 import subprocess
@@ -57,24 +56,9 @@ def size_of(shape: str) -> tuple[int, int]:
 
 def card() -> dict:
     """What was measured, where."""
-    import mlx.core as mx
+    from mlxeff.bench import machine
 
-    import mlxeff
-    from mlxeff import kernels
-
-    native, reason = kernels.native()
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return {
-        "command": " ".join(["python", "benchmarks/cpu_training.py", *sys.argv[1:]]),
-        "cpu": names[0] if names else platform.processor() or platform.machine(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "native": native.isa() if native else reason,
-        "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
-        "mlx": mx.__version__,
-        "mlxeff": mlxeff.__version__,
-    }
+    return {"command": " ".join(["python", "benchmarks/cpu_training.py", *sys.argv[1:]]), **machine.card()}
 
 
 def measure(options) -> list[dict]:

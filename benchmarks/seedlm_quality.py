@@ -40,6 +40,7 @@ HERE = Path(__file__).parent
 TEXT = HERE / "data" / "jargon-validation.txt"
 README = HERE.parent / "README.md"
 WINDOW = 512
+SAME = 1e-4  # relative difference of perplexities of one model on two machines
 
 
 class Truth:
@@ -98,29 +99,45 @@ def write(document: dict, add: bool) -> None:
 
 
 def begun(options, tokens: int) -> dict:
-    """The document that arms are put into: a new one; with --add the saved one, if of this machine and text."""
-    identity = card.identity()
+    """The document that arms are put into: a new one; with --add the saved one, if of these versions and this text."""
     if not options.add or not stem().with_suffix(".json").exists():
-        return {"card": identity | {"command": " ".join(sys.argv)}, "tokens": tokens, "arms": {}}
+        return {"card": card.identity() | {"command": " ".join(sys.argv)}, "tokens": tokens, "arms": {}}
     document = saved()
-    wanted, got = identity | {"tokens": tokens}, document["card"] | {"tokens": document["tokens"]}
-    if other := [key for key, value in wanted.items() if json.loads(json.dumps(value)) != got.get(key)]:
+    wanted, got = card.versions() | {"tokens": tokens}, document["card"] | {"tokens": document["tokens"]}
+    if other := [key for key, value in wanted.items() if value != got.get(key)]:
         raise SystemExit(f"{stem()}.json: --add: measured with another {', '.join(other)}: measure anew, without --add")
     return document
+
+
+def origin(document: dict) -> dict:
+    """What an arm says of the machine it was measured on: nothing where that is the document's."""
+    here = json.loads(json.dumps(card.machine()))
+    return {} if all(document["card"].get(key) == value for key, value in here.items()) else {"machine": here}
+
+
+def check_reference(document: dict, found: dict) -> None:
+    """Arms of several machines stand in one table if the reference is the same on all."""
+    if (kept := document["arms"].get("reference")) and abs(found["perplexity"] / kept["perplexity"] - 1) > SAME:
+        wanted, got = kept["perplexity"], found["perplexity"]
+        raise SystemExit(f"{stem()}.json: --add: the reference's perplexity was {wanted}, is {got} here: measure anew")
 
 
 def fill(document: dict, names: list[str], workshop: Workshop, windows: np.ndarray, save) -> None:
     """Measure the arms that the document lacks, `save(document)` after each; one that cannot be had has the reason."""
     reference = load_path(workshop.path).model
     failed = document.setdefault("not measured", {})
-    missing = [name for name in ("reference", *names) if name not in document["arms"]]
-    truth = Truth(reference, windows) if missing else None
+    missing = [name for name in names if name not in document["arms"]]
+    if missing:
+        truth = Truth(reference, windows)
+        found = Arm(reference).size() | measure(truth, None, windows)
+        check_reference(document, found)
+        document["arms"].setdefault("reference", found | origin(document))
     for name in missing:
         print(name, file=sys.stderr)
         failed.pop(name, None)
         try:
-            arm = Arm(reference) if name == "reference" else workshop.arm(name)
-            document["arms"][name] = arm.size() | measure(truth, None if arm.model is reference else arm.model, windows)
+            arm = workshop.arm(name)
+            document["arms"][name] = arm.size() | measure(truth, arm.model, windows) | origin(document)
             if arm.made:
                 document["arms"][name]["made"] = arm.made
         except MlxeffError as error:

@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from mlxeff import kernels
+from mlxeff.bench.machine import cores, processor
 
 from .install import LLAMA_VERSION, TORCH_VERSION, XLLAMACPP_VERSION, Peer
 from .measure import ROOT
@@ -21,7 +22,7 @@ def machine() -> dict:
     """The processor, its caches and instruction sets; the system; the compiler."""
     info = cpu_info()
     return {
-        "cpu": info.get("model name") or sysctl("machdep.cpu.brand_string") or platform.processor(),
+        "cpu": processor(),
         "cores": cores(),
         "instruction_sets": sorted(
             flag for flag in (info.get("flags") or info.get("Features") or "").split() if flag.startswith(FEATURES)
@@ -60,11 +61,6 @@ def card(peers: dict[str, Peer], samples: list[dict], limit: float) -> dict:
 
 def current_commit() -> str:
     return first_line(["git", "-C", str(ROOT), "describe", "--always", "--dirty"])
-
-
-def cores() -> int:
-    """Those this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def cpu_info() -> dict:
