@@ -5,8 +5,8 @@
     python benchmarks/kvp_quality.py --table FILE.json     # the tables of a saved result
 
 Arms: the base; its layer-pruned forms as models of their own; pairs of KV Prediction in closed form (fitted under
---work where they are not there yet, some minutes a piece) and those that --pair names; each pair as it is, with `keep`,
-and with `refine`. On windows of `data/jargon-validation.txt` a prompt is read, and what follows is scored:
+--work where they are not there yet, some minutes a piece) and those that --pair names, as they are, some with `keep`
+and `refine` too (`kvp.pairs.DIALLED`). On windows of `data/jargon-validation.txt` a prompt is read, and what follows is scored:
 perplexity, KL divergence from the base, agreement of the first choices. `data/jargon-questions.json` are questions
 whose answers stand in the prompt. Every sample is kept under --work as it is made: a run that was broken off goes on.
 
@@ -140,7 +140,7 @@ def parse() -> argparse.Namespace:
         help="a trained baseline: a model, or a pair, whose auxiliary is meant",
     )
     parser.add_argument("--only", nargs="+", default=[], metavar="WORD", help="arms whose name has one of these words")
-    parser.add_argument("--tokens", type=int, default=8192, help="to fit closed-form pairs on")
+    parser.add_argument("--tokens", type=int, default=32768, help="to fit closed-form pairs on")
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--prompt", type=int, default=512, help="tokens of a window that are read")
     parser.add_argument("--continuation", type=int, default=128, help="tokens of a window that are scored")

@@ -188,7 +188,7 @@ def test_the_whole_benchmark_on_a_tiny_model(folder, base, tmp_path, monkeypatch
     found = run()
     assert (tmp_path / "work" / "windows.jsonl").read_text().splitlines()[: len(lines)] == lines
     names = ["base", "LP 0.75", "LP 0.50", "LP 0.25", "KVP lp:0.50"]
-    names += [f"KVP lp:0.50, {dial}" for dial in ("keep 16", "keep 64", "refine")]
+    names += [f"KVP lp:0.50, {dial}" for dial in ("keep 16", "keep 64", "keep 128", "refine")]
     assert list(found) == names
     assert found["base"]["kl"] == 0
     assert found["KVP lp:0.50, keep 64"]["kl"] < 1e-6  # all 60 tokens

@@ -22,14 +22,16 @@ from .measures import Reader
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 CALIBRATION = ROOT / "convert" / "calibration.txt"
-CLOSED_FORM = ("lp:0.75", "lp:0.50", "lp:0.25", "layers:0-14", "lp:0.50 own")  # own: what the maps read
+CLOSED_FORM = ("lp:0.75", "lp:0.50", "lp:0.25", "layers:0-21", "layers:0-14", "layers:0-7", "lp:0.50 own")
 FRACTIONS = ("0.75", "0.50", "0.25")
 LENGTH, SEED = 512, 0  # tokens of a piece; of the base's own text
-KEEPS = (16, 64)
+KEEPS = (16, 64, 128)
+DIALLED = ("KVP lp:0.50", "KVP layers:0-14")  # with which names begin of pairs whose dials are measured too
 
 
 def make(recipe: str, model: str, work: Path, tokens: int) -> Path:
-    """The closed-form pair of `recipe`, one of CLOSED_FORM, fitted on `tokens` tokens unless it is there."""
+    """The closed-form pair of `recipe`, an auxiliary and perhaps what the maps read ("lp:0.50 own"), fitted on `tokens`
+    tokens unless it is there."""
     folder = work / re.sub(r"[^\w.]+", "-", f"{recipe}-{tokens}")
     if not folder.exists():
         auxiliary, _, inputs = recipe.partition(" ")
@@ -79,6 +81,8 @@ def readers(base: Loaded, pairs: dict[str, Path], pruned: dict[str, Path]) -> di
     for name, folder in pairs.items():
         pair = load_pair(folder, base)
         found[name] = Reader(base.model, pair)
+        if not name.startswith(DIALLED):
+            continue
         found |= {f"{name}, keep {keep}": Reader(base.model, pair, keep) for keep in KEEPS}
         found[f"{name}, refine"] = Reader(base.model, pair, refine=True)
     return found
