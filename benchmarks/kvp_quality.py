@@ -6,9 +6,10 @@
 
 Arms: the base; its layer-pruned forms as models of their own; pairs of KV Prediction in closed form (fitted under
 --work where they are not there yet, some minutes a piece) and those that --pair names, as they are, some with `keep`
-and `refine` too (`kvp.pairs.DIALLED`). On windows of `data/jargon-validation.txt` a prompt is read, and what follows is scored:
-perplexity, KL divergence from the base, agreement of the first choices. `data/jargon-questions.json` are questions
-whose answers stand in the prompt. Every sample is kept under --work as it is made: a run that was broken off goes on.
+and `refine` too (`kvp.pairs.DIALLED`). On windows of `data/jargon-validation.txt` a prompt is read, and what follows
+is scored: perplexity, KL divergence from the base, agreement of the first choices. `data/jargon-questions.json` are
+questions whose answers stand in the prompt. Every sample is kept under --work as it is made: a run that was broken
+off goes on.
 
 The last line is one JSON document; --save writes it, and a plot (needs `mlxeff[benchmarks]`), to results/.
 """
