@@ -1,7 +1,7 @@
 // The native kernels as single MLX operators with gradients: shared helpers and the matrix products.
 //
 //   linear            y (..., N) = x (..., K) w (N, K)^T; each operand keeps its dtype, y has the wider one
-//   quantized_matmul  the same with an affine-quantised w, which has no gradient
+//   quantized_matmul  the same with an affine-quantised w, which has no gradient; `mode` rounds x in y, not in dx
 #include "mlx_ops.h"
 
 #include <sstream>
@@ -177,8 +177,8 @@ void quantized_dx(const mlxeff_qweight& w, const MatrixView& dy, const MatrixVie
 // y of (x, packed, scales, biases), or dx of (dy, packed, scales, biases).
 class QuantizedProduct : public NativePrimitive {
  public:
-  QuantizedProduct(mx::Stream stream, int group, int bits, bool gradient)
-      : NativePrimitive(stream, "native quantized_matmul"), group_(group), bits_(bits), gradient_(gradient) {}
+  QuantizedProduct(mx::Stream stream, int group, int bits, int mode, bool gradient)
+      : NativePrimitive(stream, "native quantized_matmul"), group_(group), bits_(bits), mode_(mode), gradient_(gradient) {}
 
   void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override {
     allocate(outputs[0]);
@@ -190,18 +190,18 @@ class QuantizedProduct : public NativePrimitive {
                               packed.shape(1) * 32 / bits_, bits_,               group_,              dtype_of(scales)};
     if (gradient_) dispatch([=] { quantized_dx(w, a, out); });
     else
-      dispatch([=] { check(mlxeff_qmm(&w, a.data, a.ld, a.dtype, out.data, out.ld, out.dtype, a.rows, MLXEFF_EXACT), "quantized_matmul: "); });
+      dispatch([=, mode = mode_] { check(mlxeff_qmm(&w, a.data, a.ld, a.dtype, out.data, out.ld, out.dtype, a.rows, mode), "quantized_matmul: "); });
   }
   std::vector<mx::array> vjp(const std::vector<mx::array>& primals, const std::vector<mx::array>& cotangents, const std::vector<int>& argnums,
                              const std::vector<mx::array>&) override {
     if (gradient_) refuse_to("be differentiated twice");
     if (argnums.size() != 1 || argnums[0] != 0) refuse_to("be differentiated with respect to quantised weights");
-    auto product = std::make_shared<QuantizedProduct>(stream(), group_, bits_, true);
+    auto product = std::make_shared<QuantizedProduct>(stream(), group_, bits_, mode_, true);
     return {mx::array(primals[0].shape(), primals[0].dtype(), std::move(product), {cotangents[0], primals[1], primals[2], primals[3]})};
   }
   bool is_equivalent(const mx::Primitive& other) const override {
     const auto& o = static_cast<const QuantizedProduct&>(other);
-    return group_ == o.group_ && bits_ == o.bits_ && gradient_ == o.gradient_;
+    return group_ == o.group_ && bits_ == o.bits_ && mode_ == o.mode_ && gradient_ == o.gradient_;
   }
   std::vector<mx::Shape> output_shapes(const std::vector<mx::array>& inputs) override {
     mx::Shape shape = inputs[0].shape();
@@ -210,11 +210,11 @@ class QuantizedProduct : public NativePrimitive {
   }
 
  private:
-  int group_, bits_;
+  int group_, bits_, mode_;
   bool gradient_;
 };
 
-mx::array quantized_matmul(const mx::array& x, const mx::array& w, const mx::array& scales, const mx::array& biases, int group, int bits) {
+mx::array quantized_matmul(const mx::array& x, const mx::array& w, const mx::array& scales, const mx::array& biases, int group, int bits, int mode) {
   if (w.ndim() != 2 || w.dtype() != mx::uint32) refuse("quantized_matmul", "packed weights, uint32 (N, K * bits / 32)", w);
   if (bits < 2 || bits == 7 || bits > 8 || (group != 32 && group != 64 && group != 128))
     throw std::invalid_argument("quantized_matmul: wanted 2, 3, 4, 5, 6 or 8 bits in groups of 32, 64 or 128");
@@ -227,7 +227,7 @@ mx::array quantized_matmul(const mx::array& x, const mx::array& w, const mx::arr
   const mx::Stream stream = cpu_stream();
   mx::Shape shape = x.shape();
   shape.back() = w.shape(0);
-  return mx::array(std::move(shape), mx::promote_types(x.dtype(), scales.dtype()), std::make_shared<QuantizedProduct>(stream, group, bits, false),
+  return mx::array(std::move(shape), mx::promote_types(x.dtype(), scales.dtype()), std::make_shared<QuantizedProduct>(stream, group, bits, mode, false),
                    {x, mx::contiguous(w, false, stream), mx::contiguous(scales, false, stream), mx::contiguous(biases, false, stream)});
 }
 
@@ -236,7 +236,7 @@ mx::array quantized_matmul(const mx::array& x, const mx::array& w, const mx::arr
 void bind_ops(nb::module_& m) {
   m.def("linear", &linear, nb::arg("x"), nb::arg("w"), "x (..., K), w (N, K) -> x w^T (..., N).");
   m.def("quantized_matmul", &quantized_matmul, nb::arg("x"), nb::arg("w"), nb::arg("scales"), nb::arg("biases"), nb::arg("group_size"),
-        nb::arg("bits"), "x (..., K), w (N, K) packed -> x w^T (..., N).");
+        nb::arg("bits"), nb::arg("mode"), "x (..., K), w (N, K) packed -> x w^T (..., N).");
   bind_attention(m);
   bind_rows(m);
 }

@@ -19,8 +19,8 @@ def quantized_matrix(module: nn.Module) -> ops.Quantized:
 
 
 class QuantizedLinear(nn.QuantizedLinear):
-    def __call__(self, x: mx.array) -> mx.array:
-        y = ops.quantized_linear(x, quantized_matrix(self))
+    def __call__(self, x: mx.array, compute: str = "exact") -> mx.array:
+        y = ops.quantized_linear(x, quantized_matrix(self), compute)
         return y + self["bias"] if "bias" in self else y
 
 

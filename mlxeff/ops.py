@@ -23,6 +23,7 @@ from . import kernels
 
 FLOATS = (mx.float32, mx.float16, mx.bfloat16)
 BITS, GROUPS = (2, 3, 4, 5, 6, 8), (32, 64, 128)  # of affine quantisation
+COMPUTE = ("exact", "bf16", "int8")  # arithmetic of the native products (models/fused.py)
 ACCELERATE = sys.platform == "darwin"  # MLX multiplies float32 matrices by Apple's BLAS there, on the matrix units
 SMALLEST_TABLE = 256  # positions; larger tables of angles are powers of two
 
@@ -52,6 +53,11 @@ def native_for(*arrays: mx.array) -> bool:
 
 def _native() -> ModuleType:
     return kernels.native()[0]
+
+
+def native_modes(native: ModuleType) -> dict[str, int]:
+    """What the native products call each of COMPUTE."""
+    return dict(zip(COMPUTE, (native.EXACT, native.COMPUTE_BF16, native.COMPUTE_INT8), strict=True))
 
 
 def activations(rows: mx.array) -> mx.array:
@@ -101,14 +107,18 @@ def quantized_linear_ops(x: mx.array, w: Quantized) -> mx.array:
     return mx.quantized_matmul(x, w.weight, scales=w.scales, biases=w.biases, transpose=True, **scheme)
 
 
-def quantized_linear_cpu(x: mx.array, w: Quantized) -> mx.array:
-    return _native().quantized_matmul(x, w.weight, w.scales, w.biases, w.group_size, w.bits)
+def quantized_linear_cpu(x: mx.array, w: Quantized, compute: str = "exact") -> mx.array:
+    native = _native()
+    mode = native_modes(native)[compute]
+    return native.quantized_matmul(x, w.weight, w.scales, w.biases, w.group_size, w.bits, mode)
 
 
-def quantized_linear(x: mx.array, w: Quantized) -> mx.array:
-    """x (…, K) · Wᵀ → (…, N); W has no gradient."""
-    native = w.native and native_for(x, w.scales, w.biases)
-    return (quantized_linear_cpu if native else quantized_linear_ops)(x, w)
+def quantized_linear(x: mx.array, w: Quantized, compute: str = "exact") -> mx.array:
+    """x (…, K) · Wᵀ → (…, N); W has no gradient. `compute`, one of COMPUTE, is for the native kernels: MLX's operation
+    is always exact."""
+    if w.native and native_for(x, w.scales, w.biases):
+        return quantized_linear_cpu(x, w, compute)
+    return quantized_linear_ops(x, w)
 
 
 def rms_norm_ops(x: mx.array, weight: mx.array, eps: float) -> mx.array:

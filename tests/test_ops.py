@@ -169,6 +169,24 @@ def test_quantized_linear(bits, group, scales, rows):
         assert half.dtype == ops.quantized_linear(x.astype(mx.bfloat16), matrix).dtype
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("rows", [1, 5, 40])
+def test_quantized_linear_with_int8_activations(bits, rows):
+    """Each value of x is off by half a step at most, a step being 1/127 of the largest of its group. The gradient is
+    that of the exact product."""
+    x, w = arguments([(rows, 256), (70, 256)])
+    matrix = Quantized(*mx.quantize(w, 64, bits), 64, bits)
+    exact, gradient = value_and_gradients(lambda x: ops.quantized_linear(x, matrix), [x])
+    got, of_rounded = value_and_gradients(lambda x: ops.quantized_linear(x, matrix, "int8"), [x])
+    groups = mx.abs(x).reshape(rows, 4, 64).max(-1), mx.abs(mx.dequantize(*mx.quantize(w, 64, bits), 64, bits))
+    bound = groups[0] / 254 @ groups[1].reshape(70, 4, 64).sum(-1).T
+    assert (mx.abs(got - exact) <= 1.0001 * bound).all()
+    assert mx.abs(got - exact).max() > bound.max() / 100
+    assert_close(of_rounded, gradient, "gradient", rtol=0, atol=0)
+    with mlx_only():
+        assert_close(ops.quantized_linear(x, matrix, "int8"), exact, "MLX's operation")
+
+
 def test_the_gradient_through_a_large_quantised_matrix():
     """It is dequantised in blocks of 2^23 numbers; here there are two and a part."""
     random = np.random.default_rng(3)

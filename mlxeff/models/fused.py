@@ -21,8 +21,8 @@ from .. import kernels
 from ..cache import KVCache, LayerCache
 from ..errors import MlxeffError, notices
 from ..modules import Embedding, Linear, QuantizedEmbedding, QuantizedLinear, quantized_matrix
+from ..ops import COMPUTE, native_modes
 
-COMPUTE = ("exact", "bf16", "int8")
 KV_DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 
 
@@ -98,7 +98,7 @@ class FusedDecoder:
         layers, ends = list(model.layer_parts()), model.end_parts()
         rope, size = layers[0].rope, layers[0].rope.size
         self._native, self._model = native, model
-        self._modes = dict(zip(COMPUTE, (native.EXACT, native.COMPUTE_BF16, native.COMPUTE_INT8), strict=True))
+        self._modes = native_modes(native)
         norms = [ends.norm, *(norm for layer in layers for norm in layer.norms if norm is not None)]
         modules = {id(module): module for module in norms + [matrix.module for matrix in _matrices(model)]}  # each once
         self._given = [(m, name, array) for m in modules.values() for name, array in m.parameters().items()]
