@@ -17,6 +17,7 @@ from mlxeff.kvprediction import predict
 from mlxeff.kvprediction.layers import PUBLISHED
 from mlxeff.loading import build_model, load_path
 from mlxeff.models.openelm import multipliers, published_config
+from mlxeff.ops import native_for
 from test_cli import fails, mlxeff
 from tiny_model import random_model, write_byte_tokenizer, write_tiny_model
 
@@ -79,6 +80,18 @@ def test_a_model_beside_its_pairs(folder, pair, tmp_path):
         assert each["prompt_tps"] == pytest.approx(each["batch"] * each["tokens"] / each["ttft_s"])
     assert [sample["arm"] for sample in found["samples"][:6]] == names * 2  # the arms take turns
     assert "TTFT" in err
+
+
+def test_the_arithmetic_is_that_of_the_options(folder, pair):
+    command = ["bench", "ttft", folder, "--kv-predict", pair, "--prompt-lengths", "16", "--rounds", 1, "--json"]
+    found = json.loads(mlxeff(*command, "--device", "cpu")[0])["settings"]
+    assert (found["compute"], found["kv_dtype"]) == ("exact", "float32")
+    if not native_for():
+        assert "only the native CPU kernels have them" in fails(*command[:-1], "--compute", "int8")
+        return
+    rounded = ("--compute", "int8", "--kv-dtype", "float16")
+    found = json.loads(mlxeff(*command, "--device", "cpu", *rounded)[0])["settings"]
+    assert (found["compute"], found["kv_dtype"]) == ("int8", "float16")
 
 
 def test_the_file_of_samples_is_gone_on_with(folder, tmp_path):
@@ -210,6 +223,8 @@ def test_samples_refuse_what_they_do_not_know(tmp_path):
         (["m", "--dtype", "float16"], "--dtype is not for a MODEL"),
         (["m", "--checkpoint", "3B=x"], "--checkpoint is not for a MODEL"),
         (["--suite", "kvp-paper", "--kv-predict", "p"], "--kv-predict is not for --suite"),
+        (["--suite", "kvp-paper", "--compute", "int8"], "--compute is not for --suite"),
+        (["--suite", "kvp-paper", "--kv-dtype", "float16"], "--kv-dtype is not for --suite"),
         (["m", "--kv-predict", "p:refine"], "refine changes nothing before the first token"),
         (["m", "--memory", "0"], "--memory: wanted GB above 0"),
         (["FOLDER", "--only", "batch=3"], "--only batch=3: no measurement is left"),

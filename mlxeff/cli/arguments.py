@@ -145,6 +145,7 @@ def _add_bench_machine(sub: argparse.ArgumentParser) -> None:
         "--device", choices=("auto", "cpu", "gpu"), default="auto", help="default: the GPU if any; the suite: every one"
     )
     sub.add_argument("--threads", metavar="N", type=_positive, help="of the CPU kernels (default: one a core)")
+    _add_precision(sub)
     sub.add_argument(
         "--dtype", choices=("float16", "bfloat16", "float32"), help="of the suite's random weights (default float16)"
     )
@@ -201,6 +202,11 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--context-limit", metavar="N", type=_positive, help="tokens (default: the model's own)")
     group.add_argument("--truncate", action="store_true", help="drop the beginning of what is longer than the context")
+    _add_precision(group)
+    group.add_argument("--prefill-step", metavar="N", type=_positive, help="prompt tokens a chunk (2048 GPU, 512 CPU)")
+
+
+def _add_precision(group: argparse._ActionsContainer) -> None:
     group.add_argument(
         "--compute",
         choices=("exact", "bf16", "int8"),
@@ -211,7 +217,6 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--kv-dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="KV cache of the CPU kernels"
     )
-    group.add_argument("--prefill-step", metavar="N", type=_positive, help="prompt tokens a chunk (2048 GPU, 512 CPU)")
 
 
 def _add_text(parser: argparse.ArgumentParser) -> None:

@@ -31,9 +31,11 @@ def _check(options: argparse.Namespace) -> None:
     """Refuse contradictions before anything is loaded."""
     if (options.model is None) == (options.suite is None):
         raise MlxeffError("bench ttft: wanted MODEL or --suite, got " + ("both" if options.model else "neither"))
-    given = {"--kv-predict": options.kv_predict} if options.suite else {"--checkpoint": options.checkpoint}
-    if not options.suite:
-        given["--dtype"] = options.dtype
+    if options.suite:
+        given = {"--kv-predict": options.kv_predict, "--compute": options.compute != "exact"}
+        given["--kv-dtype"] = options.kv_dtype != "float32"
+    else:
+        given = {"--checkpoint": options.checkpoint, "--dtype": options.dtype}
     for name, value in given.items():
         if value:
             raise MlxeffError(f"bench ttft: {name} is not for {'--suite' if options.suite else 'a MODEL'}")
@@ -105,11 +107,13 @@ def _model(options: argparse.Namespace) -> tuple[list, dict]:
     from ..kv_pairs import load_pair
     from ..kvprediction.predict import SINKS
     from ..loading import load_path, require_seam
+    from ..models.fused import set_precision
 
     with output.bar(f"fetching {options.model}", "B", options.quiet) as progress:
         path = hub.resolve(options.model, offline=options.offline, progress=progress)
     base = load_path(path)
     require_seam(base.model, "kv", "bench ttft")
+    set_precision(base.model, options.compute, options.kv_dtype)
     arms = {options.model: Arm(options.model, base.model)}
     for folder, keep, _ in options.kv_predict:
         pair = load_pair(folder, base)
@@ -118,6 +122,7 @@ def _model(options: argparse.Namespace) -> tuple[list, dict]:
     lengths = _lengths(options, base.model.context_length)
     points = [Point(batch, tokens) for batch in options.batch for tokens in lengths]
     about = {"model": options.model, "fingerprint": base.fingerprint, "weights": "as stored", "activations": base.dtype}
+    about |= {"compute": options.compute, "kv_dtype": options.kv_dtype}
     return [Group(list(arms), lambda names: [arms[name] for name in names], points, loaded=True)], about
 
 
