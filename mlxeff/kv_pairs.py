@@ -10,7 +10,7 @@ from .errors import MlxeffError
 from .kvprediction import KvPrediction, Predictor
 from .kvprediction.files import AUXILIARY, PairConfig, read_config, read_weights
 from .kvprediction.layers import PUBLISHED, kept_layers, pruned_map, published_name, spread_map
-from .kvprediction.predictor import check_map
+from .kvprediction.predictor import check_map, quantize
 from .kvprediction.tuning import Tuned
 from .loading import Loaded, fill, load_model, require_seam
 from .models.fused import fuse
@@ -41,10 +41,14 @@ def load_pair(folder: str | Path, base: Loaded) -> KvPrediction:
     try:
         shapes = auxiliary.kv_shapes, base.model.kv_shapes
         predictor = Predictor(*shapes, config.layer_map, config.inputs, auxiliary.hidden_size)
+        if config.quantization:
+            quantize(predictor, config.quantization)
         tuned = Tuned(auxiliary, **config.tuned) if config.tuned else None
     except MlxeffError as error:
         raise MlxeffError(f"{folder}: {error}") from error
     fill(predictor, weights, str(folder))
+    if base.model._fused is not None:
+        predictor.compute = base.model._fused.compute
     if tuned:
         fill(tuned.modules, of_auxiliary, f"{folder}: auxiliary")
         tuned.fold()

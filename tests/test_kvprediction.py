@@ -11,8 +11,9 @@ from mlxeff import kernels, ops
 from mlxeff.decode import decode, prefill
 from mlxeff.errors import MlxeffError
 from mlxeff.kvprediction import KvPrediction, Predictor, predict
+from mlxeff.kvprediction.flops import parameters
 from mlxeff.kvprediction.predict import Refinement
-from mlxeff.kvprediction.predictor import INPUTS, features, identity
+from mlxeff.kvprediction.predictor import INPUTS, features, identity, merge_heads, quantization, quantize
 from mlxeff.loading import build_model
 from mlxeff.models.fused import fuse, set_precision
 from mlxeff.sampling import make_sampler
@@ -348,6 +349,100 @@ def test_joined_maps_predict_the_same_until_one_changes(family, inputs):
     got = predictor(read)[1][1]
     want = predictor.value_maps[1].bias.reshape(got.shape[1], 1, -1)
     assert_close(got, mx.broadcast_to(want[None], got.shape), "changed", rtol=0, atol=0)
+
+
+QUANTISABLE = [("llama", "own"), ("llama", "hidden"), ("openelm", "hidden")]  # what maps read is a multiple of 32
+
+
+def quantised_pair(family, inputs, bits):
+    """(auxiliary, dense predictor, the same quantised)."""
+    base = random_model(FAMILIES[family])
+    auxiliary = base.pruned([0, 2])
+    dense, rounded = (
+        randomise(Predictor(auxiliary.kv_shapes, base.kv_shapes, [0, 0, 1], inputs, base.hidden_size), 2)
+        for _ in range(2)
+    )
+    scheme = quantization(bits, [each.weight.shape[1] for each in dense.key_maps])
+    assert scheme == {"group_size": 64 if inputs == "hidden" else 32, "bits": bits, "mode": "affine"}
+    quantize(rounded, scheme)
+    return auxiliary, dense, rounded
+
+
+def pairs_and_bound(got, want, read, rounded, step):
+    """(got, want, bound) of keys and values of each base layer, (tokens, G·E); `step(rows, map)` gives the bound, for
+    rows (tokens, groups, group size)."""
+    for i, j in enumerate(rounded.layer_map):
+        for kind, each in enumerate(rounded.maps[i]):
+            rows = read[j][kind][0].reshape(len(PROMPT), -1, each.group_size)
+            mine, theirs = (merge_heads(pairs[i][kind])[0] for pairs in (got, want))
+            yield mine, theirs, step(rows, each)
+
+
+@pytest.mark.parametrize(("family", "inputs"), QUANTISABLE)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quantised_maps_are_off_by_the_rounding(family, inputs, bits):
+    """Half a step of the scale a weight, and at the ends of a group one more: the scale is chosen so that 0 is a
+    value."""
+    auxiliary, dense, rounded = quantised_pair(family, inputs, bits)
+    read = features(auxiliary, mx.array([PROMPT]), auxiliary.new_cache(), inputs)
+    found = pairs_and_bound(
+        rounded(read), dense(read), read, rounded, lambda rows, w: mx.abs(rows).sum(-1) @ (1.5 * mx.abs(w.scales)).T
+    )
+    for got, want, bound in found:
+        assert (mx.abs(got - want) <= bound).all()
+        assert mx.abs(got - want).max() > bound.max() / 100
+
+
+@pytest.mark.parametrize(("family", "inputs"), QUANTISABLE)
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("compute", ops.COMPUTE)
+def test_joined_quantised_maps_are_the_same_to_the_bit(family, inputs, bits, compute):
+    auxiliary, _, rounded = quantised_pair(family, inputs, bits)
+    rounded.compute = compute
+    read = features(auxiliary, mx.array([PROMPT]), auxiliary.new_cache(), inputs)
+    want, count = rounded(read), parameters(rounded)
+    assert len(rounded.join()._joined.matrices) == (2 if inputs == "hidden" else 4)
+    assert parameters(rounded) == count
+    for pair, other in zip(rounded(read), want, strict=True):
+        for mine, theirs in zip(pair, other, strict=True):
+            assert_close(mine, theirs, "joined", rtol=0, atol=0)
+    changed = rounded.value_maps[1]
+    changed.scales, changed.biases = mx.zeros_like(changed.scales), mx.zeros_like(changed.biases)
+    got = rounded(read)[1][1]
+    want = changed.bias.reshape(got.shape[1], 1, -1)
+    assert_close(got, mx.broadcast_to(want[None], got.shape), "changed", rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("family", "inputs"), QUANTISABLE)
+@pytest.mark.parametrize("joined", [False, True])
+def test_int8_rounds_what_quantised_maps_read_and_nothing_else(family, inputs, joined):
+    """By half a step at most, a step being 1/127 of the largest number of a group."""
+    if not ops.native_for():
+        pytest.skip("no native kernels here")
+    auxiliary, dense, rounded = quantised_pair(family, inputs, 8)
+    if joined:
+        dense.join(), rounded.join()
+    read = features(auxiliary, mx.array([PROMPT]), auxiliary.new_cache(), inputs)
+    exact, of_dense = rounded(read), dense(read)
+    dense.compute = rounded.compute = "int8"
+
+    def step(rows, w):
+        weight = mx.abs(mx.dequantize(w.weight, w.scales, w.biases, w.group_size, w.bits))
+        return mx.abs(rows).max(-1) / 254 @ weight.reshape(weight.shape[0], -1, w.group_size).sum(-1).T
+
+    for got, want, bound in pairs_and_bound(rounded(read), exact, read, rounded, step):
+        assert (mx.abs(got - want) <= 1.0001 * bound).all()
+        assert mx.abs(got - want).max() > bound.max() / 100
+    for pair, other in zip(dense(read), of_dense, strict=True):
+        for mine, theirs in zip(pair, other, strict=True):
+            assert_close(mine, theirs, "dense", rtol=0, atol=0)
+
+
+def test_widths_that_no_group_divides():
+    with pytest.raises(MlxeffError, match=r"maps of 8 bits: wanted inputs of a multiple of 32, got \[48, 64\]"):
+        quantization(8, [64, 48, 64])
+    with pytest.raises(MlxeffError, match=r"quantization: wanted inputs of a multiple of 64, got \[32\]"):
+        quantize(Predictor([(2, 16)], [(2, 16)], [0]), {"group_size": 64, "bits": 8, "mode": "affine"})
 
 
 def test_inputs_that_are_unknown():

@@ -6,6 +6,7 @@ from mlxeff.errors import MlxeffError
 from mlxeff.kvprediction import Predictor
 from mlxeff.kvprediction.flops import parameters, published_reduction, ttft_flops
 from mlxeff.kvprediction.layers import PUBLISHED, candidates, kept_layers, pruned_map, published_name, spread_map
+from mlxeff.kvprediction.predictor import quantization, quantize
 from mlxeff.loading import build_model
 from mlxeff.models.openelm import published_config
 from seedlm_models import with_seeds
@@ -83,6 +84,10 @@ def test_packed_matrices_count_as_what_they_stand_for():
     assert parameters(dense) == parameters(packed) == 96 * 64 + 2 * layer + 64
     for bits in ("3", "4", "4.5"):
         assert parameters(build_model(with_seeds(config, bits))) == parameters(dense)
+    predictor = Predictor([(2, 32)], [(3, 16)] * 2, [0, 0])
+    for bits in (4, 8):
+        quantize(rounded := Predictor([(2, 32)], [(3, 16)] * 2, [0, 0]), quantization(bits, [64]))
+        assert parameters(rounded) == parameters(predictor) == 4 * (48 * 64 + 48)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import sys
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten
 from mlxeff.convert import convert
 
 import checkpoint_files as files
@@ -16,8 +17,11 @@ from mlxeff.errors import MlxeffError
 from mlxeff.kv_pairs import load_pair, make_auxiliary
 from mlxeff.kvprediction import Predictor, predict
 from mlxeff.kvprediction.files import PairConfig, read_config, write_pair
+from mlxeff.kvprediction.predictor import features
 from mlxeff.kvprediction.tuning import Tuned
 from mlxeff.loading import load_model, load_path
+from mlxeff.models.fused import set_precision
+from mlxeff.modules import QuantizedLinear
 from test_cli import environment, fails, mlxeff
 from tiny_model import write_byte_tokenizer, write_tiny_model
 
@@ -49,10 +53,28 @@ def fitted(tmp_path_factory, base_folder, text):
     return folder
 
 
+@pytest.fixture(scope="module")
+def rounded(tmp_path_factory, base_folder, text):
+    """bits → (a pair as `fitted`, but of maps of `bits` bits; the report)."""
+    place = tmp_path_factory.mktemp("rounded")
+    made = {}
+    for bits in (4, 8):
+        out, _ = mlxeff("fit", "kv-predictor", base_folder, "--aux", "lp:0.5", "--out", place / str(bits), "--text",
+                        text, "--tokens", 1000, "--length", 100, "--inputs", "own", "--map-bits", bits,
+                        "--json")  # fmt: skip
+        made[bits] = place / str(bits), json.loads(out)
+    return made
+
+
 @pytest.fixture
 def pair(tmp_path, fitted):
     """A copy that a test may damage."""
     return shutil.copytree(fitted, tmp_path / "pair")
+
+
+@pytest.fixture
+def quantised(tmp_path, rounded):
+    return shutil.copytree(rounded[8][0], tmp_path / "quantised")
 
 
 def edit(folder, **changes):
@@ -189,6 +211,110 @@ def test_loaded_pair_predicts_as_the_fitted_one(pair, base):
     assert loaded.auxiliary.layers[1] is base.model.layers[2]
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quantised_maps_on_disk(fitted, rounded, base, bits):
+    """The dense maps to the rounding of the scheme; what is loaded is what is stored; logits as near as 4 or 8 bits."""
+    folder, report = rounded[bits]
+    scheme = {"group_size": 32, "bits": bits, "mode": "affine"}
+    assert read_config(folder).quantization == report["quantization"] == scheme
+    assert "quantization" not in json.loads((fitted / "config.json").read_text())
+    assert report["parameters"]["predictor"] == 8 * (32 * 32 + 32)
+    stored, dense = (mx.load(str(each / "model.safetensors")) for each in (folder, fitted))
+    for name, value in dense.items():
+        if name.endswith(".bias"):
+            assert_close(stored[name], value, name, rtol=0, atol=0)
+            continue
+        packed, scales, biases = (stored[name.removesuffix("weight") + part] for part in ("weight", "scales", "biases"))
+        assert (packed.dtype, scales.dtype, biases.dtype) == (mx.uint32, mx.float16, mx.float16)
+        got = mx.dequantize(packed, *(x.astype(mx.float32) for x in (scales, biases)), 32, bits)
+        # Half a step, one more at the ends of a group, where 0 is made a value; float16 rounds weights and scales.
+        bound = mx.repeat(1.5 * mx.abs(scales.astype(mx.float32)), 32, 1) + 2.0**-10 * mx.abs(value).max()
+        assert (mx.abs(got - value) <= bound).all()
+    pairs, tokens = [load_pair(each, base) for each in (fitted, folder)], mx.arange(30)
+    assert {type(each) for each in pairs[1].predictor.key_maps} == {QuantizedLinear}
+    for name, value in tree_flatten(pairs[1].predictor.parameters()):
+        assert_close(value, stored[name], name, rtol=0, atol=0)
+    want, got = (predict(each.auxiliary, each.predictor, base.model, tokens, base.model.new_cache()) for each in pairs)
+    error = mx.abs(got - want).max() / mx.abs(want).max()
+    assert 0 < error < {4: 0.2, 8: 0.0125}[bits]  # 1/15 and 1/255 of a group's range a weight, over three layers
+
+
+def test_the_same_command_gives_the_same_quantised_pair(rounded, base_folder, text, tmp_path):
+    arguments = ("--aux", "lp:0.5", "--text", text, "--tokens", 1000, "--length", 100, "--inputs", "own")
+    fit = ("fit", "kv-predictor", base_folder, *arguments, "--map-bits", 8, "--out", tmp_path / "again")
+    out, _ = mlxeff(*fit)
+    assert ", maps of 8 bits in groups of 32, FLOPs to " in out
+    for name in ("config.json", "model.safetensors"):
+        assert (tmp_path / "again" / name).read_bytes() == (rounded[8][0] / name).read_bytes()
+
+
+def test_compute_reaches_quantised_maps(rounded, fitted, base_folder):
+    """In int8 mode the maps' product is another than the exact one of the same features, and near it."""
+    base = load_path(base_folder)
+    if base.model._fused is None:
+        pytest.skip("no native kernels here")
+    exact = load_pair(rounded[8][0], base).predictor
+    set_precision(base.model, "int8", "float32")
+    rounds, dense = load_pair(rounded[8][0], base).predictor, load_pair(fitted, base).predictor
+    assert (exact.compute, rounds.compute) == ("exact", "int8")
+    auxiliary = base.model.pruned([0, 2])
+    read = features(auxiliary, mx.arange(40)[None], auxiliary.new_cache(), "own")
+    for pair, other, third in zip(rounds(read), exact(read), dense(read), strict=True):
+        for got, want, of_dense in zip(pair, other, third, strict=True):
+            error = mx.abs(got - want).max() / mx.abs(want).max()
+            assert 0 < error < 0.02  # 1/254 of a group's largest number, of 32 that differ in sign
+            assert mx.abs(got - of_dense).max() > 0
+    arguments = ("generate", PROMPT, "--model", base_folder, "--raw", "--max-tokens", 4, "--compute", "int8")
+    _, err = mlxeff(*arguments, "--kv-predict", rounded[8][0])
+    assert "KV of 49 tokens predicted" in err
+
+
+def drop_scales(folder):
+    weights = mx.load(str(folder / "model.safetensors"))
+    del weights["key_maps.1.scales"]
+    mx.save_safetensors(str(folder / "model.safetensors"), weights)
+    (folder / "model.safetensors.index.json").unlink()
+
+
+def scheme(**changes):
+    return {"group_size": 32, "bits": 8, "mode": "affine"} | changes
+
+
+KNOWN = "quantization: wanted group_size of (32, 64, 128), bits of (2, 3, 4, 5, 6, 8) and mode affine, got {"
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (lambda p: edit(p, quantization=scheme(bits=7)), KNOWN),
+        (lambda p: edit(p, quantization=scheme(bits=8.0)), KNOWN),
+        (lambda p: edit(p, quantization=scheme(bits=[8])), KNOWN),
+        (lambda p: edit(p, quantization=scheme(group_size=16)), KNOWN),
+        (lambda p: edit(p, quantization=scheme(mode="mxfp4")), KNOWN),
+        (lambda p: edit(p, quantization=scheme(colour="red")), KNOWN),
+        (lambda p: edit(p, quantization={"bits": 8}), KNOWN),
+        (lambda p: edit(p, quantization=8), "quantization: wanted dict, got 8"),
+        (lambda p: edit(p, quantization=scheme(bits=4)), "weight: wanted shape (32, 4), got (32, 8)"),
+        (lambda p: edit(p, quantization=scheme(group_size=64)), "wanted inputs of a multiple of 64, got [32]"),
+        (lambda p: edit(p, quantization=None), "16 unknown tensors: key_maps.0.biases"),
+        (drop_scales, "missing 1 tensors: key_maps.1.scales"),
+    ],
+)
+def test_damaged_quantised_pairs(quantised, base, change, complaint):
+    change(quantised)
+    with pytest.raises(MlxeffError) as caught:
+        load_pair(quantised, base)
+    assert complaint in str(caught.value)
+    assert str(quantised) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_dense_pair_that_says_it_is_quantised(pair, base):
+    edit(pair, quantization=scheme())
+    with pytest.raises(MlxeffError, match=f"{pair}: missing 16 tensors: key_maps.0.biases"):
+        load_pair(pair, base)
+
+
 def drop_tensor(folder):
     weights = mx.load(str(folder / "model.safetensors"))
     del weights["value_maps.3.bias"]
@@ -272,6 +398,11 @@ def test_the_command_refuses_in_one_line(pair, base_folder, tiny_folder, tmp_pat
     assert f"{pair}: wanted a new folder, got a path that exists" == fails(*fit, pair)
     assert "wanted UTF-8 text" in fails(*fit, tmp_path / "new", "--text", tmp_path / "none.txt")
     assert "--ridge: wanted 0 or more, got -1.0" in fails(*fit, tmp_path / "new", "--ridge", -1)
+    write_tiny_model(tmp_path / "narrow", {"hidden_size": 48, "num_attention_heads": 3, "num_key_value_heads": 3})
+    narrow = ("fit", "kv-predictor", base_folder, "--aux", tmp_path / "narrow", "--map-bits", 8, "--out")
+    assert "maps of 8 bits: wanted inputs of a multiple of 32, got [48]" in fails(*narrow, tmp_path / "new")
+    _, err = mlxeff(*fit, tmp_path / "new", "--map-bits", 7, code=2)
+    assert "--map-bits: invalid choice: 7 (choose from 4, 8)" in err
     assert not (tmp_path / "new").exists()
 
 

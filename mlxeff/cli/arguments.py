@@ -54,6 +54,13 @@ def add_fit(parser: argparse.ArgumentParser) -> None:
         "as in the paper (default %(default)s)",
     )
     sub.add_argument(
+        "--map-bits",
+        type=int,
+        choices=(4, 8),
+        help="round the fitted maps to 4 or 8 bits, affine in groups of 64 or 32, which makes them smaller and lets "
+        "`--compute int8` reach them (default: dense float16)",
+    )
+    sub.add_argument(
         "--per-head", action="store_true", help="each base head from one auxiliary head (with --inputs own)"
     )
     sub.add_argument("--search", action="store_true", help="choose the auxiliary layer of each base layer by its error")

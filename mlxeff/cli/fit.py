@@ -20,9 +20,12 @@ def run(options: argparse.Namespace) -> int:
     elif not options.quiet:
         if report["losses"]:
             print(f"training: loss {report['losses'][0]:.3f} at first, {report['losses'][-1]:.3f} at last")
+        scheme = report["quantization"]
+        maps = "{bits} bits in groups of {group_size}".format(**scheme) if scheme else "float16"
         print(
             f"{report['pair']}: fitted on {report['tokens']} tokens in {report['seconds']:.1f} s, unexplained variance "
-            f"{report['error']:.3f}, FLOPs to the first token of 512 {report['flops_ratio']:.2f} of the base's"
+            f"{report['error']:.3f}, maps of {maps}, "
+            f"FLOPs to the first token of 512 {report['flops_ratio']:.2f} of the base's"
         )
     return 0
 
@@ -32,6 +35,7 @@ def _kv_predictor(options: argparse.Namespace) -> dict:
     from ..checkpoint import check_new
     from ..kv_pairs import SEAM, make_auxiliary
     from ..kvprediction.files import PairConfig, write_pair
+    from ..kvprediction.predictor import quantize
     from ..loading import load_path, require_seam
 
     check_new(Path(options.out))
@@ -43,12 +47,16 @@ def _kv_predictor(options: argparse.Namespace) -> dict:
     require_seam(base.model, SEAM, "KV prediction")
     pieces = _sequences(options, base)
     auxiliary = make_auxiliary(_specification(options, base.model, pieces), base)
+    scheme = _quantization(options, auxiliary.model)
     fitted, losses, tuned = _fit(options, auxiliary, base, pieces)
+    if scheme:
+        quantize(fitted.predictor, scheme)
     config = PairConfig(
         base={"name": options.base, "fingerprint": base.fingerprint},
         auxiliary=auxiliary.config | ({"tuned": tuned.config} if tuned else {}),
         layer_map=fitted.predictor.layer_map,
         inputs=options.inputs,
+        quantization=scheme,
         provenance=_provenance(options, fitted, losses),
     )
 
@@ -66,6 +74,7 @@ def _kv_predictor(options: argparse.Namespace) -> dict:
         "base": config.base,
         "auxiliary": config.auxiliary,
         "layer_map": config.layer_map,
+        "quantization": scheme,
         "tokens": fitted.tokens,
         "seconds": time.perf_counter() - began,
         "error": fitted.error,
@@ -96,6 +105,15 @@ def _specification(options: argparse.Namespace, base, pieces: list[list[int]]) -
     for layers, error in zip(choices, errors, strict=True):
         notices.info("fit: layers %s: unexplained variance %.3f", ",".join(map(str, layers)), error)
     return "layers:" + ",".join(map(str, best))
+
+
+def _quantization(options: argparse.Namespace, auxiliary) -> dict | None:
+    """The scheme that `--map-bits` asks for; refused here, before the fit, where it does not divide what maps read."""
+    from ..kvprediction.predictor import quantization, read_widths
+
+    if options.map_bits is None:
+        return None
+    return quantization(options.map_bits, read_widths(auxiliary.kv_shapes, options.inputs, auxiliary.hidden_size))
 
 
 def _fit(options: argparse.Namespace, auxiliary, base, pieces: list[list[int]]):

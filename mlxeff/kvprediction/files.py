@@ -1,5 +1,5 @@
 """A pair on disk: a folder of config.json, which names the base, the auxiliary and the layer map, and the predictor's
-weights as safetensors.
+weights as safetensors: dense maps, or with `quantization` affine-quantised ones as `mx.quantize` packs them.
 
 The auxiliary is layers of the base itself, `{"layers": [0, 2, …]}`, whose weights are not stored again, or a model,
 `{"model": NAME, "fingerprint": …}`: a folder inside the pair's, or anything that the hub knows. Where it was tuned,
@@ -16,23 +16,26 @@ from mlx.utils import tree_flatten
 
 from ..checkpoint import Piece, open_source, read_json, write_folder
 from ..errors import MlxeffError
+from ..ops import BITS, GROUPS
 from .predictor import Predictor
 from .tuning import Tuned
 
 FORMAT, VERSION = "mlxeff-kv-pair", 1
 AUXILIARY = "auxiliary."  # begins the names of tensors that are not the predictor's
-DTYPES = {"F32": mx.float32, "F16": mx.float16}
+DTYPES = {"F32": mx.float32, "F16": mx.float16, "U32": mx.uint32}
 
 
 @dataclass(frozen=True)
 class PairConfig:
-    """config.json of a pair. `base`: name and fingerprint; `inputs`: what the maps read (`predictor`); `provenance`:
-    how the predictor came to be."""
+    """config.json of a pair. `base`: name and fingerprint; `inputs`: what the maps read (`predictor`); `quantization`:
+    group_size, bits and mode of the maps, None (and not written) of dense ones; `provenance`: how the predictor came to
+    be."""
 
     base: dict
     auxiliary: dict
     layer_map: list[int]
     inputs: str = "own"
+    quantization: dict | None = None
     provenance: dict = field(default_factory=dict)
     format: str = FORMAT
     version: int = VERSION
@@ -59,13 +62,23 @@ def read_config(folder: Path) -> PairConfig:
         raise MlxeffError(f"{path}: wanted format {FORMAT} version {VERSION}, got {got[0]!r} version {got[1]!r}")
     wanted = {"base": dict, "auxiliary": dict, "layer_map": list, "provenance": dict}
     wanted |= {"inputs": str} if "inputs" in config else {}  # those of CoreNet, and of the paper, are the default
+    wanted |= {"quantization": dict} if "quantization" in config else {}
     if unknown := sorted(set(config) - {each.name for each in fields(PairConfig)}):
         raise MlxeffError(f"{path}: unknown keys {unknown}")
     for key, kind in wanted.items():
         if type(config.get(key)) is not kind:
             raise MlxeffError(f"{path}: {key}: wanted {kind.__name__}, got {config.get(key)!r:.60}")
+    if "quantization" in config:
+        _check_quantization(path, config["quantization"])
     _check_auxiliary(path, config["auxiliary"])
     return PairConfig(**config)
+
+
+def _check_quantization(path: Path, scheme: dict) -> None:
+    typed = {key: type(value) for key, value in scheme.items()} == {"group_size": int, "bits": int, "mode": str}
+    if not typed or not (scheme["group_size"] in GROUPS and scheme["bits"] in BITS and scheme["mode"] == "affine"):
+        wanted = f"group_size of {GROUPS}, bits of {BITS} and mode affine"
+        raise MlxeffError(f"{path}: quantization: wanted {wanted}, got {scheme!r:.80}")
 
 
 def _check_auxiliary(path: Path, auxiliary: dict) -> None:
@@ -89,10 +102,13 @@ def read_weights(folder: Path) -> dict[str, mx.array]:
 
 
 def pieces(predictor: Predictor, tuned: Tuned | None = None, half: bool = False) -> list[Piece]:
-    """The predictor's tensors as they are written, in float32, or with `half` in float16; those of a tuned auxiliary
-    are in float16."""
+    """The predictor's tensors as they are written, in float32, or with `half` in float16, but packed ones as they are;
+    those of a tuned auxiliary are in float16."""
     kind = "F16" if half else "F32"
-    parts = [(name, kind, value) for name, value in tree_flatten(predictor.parameters())]
+    parts = [
+        (name, "U32" if value.dtype == mx.uint32 else kind, value)
+        for name, value in tree_flatten(predictor.parameters())
+    ]
     if tuned is not None:
         parts += [(f"{AUXILIARY}{name}", "F16", value) for name, value in tree_flatten(tuned.modules.parameters())]
     return [
@@ -112,7 +128,8 @@ def write_pair(
     """Write a new folder, all or nothing; `describe(partial)` gives the config and may add to the unfinished folder."""
 
     def finish(partial: Path) -> None:
-        text = json.dumps(asdict(describe(partial)), indent=1, ensure_ascii=False)
+        config = {key: value for key, value in asdict(describe(partial)).items() if value is not None}
+        text = json.dumps(config, indent=1, ensure_ascii=False)
         (partial / "config.json").write_text(text, encoding="utf-8")
 
     write_folder(folder, pieces(predictor, tuned, half), finish, progress=progress)
