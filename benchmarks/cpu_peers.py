@@ -30,7 +30,7 @@ from peers import checkpoints
 from peers.card import card, current_commit, identity, versions
 from peers.install import PEERS, Peer, install, recorded
 from peers.measure import COLD_PROMPT, Measurer, Samples, environment, last_line, needed, reason, worker_command
-from peers.report import Results, report
+from peers.report import SECTION, Results, report, section
 from peers.table import FOUR, GENERATED, Job, jobs
 
 FILTERS = ("kind", "arm", "model", "threads", "depth", "round")
@@ -49,6 +49,11 @@ QUALITY_PROMPTS = [
 def main() -> int:
     options = parse()
     options.cache.mkdir(parents=True, exist_ok=True)
+    if options.readme:
+        kept = json.loads(result_path(identity()).read_text(encoding="utf-8"))["samples"]
+        costs = checkpoints.all_costs({s["model"] for s in kept if s["model"]}, options.cache)
+        saving.write_readme(SECTION, section(Results(kept, costs)))
+        return 0
     chosen = [job for job in jobs(options.rounds, options.threads) if selected(job, options.only)]
     if not chosen:
         raise MlxeffError(f"--only {' '.join(options.only)}: no measurement is left")
@@ -164,6 +169,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--limit", type=float, default=240, metavar="SECONDS", help="a process; default %(default)g")
     parser.add_argument("--cache", type=Path, default=default_cache(), help="default %(default)s")
     parser.add_argument("--save", action="store_true", help="write the samples to benchmarks/results/")
+    parser.add_argument("--readme", action="store_true", help="measure nothing: saved results → the README's section")
     options = parser.parse_args()
     for text in options.only:
         if text.partition("=")[0] not in FILTERS or "=" not in text:
@@ -204,9 +210,13 @@ def locked(folder: Path):
 
 def save(results: dict) -> None:
     """Write benchmarks/results/<cpu>-cpu-peers-mlx-<version>.json."""
-    path = saving.result_path(results["card"]["cpu"], f"cpu-peers-mlx-{results['card']['mlx']}.json")
+    path = result_path(results["card"])
     saving.write_json(results, path)
     print(f"written: {path}", file=sys.stderr)
+
+
+def result_path(machine: dict) -> Path:
+    return saving.result_path(machine["cpu"], f"cpu-peers-mlx-{machine['mlx']}.json")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""How benchmarks leave their results: the file's name, whole documents only, and plots where they can be drawn."""
+"""How benchmarks leave their results: the file's name, whole documents only, sections of the README, and plots where
+they can be drawn."""
 
 import json
 import re
@@ -6,6 +7,7 @@ import sys
 from pathlib import Path
 
 RESULTS = Path(__file__).resolve().parent / "results"
+README = RESULTS.parent.parent / "README.md"
 
 
 def result_path(cpu: str, name: str, folder: Path = RESULTS) -> Path:
@@ -19,6 +21,19 @@ def write_json(document: dict, path: Path) -> None:
     partial = path.with_name(f"partial-{path.name}")
     partial.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     partial.replace(path)
+
+
+def write_readme(section: str, text: str, readme: Path = README) -> None:
+    """Replace what lies between the marks `<!-- section: begin -->` and `<!-- section: end -->`, which stand in the
+    README once."""
+    begin, end = (f"<!-- {section}: {edge} -->\n" for edge in ("begin", "end"))
+    found = readme.read_text(encoding="utf-8")
+    if found.count(begin) != 1 or found.count(end) != 1 or found.index(begin) > found.index(end):
+        raise SystemExit(f"{readme}: wanted one {begin.strip()} and after it one {end.strip()}")
+    head, rest = found.split(begin)
+    partial = readme.with_name(f"partial-{readme.name}")
+    partial.write_text(f"{head}{begin}\n{text}\n\n{end}{rest.split(end)[1]}", encoding="utf-8")
+    partial.replace(readme)
 
 
 def pyplot():

@@ -38,7 +38,6 @@ from quality.layers import single_layers
 
 HERE = Path(__file__).parent
 TEXT = HERE / "data" / "jargon-validation.txt"
-README = HERE.parent / "README.md"
 WINDOW = 512
 SAME = 1e-4  # relative difference of perplexities of one model on two machines
 
@@ -168,7 +167,8 @@ def main():
     if options.readme:
         document = saved()
         report.plot(document, stem().with_suffix(".png"))
-        report.write_readme(document, README, stem().with_suffix(".png"))
+        picture = stem().with_suffix(".png")
+        saving.write_readme(report.SECTION, report.section(document, picture, HERE.parent))
         print(report.text(document))
         return
     path = hub.resolve(options.model)

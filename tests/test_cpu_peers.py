@@ -1,5 +1,6 @@
 """benchmarks/cpu_peers.py: what it counts, repairs, writes and concludes. The measuring itself is not tested here."""
 
+import json
 import shutil
 import subprocess
 from dataclasses import asdict
@@ -11,6 +12,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+import saving
 from checkpoint_files import write_gguf
 from cpu_peers import selected
 from mlxeff.errors import MlxeffError
@@ -213,3 +215,10 @@ def test_peers_see_no_override(monkeypatch):
     assert "OPENBLAS_CORETYPE" not in got
     assert got["MLXEFF_NUM_THREADS"] == got["OMP_NUM_THREADS"] == "3"
     assert Path(got["PYTHONPATH"]).name == "benchmarks"
+
+
+def test_the_projects_readme_holds_saved_results():
+    """Of one machine: after `cpu_peers.py --save` comes `--readme`."""
+    readme = saving.README.read_text(encoding="utf-8")
+    found = [json.loads(path.read_text()) for path in saving.RESULTS.glob("*-cpu-peers-mlx-*.json")]
+    assert any(report.shown(report.Results(each["samples"], {})) in readme for each in found) or not found

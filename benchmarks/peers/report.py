@@ -8,11 +8,20 @@ from dataclasses import dataclass
 from statistics import median
 
 from .checkpoints import Costs
-from .table import ARMS, COLD_START, DEPTHS, FOUR, GENERATED, LARGE
+from .table import ARMS, COLD_START, DEPTHS, EXACT, FOUR, GENERATED, LARGE
 
 TTFT_DEPTHS, DECODE_DEPTHS = (64, 512, 2048, 4096), (16, 512, 2048, 4096)
 LLAMA, LLAMA_Q4_0 = ([a.name for a in ARMS if (a.engine, a.files) == ("llama.cpp", kind)] for kind in ("gguf", "q4_0"))
 OURS = [arm for arm in ARMS if arm.ours]
+SECTION = "cpu-peers"  # of the README
+SHOWN = {  # a row of the README: the arms of which each number is the best
+    "mlxeff": [EXACT],
+    "mlxeff, fast": ["mlxeff int8, fp16 KV"],
+    "llama.cpp": LLAMA,
+    "llama.cpp Q4_0": LLAMA_Q4_0,
+    "PyTorch bfloat16": ["torch bfloat16"],
+    "mlx-lm": ["mlx-lm"],
+}
 
 
 class Results:
@@ -35,8 +44,8 @@ class Results:
     def speed(self, metric: str, arm: str, model: str, threads: int, depth: int) -> float | None:
         return self.get(metric, "speed", arm, model, threads, depth)
 
-    def llama(self, metric: str, model: str, threads: int, depth: int, arms: list[str] = LLAMA) -> float | None:
-        """The better of llama.cpp's settings: more tokens a second, or less of anything else."""
+    def best(self, metric: str, model: str, threads: int, depth: int, arms: list[str]) -> float | None:
+        """The best of the arms, settings of one engine: more tokens a second, or less of anything else."""
         values = [self.speed(metric, name, model, threads, depth) for name in arms]
         best = max if metric == "decode_tps" else min
         return best((value for value in values if value is not None), default=None)
@@ -65,7 +74,7 @@ def quotient(a: float | None, b: float | None) -> float | None:
 
 @dataclass(frozen=True)
 class Target:
-    """What issue 3 asks of `value(results, arm, threads)`, at most or at least `wanted`."""
+    """What is wanted of `value(results, arm, threads)`: at most or at least `wanted`."""
 
     what: str
     wanted: float
@@ -83,15 +92,19 @@ class Target:
 
 def ttft_ratio(depth: int, arms: list[str] = LLAMA):
     return lambda results, arm, threads: quotient(
-        results.speed("ttft_s", arm.name, FOUR, threads, depth), results.llama("ttft_s", FOUR, threads, depth, arms)
+        results.speed("ttft_s", arm.name, FOUR, threads, depth), results.best("ttft_s", FOUR, threads, depth, arms)
     )
 
 
 def decode_ratio(depth: int, arms: list[str] = LLAMA):
     return lambda results, arm, threads: quotient(
         results.speed("decode_tps", arm.name, FOUR, threads, depth),
-        results.llama("decode_tps", FOUR, threads, depth, arms),
+        results.best("decode_tps", FOUR, threads, depth, arms),
     )
+
+
+def bandwidth(depth: int):
+    return lambda results, arm, threads: results.bandwidth_share(arm, LARGE, threads, depth)
 
 
 def over_mlx_lm(results: Results, arm, threads: int) -> float | None:
@@ -102,7 +115,7 @@ def over_mlx_lm(results: Results, arm, threads: int) -> float | None:
 def more_memory(results: Results, arm, threads: int) -> float | None:
     """MiB beyond llama.cpp's, at the depth where that is most."""
     pairs = [
-        (results.speed("rss_mib", arm.name, FOUR, threads, depth), results.llama("rss_mib", FOUR, threads, depth))
+        (results.speed("rss_mib", arm.name, FOUR, threads, depth), results.best("rss_mib", FOUR, threads, depth, LLAMA))
         for depth in DEPTHS[FOUR]
     ]
     return max((ours - theirs for ours, theirs in pairs if None not in (ours, theirs)), default=None)
@@ -118,10 +131,8 @@ TARGETS = [
       for name, arms in PEERS.items() for depth, wanted in ((512, 0.55), (2048, 0.35))),
     *(Target(f"decode at {depth} / {name}", wanted, True, decode_ratio(depth, arms))
       for name, arms in PEERS.items() for depth, wanted in ((16, 0.9), (512, 1.1), (2048, 1.3), (4096, 1.3))),
-    Target(
-        "share of read bandwidth, decode of 1B at 16", 0.8, True,
-        lambda results, arm, threads: results.bandwidth_share(arm, LARGE, threads, 16),
-    ),
+    *(Target(f"share of read bandwidth, decode of 1B at {depth}", 0.8, True, bandwidth(depth))
+      for depth in DEPTHS[LARGE]),
     Target(
         "share of fp32 peak, whole prefill of 1B at 512", 0.5, True,
         lambda results, arm, threads: results.flops_share(arm, LARGE, threads, 512, "fp32 matmul"),
@@ -138,10 +149,7 @@ def report(results: Results, card: dict) -> str:
     for model in DEPTHS:
         for threads in results.threads:
             parts += [speeds(results, model, threads), shares(results, model, threads)]
-    parts += [starts(results), qualities(results), failures(results)]
-    most = max(results.threads, default=0)
-    names = [f"target, {most} threads, SmolLM2-135M 4-bit", "wanted", *(arm.name for arm in OURS)]
-    parts.append(table(names, [target.row(results, most) for target in TARGETS]))
+    parts += [starts(results), qualities(results), failures(results), targets(results)]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -195,6 +203,43 @@ def shares(results: Results, model: str, threads: int) -> str:
         ]
         rows.append([arm.name, *(cell(None if value is None else 100 * value, ".0f") for value in values)])
     return table(header, rows)
+
+
+def section(results: Results) -> str:
+    """What the README shows."""
+    return f"{shown(results)}\n\n{targets(results)}"
+
+
+def targets(results: Results) -> str:
+    """Of our arms on all threads."""
+    most = max(results.threads, default=0)
+    names = [f"target, {most} threads, SmolLM2-135M 4-bit", "wanted", *(arm.name for arm in OURS)]
+    return table(names, [target.row(results, most) for target in TARGETS])
+
+
+def shown(results: Results) -> str:
+    """Speeds, a line for each engine."""
+    most = max(results.threads)
+    header = ["", f"TTFT {TTFT_DEPTHS[0]}, s", *map(str, TTFT_DEPTHS[1:])]
+    header += [f"tok/s @{DECODE_DEPTHS[0]}", *(f"@{depth}" for depth in DECODE_DEPTHS[1:]), "peak RSS at 512, MiB"]
+    blocks = [(FOUR, most), *((FOUR, count) for count in results.threads if count != most)]
+    blocks += [(model, most) for model in DEPTHS if model != FOUR]
+    rows = []
+    for model, threads in blocks:
+        mark = f"{model}, {threads} thread{'s' * (threads > 1)}: "
+        for name, arms in SHOWN.items():
+            numbers = [results.best("ttft_s", model, threads, depth, arms) for depth in TTFT_DEPTHS]
+            numbers += [results.best("decode_tps", model, threads, depth, arms) for depth in DECODE_DEPTHS]
+            numbers.append(results.best("rss_mib", model, threads, 512, arms))
+            if numbers.count(None) < len(numbers):
+                rows.append([mark + name, *map(short, numbers)])
+                mark = ""
+    return table(header, rows)
+
+
+def short(value: float | None) -> str:
+    """Three digits of what is small, no fraction of what is large."""
+    return "" if value is None else f"{value:.3g}" if value < 100 else f"{value:.0f}"
 
 
 def ceilings(results: Results) -> str:

@@ -10,7 +10,7 @@ TARGETS = (
     ("SeedLM 4 aware", "affine 4 g128"),
     ("SeedLM 3 aware", "affine 3 g64"),
 )
-BEGIN, END = "<!-- seedlm-quality: begin -->\n", "<!-- seedlm-quality: end -->\n"
+SECTION = "seedlm-quality"  # of the README
 GROUPS = {  # the first word of an arm's name, or its last → label, colour, marker
     "affine": ("MLX affine", "tab:blue", "s"),
     "data-free": ("SeedLM, data-free", "tab:orange", "o"),
@@ -90,20 +90,12 @@ def text(document: dict) -> str:
     return "\n\n".join([table(document), "\n".join([*targets(document), *how(document)]), layers(document)])
 
 
-def write_readme(document: dict, readme: Path, picture: Path) -> None:
-    """Replace what lies between the two marks in the README by the plot, table and targets."""
-    found = readme.read_text(encoding="utf-8")
-    if found.count(BEGIN) != 1 or found.count(END) != 1:
-        raise SystemExit(f"{readme}: wanted one {BEGIN.strip()} and one {END.strip()}")
-    head, rest = found.split(BEGIN)
-    shown = [f"![bits a weight against KL divergence]({picture.relative_to(readme.parent)})", table(document)]
+def section(document: dict, picture: Path, root: Path) -> str:
+    """What the README shows: plot, table and targets."""
+    shown = [f"![bits a weight against KL divergence]({picture.relative_to(root)})", table(document)]
     lines = [*targets(document), *absent(document)]
     shown += ["\n".join(f"- {line}." for line in lines), layers(document)]
-    partial = readme.with_name(f"partial-{readme.name}")
-    partial.write_text(
-        head + BEGIN + "\n" + "\n\n".join(filter(None, shown)) + "\n\n" + END + rest.split(END)[1], encoding="utf-8"
-    )
-    partial.replace(readme)
+    return "\n\n".join(filter(None, shown))
 
 
 def plot(document: dict, path: Path) -> None:
