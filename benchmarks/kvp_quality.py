@@ -2,7 +2,7 @@
 
     python benchmarks/kvp_quality.py [--pair NAME=FOLDER ...] [--pruned NAME=FOLDER ...] [--only WORD ...] [--save]
     python benchmarks/kvp_quality.py --phase ttft [...]    # the times; they need a quiet machine, quality does not
-    python benchmarks/kvp_quality.py --table FILE.json     # the tables of a saved result
+    python benchmarks/kvp_quality.py --table FILE.json     # a saved result's tables; --readme: the section of the README
 
 Arms: the base; its layer-pruned forms as models of their own; pairs of KV Prediction in closed form (fitted under
 --work where they are not there yet, some minutes a piece) and those that --pair names, as they are, some with `keep`
@@ -21,10 +21,11 @@ from pathlib import Path
 
 import mlx.core as mx
 
+import saving
 from kvp import measures, pairs, questions, report
 from mlxeff import hub
 from mlxeff.bench import ttft
-from mlxeff.bench.machine import card
+from mlxeff.bench.machine import card, processor
 from mlxeff.bench.samples import Samples
 from mlxeff.cli.output import show_notices
 from mlxeff.errors import MlxeffError
@@ -32,7 +33,7 @@ from mlxeff.hub.catalog import cache_dir
 from mlxeff.kernels import use_device
 from mlxeff.loading import Loaded, load_path
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = saving.RESULTS
 TEXT = questions.TEXT
 TTFT_POINTS = [ttft.Point(batch, tokens) for batch in (1, 8) for tokens in (128, 512, 2048)]
 QUALITY_KEYS = ("arm", "digest", "item")
@@ -41,6 +42,11 @@ PHASES = ("windows", "questions", "ttft")
 
 def main() -> None:
     options = parse()
+    if options.readme:
+        path = report.result_path(processor(), RESULTS)
+        document = json.loads(path.read_text(encoding="utf-8"))
+        saving.write_readme(report.SECTION, report.section(document, path.with_suffix(".png"), RESULTS.parent.parent))
+        return
     if options.table:
         print(report.tables(json.loads(options.table.read_text())))
         return
@@ -151,6 +157,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--point", nargs="+", default=[], metavar="KEY=VALUE", help="of the times: batch, tokens, arm")
     parser.add_argument("--work", type=Path, default=cache_dir().with_name("mlxeff-kvp"), help="default %(default)s")
     parser.add_argument("--table", type=Path, metavar="FILE", help="print the tables of a saved result")
+    parser.add_argument("--readme", action="store_true", help="measure nothing: saved results → the README's section")
     parser.add_argument("--save", action="store_true", help="write results/<processor>-kvp-quality.json and .png")
     return parser.parse_args()
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import kvp_quality
+import saving
 from helpers import assert_close
 from kvp import measures, pairs, questions, report
 from mlxeff import kernels
@@ -137,7 +138,7 @@ def test_verdicts():
     arms = {
         "base": arm("base", 1.0, 10, 2.0),
         "LP 0.50": arm("pruned", 0.5, 50),
-        "KVP lp:0.50": arm("pair", 0.75, 29, 1.19),
+        "KVP lp:0.50": arm("pair", 0.75, 22, 1.19),
         "KVP other": arm("pair", 0.75, 31),
         "KVP other, keep 9": arm("keep", 0.8, 3.1),
         "KVP other, refine": arm("refine", 0.75, 3.2),
@@ -145,8 +146,9 @@ def test_verdicts():
     lines = report.targets(arms)
     words = "KVP lp:0.50 at most 0.6 of the base's TTFT, batch 1 x 512: 0.59"
     assert f"target: {words}: met" in lines
-    assert "target: KVP lp:0.50, perplexity 29, pruned baselines at equal FLOPs 30: met" in lines
-    assert "target: KVP other, perplexity 31, pruned baselines at equal FLOPs 30: missed" in lines
+    words = "above the pruned baselines at equal FLOPs: perplexity"
+    assert f"target: KVP lp:0.50 {words} 22 for 22.4, kl 0.22 for 0.3: met" in lines  # 22.4 = √(10 · 50)
+    assert f"target: KVP other {words} 31 for 22.4, kl 0.31 for 0.3: missed" in lines
     assert "target: KVP other, keep 9 recovers at least 90% of the KL: 90%: met" in lines
     assert "target: KVP other, refine recovers at least 90% of the KL: 90%: missed" in lines
 
@@ -211,3 +213,11 @@ def test_arms_of_the_times_are_those_of_the_quality(base, pair, window):
     got = one.first_logits(window[None], cache, 512)
     assert_close(got, readers["a"].logits(window, window[:1]), "first logits")
     assert mx.abs(got - prefill(base.model, base.model.new_cache(), window, 512)).max().item() > 1e-2
+
+
+def test_the_projects_readme_holds_saved_results():
+    """Of one machine: after `kvp_quality.py --save` comes `--readme`."""
+    readme, root = saving.README.read_text(encoding="utf-8"), saving.README.parent
+    found = list(saving.RESULTS.glob("*-kvp-quality.json"))
+    shown = [report.section(json.loads(path.read_text()), path.with_suffix(".png"), root) for path in found]
+    assert any(each in readme for each in shown) or not found

@@ -13,6 +13,7 @@ from mlxeff.bench import report as times_report
 from .measures import Reader
 from .pairs import arms as arms_of
 
+SECTION = "kvp-quality"  # of the README
 TARGET_TTFT, TARGET_GAP = 0.60, 0.90  # KVP lp:0.50 by base; of the gap that keep and refine recover
 HALF = "KVP lp:0.50"
 PLOT_POINT = (1, 512)  # batch, prompt tokens
@@ -75,10 +76,22 @@ def tables(document: dict) -> str:
     """All that is for people."""
     arms = document["arms"]
     parts = ["\n".join(f"{key}: {value}" for key, value in document["card"].items()), _quality(arms)]
-    points = sorted({(each["batch"], each["tokens"]) for arm in arms.values() for each in arm["ttft"]})
-    if points:
+    if points := _points(arms):
         parts.append(_ttft(arms, points))
     return "\n\n".join([*parts, "\n".join(targets(arms))])
+
+
+def section(document: dict, picture: Path, root: Path) -> str:
+    """What the README shows."""
+    arms = document["arms"]
+    shown = [f"![perplexity against time to the first token]({picture.relative_to(root)})", _quality(arms)]
+    if points := _points(arms):
+        shown.append(_ttft(arms, points))
+    return "\n\n".join([*shown, "\n".join(f"- {line}." for line in targets(arms))])
+
+
+def _points(arms: dict[str, dict]) -> list[tuple[int, int]]:
+    return sorted({(each["batch"], each["tokens"]) for arm in arms.values() for each in arm["ttft"]})
 
 
 def _quality(arms: dict[str, dict]) -> str:
@@ -134,20 +147,31 @@ def _target_ttft(arms: dict[str, dict]) -> Iterable[str]:
 
 
 def _target_pareto(arms: dict[str, dict]) -> Iterable[str]:
-    """Each pair against the layer-pruned baselines at equal FLOPs, interpolated between them and the base."""
-    for measure, sign in BETTER.items():
-        known = {name: arm for name, arm in arms.items() if measure in arm}
-        line = sorted((arm["flops"], arm[measure]) for arm in known.values() if arm["kind"] in ("base", "pruned"))
-        if len(line) < 2:
+    """Each pair against the layer-pruned baselines at equal FLOPs, in every measure that is known of it."""
+    for name, arm in arms.items():
+        if arm["kind"] != "pair":
             continue
-        best: dict[float, float] = {}
-        for flops, value in line:  # of several baselines of equal cost the better one
-            best[flops] = max(best.get(flops, value), value, key=lambda each: sign * each)
-        for name, arm in known.items():
-            if arm["kind"] == "pair":
-                at = float(np.interp(arm["flops"], list(best), list(best.values())))
-                what = f"{name}, {measure} {arm[measure]:.3g}, pruned baselines at equal FLOPs {at:.3g}"
-                yield f"target: {what}: {_verdict(sign * (arm[measure] - at) > 0)}"
+        pairs = {measure: (arm[measure], _pruned(arms, measure, arm["flops"])) for measure in BETTER if measure in arm}
+        pairs = {measure: both for measure, both in pairs.items() if both[1] is not None}
+        if pairs:
+            met = all(BETTER[measure] * (mine - theirs) > 0 for measure, (mine, theirs) in pairs.items())
+            words = ", ".join(f"{measure} {mine:.3g} for {theirs:.3g}" for measure, (mine, theirs) in pairs.items())
+            yield f"target: {name} above the pruned baselines at equal FLOPs: {words}: {_verdict(met)}"
+
+
+def _pruned(arms: dict[str, dict], measure: str, flops: float) -> float | None:
+    """What a layer-pruned baseline of these FLOPs would have, interpolated between the baselines and the base: of
+    several of equal cost the better one; the logarithm of perplexities."""
+    sign, best = BETTER[measure], {}
+    for arm in arms.values():
+        if arm["kind"] in ("base", "pruned") and measure in arm:
+            kept = best.setdefault(arm["flops"], arm[measure])
+            best[arm["flops"]] = max(kept, arm[measure], key=lambda value: sign * value)
+    if len(best) < 2:
+        return None
+    there, back = (math.log, math.exp) if measure == "perplexity" else (float, float)
+    points = sorted(best.items())
+    return back(float(np.interp(flops, [x for x, _ in points], [there(y) for _, y in points])))
 
 
 def _target_gap(arms: dict[str, dict]) -> Iterable[str]:
@@ -167,10 +191,14 @@ def _verdict(met: bool) -> str:
 
 def save(document: dict, folder: Path) -> None:
     """Write the document, and the plot where matplotlib is there."""
-    path = saving.result_path(document["card"]["cpu"], "kvp-quality.json", folder)
+    path = result_path(document["card"]["cpu"], folder)
     saving.write_json(document, path)
     print(f"written: {path}", file=sys.stderr)
     plot(document, path.with_suffix(".png"))
+
+
+def result_path(cpu: str, folder: Path) -> Path:
+    return saving.result_path(cpu, "kvp-quality.json", folder)
 
 
 def plot(document: dict, path: Path) -> None:
