@@ -2,7 +2,7 @@
 
     python benchmarks/kvp_quality.py [--pair NAME=FOLDER ...] [--pruned NAME=FOLDER ...] [--only WORD ...] [--save]
     python benchmarks/kvp_quality.py --phase ttft [...]    # the times; they need a quiet machine, quality does not
-    python benchmarks/kvp_quality.py --table FILE.json     # a saved result's tables; --readme: the section of the README
+    python benchmarks/kvp_quality.py --table FILE.json     # a saved result's tables; --readme: the README's section
 
 Arms: the base; its layer-pruned forms as models of their own; pairs of KV Prediction in closed form (fitted under
 --work where they are not there yet, some minutes a piece) and those that --pair names, as they are, some with `keep`
