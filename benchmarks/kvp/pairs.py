@@ -22,10 +22,19 @@ from .measures import Reader
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 CALIBRATION = ROOT / "convert" / "calibration.txt"
-CLOSED_FORM = ("lp:0.75", "lp:0.50", "lp:0.25", "layers:0-21", "layers:0-14", "layers:0-7", "lp:0.50 own")
+CLOSED_FORM = (
+    "lp:0.75",
+    "lp:0.50",
+    "lp:0.25",
+    "layers:0-21",
+    "layers:0-18",
+    "layers:0-14",
+    "layers:0-7",
+    "lp:0.50 own",
+)
 FRACTIONS = ("0.75", "0.50", "0.25")
 LENGTH, SEED = 512, 0  # tokens of a piece; of the base's own text
-KEEPS = (16, 64, 128)
+KEEPS = (16, 64, 128, 256)
 DIALLED = ("KVP lp:0.50", "KVP layers:0-14")  # with which names begin of pairs whose dials are measured too
 
 
