@@ -33,7 +33,7 @@ demo: $(VENV)/.installed
 
 # The base's own first 22 layers as auxiliary: with fewer the answer, which stands among the prompt's 60 definitions, is lost.
 KVP_PAIR = build/kvp-pair
-KVP_FIT = --aux layers:0-21 --text convert/calibration.txt --tokens 8192
+KVP_FIT = --aux layers:0-21 --text convert/calibration.txt --tokens 32768
 KVP_ASK = $(BIN)/python -m mlxeff generate --raw --file benchmarks/data/demo-prompt.txt --stop Definition: --max-tokens 16
 demo-kvp: $(KVP_PAIR)/config.json
 	$(KVP_ASK)
