@@ -165,9 +165,8 @@ def arguments() -> argparse.Namespace:
 def main():
     options = arguments()
     if options.readme:
-        document = saved()
-        report.plot(document, stem().with_suffix(".png"))
-        picture = stem().with_suffix(".png")
+        document, picture = saved(), stem().with_suffix(".png")
+        report.plot(document, picture)
         saving.write_readme(report.SECTION, report.section(document, picture, HERE.parent))
         print(report.text(document))
         return

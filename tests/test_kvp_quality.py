@@ -148,9 +148,11 @@ def test_verdicts():
     assert f"target: {words}: met" in lines
     words = "above the pruned baselines at equal FLOPs: perplexity"
     assert f"target: KVP lp:0.50 {words} 22 for 22.4, kl 0.22 for 0.3: met" in lines  # 22.4 = √(10 · 50)
-    assert f"target: KVP other {words} 31 for 22.4, kl 0.31 for 0.3: missed" in lines
+    assert f"target: KVP other {words} 31 for 22.4, kl 0.31 for 0.3: missed in perplexity, kl" in lines
     assert "target: KVP other, of its KL at least 90% recovered by a dial: keep 9 90%, refine 90%: met" in lines
     arms["KVP other, keep 9"]["kl"] = 0.032
+    arms["KVP lp:0.50"]["kl"] = 0.3
+    assert "22 for 22.4, kl 0.3 for 0.3: missed in kl" in report.targets(arms)[1]  # as good is not above
     assert report.targets(arms)[-1].endswith("keep 9 90%, refine 90%: missed")  # 89.7%
 
 

@@ -102,12 +102,8 @@ def _quality(arms: dict[str, dict]) -> str:
     lines = [_row(head), _row(["---"] * len(head))]
     for name, arm in arms.items():
         large = arm.get("perplexity", 0) >= 1000
-        measured = [
-            _text(arm, "perplexity", ".3g" if large else ".2f"),
-            _text(arm, "kl", ".3f"),
-            _text(arm, "agreement", ".1%"),
-        ]
-        measured += [_text(arm, "first_kl", ".3f"), _text(arm, "exact", ".0%")]
+        forms = {"perplexity": ".3g" if large else ".2f", "kl": ".3f", "agreement": ".1%", "first_kl": ".3f"}
+        measured = [_text(arm, key, form) for key, form in (forms | {"exact": ".0%"}).items()]
         lines.append(_row([name, f"{arm['flops']:.2f}", *measured]))
     return "\n".join(lines)
 
@@ -162,10 +158,10 @@ def _target_pareto(arms: dict[str, dict]) -> Iterable[str]:
         pairs = {measure: (arm[measure], _pruned(arms, measure, arm["flops"])) for measure in BETTER if measure in arm}
         pairs = {measure: both for measure, both in pairs.items() if both[1] is not None}
         if pairs:
-            gains = [BETTER[measure] * (mine - theirs) for measure, (mine, theirs) in pairs.items()]
-            met = min(gains) >= 0 and max(gains) > 0
+            below = [m for m, (mine, theirs) in pairs.items() if not BETTER[m] * (mine - theirs) > 0]
             words = ", ".join(f"{measure} {mine:.3g} for {theirs:.3g}" for measure, (mine, theirs) in pairs.items())
-            yield f"target: {name} above the pruned baselines at equal FLOPs: {words}: {_verdict(met)}"
+            verdict = _verdict(not below) + (f" in {', '.join(below)}" if below else "")
+            yield f"target: {name} above the pruned baselines at equal FLOPs: {words}: {verdict}"
 
 
 def _pruned(arms: dict[str, dict], measure: str, flops: float) -> float | None:
