@@ -146,16 +146,19 @@ void drop_inputs_of_siblings(const std::vector<mx::array>& inputs, std::vector<m
     if (&output.inputs() != &inputs) output.inputs().clear();
 }
 
-// What a pass is for: logits, or what each layer reads (see LayerReading).
-enum class Purpose { last_logits, all_logits, inputs, keys_and_values };
-bool reads(Purpose purpose) { return purpose == Purpose::inputs || purpose == Purpose::keys_and_values; }
+// What a pass is for: logits, or some of what each layer reads (see LayerReading).
+struct Purpose {
+  bool all_logits = false;
+  std::vector<int> inputs = {}, pairs = {};  // layers, rising; without any the pass gives logits
+  bool reads() const { return !inputs.empty() || !pairs.empty(); }
+};
 
-// Inputs: tokens, keys of each layer, values of each layer. Outputs: logits, or the layers' inputs, or their raw keys, then values; then
-// the buffers with the new tokens in them. A reading leaves out the last layer's buffers.
+// Inputs: tokens, keys of each layer, values of each layer. Outputs: logits, or the inputs, raw keys and raw values of the layers of the
+// purpose; then the buffers with the new tokens in them. A reading leaves out the last layer's buffers.
 class DecoderForward : public mx::Primitive {
  public:
   DecoderForward(mx::Stream stream, std::shared_ptr<Model> model, int64_t offset, Purpose purpose, int mode)
-      : mx::Primitive(stream), model_(std::move(model)), offset_(offset), purpose_(purpose), mode_(mode) {}
+      : mx::Primitive(stream), model_(std::move(model)), offset_(offset), purpose_(std::move(purpose)), mode_(mode) {}
 
   void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override {
     auto& encoder = mx::cpu::get_command_encoder(stream());
@@ -190,11 +193,12 @@ class DecoderForward : public mx::Primitive {
       for (size_t i = 0; i < copies.size(); ++i)
         if (copies[i].first) memcpy(i < layers ? kv[i].keys : kv[i - layers].values, copies[i].first, copies[i].second);
       mlxeff::Decoder& decoder = model->decoder();
-      if (!reads(purpose)) return check(decoder.forward(tokens, batch, length, offset, kv.data(), written[0], purpose == Purpose::all_logits, mode));
+      if (!purpose.reads()) return check(decoder.forward(tokens, batch, length, offset, kv.data(), written[0], purpose.all_logits, mode));
       std::vector<mlxeff::LayerReading> readings(layers + 1);
-      for (size_t i = 0; i <= layers; ++i)
-        readings[i] = purpose == Purpose::inputs ? mlxeff::LayerReading{written[i], nullptr, nullptr}
-                                                 : mlxeff::LayerReading{nullptr, written[i], written[layers + 1 + i]};
+      float* const* next = written.data();
+      for (const int i : purpose.inputs) readings[size_t(i)].input = *next++;
+      for (const int i : purpose.pairs) readings[size_t(i)].keys = *next++;
+      for (const int i : purpose.pairs) readings[size_t(i)].values = *next++;
       check(decoder.read(tokens, batch, length, offset, kv.data(), readings.data(), mode));
     });
   }
@@ -220,17 +224,20 @@ struct Handle {
 std::vector<mx::array> run(const Handle& handle, const mx::array& tokens, const std::vector<mx::array>& keys, const std::vector<mx::array>& values,
                            int64_t offset, Purpose purpose, int mode) {
   const DecoderSpec& spec = handle.model->spec();
-  const size_t layers = spec.layers.size() - (reads(purpose) ? 1 : 0);
+  const size_t layers = spec.layers.size() - (purpose.reads() ? 1 : 0);
+  for (const auto* read : {&purpose.inputs, &purpose.pairs})
+    for (size_t i = 0; i < read->size(); ++i)
+      if ((*read)[i] < (i ? (*read)[i - 1] + 1 : 0) || size_t((*read)[i]) > layers) throw std::invalid_argument("decoder: wanted rising layers to read");
   if (tokens.ndim() != 2 || tokens.size() < 1) throw std::invalid_argument("decoder: wanted tokens of shape (B, S)");
   const int batch = tokens.shape(0), length = tokens.shape(1);
   if (keys.size() != layers || values.size() != layers) throw std::invalid_argument("decoder: wanted a cache buffer for each layer");
   const mx::Stream stream = mx::default_stream(mx::Device::cpu);
   std::vector<mx::array> inputs = {mx::contiguous(mx::astype(tokens, mx::int32, stream), false, stream)};
   std::vector<mx::Shape> shapes;
-  if (!reads(purpose)) shapes.push_back({batch, purpose == Purpose::all_logits ? length : 1, int(spec.head.weight.N)});
-  for (int kind = 0; kind < (purpose == Purpose::inputs ? 1 : purpose == Purpose::keys_and_values ? 2 : 0); ++kind)
-    for (const mlxeff::DecoderLayer& l : spec.layers)
-      shapes.push_back({batch, length, int(purpose == Purpose::inputs ? spec.dim : l.groups * spec.head_dim)});
+  if (!purpose.reads()) shapes.push_back({batch, purpose.all_logits ? length : 1, int(spec.head.weight.N)});
+  shapes.insert(shapes.end(), purpose.inputs.size(), {batch, length, int(spec.dim)});
+  for (int kind = 0; kind < 2; ++kind)
+    for (const int i : purpose.pairs) shapes.push_back({batch, length, int(spec.layers[size_t(i)].groups * spec.head_dim)});
   std::vector<mx::Dtype> dtypes(shapes.size(), mx::float32);
   for (const auto* buffers : {&keys, &values})
     for (size_t i = 0; i < layers; ++i) {
@@ -243,7 +250,7 @@ std::vector<mx::array> run(const Handle& handle, const mx::array& tokens, const 
       shapes.push_back(buffer.shape());
       dtypes.push_back(buffer.dtype());
     }
-  return mx::array::make_arrays(std::move(shapes), dtypes, std::make_shared<DecoderForward>(stream, handle.model, offset, purpose, mode),
+  return mx::array::make_arrays(std::move(shapes), dtypes, std::make_shared<DecoderForward>(stream, handle.model, offset, std::move(purpose), mode),
                                 std::move(inputs));
 }
 
@@ -278,13 +285,17 @@ NB_MODULE(_native, m) {
   m.def(
       "forward",
       [](const Handle& decoder, const mx::array& tokens, const std::vector<mx::array>& keys, const std::vector<mx::array>& values, int64_t offset,
-         bool all_rows, int mode) { return run(decoder, tokens, keys, values, offset, all_rows ? Purpose::all_logits : Purpose::last_logits, mode); },
+         bool all_rows, int mode) { return run(decoder, tokens, keys, values, offset, {all_rows}, mode); },
       nb::arg("decoder"), nb::arg("tokens"), nb::arg("keys"), nb::arg("values"), nb::arg("offset"), nb::arg("all_rows"), nb::arg("mode"),
       "(logits, keys..., values...): the buffers hold the new tokens after `offset`.");
   m.def(
       "read",
       [](const Handle& decoder, const mx::array& tokens, const std::vector<mx::array>& keys, const std::vector<mx::array>& values, int64_t offset,
-         bool inputs, int mode) { return run(decoder, tokens, keys, values, offset, inputs ? Purpose::inputs : Purpose::keys_and_values, mode); },
-      nb::arg("decoder"), nb::arg("tokens"), nb::arg("keys"), nb::arg("values"), nb::arg("offset"), nb::arg("inputs"), nb::arg("mode"),
-      "(read..., keys..., values...) without the last layer's buffers; read: each layer's normed input, or raw keys..., values...; rows (B, S, width).");
+         std::vector<int> inputs, std::vector<int> pairs, int mode) {
+        if (inputs.empty() && pairs.empty()) throw std::invalid_argument("decoder: wanted layers to read, got none");
+        return run(decoder, tokens, keys, values, offset, {false, std::move(inputs), std::move(pairs)}, mode);
+      },
+      nb::arg("decoder"), nb::arg("tokens"), nb::arg("keys"), nb::arg("values"), nb::arg("offset"), nb::arg("inputs"), nb::arg("pairs"), nb::arg("mode"),
+      "(read..., keys..., values...) without the last layer's buffers; read: normed inputs of the layers `inputs`, raw keys, then raw values of the "
+      "layers `pairs`, which rise; rows (B, S, width).");
 }

@@ -40,7 +40,7 @@ def load_pair(folder: str | Path, base: Loaded) -> KvPrediction:
     of_auxiliary = {name.removeprefix(AUXILIARY): value for name, value in of_auxiliary.items()}
     try:
         shapes = auxiliary.kv_shapes, base.model.kv_shapes
-        predictor = Predictor(*shapes, config.layer_map, config.inputs, auxiliary.hidden_size)
+        predictor = Predictor(*shapes, config.layer_map, config.inputs, auxiliary.hidden_size, config.shared)
         if config.quantization:
             quantize(predictor, config.quantization)
         tuned = Tuned(auxiliary, **config.tuned) if config.tuned else None

@@ -90,26 +90,39 @@ def features(pairs, inputs, kind):
     return [tuple(part.reshape(len(part), -1) for part in pair) for pair in pairs]
 
 
-def predicted_logits(base, auxiliary, maps, layer_map, tokens, kind="own"):
-    """(V) of the last token; maps[f"{key|value}_maps.{i}.{weight|bias}"] are the predictor's, in its own names."""
-    total = len(tokens)
-    tables = rotation_tables(base.size, base.base, None, total)
-    read = features(*walk(auxiliary, tokens[:-1])[:2], kind)
-    x = base.embed(tokens[-1:])
-    for i in range(base.count):
-        q, k, v = base.project(i, x)
-        merged = read[layer_map[i]]
-        names = [f"{kind}_maps.{i}." for kind in ("key", "value")]
-        before = [
-            (rows @ maps[name + "weight"].T + maps[name + "bias"]).reshape(total - 1, -1, base.size)
-            for rows, name in zip(merged, names, strict=True)
+def predictions(base, read, maps, layer_map, inputs, shared=0):
+    """Raw keys and values (S, G, E) of every base layer; `read` is what `walk` gave of the auxiliary. The first
+    `shared` layers are the auxiliary's; maps[f"{key|value}_maps.{i - shared}.{weight|bias}"] are the predictor's."""
+    pairs, rows = list(read[0][:shared]), features(*read[:2], inputs)
+    for i in range(shared, base.count):
+        pair = [
+            x @ maps[f"{name}_maps.{i - shared}.weight"].T + maps[f"{name}_maps.{i - shared}.bias"]
+            for x, name in zip(rows[layer_map[i]], ("key", "value"), strict=True)
         ]
-        keys = rotate(base.norm(i, np.concatenate([before[0], k]), "k"), tables)
-        values = np.concatenate([before[1], v])
-        queries = np.zeros((total, q.shape[1], base.size))
-        queries[-1] = rotate(base.norm(i, q, "q"), [table[-1:] for table in tables])[0]
-        x = base.finish(i, x, attention(queries, keys, values, None)[-1:])
-    return base.logits(x)[0]
+        pairs.append(tuple(x.reshape(len(x), -1, base.size) for x in pair))
+    return pairs
+
+
+def continue_prompt(base, prompt, tokens):
+    """Logits (S, V) of `tokens` after a prompt whose raw keys and values of every layer are given, and these as a cache
+    holds them."""
+    known = len(prompt[0][0])
+    tables = rotation_tables(base.size, base.base, None, known + len(tokens))
+    x, placed = base.embed(tokens), []
+    for i, (keys, values) in enumerate(prompt):
+        q, k, v = base.project(i, x)
+        rotated = rotate(base.norm(i, np.concatenate([keys, k]), "k"), tables)
+        placed.append((rotated[:known], values))
+        queries = np.zeros((known + len(tokens), *q.shape[1:]))
+        queries[known:] = rotate(base.norm(i, q, "q"), [table[known:] for table in tables])
+        x = base.finish(i, x, attention(queries, rotated, np.concatenate([values, v]), None)[known:])
+    return base.logits(x), placed
+
+
+def predicted_logits(base, auxiliary, maps, layer_map, tokens, inputs="own", shared=0):
+    """(V) of the last token."""
+    prompt = predictions(base, walk(auxiliary, tokens[:-1]), maps, layer_map, inputs, shared)
+    return continue_prompt(base, prompt, tokens[-1:])[0][0]
 
 
 def language_loss(logits, targets):
@@ -118,22 +131,37 @@ def language_loss(logits, targets):
     return (sums - logits[np.arange(len(targets)), targets]).mean() + 1e-4 * (sums**2).mean()
 
 
-def training_loss(base, auxiliary, maps, layer_map, tokens, consistency, auxiliary_loss=0.0, kind="own"):
+def distance(found, true, shared):
+    """The L1 term without λ."""
+    pairs = list(zip(found, true, strict=True))[shared:]
+    return sum(np.abs(mine - theirs).mean() for pair in pairs for mine, theirs in zip(*pair, strict=True))
+
+
+def paper_loss(base, auxiliary, maps, layer_map, tokens, consistency, auxiliary_loss=0.0, inputs="own", shared=0):
     """The loss of tokens (N + 1): all of the base's keys and values are predicted."""
-    inputs, targets = tokens[:-1], tokens[1:]
-    count = len(inputs)
-    tables = rotation_tables(base.size, base.base, None, count)
-    *read, last = walk(auxiliary, inputs)
-    read, true, x, distances = features(*read, kind), walk(base, inputs)[0], base.embed(inputs), 0.0
-    for i in range(base.count):
-        predicted = [
-            rows @ maps[f"{name}_maps.{i}.weight"].T + maps[f"{name}_maps.{i}.bias"]
-            for rows, name in zip(read[layer_map[i]], ("key", "value"), strict=True)
-        ]
-        keys, values = (rows.reshape(count, -1, base.size) for rows in predicted)
-        keys = base.norm(i, keys, "k")
-        distances += np.abs(keys - base.norm(i, true[i][0], "k")).mean() + np.abs(values - true[i][1]).mean()
+    known, targets = tokens[:-1], tokens[1:]
+    tables = rotation_tables(base.size, base.base, None, len(known))
+    read, true, x = walk(auxiliary, known), walk(base, known)[0], base.embed(known)
+    found = predictions(base, read, maps, layer_map, inputs, shared)
+    found, true = ([(base.norm(i, k, "k"), v) for i, (k, v) in enumerate(each)] for each in (found, true))
+    for i, (keys, values) in enumerate(found):
         queries = rotate(base.norm(i, base.project(i, x)[0], "q"), tables)
         x = base.finish(i, x, attention(queries, rotate(keys, tables), values, None))
-    own = auxiliary_loss * language_loss(auxiliary.logits(last), targets)
-    return language_loss(base.logits(x), targets) + own + consistency * distances
+    own = auxiliary_loss * language_loss(auxiliary.logits(read[-1]), targets)
+    return language_loss(base.logits(x), targets) + own + consistency * distance(found, true, shared)
+
+
+def distill_loss(
+    base, auxiliary, maps, layer_map, tokens, continuation, consistency, auxiliary_loss=0.0, inputs="own", shared=0
+):
+    """The loss of tokens (N + 1), of which the last is not read: KL to the base after a predicted prompt."""
+    known = len(tokens) - 2 - continuation
+    prompt, rest = tokens[:known], tokens[known:-1]
+    read, true = walk(auxiliary, prompt), walk(base, tokens[:-1])
+    logits, found = continue_prompt(base, predictions(base, read, maps, layer_map, inputs, shared), rest)
+    wanted = base.logits(true[-1])[known:]
+    _, placed = continue_prompt(base, [(k[:known], v[:known]) for k, v in true[0]], rest)
+    mine, theirs = (x - np.log(np.exp(x).sum(-1, keepdims=True)) for x in (logits, wanted))
+    divergence = (np.exp(theirs) * (theirs - mine)).sum(-1).mean()
+    own = auxiliary_loss * language_loss(auxiliary.logits(read[-1]), tokens[1 : known + 1])
+    return divergence + own + consistency * distance(found, placed, shared)

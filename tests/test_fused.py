@@ -156,6 +156,28 @@ def test_what_the_layers_read_equals_the_unfused_model(name, read):
             assert_close(mine, theirs, "cache", rtol=2.0**-15)
 
 
+@pytest.mark.parametrize(("inputs", "pairs"), [((1,), (0, 1)), ((0, 2), ()), ((), (2,)), ((0, 1, 2), (1,))])
+@pytest.mark.parametrize("name", ["llama", "openelm"])
+def test_some_layers_are_read_alone_or_together(name, inputs, pairs):
+    plain, fused = pair(name)
+    tokens = mx.array(np.random.default_rng(2).integers(0, 300, (2, 20)))
+    wants, gots = (model.layer_states(tokens, model.new_cache(), inputs, pairs) for model in (plain, fused))
+    whole = fused.layer_inputs(tokens, fused.new_cache()), fused.raw_kv(tokens, fused.new_cache())
+    for layers, want, got, all_of in zip((inputs, pairs), wants, gots, whole, strict=True):
+        assert len(got) == len(want) == len(layers)
+        for i, mine, theirs in zip(layers, got, want, strict=True):
+            for a, b, c in zip(*(each if isinstance(each, tuple) else (each,) for each in (mine, theirs, all_of[i]))):
+                assert_close(a, b, f"layer {i}", rtol=2.0**-15)
+                assert_close(a, c, f"layer {i} of all", rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("layers", [(), (1, 0), (0, 3), (-1,)])
+def test_layers_to_read_that_are_not(layers):
+    _, fused = pair("llama")
+    with pytest.raises(ValueError, match="decoder: wanted"):
+        fused.layer_states(mx.array([[1, 2]]), fused.new_cache(), (), layers)
+
+
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("name", ["llama", "small"])
 def test_last_logits_are_the_last_rows(name, batch):

@@ -13,7 +13,7 @@ from mlxeff.errors import MlxeffError
 from mlxeff.kvprediction import KvPrediction, Predictor, predict
 from mlxeff.kvprediction.flops import parameters
 from mlxeff.kvprediction.predict import Refinement
-from mlxeff.kvprediction.predictor import INPUTS, features, identity, merge_heads, quantization, quantize
+from mlxeff.kvprediction.predictor import INPUTS, identity, merge_heads, quantization, quantize
 from mlxeff.loading import build_model
 from mlxeff.models.fused import fuse, set_precision
 from mlxeff.sampling import make_sampler
@@ -116,6 +116,40 @@ def test_against_the_formula_in_float64(family, mlx_alone, inputs):
     assert_close(got[0], want, family, rtol=2.0**-15)
 
 
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("inputs", INPUTS)
+@pytest.mark.parametrize(("layers", "layer_map", "shared"), [([0, 2], [0, 0, 1], 1), ([0, 1], [0, 1, 1], 2)])
+def test_shared_layers_hold_the_keys_and_values_of_the_base(fused, family, inputs, layers, layer_map, shared):
+    """In chunks and after sinks, to rounding; the other layers hold what maps make of the same readings."""
+    base = random_model(FAMILIES[family])
+    auxiliary = base.pruned(layers)
+    if fused and not (kernels.device() == "cpu" and fuse(base) and fuse(auxiliary)):
+        pytest.skip("no native kernels here")
+    shapes = auxiliary.kv_shapes, base.kv_shapes
+    whole = randomise(Predictor(*shapes, layer_map, inputs, auxiliary.hidden_size), 2)
+    predictor = Predictor(*shapes, layer_map, inputs, auxiliary.hidden_size, shared)
+    predictor.key_maps, predictor.value_maps = whole.key_maps[shared:], whole.value_maps[shared:]
+    cache, plain, true = base.new_cache(), base.new_cache(), base.new_cache()
+    tokens = mx.array(PROMPT)
+    predict(auxiliary, predictor.join(), base, tokens, cache, step_size=10, keep=5, sinks=4)
+    predict(auxiliary, whole, base, tokens, plain, step_size=10, keep=5, sinks=4)
+    prefill(base, true, tokens, 512)
+    predicted = slice(4, len(PROMPT) - 5)
+    for i, layer in enumerate(cache.layers):
+        wanted = (true if i < shared else plain).layers[i].state()
+        for mine, theirs in zip(layer.state(), wanted, strict=True):
+            assert_close(mine[:, :, predicted], theirs[:, :, predicted], f"layer {i}", rtol=2.0**-16)
+
+
+def test_with_all_layers_shared_the_base_is_its_own_auxiliary():
+    base, tokens = random_model(FAMILIES["openelm"]), mx.array(PROMPT)
+    predictor = Predictor(base.kv_shapes, base.kv_shapes, [0, 1, 2], "hidden", base.hidden_size, 3)
+    assert not tree_flatten(predictor.parameters())
+    got = predict(base, predictor.join(), base, tokens, base.new_cache())
+    assert_close(got, base.last_logits(tokens[None], base.new_cache()), "logits", rtol=2.0**-16)
+
+
 @pytest.mark.parametrize("step", [1, 7, 36, 512])
 def test_chunks_give_the_same(step):
     auxiliary, predictor, base = random_pair("openelm")
@@ -143,9 +177,9 @@ def test_the_auxiliary_reads_all_but_the_last_token():
         new_cache = staticmethod(auxiliary.new_cache)
 
         @staticmethod
-        def raw_kv(tokens, cache):
+        def layer_states(tokens, cache, inputs, pairs):
             calls.append(tokens.tolist())
-            return auxiliary.raw_kv(tokens, cache)
+            return auxiliary.layer_states(tokens, cache, inputs, pairs)
 
     predict(Spy, predictor, base, mx.array(PROMPT), base.new_cache(), step_size=20)
     assert calls == [[PROMPT[:20]], [PROMPT[20:36]]]
@@ -336,7 +370,7 @@ def test_layer_maps_that_do_not_fit(layer_map, complaint):
 @pytest.mark.parametrize("family", ["llama", "openelm"])
 def test_joined_maps_predict_the_same_until_one_changes(family, inputs):
     auxiliary, predictor, _ = random_pair(family, inputs)
-    read = features(auxiliary, mx.array([PROMPT]), auxiliary.new_cache(), inputs)
+    read = predictor.read(auxiliary, mx.array([PROMPT]), auxiliary.new_cache())
     before = [np.array(value) for _, value in tree_flatten(predictor.parameters())]
     want = predictor(read)
     assert len(predictor.join()._joined.matrices) == (2 if inputs == "hidden" else 4)  # layers 0, 0, 1 are read
@@ -373,7 +407,7 @@ def pairs_and_bound(got, want, read, rounded, step):
     rows (tokens, groups, group size)."""
     for i, j in enumerate(rounded.layer_map):
         for kind, each in enumerate(rounded.maps[i]):
-            rows = read[j][kind][0].reshape(len(PROMPT), -1, each.group_size)
+            rows = read.features[j][kind][0].reshape(len(PROMPT), -1, each.group_size)
             mine, theirs = (merge_heads(pairs[i][kind])[0] for pairs in (got, want))
             yield mine, theirs, step(rows, each)
 
@@ -384,7 +418,7 @@ def test_quantised_maps_are_off_by_the_rounding(family, inputs, bits):
     """Half a step of the scale a weight, and at the ends of a group one more: the scale is chosen so that 0 is a
     value."""
     auxiliary, dense, rounded = quantised_pair(family, inputs, bits)
-    read = features(auxiliary, mx.array([PROMPT]), auxiliary.new_cache(), inputs)
+    read = dense.read(auxiliary, mx.array([PROMPT]), auxiliary.new_cache())
     found = pairs_and_bound(
         rounded(read), dense(read), read, rounded, lambda rows, w: mx.abs(rows).sum(-1) @ (1.5 * mx.abs(w.scales)).T
     )
@@ -399,7 +433,7 @@ def test_quantised_maps_are_off_by_the_rounding(family, inputs, bits):
 def test_joined_quantised_maps_are_the_same_to_the_bit(family, inputs, bits, compute):
     auxiliary, _, rounded = quantised_pair(family, inputs, bits)
     rounded.compute = compute
-    read = features(auxiliary, mx.array([PROMPT]), auxiliary.new_cache(), inputs)
+    read = rounded.read(auxiliary, mx.array([PROMPT]), auxiliary.new_cache())
     want, count = rounded(read), parameters(rounded)
     assert len(rounded.join()._joined.matrices) == (2 if inputs == "hidden" else 4)
     assert parameters(rounded) == count
@@ -422,7 +456,7 @@ def test_int8_rounds_what_quantised_maps_read_and_nothing_else(family, inputs, j
     auxiliary, dense, rounded = quantised_pair(family, inputs, 8)
     if joined:
         dense.join(), rounded.join()
-    read = features(auxiliary, mx.array([PROMPT]), auxiliary.new_cache(), inputs)
+    read = dense.read(auxiliary, mx.array([PROMPT]), auxiliary.new_cache())
     exact, of_dense = rounded(read), dense(read)
     dense.compute = rounded.compute = "int8"
 
@@ -443,6 +477,15 @@ def test_widths_that_no_group_divides():
         quantization(8, [64, 48, 64])
     with pytest.raises(MlxeffError, match=r"quantization: wanted inputs of a multiple of 64, got \[32\]"):
         quantize(Predictor([(2, 16)], [(2, 16)], [0]), {"group_size": 64, "bits": 8, "mode": "affine"})
+
+
+@pytest.mark.parametrize(
+    ("base", "layer_map", "shared"),
+    [([(2, 16)] * 3, [1, 1, 1], 1), ([(2, 16)] * 3, [0, 0, 1], 2), ([(1, 16)] * 3, [0, 1, 1], 1)],
+)
+def test_shared_layers_that_are_not(base, layer_map, shared):
+    with pytest.raises(MlxeffError, match=f"predictor: wanted {shared} shared layers that read themselves, got "):
+        Predictor([(2, 16)] * 2, base, layer_map, shared=shared)
 
 
 def test_inputs_that_are_unknown():

@@ -66,6 +66,21 @@ def test_finds_the_truth_where_the_auxiliary_is_the_base(family, inputs):
     assert_close(got, base.last_logits(mx.array([PROMPT]), base.new_cache()), "logits", rtol=1e-3)
 
 
+@pytest.mark.parametrize("inputs", INPUTS)
+@pytest.mark.parametrize("search", [False, True])
+def test_shared_layers_are_not_fitted_and_change_no_other(inputs, search):
+    base = random_model(FAMILIES["openelm"])
+    auxiliary = base.pruned([0, 2])
+    whole, fitted = (fit(auxiliary, base, [0, 0, 1], SEQUENCES, inputs=inputs, search=search, shared=n) for n in (0, 1))
+    assert fitted.errors == [(0.0, 0.0), *whole.errors[1:]]
+    assert max(whole.errors[0]) < 1e-6
+    assert fitted.predictor.layer_map == whole.predictor.layer_map
+    for pair, other in zip(fitted.predictor.maps, whole.predictor.maps[1:], strict=True):
+        for mine, theirs in zip(pair, other, strict=True):
+            assert_close(mine.weight, theirs.weight, "weight", rtol=0, atol=0)
+            assert_close(mine.bias, theirs.bias, "bias", rtol=0, atol=0)
+
+
 def test_search_takes_the_layer_with_the_least_error():
     base = random_model(FAMILIES["llama"])
     pruned = base.pruned([0, 1])
@@ -100,7 +115,8 @@ def test_memory_does_not_grow_with_the_text():
     sizes = []
     for ids in SEQUENCES[:3]:
         tokens = mx.array([ids])
-        moments.add(*(merged(model.raw_kv(tokens, model.new_cache())) for model in (auxiliary, base)))
+        of_auxiliary, of_base = (model.raw_kv(tokens, model.new_cache()) for model in (auxiliary, base))
+        moments.add(dict(enumerate(map(merged, of_auxiliary))), of_base)
         sums = (moments.inputs, moments.cross, moments.squares, moments.sums)
         sizes.append(sum(value.nbytes for each in sums for value in each.values()))
     assert sizes[0] == sizes[1] == sizes[2]
@@ -133,6 +149,7 @@ def test_layers_are_chosen_by_their_error():
     base = random_model(FAMILIES["llama"])
     choices = [[0, 1], [0, 2]]
     best, errors = choose_layers(base, choices, SEQUENCES)
-    want = [fit(base.pruned(c), base, m, SEQUENCES).error for c, m in zip(choices, ([0, 1, 1], [0, 0, 1]))]
+    maps = ([0, 1, 1], 2), ([0, 0, 1], 1)
+    want = [fit(base.pruned(c), base, m, SEQUENCES, shared=n).error for c, (m, n) in zip(choices, maps, strict=True)]
     assert errors == want
     assert best == choices[int(np.argmin(want))]

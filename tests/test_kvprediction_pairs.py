@@ -17,7 +17,6 @@ from mlxeff.errors import MlxeffError
 from mlxeff.kv_pairs import load_pair, make_auxiliary
 from mlxeff.kvprediction import Predictor, predict
 from mlxeff.kvprediction.files import PairConfig, read_config, write_pair
-from mlxeff.kvprediction.predictor import features
 from mlxeff.kvprediction.tuning import Tuned
 from mlxeff.loading import load_model, load_path
 from mlxeff.models.fused import set_precision
@@ -85,9 +84,9 @@ def edit(folder, **changes):
 
 def test_fit_then_generate(pair, base_folder):
     config = read_config(pair)
-    assert (config.layers, config.layer_map) == ([0, 2], [0, 0, 1, 1])
+    assert (config.layers, config.layer_map, config.shared) == ([0, 2], [0, 0, 1, 1], 1)
     assert (config.provenance["text"], config.provenance["tokens"]) == ("text.txt", 1011)
-    assert max(config.provenance["errors"][0]) < 1e-6  # layer 0 is in both models
+    assert config.provenance["errors"][0] == [0, 0]  # layer 0 is in both models
     out, err = mlxeff("generate", PROMPT, "--model", base_folder, "--kv-predict", pair, "--max-tokens", 4, "--raw")
     assert f"mlxeff: note: KV prediction: the KV of 49 of 50 prompt tokens is predicted by {pair}, not computed" in err
     assert "| KV of 49 tokens predicted |" in err
@@ -114,7 +113,7 @@ def test_the_same_command_gives_the_same_pair(pair, base_folder, text, tmp_path)
     report = json.loads(mlxeff("fit", "kv-predictor", base_folder, *arguments, "--out", again)[0])
     for name in ("config.json", "model.safetensors"):
         assert (again / name).read_bytes() == (pair / name).read_bytes()
-    assert report["parameters"]["predictor"] == 8 * (32 * 32 + 32)
+    assert report["parameters"]["predictor"] == 6 * (32 * 32 + 32)
     assert 0.5 < report["flops_ratio"] < 0.8
     assert report["tokens"] == 1011
 
@@ -202,7 +201,7 @@ def test_loaded_pair_predicts_as_the_fitted_one(pair, base):
     loaded = load_pair(pair, base)
     auxiliary = make_auxiliary("layers:0,2", base).model
     weights = mx.load(str(pair / "model.safetensors"))
-    predictor = Predictor(auxiliary.kv_shapes, base.model.kv_shapes, [0, 0, 1, 1])
+    predictor = Predictor(auxiliary.kv_shapes, base.model.kv_shapes, [0, 0, 1, 1], shared=1)
     predictor.load_weights(list(weights.items()))
     tokens = mx.array(np.random.default_rng(0).integers(0, 200, 30))
     models = (loaded.auxiliary, loaded.predictor), (auxiliary, predictor)
@@ -218,7 +217,7 @@ def test_quantised_maps_on_disk(fitted, rounded, base, bits):
     scheme = {"group_size": 32, "bits": bits, "mode": "affine"}
     assert read_config(folder).quantization == report["quantization"] == scheme
     assert "quantization" not in json.loads((fitted / "config.json").read_text())
-    assert report["parameters"]["predictor"] == 8 * (32 * 32 + 32)
+    assert report["parameters"]["predictor"] == 6 * (32 * 32 + 32)
     stored, dense = (mx.load(str(each / "model.safetensors")) for each in (folder, fitted))
     for name, value in dense.items():
         if name.endswith(".bias"):
@@ -258,8 +257,8 @@ def test_compute_reaches_quantised_maps(rounded, fitted, base_folder):
     rounds, dense = load_pair(rounded[8][0], base).predictor, load_pair(fitted, base).predictor
     assert (exact.compute, rounds.compute) == ("exact", "int8")
     auxiliary = base.model.pruned([0, 2])
-    read = features(auxiliary, mx.arange(40)[None], auxiliary.new_cache(), "own")
-    for pair, other, third in zip(rounds(read), exact(read), dense(read), strict=True):
+    read = exact.read(auxiliary, mx.arange(40)[None], auxiliary.new_cache())
+    for pair, other, third in list(zip(rounds(read), exact(read), dense(read), strict=True))[1:]:  # 0 has no maps
         for got, want, of_dense in zip(pair, other, third, strict=True):
             error = mx.abs(got - want).max() / mx.abs(want).max()
             assert 0 < error < 0.02  # 1/254 of a group's largest number, of 32 that differ in sign
@@ -296,7 +295,7 @@ KNOWN = "quantization: wanted group_size of (32, 64, 128), bits of (2, 3, 4, 5, 
         (lambda p: edit(p, quantization=8), "quantization: wanted dict, got 8"),
         (lambda p: edit(p, quantization=scheme(bits=4)), "weight: wanted shape (32, 4), got (32, 8)"),
         (lambda p: edit(p, quantization=scheme(group_size=64)), "wanted inputs of a multiple of 64, got [32]"),
-        (lambda p: edit(p, quantization=None), "16 unknown tensors: key_maps.0.biases"),
+        (lambda p: edit(p, quantization=None), "12 unknown tensors: key_maps.0.biases"),
         (drop_scales, "missing 1 tensors: key_maps.1.scales"),
     ],
 )
@@ -311,13 +310,25 @@ def test_damaged_quantised_pairs(quantised, base, change, complaint):
 
 def test_a_dense_pair_that_says_it_is_quantised(pair, base):
     edit(pair, quantization=scheme())
-    with pytest.raises(MlxeffError, match=f"{pair}: missing 16 tensors: key_maps.0.biases"):
+    with pytest.raises(MlxeffError, match=f"{pair}: missing 12 tensors: key_maps.0.biases"):
         load_pair(pair, base)
+
+
+def unshare(folder, **changes):
+    """Give the shared first layer maps, and change the config."""
+    maps = mx.load(str(folder / "model.safetensors"))
+    moved = {
+        f"{kind}.{int(i) + 1}.{part}": value for name, value in maps.items() for kind, i, part in [name.split(".")]
+    }
+    moved |= {name: value for name, value in maps.items() if ".0." in name}
+    mx.save_safetensors(str(folder / "model.safetensors"), moved)
+    (folder / "model.safetensors.index.json").unlink()
+    edit(folder, shared=0, **changes)
 
 
 def drop_tensor(folder):
     weights = mx.load(str(folder / "model.safetensors"))
-    del weights["value_maps.3.bias"]
+    del weights["value_maps.2.bias"]
     mx.save_safetensors(str(folder / "model.safetensors"), weights)
     (folder / "model.safetensors.index.json").unlink()
 
@@ -329,18 +340,24 @@ def drop_tensor(folder):
         (lambda p: edit(p, layer_map=[0, 0, 1, 2]), "layer map: base layer 3: wanted an auxiliary layer 0 to 1, got 2"),
         (lambda p: edit(p, layer_map=[0]), "layer map: wanted an auxiliary layer for each of 4 base layers, got 1"),
         (lambda p: edit(p, auxiliary={"layers": [0, 9]}), "auxiliary: wanted rising layers of 0 to 3, got [0, 9]"),
-        (lambda p: edit(p, auxiliary={"layers": [2, 0]}), "auxiliary: wanted rising layers of 0 to 3, got [2, 0]"),
+        (lambda p: edit(p, shared=0, auxiliary={"layers": [2, 0]}), "auxiliary: wanted rising layers of 0 to 3, "),
         (lambda p: edit(p, auxiliary={"layers": []}), "auxiliary: wanted layers, or a model and its fingerprint, got "),
         (lambda p: edit(p, auxiliary=None), "auxiliary: wanted dict, got None"),
         (lambda p: edit(p, version=9), "wanted format mlxeff-kv-pair version 1, got 'mlxeff-kv-pair' version 9"),
         (lambda p: edit(p, colour="red"), "unknown keys ['colour']"),
         (lambda p: edit(p, inputs="all"), "predictor: wanted inputs of own, hidden, got 'all'"),
         (lambda p: edit(p, inputs="hidden"), "wanted shape (32, 64), got (32, 32)"),
-        (lambda p: edit(p, auxiliary={"layers": [0, 2], "tuned": {"method": "lora", "rank": 2}}),
+        (lambda p: unshare(p, auxiliary={"layers": [0, 2], "tuned": {"method": "lora", "rank": 2}}),
          "auxiliary: missing 28 tensors: layers.0.mlp.down_proj.a, "),
-        (lambda p: edit(p, auxiliary={"layers": [0, 2], "tuned": {"method": "more"}}), "wanted one of lora, full and "),
-        (lambda p: edit(p, auxiliary={"layers": [0, 2], "tuned": {"rank": 2}}), "tuned: wanted a method, for lora a "),
-        (drop_tensor, "missing 1 tensors: value_maps.3.bias"),
+        (lambda p: edit(p, shared=0, auxiliary={"layers": [0, 2], "tuned": {"method": "more"}}), "wanted one of "),
+        (lambda p: edit(p, shared=0, auxiliary={"layers": [0, 2], "tuned": {"rank": 2}}), "tuned: wanted a method, "),
+        (lambda p: edit(p, shared=2), "shared: wanted 0 to 1 first layers that auxiliary and base share, got 2"),
+        (lambda p: edit(p, shared=-1), "shared: wanted 0 to 1 first layers that auxiliary and base share, got -1"),
+        (lambda p: edit(p, shared=True), "config.json: shared: wanted int, got True"),
+        (lambda p: edit(p, shared=0), "missing 4 tensors: key_maps.3.bias, "),
+        (lambda p: edit(p, layer_map=[1, 0, 1, 1]), "wanted 1 shared layers that read themselves, got [1]"),
+        (lambda p: edit(p, auxiliary={"layers": [0, 2], "tuned": {"method": "full"}}), "shared: wanted 0 to 0 first "),
+        (drop_tensor, "missing 1 tensors: value_maps.2.bias"),
         (lambda p: (p / "model.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{}"), "model.safetensors"),
         (lambda p: (p / "config.json").write_text("{"), "not valid JSON"),
         (shutil.rmtree, "wanted the folder of a KV prediction pair, got no config.json there"),

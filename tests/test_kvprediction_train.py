@@ -13,8 +13,9 @@ from mlxeff import ops
 from mlxeff.errors import MlxeffError
 from mlxeff.kvprediction import Predictor
 from mlxeff.kvprediction.fit import fit
-from mlxeff.kvprediction.predictor import INPUTS, features, identity
-from mlxeff.kvprediction.train import Trained, Training, loss, predicted_logits, train, true_kv
+from mlxeff.kvprediction.losses import LOSSES, loss, predicted_logits, truth
+from mlxeff.kvprediction.predictor import INPUTS, identity
+from mlxeff.kvprediction.train import Trained, Training, schedule, train
 from mlxeff.kvprediction.tuning import METHODS, LoraLinear, Tuned, dense, is_matrix
 from mlxeff.loading import build_model
 from mlxeff.modules import Linear, QuantizedLinear
@@ -47,13 +48,34 @@ def weights(model):
     return found
 
 
-def value_and_gradients(predictor, auxiliary, base, tuned=None, auxiliary_loss=0.0):
+CONTINUATION = 4
+
+
+def value_and_gradients(predictor, auxiliary, base, kind, tuned=None, auxiliary_loss=0.0):
     """(loss, gradients by name) with λ = 0.3."""
-    trained, true = Trained(predictor, tuned), true_kv(base, TOKENS[:, :-1])
+    trained, true = Trained(predictor, tuned), truth(base, TOKENS[:, :-1], kind, CONTINUATION)
     step = nn.value_and_grad(trained, lambda: loss(predictor, auxiliary, base, TOKENS, true, 0.3, auxiliary_loss))
     value, gradients = step()
     mx.eval(value, gradients)
     return value.item(), {name: np.array(g, np.float64) for name, g in tree_flatten(gradients)}
+
+
+def reference_loss(kind, *models, layer_map=LAYER_MAP, **options):
+    """The same in float64; models: base, auxiliary, maps."""
+    if kind == "paper":
+        return kvp_reference.paper_loss(*models, layer_map, PROMPT[:13], 0.3, **options)
+    return kvp_reference.distill_loss(*models, layer_map, PROMPT[:13], CONTINUATION, 0.3, **options)
+
+
+def assert_gradients(gradients, formula, parameters, prefix, seed, least=2e-4):
+    """In a random direction of each parameter."""
+    assert gradients.keys() == {prefix + name for name in parameters}
+    rng = np.random.default_rng(seed)
+    for name in parameters:
+        direction, want = slope(formula, parameters, name, rng)
+        # float32 gradients over three layers; |x| of the L1 term has kinks that a step of 1e-6 rarely meets.
+        got = (gradients[prefix + name] * direction).sum()
+        assert got == pytest.approx(want, rel=2e-3, abs=least), name
 
 
 def slope(formula, parameters, name, rng):
@@ -66,7 +88,8 @@ def slope(formula, parameters, name, rng):
 @pytest.mark.parametrize("family", ["llama", "openelm"])
 @pytest.mark.parametrize("mlx_alone", [True, False])
 @pytest.mark.parametrize("inputs", INPUTS)
-def test_loss_and_gradient_of_the_predictor_against_float64(family, mlx_alone, inputs):
+@pytest.mark.parametrize("kind", LOSSES)
+def test_loss_and_gradient_of_the_predictor_against_float64(family, mlx_alone, inputs, kind):
     auxiliary, predictor, base = random_pair(family, inputs)
     models = (
         kvp_reference.Family(weights(base), FAMILIES[family]),
@@ -74,18 +97,46 @@ def test_loss_and_gradient_of_the_predictor_against_float64(family, mlx_alone, i
     )
 
     def formula(maps):
-        return kvp_reference.training_loss(*models, maps, LAYER_MAP, PROMPT[:13], 0.3, kind=inputs)
+        return reference_loss(kind, *models, maps, inputs=inputs)
 
     with ops.mlx_only() if mlx_alone else pytest.MonkeyPatch.context():
-        value, gradients = value_and_gradients(predictor, auxiliary, base)
-    maps, rng = double(predictor), np.random.default_rng(5)
+        value, gradients = value_and_gradients(predictor, auxiliary, base, kind)
+    maps = double(predictor)
     assert value == pytest.approx(formula(maps), rel=1e-5)
-    assert gradients.keys() == {f"predictor.{name}" for name in maps}
-    for name in maps:
-        direction, want = slope(formula, maps, name, rng)
-        # float32 gradients over three layers; |x| of the L1 term has kinks that a step of 1e-6 rarely meets.
-        got = (gradients[f"predictor.{name}"] * direction).sum()
-        assert got == pytest.approx(want, rel=2e-3, abs=2e-4), name
+    assert_gradients(gradients, formula, maps, "predictor.", seed=5)
+
+
+def pruned_config(family, layers):
+    config = dict(FAMILIES[family])
+    for name in ("num_query_heads", "num_kv_heads", "ffn_multipliers"):
+        if name in config:
+            config[name] = [config[name][i] for i in layers]
+    config["num_transformer_layers" if family == "openelm" else "num_hidden_layers"] = len(layers)
+    return config
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("inputs", INPUTS)
+@pytest.mark.parametrize("kind", LOSSES)
+@pytest.mark.parametrize(("layers", "layer_map", "shared"), [([0, 2], [0, 0, 1], 1), ([0, 1], [0, 1, 0], 2)])
+def test_loss_and_gradient_with_shared_layers_against_float64(family, inputs, kind, layers, layer_map, shared):
+    base = random_model(FAMILIES[family])
+    auxiliary = base.pruned(layers)
+    shapes = auxiliary.kv_shapes, base.kv_shapes
+    predictor = randomise(Predictor(*shapes, layer_map, inputs, auxiliary.hidden_size, shared), 2)
+    models = (
+        kvp_reference.Family(weights(base), FAMILIES[family]),
+        kvp_reference.Family(weights(auxiliary), pruned_config(family, layers)),
+    )
+
+    def formula(maps):
+        return reference_loss(kind, *models, maps, layer_map=layer_map, inputs=inputs, shared=shared)
+
+    value, gradients = value_and_gradients(predictor, auxiliary, base, kind)
+    maps = double(predictor)
+    assert len(maps) == 4 * (3 - shared)
+    assert value == pytest.approx(formula(maps), rel=1e-5)
+    assert_gradients(gradients, formula, maps, "predictor.", seed=7)
 
 
 def model_of(family, form):
@@ -120,14 +171,11 @@ def tuned_pair(family, method, form="dense"):
     [("llama", "dense"), ("llama", "4 bit"), ("llama", "seeds"), ("openelm", "seeds"), ("qwen3", "4 bit")],
 )
 @pytest.mark.parametrize("mlx_alone", [True, False])
-def test_loss_and_gradient_of_the_auxiliary_against_float64(family, form, method, mlx_alone):
+@pytest.mark.parametrize("kind", LOSSES)
+def test_loss_and_gradient_of_the_auxiliary_against_float64(family, form, method, mlx_alone, kind):
     """With the auxiliary's own loss, for every parameter that is trained."""
     auxiliary, tuned, predictor, base = tuned_pair(family, method, form)
-    config, prefix = dict(FAMILIES[family]), "transformer." if family == "openelm" else "model."
-    for name in ("num_query_heads", "num_kv_heads", "ffn_multipliers"):
-        if name in config:
-            config[name] = [config[name][i] for i in (0, 2)]
-    config["num_transformer_layers" if family == "openelm" else "num_hidden_layers"] = 2
+    config, prefix = pruned_config(family, (0, 2)), "transformer." if family == "openelm" else "model."
     wholes = {place.path: np.array(dense(place.whole), np.float64) for place in tuned.places if is_matrix(place.whole)}
     maps, of_base, fixed = double(predictor), kvp_reference.Family(weights(base), FAMILIES[family]), weights(auxiliary)
 
@@ -139,19 +187,16 @@ def test_loss_and_gradient_of_the_auxiliary_against_float64(family, form, method
                 given[f"{prefix}layers.{path}.weight"] = value
             elif part == "a":
                 given[f"{prefix}layers.{path}.weight"] = wholes[path] + parameters[f"layers.{path}.b"] @ value
-        return kvp_reference.training_loss(
-            of_base, kvp_reference.Family(given, config), maps, LAYER_MAP, PROMPT[:13], 0.3, 0.7, "hidden"
-        )
+        of_auxiliary = kvp_reference.Family(given, config)
+        return reference_loss(kind, of_base, of_auxiliary, maps, auxiliary_loss=0.7, inputs="hidden")
 
     with ops.mlx_only() if mlx_alone else pytest.MonkeyPatch.context():
-        value, gradients = value_and_gradients(predictor, auxiliary, base, tuned, 0.7)
-    parameters, rng = double(tuned.modules), np.random.default_rng(6)
+        value, gradients = value_and_gradients(predictor, auxiliary, base, kind, tuned, 0.7)
+    parameters = double(tuned.modules)
     assert value == pytest.approx(formula(parameters), rel=1e-5)
     assert gradients.keys() == {f"predictor.{n}" for n in maps} | {f"auxiliary.{n}" for n in parameters}
-    for name in parameters:
-        direction, want = slope(formula, parameters, name, rng)
-        got = (gradients[f"auxiliary.{name}"] * direction).sum()
-        assert got == pytest.approx(want, rel=2e-3, abs=5e-4), name
+    of_auxiliary = {name: value for name, value in gradients.items() if name.startswith("auxiliary.")}
+    assert_gradients(of_auxiliary, formula, parameters, "auxiliary.", seed=6, least=5e-4)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -180,7 +225,8 @@ def test_tuning_that_is_not(method, rank):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_identity_predictors_give_the_logits_of_the_base(family):
     base = random_model(FAMILIES[family])
-    got, _ = predicted_logits(identity(base.kv_shapes), features(base, TOKENS, base.new_cache(), "own"), base, TOKENS)
+    predictor = identity(base.kv_shapes)
+    got, _ = predicted_logits(predictor, predictor.read(base, TOKENS, base.new_cache()), base, TOKENS)
     assert_close(got, base(TOKENS, base.new_cache()), "training mode", rtol=0, atol=0)
 
 
@@ -189,13 +235,15 @@ def fitted(family="llama"):
     return auxiliary, fit(auxiliary, base, LAYER_MAP, SEQUENCES[:3]).predictor, base
 
 
-def test_training_lowers_the_loss_and_leaves_both_models_alone():
+@pytest.mark.parametrize("kind", LOSSES)
+def test_training_lowers_the_loss_and_leaves_both_models_alone(kind):
     auxiliary, predictor, base = fitted("openelm")
     before = {name: mx.array(value) for model in (auxiliary, base) for name, value in tree_flatten(model.parameters())}
     tokens = mx.array(SEQUENCES)
-    true = true_kv(base, tokens[:, :-1])
+    true = truth(base, tokens[:, :-1], kind, 16)
     start = loss(predictor, auxiliary, base, tokens, true, 1 / 3).item()
-    losses = train(predictor, auxiliary, base, SEQUENCES, Training(steps=40, batch=4, rate=3e-3, warmup=5))
+    settings = Training(steps=40, batch=4, rate=3e-3, warmup=5, loss=kind, continuation=16)
+    losses = train(predictor, auxiliary, base, SEQUENCES, settings)
     assert len(losses) == 40
     assert loss(predictor, auxiliary, base, tokens, true, 1 / 3).item() < start - 0.1
     after = {name: value for model in (auxiliary, base) for name, value in tree_flatten(model.parameters())}
@@ -204,8 +252,9 @@ def test_training_lowers_the_loss_and_leaves_both_models_alone():
 
 
 @pytest.mark.parametrize("method", [None, *METHODS])
-def test_killed_and_resumed_is_the_same_to_the_bit(tmp_path, method):
-    settings, path = Training(steps=12, every=4, warmup=3, seed=6), tmp_path / "state"
+@pytest.mark.parametrize("kind", LOSSES)
+def test_killed_and_resumed_is_the_same_to_the_bit(tmp_path, method, kind):
+    settings, path = Training(12, every=4, warmup=3, loss=kind, continuation=8, seed=6), tmp_path / "state"
 
     def begin():
         """A new training, from the same start: (its parts, what it trains)."""
@@ -254,6 +303,26 @@ def test_tuning_lowers_the_loss_and_leaves_the_base_alone(method):
         assert_close(value, before[name], name, rtol=0, atol=0)
 
 
+def test_the_rate_rises_in_a_line_and_falls_in_a_cosine():
+    rate = schedule(Training(steps=100, rate=2.0, warmup=20))
+    got = [rate(mx.array(step, mx.uint64)).item() for step in (0, 9, 19, 20, 60, 100)]  # as Adam counts its steps
+    assert got == pytest.approx([0.1, 1.0, 2.0, 2.0, 1.1, 0.2])
+
+
+@pytest.mark.parametrize(
+    ("settings", "complaint"),
+    [
+        ({"loss": "l2"}, "wanted a loss of paper, distill, got 'l2'"),
+        ({"loss": "distill", "continuation": -1}, "wanted a continuation of 0 tokens or more, got -1"),
+        ({"loss": "distill", "continuation": 38}, "wanted sequences of at least 41 tokens, got 40"),
+    ],
+)
+def test_settings_that_are_not(settings, complaint):
+    auxiliary, predictor, base = fitted()
+    with pytest.raises(MlxeffError, match=complaint):
+        train(predictor, auxiliary, base, SEQUENCES, Training(steps=5, **settings))
+
+
 def test_a_loss_that_is_not_finite_stops():
     auxiliary, predictor, base = fitted()
     with pytest.raises(MlxeffError, match="wanted a finite loss, got nan: lower the learning rate"):
@@ -262,5 +331,5 @@ def test_a_loss_that_is_not_finite_stops():
 
 def test_sequences_too_short():
     auxiliary, predictor, base = fitted()
-    with pytest.raises(MlxeffError, match="training: wanted sequences of at least two tokens, got 1"):
+    with pytest.raises(MlxeffError, match="training: wanted sequences of at least 2 tokens, got 1"):
         train(predictor, auxiliary, base, [[1], [2]], Training(steps=1))

@@ -74,6 +74,20 @@ def add_fit(parser: argparse.ArgumentParser) -> None:
         help="what these steps change: the predictor, low-rank terms of the auxiliary's matrices too, or its whole "
         "layers (default %(default)s)",
     )
+    sub.add_argument(
+        "--loss",
+        choices=("paper", "distill"),
+        default="paper",
+        help="what they minimise: the paper's loss, which fits the text, or how far from the base's is what follows a "
+        "predicted prompt (default %(default)s)",
+    )
+    sub.add_argument(
+        "--continuation",
+        metavar="N",
+        type=_positive,
+        default=64,
+        help="tokens that --loss distill continues a prompt with (default %(default)s)",
+    )
     sub.add_argument("--rank", metavar="R", type=_positive, default=16, help="of --train lora (default %(default)s)")
     sub.add_argument(
         "--aux-loss",

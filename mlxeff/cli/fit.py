@@ -56,6 +56,7 @@ def _kv_predictor(options: argparse.Namespace) -> dict:
         auxiliary=auxiliary.config | ({"tuned": tuned.config} if tuned else {}),
         layer_map=fitted.predictor.layer_map,
         inputs=options.inputs,
+        shared=fitted.predictor.shared,
         quantization=scheme,
         provenance=_provenance(options, fitted, losses),
     )
@@ -124,16 +125,31 @@ def _fit(options: argparse.Namespace, auxiliary, base, pieces: list[list[int]]):
 
     models, how = (auxiliary.model, base.model), (options.ridge, options.per_head, options.search, options.inputs)
     with output.bar("fitting", "tok", options.quiet) as progress:
-        fitted = fit(*models, auxiliary.layer_map, _counted(pieces, progress), *how)
+        fitted = fit(*models, auxiliary.layer_map, _counted(pieces, progress), *how, shared=_shared(options, auxiliary))
     if not options.steps:
         return fitted, [], None
     tuned = None
     if options.train != "predictor":
         tuned = Tuned(auxiliary.model, options.train, options.rank, options.seed)
-    settings = Training(options.steps, options.batch, options.rate, auxiliary_loss=options.aux_loss, seed=options.seed)
+    settings = Training(
+        options.steps,
+        options.batch,
+        options.rate,
+        loss=options.loss,
+        continuation=options.continuation,
+        auxiliary_loss=options.aux_loss,
+        seed=options.seed,
+    )
     with output.bar("training", "step", options.quiet) as progress:
         losses = train(fitted.predictor, *models, pieces, settings, _state(options), progress, tuned)
     return fitted, losses, tuned
+
+
+def _shared(options: argparse.Namespace, auxiliary) -> int:
+    """How many first layers auxiliary and base have in common, also after the training."""
+    from ..kvprediction.layers import shared_layers
+
+    return shared_layers(auxiliary.config.get("layers", ())) if options.train == "predictor" else 0
 
 
 def _plot(losses: list[float], path: Path) -> None:
@@ -172,6 +188,8 @@ def _provenance(options: argparse.Namespace, fitted, losses: list[float]) -> dic
         "batch",
         "rate",
         "train",
+        "loss",
+        "continuation",
         "rank",
         "aux_loss",
     )

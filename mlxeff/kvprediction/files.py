@@ -17,6 +17,7 @@ from mlx.utils import tree_flatten
 from ..checkpoint import Piece, open_source, read_json, write_folder
 from ..errors import MlxeffError
 from ..ops import BITS, GROUPS
+from .layers import shared_layers
 from .predictor import Predictor
 from .tuning import Tuned
 
@@ -27,14 +28,15 @@ DTYPES = {"F32": mx.float32, "F16": mx.float16, "U32": mx.uint32}
 
 @dataclass(frozen=True)
 class PairConfig:
-    """config.json of a pair. `base`: name and fingerprint; `inputs`: what the maps read (`predictor`); `quantization`:
-    group_size, bits and mode of the maps, None (and not written) of dense ones; `provenance`: how the predictor came to
-    be."""
+    """config.json of a pair. `base`: name and fingerprint; `inputs`: what the maps read (`predictor`); `shared`: how
+    many first layers of base and auxiliary are the same, and have no maps; `quantization`: group_size, bits and mode of
+    the maps, None (and not written) of dense ones; `provenance`: how the predictor came to be."""
 
     base: dict
     auxiliary: dict
     layer_map: list[int]
     inputs: str = "own"
+    shared: int = 0
     quantization: dict | None = None
     provenance: dict = field(default_factory=dict)
     format: str = FORMAT
@@ -62,6 +64,7 @@ def read_config(folder: Path) -> PairConfig:
         raise MlxeffError(f"{path}: wanted format {FORMAT} version {VERSION}, got {got[0]!r} version {got[1]!r}")
     wanted = {"base": dict, "auxiliary": dict, "layer_map": list, "provenance": dict}
     wanted |= {"inputs": str} if "inputs" in config else {}  # those of CoreNet, and of the paper, are the default
+    wanted |= {"shared": int} if "shared" in config else {}
     wanted |= {"quantization": dict} if "quantization" in config else {}
     if unknown := sorted(set(config) - {each.name for each in fields(PairConfig)}):
         raise MlxeffError(f"{path}: unknown keys {unknown}")
@@ -71,6 +74,7 @@ def read_config(folder: Path) -> PairConfig:
     if "quantization" in config:
         _check_quantization(path, config["quantization"])
     _check_auxiliary(path, config["auxiliary"])
+    _check_shared(path, config.get("shared", 0), config["auxiliary"])
     return PairConfig(**config)
 
 
@@ -90,6 +94,14 @@ def _check_auxiliary(path: Path, auxiliary: dict) -> None:
     if keys == {"model", "fingerprint"} and all(isinstance(auxiliary[each], str) for each in keys):
         return
     raise MlxeffError(f"{path}: auxiliary: wanted layers, or a model and its fingerprint, got {auxiliary!r:.80}")
+
+
+def _check_shared(path: Path, shared: int, auxiliary: dict) -> None:
+    """Only an auxiliary that is the base's own layers, untuned, has some in common with it."""
+    most = 0 if "tuned" in auxiliary else shared_layers(auxiliary.get("layers", ()))
+    if not 0 <= shared <= most:
+        wanted = f"0 to {most} first layers that auxiliary and base share"
+        raise MlxeffError(f"{path}: shared: wanted {wanted}, got {shared}")
 
 
 def _is_tuning(tuned: object) -> bool:

@@ -14,8 +14,8 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import MlxeffError
-from .layers import pruned_map
-from .predictor import Features, Predictor, features, merged
+from .layers import pruned_map, shared_layers
+from .predictor import Features, Pairs, Predictor, merge_heads, reading, wanted
 
 RIDGE = 1e-5
 SINK_WEIGHT = 100.0  # tokens that the first one counts for
@@ -25,7 +25,7 @@ KINDS = 2  # keys and values
 class Moments:
     """Weighted sums over tokens: XᵀX of each auxiliary layer, XᵀY of each pair of `links`, Y and Y² of each base layer.
 
-    links: for each base layer the auxiliary layers that it may read.
+    links: for each base layer the auxiliary layers that it may read, none for a shared one.
     """
 
     def __init__(self, links: Sequence[Sequence[int]]):
@@ -35,19 +35,25 @@ class Moments:
         self.squares: dict[tuple[int, int], np.ndarray] = {}  # (kind, base) → (q)
         self.sums: dict[tuple[int, int], np.ndarray] = {}  # (kind, base) → (q)
 
-    def add(self, auxiliary: Features, base: Features) -> None:
-        """What maps read of each auxiliary layer and raw keys and values of each base layer, (B, S, …) of one text."""
-        batch, length, _ = auxiliary[0][0].shape
+    @property
+    def used(self) -> list[int]:
+        """The auxiliary layers of all links."""
+        return sorted({j for link in self.links for j in link})
+
+    def add(self, auxiliary: Features, base: Pairs) -> None:
+        """What maps read of the auxiliary layers `used`, and raw keys and values of each base layer, of one text."""
+        batch, _, length, _ = base[0][0].shape
         weights = np.tile([SINK_WEIGHT] + [1.0] * (length - 1), batch)[:, None]
         self.tokens, self.weight = self.tokens + batch * length, self.weight + weights.sum()
-        used = sorted({j for link in self.links for j in link})
         for kind in range(KINDS):
-            rows = {j: _rows(auxiliary[j][kind], ones=True) for j in used}
+            rows = {j: _rows(auxiliary[j][kind], ones=True) for j in self.used}
             weighted = {j: x * weights for j, x in rows.items()}
             for j, x in rows.items():
                 _sum(self.inputs, (kind, j), weighted[j].T @ x)
             for i, link in enumerate(self.links):
-                y = _rows(base[i][kind])
+                if not link:
+                    continue
+                y = _rows(merge_heads(base[i][kind]))
                 _sum(self.squares, (kind, i), (y * y * weights).sum(0))
                 _sum(self.sums, (kind, i), (y * weights).sum(0))
                 for j in link:
@@ -112,8 +118,10 @@ def fit(
     per_head: bool = False,
     search: bool = False,
     inputs: str = "own",
+    shared: int = 0,
 ) -> Fit:
-    """Fit a predictor on `sequences` of token ids, each of which both models read from position 0.
+    """Fit a predictor on `sequences` of token ids, each of which both models read from position 0; of the first
+    `shared` layers, which both have in common, there is nothing to fit.
 
     search: each base layer reads the auxiliary layer that explains most of its keys and values (the lowest of equals),
     and `layer_map` is only where this begins: every link is then measured. inputs: what the maps read (`predictor`).
@@ -121,16 +129,19 @@ def fit(
     if per_head and inputs != "own":
         raise MlxeffError(f"fit: per head: wanted inputs own, which have heads, got {inputs}")
     count = len(auxiliary.layers)
-    moments = Moments([range(count) if search else [j] for j in layer_map])
+    links = [range(count) if search else [j] for j in layer_map]
+    moments = Moments([[]] * shared + links[shared:])
     measure(moments, auxiliary, base, sequences, inputs)
     shapes = auxiliary.kv_shapes, base.kv_shapes
-    best = [_best(moments, i, ridge, per_head, shapes) for i in range(len(base.layers))]
-    predictor = Predictor(*shapes, [j for j, _ in best], inputs, auxiliary.hidden_size)
-    for i, (_, maps) in enumerate(best):
-        for linear, fitted in zip((predictor.key_maps[i], predictor.value_maps[i]), maps, strict=True):
+    best = [_best(moments, i, ridge, per_head, shapes) for i in range(shared, len(base.layers))]
+    chosen = [*range(shared), *(j for j, _ in best)]
+    predictor = Predictor(*shapes, chosen, inputs, auxiliary.hidden_size, shared)
+    for linears, (_, maps) in zip(predictor.maps, best, strict=True):
+        for linear, fitted in zip(linears, maps, strict=True):
             linear.weight = mx.array(fitted.weight.astype(np.float32))
             linear.bias = mx.array(fitted.bias.astype(np.float32))
-    return Fit(predictor, [tuple(each.error for each in maps) for _, maps in best], moments.tokens)
+    errors = [(0.0, 0.0)] * shared + [tuple(each.error for each in maps) for _, maps in best]
+    return Fit(predictor, errors, moments.tokens)
 
 
 def choose_layers(
@@ -143,9 +154,10 @@ def choose_layers(
     """(the choice of base layers whose keys and values explain most of the base's, the error of each choice); on
     `sequences`, with each base layer reading the last chosen layer that is not above it."""
     count = len(base.layers)
-    errors = [
-        fit(base.pruned(kept), base, pruned_map(kept, count), sequences, ridge, inputs=inputs).error for kept in choices
-    ]
+    errors = []
+    for kept in choices:
+        how = {"inputs": inputs, "shared": shared_layers(kept)}
+        errors.append(fit(base.pruned(kept), base, pruned_map(kept, count), sequences, ridge, **how).error)
     return choices[int(np.argmin(errors))], errors
 
 
@@ -153,8 +165,9 @@ def measure(moments: Moments, auxiliary, base, sequences: Iterable[Sequence[int]
     """Run both models over `sequences` and sum."""
     for ids in sequences:
         tokens = mx.array([list(ids)])
-        read = features(auxiliary, tokens, auxiliary.new_cache(), inputs)
-        true = merged(base.raw_kv(tokens, base.new_cache()))
+        states = auxiliary.layer_states(tokens, auxiliary.new_cache(), *wanted(moments.used, inputs, 0))
+        read = reading(moments.used, inputs, 0, states).features
+        true = base.raw_kv(tokens, base.new_cache())
         mx.eval(read, true)
         moments.add(read, true)
     if not moments.tokens:

@@ -41,6 +41,11 @@ def pruned_map(kept: Sequence[int], layers: int) -> list[int]:
     return [max((k for k, layer in enumerate(kept) if layer <= i), default=0) for i in range(layers)]
 
 
+def shared_layers(kept: Sequence[int]) -> int:
+    """How many of the layers of a pruned model are the base's first ones: `kept` is 0, 1, … as far as that."""
+    return next((k for k, layer in enumerate(kept) if k != layer), len(kept))
+
+
 def spread_map(auxiliary: int, base: int) -> list[int]:
     """For a smaller model: each auxiliary layer serves base // auxiliary layers, the first ones one more."""
     if not 0 < auxiliary <= base:

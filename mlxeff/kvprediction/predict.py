@@ -51,7 +51,7 @@ def predict(
     for start in range(0, stop, step_size):
         if progress:
             progress(start, total)
-        pairs = predictor.read(auxiliary, tokens[:, start : min(start + step_size, stop)], read)
+        pairs = predictor(predictor.read(auxiliary, tokens[:, start : min(start + step_size, stop)], read))
         base.append_kv(_without_first(pairs, cache.length - start), cache)
         mx.eval(cache.arrays(), read.arrays())
     rest = progress and (lambda done, _: progress(stop + done, total))

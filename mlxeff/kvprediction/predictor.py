@@ -4,12 +4,14 @@ auxiliary.
 What the maps read (`inputs`) is in the paper that layer's keys, and its values (`own`), before norm and rotation. With
 `hidden` both read the normed hidden states that the layer projects, of which its keys and values are linear functions.
 Keys are predicted raw: the base norms and rotates them. Heads are merged head-major. The maps are dense, or
-affine-quantised by `quantize`. Shapes: B batch, S tokens, G KV heads, E head size, D the auxiliary's width, N base
-layers, P what a map reads: G·E or D.
+affine-quantised by `quantize`. The first `shared` layers of an auxiliary may be the base's own first ones: their keys
+and values are the base's already, and no map stands for them. Shapes: B batch, S tokens, G KV heads, E head size, D the
+auxiliary's width, N base layers, P what a map reads: G·E or D.
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -22,30 +24,47 @@ INPUTS = ("own", "hidden")
 MAP_GROUPS = (64, 32)  # of `quantization`: the first that fits
 Shapes = Sequence[tuple[int, int]]  # (G, E) of each layer
 Pairs = list[tuple[mx.array, mx.array]]  # keys and values (B, G, S, E) of each layer
-Features = list[tuple[mx.array, mx.array]]  # of each auxiliary layer what maps to keys and to values read, (B, S, P)
+Features = dict[int, tuple[mx.array, mx.array]]  # of auxiliary layers what maps to keys and to values read, (B, S, P)
+
+
+class Reading(NamedTuple):
+    """What a predictor takes of an auxiliary's pass: what its maps read, and the raw pairs of the shared layers."""
+
+    features: Features
+    shared: Pairs
 
 
 class Predictor(nn.Module):
-    """`predictor(features)` of the auxiliary → keys and values of the base; its layer i reads layer `layer_map[i]`.
+    """`predictor(reading)` of the auxiliary → keys and values of the base; its layer i reads layer `layer_map[i]`.
 
     auxiliary, base: the models' `kv_shapes`; hidden: the auxiliary's `hidden_size`, where the maps read that. Raises
-    MlxeffError for a map that does not fit them. `compute`, one of ops.COMPUTE, is how the native kernels multiply by
-    quantised maps, and may be set between calls; dense maps are always exact.
+    MlxeffError for a map that does not fit them, and for shared layers that do not read themselves. `key_maps` and
+    `value_maps` begin at layer `shared`. `compute`, one of ops.COMPUTE, is how the native kernels multiply by quantised
+    maps, and may be set between calls; dense maps are always exact.
     """
 
     compute = "exact"
 
     def __init__(
-        self, auxiliary: Shapes, base: Shapes, layer_map: Sequence[int], inputs: str = "own", hidden: int | None = None
+        self,
+        auxiliary: Shapes,
+        base: Shapes,
+        layer_map: Sequence[int],
+        inputs: str = "own",
+        hidden: int | None = None,
+        shared: int = 0,
     ):
         super().__init__()
         self._joined = None
         check_map(layer_map, len(auxiliary), len(base))
         if inputs not in INPUTS:
             raise MlxeffError(f"predictor: wanted inputs of {', '.join(INPUTS)}, got {inputs!r}")
-        self._layer_map, self._shapes, self.inputs = list(layer_map), list(base), inputs
+        self._layer_map, self._shapes, self.inputs, self.shared = list(layer_map), list(base), inputs, shared
+        if list(layer_map[:shared]) != list(range(shared)) or list(auxiliary[:shared]) != list(base[:shared]):
+            got = list(layer_map[:shared])
+            raise MlxeffError(f"predictor: wanted {shared} shared layers that read themselves, got {got}")
         widths = read_widths(auxiliary, inputs, hidden)
-        sizes = [(widths[j], _width(shape)) for j, shape in zip(layer_map, base, strict=True)]
+        sizes = [(widths[j], _width(shape)) for j, shape in zip(layer_map, base, strict=True)][shared:]
         self.key_maps = [Linear(inner, outer) for inner, outer in sizes]
         self.value_maps = [Linear(inner, outer) for inner, outer in sizes]
 
@@ -54,31 +73,44 @@ class Predictor(nn.Module):
         return self._layer_map
 
     @property
+    def mapped(self) -> list[int]:
+        """Of each base layer that has maps the auxiliary layer that they read."""
+        return self._layer_map[self.shared :]
+
+    @property
     def maps(self) -> list[tuple[nn.Module, nn.Module]]:
-        """Of each base layer the map to its keys and that to its values."""
+        """Of each base layer that has maps the one to its keys and that to its values."""
         return list(zip(self.key_maps, self.value_maps, strict=True))
 
     def join(self) -> "Predictor":
         """Make one product of the maps that read the same rows, until one of them changes: fewer and larger ones."""
-        self._joined = JoinedMaps(self)
+        self._joined = JoinedMaps(self) if self.mapped else None
         return self
 
-    def __call__(self, features: Features) -> Pairs:
-        """Features of all auxiliary layers → raw keys and values of all base layers."""
+    def __call__(self, reading: Reading) -> Pairs:
+        """What `read` gives → raw keys and values of all base layers."""
+        features = reading.features
         if self._joined is not None and self._joined.current(self):
             rows = self._joined(features, self.compute)
         else:
             rows = [
                 [_product(each, read, self.compute) for each, read in zip(maps, features[j], strict=True)]
-                for j, maps in zip(self._layer_map, self.maps, strict=True)
+                for j, maps in zip(self.mapped, self.maps, strict=True)
             ]
-        return [
-            tuple(split_heads(each, shape) for each in pair) for pair, shape in zip(rows, self._shapes, strict=True)
+        shapes = self._shapes[self.shared :]
+        return reading.shared + [
+            tuple(split_heads(each, shape) for each in pair) for pair, shape in zip(rows, shapes, strict=True)
         ]
 
-    def read(self, auxiliary, tokens: mx.array, cache) -> Pairs:
-        """Token ids (B, S) that follow what the auxiliary's `cache` holds → the base's raw keys and values."""
-        return self(features(auxiliary, tokens, cache, self.inputs))
+    def read(self, auxiliary, tokens: mx.array, cache) -> Reading:
+        """One pass of the auxiliary over token ids (B, S) that follow what its `cache` holds."""
+        states = auxiliary.layer_states(tokens, cache, *self.wanted)
+        return reading(self.mapped, self.inputs, self.shared, states)
+
+    @property
+    def wanted(self) -> tuple[list[int], list[int]]:
+        """The `inputs` and `pairs` that `layer_states` of the auxiliary is asked for."""
+        return wanted(self.mapped, self.inputs, self.shared)
 
 
 class JoinedMaps:
@@ -86,7 +118,7 @@ class JoinedMaps:
 
     def __init__(self, predictor: Predictor):
         groups: dict[tuple[int, int], list[tuple[int, int]]] = {}
-        for i, j in enumerate(predictor.layer_map):
+        for i, j in enumerate(predictor.mapped):
             for kind in range(2):  # keys, values
                 read = 0 if predictor.inputs == "hidden" else kind
                 groups.setdefault((j, read), []).append((i, kind))
@@ -107,7 +139,7 @@ class JoinedMaps:
         return all(mine is theirs for mine, theirs in zip(_arrays(predictor), self.given, strict=True))
 
     def __call__(self, features: Features, compute: str) -> list[list[mx.array]]:
-        """Rows (B, S, G·E) of keys and values of each base layer."""
+        """Rows (B, S, G·E) of keys and values of each base layer that has maps."""
         rows = [[None, None] for _ in range(self.layers)]
         for (j, read), places in self.groups.items():
             whole, stops = self.matrices[j, read]
@@ -139,16 +171,25 @@ def quantize(predictor: Predictor, scheme: dict) -> None:
     nn.quantize(predictor, **scheme)
 
 
-def features(auxiliary, tokens: mx.array, cache, inputs: str) -> Features:
-    """What the maps read of each layer of `auxiliary`, for token ids (B, S) that follow what `cache` holds."""
+def wanted(layers: Iterable[int], inputs: str, shared: int) -> tuple[list[int], list[int]]:
+    """The `inputs` and `pairs` that `layer_states` is asked for, where maps read auxiliary `layers`."""
+    read = sorted(set(layers))
+    return (read, list(range(shared))) if inputs == "hidden" else ([], sorted({*read, *range(shared)}))
+
+
+def reading(layers: Iterable[int], inputs: str, shared: int, states: tuple[list[mx.array], Pairs]) -> Reading:
+    """What `layer_states` gave for `wanted` of the same arguments, in the predictor's form."""
+    read, (rows, pairs) = sorted(set(layers)), states
     if inputs == "hidden":
-        return [(rows, rows) for rows in auxiliary.layer_inputs(tokens, cache)]
-    return merged(auxiliary.raw_kv(tokens, cache))
+        return Reading({j: (x, x) for j, x in zip(read, rows, strict=True)}, pairs)
+    found = dict(zip(wanted(read, inputs, shared)[1], pairs, strict=True))
+    return Reading({j: merged(found[j]) for j in read}, pairs[:shared])
 
 
-def merged(pairs: Pairs) -> Features:
-    """Raw keys and values of each layer → the features that are these themselves."""
-    return [(merge_heads(keys), merge_heads(values)) for keys, values in pairs]
+def merged(pair: tuple[mx.array, mx.array]) -> tuple[mx.array, mx.array]:
+    """Raw keys and values of a layer → the features that are these themselves."""
+    keys, values = pair
+    return merge_heads(keys), merge_heads(values)
 
 
 def identity(shapes: Shapes) -> Predictor:

@@ -11,7 +11,7 @@ int8    as bf16, and activations that meet affine-quantised weights are rounded 
         CPU has AVX-512 VBMI; the states of the weights' register are rounded to 8 bits there.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -135,28 +135,26 @@ class FusedDecoder:
         """Token ids (B, S) → logits (B, S, V), or (B, 1, V) of the last position; float32."""
         return self._run(self._native.forward, tokens, cache, cache.layers, all_rows)[0]
 
-    def raw_kv(self, tokens: mx.array, cache: KVCache) -> list[tuple[mx.array, mx.array]]:
-        """As `DecoderModel.raw_kv`, float32."""
-        rows = self._run(self._native.read, tokens, cache, cache.layers[:-1], False)
+    def layer_states(
+        self, tokens: mx.array, cache: KVCache, inputs: Sequence[int], pairs: Sequence[int]
+    ) -> tuple[list[mx.array], list[tuple[mx.array, mx.array]]]:
+        """As `DecoderModel.layer_states`, float32."""
+        rows = self._run(self._native.read, tokens, cache, cache.layers[:-1], list(inputs), list(pairs))
         heads = [
-            each.reshape(*each.shape[:2], groups, self._size).transpose(0, 2, 1, 3)
-            for each, groups in zip(rows, 2 * self._groups, strict=True)
+            each.reshape(*each.shape[:2], self._groups[i], self._size).transpose(0, 2, 1, 3)
+            for each, i in zip(rows[len(inputs) :], [*pairs, *pairs], strict=True)
         ]
-        return list(zip(heads[: len(heads) // 2], heads[len(heads) // 2 :], strict=True))
+        return rows[: len(inputs)], list(zip(heads[: len(pairs)], heads[len(pairs) :], strict=True))
 
-    def layer_inputs(self, tokens: mx.array, cache: KVCache) -> list[mx.array]:
-        """As `DecoderModel.layer_inputs`, float32."""
-        return self._run(self._native.read, tokens, cache, cache.layers[:-1], True)
-
-    def _run(self, native: Callable, tokens: mx.array, cache: KVCache, layers: list[LayerCache], what: bool) -> list:
-        """What a native pass gives beside the buffers of `layers`, which it appends to."""
+    def _run(self, native: Callable, tokens: mx.array, cache: KVCache, layers: list[LayerCache], *what) -> list:
+        """What a native pass gives beside the buffers of `layers`, which it appends to; `what` it is asked for."""
         (batch, new), offset = tokens.shape, cache.length
         buffers = [
             layer.room(new, (batch, groups, self._size), self.kv_dtype)
             for layer, groups in zip(layers, self._groups, strict=False)
         ]
         keys, values = [pair[0] for pair in buffers], [pair[1] for pair in buffers]
-        outputs = native(self._decoder, tokens, keys, values, offset, what, self._modes[self.compute])
+        outputs = native(self._decoder, tokens, keys, values, offset, *what, self._modes[self.compute])
         results = len(outputs) - 2 * len(layers)
         written = outputs[results : results + len(layers)], outputs[results + len(layers) :]
         for layer, held_keys, held_values in zip(layers, *written, strict=True):

@@ -6,6 +6,7 @@ Llama 3.1's release; SwiGLU (2002.05202).
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import MISSING, fields
 from types import UnionType
 from typing import get_args, get_origin
@@ -143,28 +144,35 @@ class DecoderModel(nn.Module):
         """Width D of the hidden states."""
         return self.end_parts().norm.weight.shape[0]
 
-    def raw_kv(self, tokens: mx.array, cache: KVCache) -> KvPairs:
-        """Keys and values (B, G, S, E) of each layer for token ids (B, S), keys before norm and rotation.
+    def layer_states(
+        self, tokens: mx.array, cache: KVCache, inputs: Sequence[int] = (), pairs: Sequence[int] = ()
+    ) -> tuple[list[mx.array], KvPairs]:
+        """For token ids (B, S): the normed hidden states (B, S, D) that each of the layers `inputs` projects, and keys
+        and values (B, G, S, E) of each of the layers `pairs`, keys before norm and rotation. Both rise, one may be
+        empty.
 
         Appends to `cache`, but of the last layer only the keys and values are computed and nothing is appended: with
         the head, that work has no consumer here.
         """
         if self._fused is not None and self._fused.applies(cache):
-            return self._fused.raw_kv(tokens, cache)
-        return [projected[1:] for _, projected in self._read(tokens, cache)[0]]
+            return self._fused.layer_states(tokens, cache, inputs, pairs)
+        return self._chosen(self._read(tokens, cache)[0], inputs, pairs)
+
+    def raw_kv(self, tokens: mx.array, cache: KVCache) -> KvPairs:
+        """Keys and values of all layers, see `layer_states`."""
+        return self.layer_states(tokens, cache, pairs=range(len(self.layers)))[1]
 
     def layer_inputs(self, tokens: mx.array, cache: KVCache) -> list[mx.array]:
-        """The normed hidden states (B, S, D) that each layer projects; else as `raw_kv`."""
-        if self._fused is not None and self._fused.applies(cache):
-            return self._fused.layer_inputs(tokens, cache)
-        return self._normed([x for x, _ in self._read(tokens, cache)[0]])
+        """The normed hidden states that each layer projects, see `layer_states`."""
+        return self.layer_states(tokens, cache, inputs=range(len(self.layers)))[0]
 
-    def read(self, tokens: mx.array, cache: KVCache) -> tuple[KvPairs, list[mx.array], mx.array]:
-        """(`raw_kv`, `layer_inputs`, logits (B, S, V)) of one pass, operator by operator: with gradients; what is not
-        used is not computed."""
+    def states_and_logits(
+        self, tokens: mx.array, cache: KVCache, inputs: Sequence[int] = (), pairs: Sequence[int] = ()
+    ) -> tuple[tuple[list[mx.array], KvPairs], mx.array]:
+        """(`layer_states`, logits (B, S, V)) of one pass, operator by operator: with gradients; what is not used is not
+        computed."""
         states, x = self._read(tokens, cache, whole=True)
-        inputs = self._normed([x for x, _ in states])
-        return [projected[1:] for _, projected in states], inputs, self.head(self.end_parts().norm(x))
+        return self._chosen(states, inputs, pairs), self.head(self.end_parts().norm(x))
 
     def _read(self, tokens: mx.array, cache: KVCache, whole: bool = False) -> tuple[list, mx.array]:
         """(each layer's hidden states and what it projects of them; those after the layers, the last one only if
@@ -176,8 +184,10 @@ class DecoderModel(nn.Module):
                 x = layer.finish(*states[-1], layer_cache)
         return states, x
 
-    def _normed(self, states: list[mx.array]) -> list[mx.array]:
-        return [parts.attention_norm(x) for parts, x in zip(self.layer_parts(), states, strict=True)]
+    def _chosen(self, states: list, inputs: Sequence[int], pairs: Sequence[int]) -> tuple[list[mx.array], KvPairs]:
+        """What `layer_states` gives of the states of all layers."""
+        norms = [parts.attention_norm for parts in self.layer_parts()]
+        return [norms[i](states[i][0]) for i in inputs], [states[i][1][1:] for i in pairs]
 
     def normed_kv(self, pairs: KvPairs) -> KvPairs:
         """Raw keys and values of each layer → the same with the keys normed, where the model norms them."""

@@ -1,0 +1,65 @@
+"""The text that pairs are trained on, in thirds: what the base model writes by itself, the converter's calibration
+text, and glossaries of the entries of that text, in which entries come back, in the form of `questions`. None of it is
+in the texts that quality is measured on.
+
+    python -m kvp.training_text FILE [--tokens N]       # in benchmarks/; the same tokens always give the same file
+"""
+
+import argparse
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+from mlxeff import hub
+from mlxeff.kvprediction.text import sample
+from mlxeff.loading import Loaded, load_path
+
+from .questions import entries, question
+
+CALIBRATION = Path(__file__).resolve().parent.parent.parent / "convert" / "calibration.txt"
+TOKENS, LENGTH, SEED = 98304, 512, 1  # of the whole; of a piece that the base writes; of its choices
+NEAR, AGAIN = 12, 0.4  # entries back that one may return from; how many of all return
+
+
+def glossary(found: list[tuple[str, str]], seed: int) -> Iterator[str]:
+    """Entries (term, definition) without end, in an order that changes, of which many return soon after."""
+    chooser, waiting, recent = random.Random(seed), [], []
+    while True:
+        waiting = waiting or chooser.sample(found, len(found))
+        if len(recent) >= NEAR // 3 and chooser.random() < AGAIN:
+            entry = recent.pop(chooser.randrange(len(recent)))
+        else:
+            recent = [*recent, entry := waiting.pop()][-NEAR:]
+        yield f"{question(entry[1])} {entry[0]}\n\n"
+
+
+def write(base: Loaded, path: Path, tokens: int) -> None:
+    """Write `tokens` tokens or a few more."""
+    encode, decode = base.tokenizer.encode, base.tokenizer.decode
+    third, calibration = -(-tokens // 3), CALIBRATION.read_text(encoding="utf-8")
+    drawn = sample(base.model, base.tokenizer.bos_token_id, third, LENGTH, SEED)
+    own = "\n\n".join(decode(piece[1:]) for piece in drawn)
+    read = decode(encode(calibration, add_special_tokens=False)[:third])
+    parts, count = [], 0
+    wanted = tokens - sum(len(encode(text, add_special_tokens=False)) for text in (own, read))
+    for entry in glossary(entries(calibration), SEED):
+        if count >= wanted:
+            break
+        parts.append(entry)
+        count += len(encode(entry, add_special_tokens=False))
+    partial = path.with_suffix(".partial")
+    partial.write_text("\n\n".join([own, read, "".join(parts)]), encoding="utf-8")
+    partial.replace(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("file", type=Path)
+    parser.add_argument("--model", default=hub.DEFAULT_MODEL)
+    parser.add_argument("--tokens", type=int, default=TOKENS)
+    options = parser.parse_args()
+    write(load_path(hub.resolve(options.model)), options.file, options.tokens)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,154 @@
+"""What training minimises. Shapes: B batch, N tokens, C of them a continuation, V vocabulary.
+
+paper    as in CoreNet's `cross_entropy_for_kv_prediction.py`: the base runs on all tokens with its own keys and values
+         replaced by predicted ones, and
+
+             loss = CE + z + α (CE_A + z_A) + λ Σ_layers (mean |K̂ - K| + mean |V̂ - V|),  z = 1e-4 · mean logsumexp²
+
+         with keys after the base's norm and before rotation, and A the auxiliary as a language model of its own.
+distill  what is done at inference, held to the base itself and not to the text: the last C tokens attend to a predicted
+         prompt and to their own keys and values, and
+
+             loss = mean over C + 1 positions of KL(base ‖ base on the predicted prompt) + α (CE_A + z_A) + λ Σ_layers …
+
+         with keys as the cache holds them, normed and rotated.
+
+λ = 1 / base layers, which the paper chose, for its loss, 0 for `distill`; α = 1. Where the auxiliary is not tuned its
+term is a constant and left out, and the sums leave out layers that base and auxiliary share.
+"""
+
+from typing import NamedTuple
+
+import mlx.core as mx
+
+from ..ops import attention, cross_entropy
+from .predictor import Pairs, Predictor, Reading, reading
+
+LOSSES = ("paper", "distill")
+Z_LOSS = 1e-4
+
+
+class Truth(NamedTuple):
+    """What the base says of token ids: `logits` (B, C + 1, V) of the continuation, None for the paper's loss; `pairs`,
+    its keys and values of the tokens that are predicted."""
+
+    logits: mx.array | None
+    pairs: Pairs
+
+
+class PredictedLayer:
+    """A layer's cache that begins with a prompt's predicted keys and values; those of the tokens that follow are added
+    (`grows`), or discarded: then it is of these same tokens that the predicted ones are."""
+
+    def __init__(self, keys: mx.array, values: mx.array, window: int | None, grows: bool):
+        self.keys, self.values, self.window, self.grows = keys, values, window, grows
+        self.length = keys.shape[2] if grows else 0
+
+    def attend(self, queries: mx.array, keys: mx.array, values: mx.array, scale: float) -> mx.array:
+        """Causal attention of queries (B, H, N, E)."""
+        held = self.keys, self.values
+        if self.grows:
+            held = (mx.concatenate(both, axis=2) for both in zip(held, (keys, values), strict=True))
+        return attention(queries, *held, scale, self.window)
+
+
+class PredictedCache:
+    """`PredictedLayer` of each layer of `base`, from keys and values that `placed_kv` gave."""
+
+    def __init__(self, base, placed: Pairs, grows: bool = False):
+        windows = [layer.window for layer in base.new_cache().layers]
+        self.layers = [PredictedLayer(*pair, window, grows) for pair, window in zip(placed, windows, strict=True)]
+        self.length = self.layers[0].length
+
+
+def predicted_logits(predictor: Predictor, read: Reading, base, tokens: mx.array) -> tuple[mx.array, Pairs]:
+    """Token ids (B, N), and what was read of the auxiliary for them → the base's logits (B, N, V) where all keys and
+    values are predicted, and these, raw."""
+    predicted = predictor(read)
+    return base.head(base.hidden(tokens, PredictedCache(base, base.placed_kv(predicted, 0)))), predicted
+
+
+def continued_logits(predictor: Predictor, read: Reading, base, tokens: mx.array) -> tuple[mx.array, Pairs]:
+    """Token ids (B, C + 1), and what was read of the auxiliary for those before them → the base's logits (B, C + 1, V)
+    after a predicted prompt, and this prompt's keys and values as a cache holds them."""
+    placed = base.placed_kv(predictor(read), 0)
+    return base.head(base.hidden(tokens, PredictedCache(base, placed, grows=True))), placed
+
+
+def truth(base, tokens: mx.array, kind: str, continuation: int) -> Truth:
+    """The base's own answer to token ids (B, N), evaluated."""
+    cache = base.new_cache()
+    if kind == "paper":
+        found = Truth(None, base.normed_kv(base.raw_kv(tokens, cache)))
+    else:
+        cache.reserve(tokens.shape[1])
+        base.last_logits(tokens[:, : -continuation - 1], cache)
+        logits, prompt = base(tokens[:, -continuation - 1 :], cache), tokens.shape[1] - continuation - 1
+        found = Truth(logits, [tuple(part[:, :, :prompt] for part in layer.state()) for layer in cache.layers])
+    mx.eval(found)
+    return found
+
+
+def predicted_part(tokens: mx.array, kind: str, continuation: int) -> mx.array:
+    """Of the token ids (B, N) that the base reads, those whose keys and values are predicted."""
+    return tokens if kind == "paper" else tokens[:, : -continuation - 1]
+
+
+def loss(
+    predictor: Predictor,
+    auxiliary,
+    base,
+    tokens: mx.array,
+    true: Truth,
+    consistency: float,
+    auxiliary_loss: float = 0,
+    read: Reading | None = None,
+) -> mx.array:
+    """The loss of token ids (B, N + 1): N inputs, of which `true` is the base's answer, and the N that follow them.
+
+    `consistency` is λ, `auxiliary_loss` is α; `read`: what was read of the auxiliary, where it is not asked for it.
+    """
+    inputs, kind = tokens[:, :-1], "paper" if true.logits is None else "distill"
+    continuation = 0 if kind == "paper" else true.logits.shape[1] - 1
+    known = predicted_part(inputs, kind, continuation)
+    if read is None:
+        cache = auxiliary.new_cache()
+        states, own_logits = auxiliary.states_and_logits(known, cache, *predictor.wanted)
+        read = reading(predictor.mapped, predictor.inputs, predictor.shared, states)
+    if kind == "paper":
+        logits, predicted = predicted_logits(predictor, read, base, inputs)
+        total, predicted = language_loss(logits, tokens[:, 1:]), base.normed_kv(predicted)
+    else:
+        logits, predicted = continued_logits(predictor, read, base, inputs[:, -continuation - 1 :])
+        total = divergence(true.logits, logits)
+    if consistency:
+        total = total + consistency * distance(predicted[predictor.shared :], true.pairs[predictor.shared :])
+    if auxiliary_loss:
+        total = total + auxiliary_loss * language_loss(own_logits, tokens[:, 1 : known.shape[1] + 1])
+    return total
+
+
+def language_loss(logits: mx.array, targets: mx.array) -> mx.array:
+    """Mean cross-entropy and z-loss of logits (B, N, V) and the ids (B, N) that follow."""
+    entropy = cross_entropy(logits, targets)
+    # logsumexp = entropy + the target's logit
+    z = entropy + mx.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    return entropy.mean() + Z_LOSS * (z * z).mean()
+
+
+def divergence(wanted: mx.array, logits: mx.array) -> mx.array:
+    """Mean KL divergence, in nats, of the distributions of `logits` (…, V) from those of `wanted`."""
+    true, found = (x - mx.logsumexp(x, axis=-1, keepdims=True) for x in (wanted, logits))
+    return (mx.exp(true) * (true - found)).sum(axis=-1).mean()
+
+
+def distance(predicted: Pairs, true: Pairs) -> mx.array:
+    """The sum over layers, keys and values of the mean distance."""
+    return sum(
+        (
+            mx.abs(mine - theirs).mean()
+            for pair, wanted in zip(predicted, true, strict=True)
+            for mine, theirs in zip(pair, wanted, strict=True)
+        ),
+        start=mx.array(0.0),
+    )
