@@ -7,9 +7,9 @@
 Arms: the base; its layer-pruned forms as models of their own; pairs of KV Prediction in closed form (fitted under
 --work where they are not there yet, some minutes a piece) and those that --pair names, as they are, some with `keep`
 and `refine` too (`kvp.pairs.DIALLED`). On windows of `data/jargon-validation.txt` a prompt is read, and what follows
-is scored: perplexity, KL divergence from the base, agreement of the first choices. `data/jargon-questions.json` are
-questions whose answers stand in the prompt. Every sample is kept under --work as it is made: a run that was broken
-off goes on.
+is scored: perplexity, KL divergence from the base, agreement of the first choices. Two sets of questions
+(`kvp.questions`) have their answers in the prompt. Every sample is kept under --work as it is made: a run that was
+broken off goes on.
 
 The last line is one JSON document; --save writes it, and a plot (needs `mlxeff[benchmarks]`), to results/.
 """
@@ -33,7 +33,6 @@ from mlxeff.hub.catalog import cache_dir
 from mlxeff.kernels import use_device
 from mlxeff.loading import Loaded, load_path
 
-RESULTS = saving.RESULTS
 TEXT = questions.TEXT
 TTFT_POINTS = [ttft.Point(batch, tokens) for batch in (1, 8) for tokens in (128, 512, 2048)]
 QUALITY_KEYS = ("arm", "digest", "item")
@@ -43,9 +42,10 @@ PHASES = ("windows", "questions", "ttft")
 def main() -> None:
     options = parse()
     if options.readme:
-        path = report.result_path(processor(), RESULTS)
+        path = report.result_path(processor(), saving.RESULTS)
         document = json.loads(path.read_text(encoding="utf-8"))
-        saving.write_readme(report.SECTION, report.section(document, path.with_suffix(".png"), RESULTS.parent.parent))
+        text = report.section(document, path.with_suffix(".png"), saving.RESULTS.parent.parent)
+        saving.write_readme(report.SECTION, text)
         return
     if options.table:
         print(report.tables(json.loads(options.table.read_text())))
@@ -60,9 +60,12 @@ def main() -> None:
     digests = {name: pairs.digest(folder) for name, folder in [*given.items(), *options.pruned]}
     what = {"model": base.fingerprint, "windows": [options.windows, options.prompt, options.continuation]}
     scored = Samples(options.work / "windows.jsonl", {"format": "kvp-windows", **what}, QUALITY_KEYS)
-    asked = Samples(
-        options.work / "questions.jsonl", {"format": "kvp-questions", "model": base.fingerprint}, QUALITY_KEYS
-    )
+    asked = {
+        name: Samples(
+            options.work / f"{name}.jsonl", {"format": f"kvp-{name}", "model": base.fingerprint}, QUALITY_KEYS
+        )
+        for name in questions.sets()
+    }
     machine = card()
     place = options.work / f"ttft-{machine['threads']}-threads.jsonl"
     times = Samples(place, {"format": "kvp-ttft", "model": base.fingerprint, **machine}, ttft.KEYS)
@@ -74,10 +77,11 @@ def main() -> None:
     if "ttft" in options.phase:
         measure_times(tagged, options, times)
     document = {"card": machine | {"command": " ".join(sys.argv)}, **what, "tokens fitted on": options.tokens}
-    document["arms"] = report.summary(readers, digests, scored.all, asked.all, times.all, options.prompt)
+    answers = {name: samples.all for name, samples in asked.items()}
+    document["arms"] = report.summary(readers, digests, scored.all, answers, times.all, options.prompt)
     print(report.tables(document))
     if options.save:
-        report.save(document, RESULTS)
+        report.save(document, saving.RESULTS)
     print(json.dumps(document))
 
 
@@ -104,19 +108,19 @@ def measure_windows(base: Loaded, arms: dict, rows, prompt: int, samples: Sample
         _show(f"window {item + 1} of {len(rows)}")
 
 
-def measure_questions(base: Loaded, arms: dict, samples: Samples) -> None:
-    """Ask every arm every question."""
-    items = questions.read()
-    for number, item in enumerate(items):
-        ids = base.tokenizer.encode(questions.prompt(item), add_special_tokens=True)
-        for name, (reader, mark) in arms.items():
-            if (name, mark, number) in samples.done():
-                continue
-            said = questions.answer(reader.model, base.tokenizer, ids, reader.dialled())
-            found = {"said": said, "exact": questions.exact(said, item["answer"]), "tokens": len(ids)}
-            samples.add({"arm": name, "digest": mark, "item": number} | found)
-            mx.clear_cache()
-        _show(f"question {number + 1} of {len(items)}")
+def measure_questions(base: Loaded, arms: dict, asked: dict[str, Samples]) -> None:
+    """Ask every arm every question of each set."""
+    for (kind, items), samples in zip(questions.sets().items(), asked.values(), strict=True):
+        for number, (prompt, answer) in enumerate(items):
+            ids = base.tokenizer.encode(prompt, add_special_tokens=True)
+            for name, (reader, mark) in arms.items():
+                if (name, mark, number) in samples.done():
+                    continue
+                said = questions.answer(reader.model, base.tokenizer, ids, reader.dialled())
+                found = {"said": said, "exact": questions.exact(said, answer), "tokens": len(ids)}
+                samples.add({"arm": name, "digest": mark, "item": number} | found)
+                mx.clear_cache()
+            _show(f"{kind}: question {number + 1} of {len(items)}")
 
 
 def measure_times(arms: dict, options: argparse.Namespace, samples: Samples) -> None:

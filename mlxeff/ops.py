@@ -55,6 +55,7 @@ def _native() -> ModuleType:
     return kernels.native()[0]
 
 
+@functools.cache
 def native_modes(native: ModuleType) -> dict[str, int]:
     """What the native products call each of COMPUTE."""
     return dict(zip(COMPUTE, (native.EXACT, native.COMPUTE_BF16, native.COMPUTE_INT8), strict=True))

@@ -13,7 +13,7 @@ import pytest
 import kvp_quality
 import saving
 from helpers import assert_close
-from kvp import measures, pairs, questions, report
+from kvp import measures, pairs, questions, report, training_text
 from mlxeff import kernels
 from mlxeff.bench import ttft
 from mlxeff.decode import prefill
@@ -63,6 +63,39 @@ def test_the_committed_questions_are_those_of_the_text():
         assert item["passage"][start:end] == item["answer"]
         assert item["passage"].count(item["question"]) == 1
         assert questions.prompt(item).endswith(f"Definition: {item['question']}\nTerm:")
+
+
+def test_numbers_stand_in_their_lists():
+    text = questions.TEXT.read_text(encoding="utf-8")
+    made = questions.numbers(text)
+    assert made == questions.numbers(text)
+    assert questions.sets()["numbers"] == made
+    assert len({prompt for prompt, _ in made}) == len(made) == questions.COUNT
+    for prompt, answer in made:
+        *lines, asked = prompt.split("\n")
+        assert len(lines) == questions.ENTRIES
+        assert [line for line in lines if line.startswith(asked)] == [f"{asked} {answer}"]
+
+
+def test_training_reads_nothing_that_is_asked_or_scored(base, tmp_path):
+    held_out = questions.entries(questions.TEXT.read_text(encoding="utf-8"))
+    read = questions.entries(training_text.CALIBRATION.read_text(encoding="utf-8"))
+    for part in (0, 1):  # terms, definitions
+        assert not {entry[part] for entry in held_out} & {entry[part] for entry in read}
+    paths = [tmp_path / name for name in "ab"]
+    for path in paths:
+        training_text.write(base, path, 3000)
+    text = paths[0].read_text(encoding="utf-8")
+    assert text == paths[1].read_text(encoding="utf-8")
+    assert 3000 <= len(base.tokenizer.encode(text, add_special_tokens=False)) < 3500
+
+
+def test_entries_of_a_glossary_return():
+    made = list(itertools.islice(training_text.glossary([(f"t{i}", f"D {i}.") for i in range(20)], 3), 400))
+    assert len(set(made)) == 20
+    assert made[0].startswith("Definition: D ")
+    again = sum(entry in made[max(0, i - 20) : i] for i, entry in enumerate(made))
+    assert 100 < again < 300
 
 
 def test_an_answer_is_exact_but_for_case_and_punctuation():
@@ -165,7 +198,7 @@ def test_the_plot_shows_every_arm(tmp_path):
     }
     arms |= {"KVP a, keep 9": arm("keep", 0.7, 15), "KVP a, refine": arm("refine", 0.6, 11)}
     for each in arms.values():
-        each |= {"exact": 0.5, "agreement": 0.9}
+        each |= {"exact": 0.5, "numbers": 0.4, "agreement": 0.9}
     report.plot({"arms": arms}, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
@@ -173,12 +206,12 @@ def test_the_plot_shows_every_arm(tmp_path):
 def test_the_whole_benchmark_on_a_tiny_model(folder, base, tmp_path, monkeypatch, capsys):
     text = tmp_path / "text"
     text.write_text(TEXT)
-    items = questions.read()[:2]
+    items = {name: each[:2] for name, each in questions.sets().items()}
     monkeypatch.setattr(kvp_quality, "TEXT", text)
     monkeypatch.setattr(kvp_quality, "TTFT_POINTS", [ttft.Point(1, 20), ttft.Point(2, 20)])
     monkeypatch.setattr(pairs, "CALIBRATION", text)
     monkeypatch.setattr(report, "PLOT_POINT", (1, 20))
-    monkeypatch.setattr(questions, "read", lambda: items)
+    monkeypatch.setattr(questions, "sets", lambda: items)
 
     def run(*more):
         options = ["--model", folder, "--work", tmp_path / "work", "--windows", 2, "--prompt", 60, "--continuation", 8]
@@ -193,9 +226,10 @@ def test_the_whole_benchmark_on_a_tiny_model(folder, base, tmp_path, monkeypatch
     found = run()
     assert (tmp_path / "work" / "windows.jsonl").read_text().splitlines()[: len(lines)] == lines
     names = ["base", "LP 0.75", "LP 0.50", "LP 0.25", "KVP lp:0.50"]
-    names += [f"KVP lp:0.50, {dial}" for dial in ("keep 16", "keep 64", "keep 128", "keep 256", "refine")]
+    names += [f"KVP lp:0.50, {dial}" for dial in ("keep 16", "keep 64", "keep 128", "keep 256", "keep 384", "refine")]
     assert list(found) == names
     assert found["base"]["kl"] == 0
+    assert all((arm["exact_questions"], arm["numbers_questions"]) == (2, 2) for arm in found.values())
     assert found["KVP lp:0.50, keep 64"]["kl"] < 1e-6  # all 60 tokens
     assert found["KVP lp:0.50"]["kl"] > found["KVP lp:0.50, refine"]["kl"] > 1e-6
     rows = measures.windows(base.tokenizer.encode(TEXT, add_special_tokens=False), 2, 60, 8)

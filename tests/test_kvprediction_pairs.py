@@ -189,6 +189,59 @@ def test_a_tuned_pair_by_the_command(base_folder, base, text, tmp_path, method):
     mlxeff("generate", PROMPT, "--model", base_folder, "--kv-predict", out, "--max-tokens", 2)
 
 
+def test_distillation_by_the_command(base_folder, base, text, tmp_path):
+    out = tmp_path / "pair"
+    other = text.with_name("other.txt")
+    other.write_text(text.read_text()[::-1])
+    ends = base.tokenizer.decode(base.tokenizer.encode(other.read_text(), add_special_tokens=False)[300:302])
+    arguments = ("--aux", "layers:0-1", "--text", text, "--tokens", 500, "--length", 100, "--steps", 30, "--batch", 4)
+    arguments += (
+        "--train-text",
+        other,
+        "--rate",
+        3e-3,
+        "--loss",
+        "distill",
+        "--continuation",
+        8,
+        f"--prompt-end={ends}",
+        "--json",
+    )
+    report = json.loads(mlxeff("fit", "kv-predictor", base_folder, *arguments, "--out", out)[0])
+    assert any(line.startswith("fit: ") and line.endswith(f"places where prompts end with {ends!r}")
+               for line in report["notices"])  # fmt: skip
+    assert np.mean(report["losses"][-5:]) < np.mean(report["losses"][:5])
+    config = read_config(out)
+    assert (config.shared, config.provenance["loss"], config.provenance["prompt_end"]) == (2, "distill", ends)
+    assert (config.provenance["text"], config.provenance["train_text"]) == ("text.txt", "other.txt")
+    pair = load_pair(out, base)
+    prompt, cache, want = mx.arange(30), base.model.new_cache(), base.model.new_cache()
+    predict(pair.auxiliary, pair.predictor, base.model, prompt, cache)
+    base.model.last_logits(prompt[None], want)
+    for i in (0, 1):
+        for mine, theirs in zip(cache.layers[i].state(), want.layers[i].state(), strict=True):
+            assert_close(mine, theirs, f"shared layer {i}", rtol=2.0**-16)
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        (("--loss", "distill"), "--loss distill: wanted --steps of 1 or more, got none"),
+        (("--train-text", "more.txt"), "--train-text more.txt: wanted --steps of 1 or more, got none"),
+        (("--train-text", "no.txt", "--steps", 1), "no.txt: wanted UTF-8 text: "),
+        (("--prompt-end", "x", "--steps", 1), "--prompt-end: wanted --loss distill and a text, got paper, 'x'"),
+        (("--prompt-end", "", "--steps", 1, "--loss", "distill"), "--prompt-end: wanted --loss distill and a text,"),
+        (("--prompt-end", "\\nnowhere:", "--steps", 1, "--loss", "distill"),
+         "--prompt-end: wanted a text with '\\nnowhere:', got none in "),
+        (("--steps", 1, "--loss", "distill", "--continuation", 98), "wanted sequences of at least 101 tokens, got 100"),
+    ],
+)  # fmt: skip
+def test_options_of_distillation_that_do_not_fit(base_folder, text, tmp_path, options, complaint):
+    arguments = ("--aux", "lp:0.5", "--text", text, "--tokens", 1000, "--length", 100, "--out", tmp_path / "pair")
+    assert complaint in fails("fit", "kv-predictor", base_folder, *arguments, *options)
+    assert not (tmp_path / "pair").exists()
+
+
 def test_searched_layers_by_the_command(base_folder, text, tmp_path):
     arguments = ("--aux", "search:0.5", "--text", text, "--tokens", 400, "--length", 100, "--json")
     report = json.loads(mlxeff("fit", "kv-predictor", base_folder, *arguments, "--out", tmp_path / "pair")[0])

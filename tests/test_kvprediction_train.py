@@ -15,7 +15,7 @@ from mlxeff.kvprediction import Predictor
 from mlxeff.kvprediction.fit import fit
 from mlxeff.kvprediction.losses import LOSSES, loss, predicted_logits, truth
 from mlxeff.kvprediction.predictor import INPUTS, identity
-from mlxeff.kvprediction.train import Trained, Training, schedule, train
+from mlxeff.kvprediction.train import Trained, Training, _batch, schedule, train
 from mlxeff.kvprediction.tuning import METHODS, LoraLinear, Tuned, dense, is_matrix
 from mlxeff.loading import build_model
 from mlxeff.modules import Linear, QuantizedLinear
@@ -301,6 +301,28 @@ def test_tuning_lowers_the_loss_and_leaves_the_base_alone(method):
     assert np.mean(losses[-5:]) < np.mean(losses[:5]) - 0.3
     for name, value in tree_flatten(base.parameters()):
         assert_close(value, before[name], name, rtol=0, atol=0)
+
+
+def test_half_of_the_prompts_end_where_they_shall():
+    """Rows count their tokens from 0, so that a piece says where it comes from."""
+    rows = np.arange(20 * 40).reshape(20, 40)
+    settings = Training(steps=1, batch=50, loss="distill", continuation=4, seed=2)
+    ends, lengths, found = np.arange(7, 800, 90), set(), []
+    for index in range(60):
+        got = _batch(rows, settings, ends, index)
+        assert (np.diff(got) == 1).all()
+        assert (got == _batch(rows, settings, ends, index)).all()
+        lengths.add(got.shape[1])
+        found += got[:, -5].tolist()  # the first token of the continuation, and one more that nothing is asked of
+    assert (min(lengths), max(lengths)) == (10, 40)
+    share = np.isin(found, ends).mean()
+    assert 0.45 < share < 0.56  # of the other half one in 90
+    assert set(found) & set(ends.tolist()) == set(ends[ends >= 10 - 5].tolist())
+    anywhere = _batch(rows, settings, ends[:0], 0)[:, -5]
+    assert not np.isin(anywhere, ends).all()
+    paper = _batch(rows, Training(steps=1, batch=50, seed=2), ends, 0)
+    assert paper.shape == (50, 40)
+    assert (paper[:, 0] % 40 == 0).all()
 
 
 def test_the_rate_rises_in_a_line_and_falls_in_a_cosine():

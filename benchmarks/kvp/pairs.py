@@ -19,9 +19,8 @@ from mlxeff.loading import Loaded, load_path
 from mlxeff.models.fused import fuse
 
 from .measures import Reader
+from .training_text import CALIBRATION
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-CALIBRATION = ROOT / "convert" / "calibration.txt"
 CLOSED_FORM = (
     "lp:0.75",
     "lp:0.50",
@@ -34,8 +33,10 @@ CLOSED_FORM = (
 )
 FRACTIONS = ("0.75", "0.50", "0.25")
 LENGTH, SEED = 512, 0  # tokens of a piece; of the base's own text
-KEEPS = (16, 64, 128, 256)
-DIALLED = ("KVP lp:0.50", "KVP layers:0-14")  # with which names begin of pairs whose dials are measured too
+KEEPS = (16, 64, 128, 256, 384)
+DIALLED = tuple(
+    f"KVP {name}{how}" for name in ("lp:0.50", "layers:0-14") for how in ("", " distilled")
+)  # their dials too
 
 
 def make(recipe: str, model: str, work: Path, tokens: int) -> Path:
@@ -90,7 +91,7 @@ def readers(base: Loaded, pairs: dict[str, Path], pruned: dict[str, Path]) -> di
     for name, folder in pairs.items():
         pair = load_pair(folder, base)
         found[name] = Reader(base.model, pair)
-        if not name.startswith(DIALLED):
+        if name not in DIALLED:
             continue
         found |= {f"{name}, keep {keep}": Reader(base.model, pair, keep) for keep in KEEPS}
         found[f"{name}, refine"] = Reader(base.model, pair, refine=True)

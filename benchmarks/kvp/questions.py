@@ -1,5 +1,6 @@
-"""A small extractive question set, made from the validation text: definitions with their terms, and the term of one of
-the definitions is asked for. The answer stands in the prompt, so it is a matter of finding, not of knowing.
+"""Two small extractive question sets, made from the validation text. `exact`: definitions with their terms, and the
+term of one of the definitions is asked for. `numbers`: a list of terms with four digits each, and those of one term are
+asked for. The answer stands in the prompt, so it is a matter of finding, not of knowing.
 
     python -m kvp.questions        # in benchmarks/: writes data/jargon-questions.json and data/demo-prompt.txt again,
                                    # always the same
@@ -18,6 +19,7 @@ DEMO, DEMO_ENTRIES = DATA / "demo-prompt.txt", 60  # of `make demo-kvp`
 ENTRY = re.compile(r"^:([A-Za-z][A-Za-z -]{2,24}): (?:/[^\n]*/, )?[a-z.,/ ]+\n\n([^\n]+)", re.MULTILINE)
 WORDS = range(6, 31)  # of a definition
 ENTRIES, COUNT, SEED = 12, 48, 0  # entries of a glossary, questions, of their choice
+DIGITS = range(1000, 10000)
 MAX_TOKENS, STOP = 16, ["\n"]
 
 
@@ -50,6 +52,24 @@ def _item(glossary: list[tuple[str, str]], asked: int) -> dict:
         "answer": term,
         "span": [end - len(term), end],
     }
+
+
+def numbers(text: str) -> list[tuple[str, str]]:
+    """COUNT prompts and their answers."""
+    terms, chooser = [term for term, _ in entries(text)], random.Random(SEED)
+    return [_lookup(chooser, chooser.sample(terms, ENTRIES)) for _ in range(COUNT)]
+
+
+def _lookup(chooser: random.Random, terms: list[str]) -> tuple[str, str]:
+    found = {term: str(chooser.choice(DIGITS)) for term in terms}
+    asked = chooser.choice(terms)
+    return "\n".join(f"{term}: {digits}" for term, digits in found.items()) + f"\n{asked}:", found[asked]
+
+
+def sets() -> dict[str, list[tuple[str, str]]]:
+    """Prompts and their answers."""
+    of_terms = [(prompt(item), item["answer"]) for item in read()]
+    return {"exact": of_terms, "numbers": numbers(TEXT.read_text(encoding="utf-8"))}
 
 
 def demo(text: str) -> dict:

@@ -17,28 +17,35 @@ SECTION = "kvp-quality"  # of the README
 TARGET_TTFT, TARGET_GAP = 0.60, 0.90  # KVP lp:0.50 by base; of the gap that keep and refine recover
 HALF = "KVP lp:0.50"
 PLOT_POINT = (1, 512)  # batch, prompt tokens
-BETTER = {"perplexity": -1, "kl": -1, "agreement": 1, "exact": 1}  # the sign of an improvement
+BETTER = {"perplexity": -1, "kl": -1, "agreement": 1, "exact": 1, "numbers": 1}  # the sign of an improvement
 
 
 def summary(
-    readers: dict[str, Reader], digests: dict, scored: list[dict], asked: list[dict], times: list[dict], prompt: int
+    readers: dict[str, Reader],
+    digests: dict,
+    scored: list[dict],
+    asked: dict[str, list[dict]],
+    times: list[dict],
+    prompt: int,
 ) -> dict:
-    """What is known of each arm that has samples."""
+    """What is known of each arm that has samples; `asked`: by the name of the set."""
     costs = {arm.name: arm.flops(prompt) for arm in arms_of(readers)}
     medians = times_report.medians(times)
     found = {}
     for name, reader in readers.items():
         key = name, digests.get(name.partition(",")[0], "")
-        windows, questions = ([s for s in each if (s["arm"], s["digest"]) == key] for each in (scored, asked))
+        windows, *answers = ([s for s in each if (s["arm"], s["digest"]) == key] for each in (scored, *asked.values()))
         flops = costs.get(name, costs.get(name.partition(",")[0]))  # refine begins after the first token
         entry = {"kind": kind(name, reader), "flops": flops / costs["base"]}
-        entry |= _windows(windows) | _questions(questions)
+        entry |= _windows(windows)
+        for kind_of, samples in zip(asked, answers, strict=True):
+            entry |= _questions(kind_of, samples)
         entry["ttft"] = [
             {key: each[key] for key in ("batch", "tokens", "ttft_s", "spread_s", "passes")}
             for (_, _, _, arm), each in sorted(medians.items())
             if arm == name
         ]
-        if windows or questions or entry["ttft"]:
+        if windows or any(answers) or entry["ttft"]:
             found[name] = entry
     return found
 
@@ -68,8 +75,10 @@ def _windows(samples: list[dict]) -> dict:
     }
 
 
-def _questions(samples: list[dict]) -> dict:
-    return {"exact": float(np.mean([s["exact"] for s in samples])), "questions": len(samples)} if samples else {}
+def _questions(name: str, samples: list[dict]) -> dict:
+    """The share of right answers, and how many questions were asked."""
+    right = [s["exact"] for s in samples]
+    return {name: float(np.mean(right)), f"{name}_questions": len(samples)} if samples else {}
 
 
 def tables(document: dict) -> str:
@@ -98,12 +107,12 @@ def _points(arms: dict[str, dict]) -> list[tuple[int, int]]:
 
 
 def _quality(arms: dict[str, dict]) -> str:
-    head = ["", "TTFT FLOPs", "perplexity", "KL", "same first choice", "KL, first token", "exact match"]
+    head = ["", "TTFT FLOPs", "perplexity", "KL", "same first choice", "KL, first token", "exact match", "numbers"]
     lines = [_row(head), _row(["---"] * len(head))]
     for name, arm in arms.items():
         large = arm.get("perplexity", 0) >= 1000
         forms = {"perplexity": ".3g" if large else ".2f", "kl": ".3f", "agreement": ".1%", "first_kl": ".3f"}
-        measured = [_text(arm, key, form) for key, form in (forms | {"exact": ".0%"}).items()]
+        measured = [_text(arm, key, form) for key, form in (forms | {"exact": ".0%", "numbers": ".0%"}).items()]
         lines.append(_row([name, f"{arm['flops']:.2f}", *measured]))
     return "\n".join(lines)
 

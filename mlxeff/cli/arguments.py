@@ -75,6 +75,9 @@ def add_fit(parser: argparse.ArgumentParser) -> None:
         "layers (default %(default)s)",
     )
     sub.add_argument(
+        "--train-text", metavar="FILE", help="UTF-8 text that these steps read, all of it (default: what was fitted on)"
+    )
+    sub.add_argument(
         "--loss",
         choices=("paper", "distill"),
         default="paper",
@@ -87,6 +90,12 @@ def add_fit(parser: argparse.ArgumentParser) -> None:
         type=_positive,
         default=64,
         help="tokens that --loss distill continues a prompt with (default %(default)s)",
+    )
+    sub.add_argument(
+        "--prompt-end",
+        metavar="TEXT",
+        help="half of the prompts of --loss distill end after this, such as 'Answer:'; \\n is a new line (default: "
+        "anywhere)",
     )
     sub.add_argument("--rank", metavar="R", type=_positive, default=16, help="of --train lora (default %(default)s)")
     sub.add_argument(

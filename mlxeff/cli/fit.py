@@ -91,6 +91,12 @@ def _check(options: argparse.Namespace) -> None:
             raise MlxeffError(f"--{name.replace('_', '-')}: wanted 0 or more, got {getattr(options, name)}")
     if options.train != "predictor" and not options.steps:
         raise MlxeffError(f"--train {options.train}: wanted --steps of 1 or more, got none")
+    if options.loss == "distill" and not options.steps:
+        raise MlxeffError("--loss distill: wanted --steps of 1 or more, got none")
+    if options.train_text is not None and not options.steps:
+        raise MlxeffError(f"--train-text {options.train_text}: wanted --steps of 1 or more, got none")
+    if options.prompt_end is not None and (options.loss != "distill" or not options.prompt_end):
+        raise MlxeffError(f"--prompt-end: wanted --loss distill and a text, got {options.loss}, {options.prompt_end!r}")
 
 
 def _specification(options: argparse.Namespace, base, pieces: list[list[int]]) -> str:
@@ -140,9 +146,28 @@ def _fit(options: argparse.Namespace, auxiliary, base, pieces: list[list[int]]):
         auxiliary_loss=options.aux_loss,
         seed=options.seed,
     )
+    if options.train_text is not None:
+        pieces = _pieces(_tokens(options.train_text, base.tokenizer), options.length, base.tokenizer)
+    ends = _prompt_ends(options, base.tokenizer, pieces)
     with output.bar("training", "step", options.quiet) as progress:
-        losses = train(fitted.predictor, *models, pieces, settings, _state(options), progress, tuned)
+        losses = train(fitted.predictor, *models, pieces, settings, _state(options), progress, tuned, ends)
     return fitted, losses, tuned
+
+
+def _prompt_ends(options: argparse.Namespace, tokenizer, pieces: list[list[int]]) -> list[int]:
+    """Where `--prompt-end` stands in the pieces of full length, one after the other; refuses a text without it."""
+    from ..kvprediction.text import prompt_ends
+
+    if options.prompt_end is None:
+        return []
+    after = options.prompt_end.replace("\\n", "\n")
+    length = max(map(len, pieces))
+    ids = [token for piece in pieces if len(piece) == length for token in piece]
+    found = prompt_ends(ids, tokenizer.encode(after, add_special_tokens=False), tokenizer.decode)
+    if not found:
+        raise MlxeffError(f"--prompt-end: wanted a text with {after!r}, got none in {len(ids)} tokens")
+    notices.info("fit: %d places where prompts end with %r", len(found), after)
+    return found
 
 
 def _shared(options: argparse.Namespace, auxiliary) -> int:
@@ -190,12 +215,14 @@ def _provenance(options: argparse.Namespace, fitted, losses: list[float]) -> dic
         "train",
         "loss",
         "continuation",
+        "prompt_end",
         "rank",
         "aux_loss",
     )
     return {
         "method": "ridge, then gradient training" if losses else "ridge",
         "text": options.text and Path(options.text).name,
+        "train_text": options.train_text and Path(options.train_text).name,
         **{key: getattr(options, key) for key in kept},
         "tokens": fitted.tokens,
         "errors": fitted.errors,  # of the closed form
@@ -220,15 +247,23 @@ def _sequences(options: argparse.Namespace, base) -> list[list[int]]:
 
         notices.info("fit: no --text: the base writes %d tokens itself", options.tokens)
         return sample(base.model, base.tokenizer.bos_token_id, options.tokens, options.length, options.seed)
-    try:
-        text = Path(options.text).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise MlxeffError(f"{options.text}: wanted UTF-8 text: {error}") from error
-    ids = base.tokenizer.encode(text, add_special_tokens=False)[: options.tokens]
-    start = base.tokenizer.encode("", add_special_tokens=True)
+    ids = _tokens(options.text, base.tokenizer)
     if len(ids) < options.tokens:
         notices.warning("%s: %d tokens, fewer than --tokens %d", options.text, len(ids), options.tokens)
-    step = max(1, options.length - len(start))
+    return _pieces(ids[: options.tokens], options.length, base.tokenizer)
+
+
+def _tokens(path: str, tokenizer) -> list[int]:
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise MlxeffError(f"{path}: wanted UTF-8 text: {error}") from error
+    return tokenizer.encode(text, add_special_tokens=False)
+
+
+def _pieces(ids: list[int], length: int, tokenizer) -> list[list[int]]:
+    start = tokenizer.encode("", add_special_tokens=True)
+    step = max(1, length - len(start))
     return [start + ids[at : at + step] for at in range(0, len(ids), step)]
 
 

@@ -62,20 +62,24 @@ def train(
     checkpoint: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
     tuned: Tuned | None = None,
+    ends: Sequence[int] = (),
 ) -> list[float]:
     """Train `predictor` in place on `sequences` of token ids of one length, and what is `tuned` of the auxiliary;
     returns the loss of each step.
 
+    ends: for `distill`, places where prompts shall end, in the sequences of full length one after the other: before the
+    token of that index. Half of the prompts do, the others anywhere.
     checkpoint: a file to write every `every` steps and to go on from; one of other settings or text is refused.
     """
     rows, trained = _rows(sequences, settings), Trained(predictor, tuned)
     optimizer = optim.Adam(schedule(settings), betas=list(BETAS), bias_correction=True)
     optimizer.init(trained.trainable_parameters())
-    mark = _mark(settings, rows, trained)
+    ends = np.array(sorted(ends), dtype=np.int64)
+    mark = _mark(settings, rows, ends, trained)
     losses = _restore(checkpoint, mark, trained, optimizer) if checkpoint else []
     step = _step(trained, auxiliary, base, settings)
     for index in range(len(losses), settings.steps):
-        value, gradients = step(mx.array(_batch(rows, settings, index)))
+        value, gradients = step(mx.array(_batch(rows, settings, ends, index)))
         gradients, _ = optim.clip_grad_norm(gradients, CLIP)
         optimizer.update(trained, gradients)
         mx.eval(trained.parameters(), optimizer.state, value)
@@ -100,14 +104,21 @@ def _rows(sequences: Sequence[Sequence[int]], settings: Training) -> np.ndarray:
     return np.array([list(ids) for ids in sequences if len(ids) == length], dtype=np.int32)
 
 
-def _batch(rows: np.ndarray, settings: Training, index: int) -> np.ndarray:
-    """The sequences of a step; for `distill` their beginnings, at least a quarter, so that in the course of the
-    training a prompt ends everywhere."""
-    chooser, length = np.random.default_rng([settings.seed, index]), rows.shape[1]
-    chosen = rows[chooser.integers(0, len(rows), settings.batch)]
+def _batch(rows: np.ndarray, settings: Training, ends: np.ndarray, index: int) -> np.ndarray:
+    """The tokens (B, N + 1) of a step: sequences, or for `distill` pieces of all of them one after the other, of one
+    length, from a quarter of theirs up, half of which have their prompts end where `ends` says."""
+    chooser = np.random.default_rng([settings.seed, index])
     if settings.loss == "paper":
-        return chosen
-    return chosen[:, : chooser.integers(max(settings.continuation + 3, length // 4), length + 1)]
+        return rows[chooser.integers(0, len(rows), settings.batch)]
+    least, length = settings.continuation + 3, rows.shape[1]
+    length = chooser.integers(max(least, length // 4), length + 1)
+    # A prompt ends before `end`; the last of its tokens and those of the continuation follow what is predicted.
+    end = chooser.integers(length - settings.continuation - 1, rows.size - settings.continuation, settings.batch)
+    near = ends[(ends >= length - settings.continuation - 1) & (ends < rows.size - settings.continuation)]
+    if len(near):
+        end = np.where(chooser.random(settings.batch) < 0.5, chooser.choice(near, settings.batch), end)
+    first = end + settings.continuation + 1 - length
+    return rows.reshape(-1)[first[:, None] + np.arange(length)]
 
 
 def _step(trained: Trained, auxiliary, base, settings: Training) -> Callable:
@@ -152,9 +163,9 @@ def schedule(settings: Training) -> Callable[[mx.array], mx.array]:
     return rate
 
 
-def _mark(settings: Training, rows: np.ndarray, trained: Trained) -> str:
+def _mark(settings: Training, rows: np.ndarray, ends: np.ndarray, trained: Trained) -> str:
     """What tells one training from another."""
-    digest = hashlib.sha256(json.dumps(asdict(settings), sort_keys=True).encode() + rows.tobytes())
+    digest = hashlib.sha256(json.dumps(asdict(settings), sort_keys=True).encode() + rows.tobytes() + ends.tobytes())
     for name, value in tree_flatten(trained.parameters()):
         digest.update(name.encode() + np.array(value.astype(mx.float32)).tobytes())
     return digest.hexdigest()[:16]
