@@ -4,12 +4,12 @@
     python benchmarks/kvp_quality.py --phase ttft [...]    # the times; they need a quiet machine, quality does not
     python benchmarks/kvp_quality.py --table FILE.json     # a saved result's tables; --readme: the README's section
 
-Arms: the base; its layer-pruned forms as models of their own; pairs of KV Prediction in closed form (fitted under
---work where they are not there yet, some minutes a piece) and those that --pair names, as they are, some with `keep`
-and `refine` too (`kvp.pairs.DIALLED`). On windows of `data/jargon-validation.txt` a prompt is read, and what follows
-is scored: perplexity, KL divergence from the base, agreement of the first choices. Two sets of questions
-(`kvp.questions`) have their answers in the prompt. Every sample is kept under --work as it is made: a run that was
-broken off goes on.
+Arms: the base; its layer-pruned forms as models of their own; pairs of KV Prediction by their recipes (`kvp.pairs`,
+made under --work where they are not there yet: some minutes a piece, trained ones 5 to 15) and those that --pair names,
+as they are, some with `keep` and `refine` too (`kvp.pairs.DIALLED`). On windows of `data/jargon-validation.txt` a
+prompt is read, and what follows is scored: perplexity, KL divergence from the base, agreement of the first choices. Two
+sets of questions (`kvp.questions`) have their answers in the prompt. Every sample is kept under --work as it is made: a
+run that was broken off goes on.
 
 The last line is one JSON document; --save writes it, and a plot (needs `mlxeff[benchmarks]`), to results/.
 """
@@ -29,7 +29,6 @@ from mlxeff.bench.machine import card, processor
 from mlxeff.bench.samples import Samples
 from mlxeff.cli.output import show_notices
 from mlxeff.errors import MlxeffError
-from mlxeff.hub.catalog import cache_dir
 from mlxeff.kernels import use_device
 from mlxeff.loading import Loaded, load_path
 
@@ -138,7 +137,7 @@ def _show(text: str) -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=hub.DEFAULT_MODEL)
-    parser.add_argument("--aux", nargs="*", default=pairs.CLOSED_FORM, help="auxiliaries of closed-form pairs")
+    parser.add_argument("--aux", nargs="*", default=pairs.RECIPES, metavar="RECIPE", help="of pairs")
     parser.add_argument(
         "--pair", action="append", type=named, default=[], metavar="NAME=FOLDER", help="measure this too"
     )
@@ -151,7 +150,7 @@ def parse() -> argparse.Namespace:
         help="a trained baseline: a model, or a pair, whose auxiliary is meant",
     )
     parser.add_argument("--only", nargs="+", default=[], metavar="WORD", help="arms whose name has one of these words")
-    parser.add_argument("--tokens", type=int, default=32768, help="to fit closed-form pairs on")
+    parser.add_argument("--tokens", type=int, default=pairs.TOKENS, help="to fit pairs on")
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--prompt", type=int, default=512, help="tokens of a window that are read")
     parser.add_argument("--continuation", type=int, default=128, help="tokens of a window that are scored")
@@ -159,7 +158,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3, help="of the times")
     parser.add_argument("--warmup", type=int, default=1, help="uncounted rounds of the times")
     parser.add_argument("--point", nargs="+", default=[], metavar="KEY=VALUE", help="of the times: batch, tokens, arm")
-    parser.add_argument("--work", type=Path, default=cache_dir().with_name("mlxeff-kvp"), help="default %(default)s")
+    parser.add_argument("--work", type=Path, default=pairs.work_folder(), help="default %(default)s")
     parser.add_argument("--table", type=Path, metavar="FILE", help="print the tables of a saved result")
     parser.add_argument("--readme", action="store_true", help="measure nothing: saved results → the README's section")
     parser.add_argument("--save", action="store_true", help="write results/<processor>-kvp-quality.json and .png")

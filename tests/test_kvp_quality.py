@@ -17,6 +17,7 @@ from kvp import measures, pairs, questions, report, training_text
 from mlxeff import kernels
 from mlxeff.bench import ttft
 from mlxeff.decode import prefill
+from mlxeff.errors import MlxeffError
 from mlxeff.generation import stream_generate
 from mlxeff.kv_pairs import load_pair
 from mlxeff.loading import load_path
@@ -212,6 +213,7 @@ def test_the_whole_benchmark_on_a_tiny_model(folder, base, tmp_path, monkeypatch
     monkeypatch.setattr(pairs, "CALIBRATION", text)
     monkeypatch.setattr(report, "PLOT_POINT", (1, 20))
     monkeypatch.setattr(questions, "sets", lambda: items)
+    monkeypatch.setattr(pairs, "DIALLED", ("KVP lp:0.50",))
 
     def run(*more):
         options = ["--model", folder, "--work", tmp_path / "work", "--windows", 2, "--prompt", 60, "--continuation", 8]
@@ -258,3 +260,23 @@ def test_the_projects_readme_holds_saved_results():
     found = list(saving.RESULTS.glob("*-kvp-quality.json"))
     shown = [report.section(json.loads(path.read_text()), path.with_suffix(".png"), root) for path in found]
     assert any(each in readme for each in shown) or not found
+
+
+def test_recipes_are_commands(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(training_text, "TOKENS", 900)
+    monkeypatch.setattr(pairs, "LENGTH", 100)
+    monkeypatch.setitem(pairs.STEPS, "lp:0.50 distilled", 2)
+    monkeypatch.setitem(pairs.STEPS, "lp:0.50 lora", 2)
+    for recipe in ("lp:0.50 distilled", "lp:0.50 lora", "lp:0.50 own"):
+        made = pairs.make(recipe, str(folder), tmp_path, 1000)
+        assert made == pairs.make(recipe, str(folder), tmp_path, 1000)
+        config = json.loads((made / "config.json").read_text())
+        assert len(config["provenance"]["losses"]) == (0 if recipe.endswith("own") else 2)
+        assert config["provenance"]["loss"] == ("paper" if recipe.endswith("own") else "distill")
+        assert ("tuned" in config["auxiliary"]) == recipe.endswith("lora")
+    assert {path.name for path in tmp_path.glob("*.txt")} == {"fit-1000.txt", "train-900.txt"}
+    with pytest.raises(
+        MlxeffError, match=r"kvp: lp:0\.50 more: wanted an auxiliary and one of own, dist"
+    ):
+        pairs.make("lp:0.50 more", str(folder), tmp_path, 1000)
+    assert set(pairs.STEPS) <= set(pairs.RECIPES)

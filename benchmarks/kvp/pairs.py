@@ -1,10 +1,15 @@
-"""The pairs that are measured: closed-form ones are made here where they are missing, trained ones are named.
+"""The pairs that are measured. Each is a recipe, "AUX" or "AUX HOW", and is made where it is missing: AUX as in
+`mlxeff fit kv-predictor --aux`, HOW one of HOW below, without it the closed form. All are fitted in closed form on one
+text, half of it the converter's calibration text and half what the base model writes by itself; some are trained on
+from there, on `training_text`.
 
-A pair is fitted to half of the converter's calibration text and half of what the base model writes by itself.
+    python -m kvp.pairs RECIPE FOLDER       # in benchmarks/: make one, for use
 """
 
+import argparse
 import hashlib
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,15 +17,34 @@ from mlxeff import hub
 from mlxeff.bench.arms import Arm
 from mlxeff.cli import main as mlxeff
 from mlxeff.errors import MlxeffError
+from mlxeff.hub.catalog import cache_dir
 from mlxeff.kv_pairs import load_pair
 from mlxeff.kvprediction.layers import kept_layers
 from mlxeff.kvprediction.text import sample
 from mlxeff.loading import Loaded, load_path
 from mlxeff.models.fused import fuse
 
+from . import training_text
 from .measures import Reader
 from .training_text import CALIBRATION
 
+DISTILLED = ("--loss", "distill", "--continuation", 16, "--prompt-end", r"\nTerm:", "--batch", 4, "--rate", 1e-3)
+HOW = {
+    "own": ("--inputs", "own"),
+    "distilled": DISTILLED,
+    "lora": (*DISTILLED, "--train", "lora", "--batch", 3),
+    "paper": ("--loss", "paper", "--batch", 2, "--rate", 5e-4),
+}
+STEPS = {  # of training
+    "lp:0.75 distilled": 100,
+    "lp:0.50 distilled": 200,
+    "lp:0.25 distilled": 100,
+    "layers:0-18 distilled": 150,
+    "layers:0-14 distilled": 300,
+    "layers:0-7 distilled": 200,
+    "lp:0.50 lora": 80,
+    "lp:0.50 paper": 60,
+}
 CLOSED_FORM = (
     "lp:0.75",
     "lp:0.50",
@@ -31,26 +55,41 @@ CLOSED_FORM = (
     "layers:0-7",
     "lp:0.50 own",
 )
+RECIPES = (*CLOSED_FORM, *STEPS)
 FRACTIONS = ("0.75", "0.50", "0.25")
-LENGTH, SEED = 512, 0  # tokens of a piece; of the base's own text
+TOKENS, LENGTH, SEED = 32768, 512, 0  # of the closed form, of a piece, of the base's own text
 KEEPS = (16, 64, 128, 256, 384)
-DIALLED = tuple(
-    f"KVP {name}{how}" for name in ("lp:0.50", "layers:0-14") for how in ("", " distilled")
-)  # their dials too
+DIALLED = ("KVP layers:0-14", "KVP layers:0-14 distilled", "KVP lp:0.50 distilled")  # whose dials are measured too
 
 
-def make(recipe: str, model: str, work: Path, tokens: int) -> Path:
-    """The closed-form pair of `recipe`, an auxiliary and perhaps what the maps read ("lp:0.50 own"), fitted on `tokens`
-    tokens unless it is there."""
-    folder = work / re.sub(r"[^\w.]+", "-", f"{recipe}-{tokens}")
-    if not folder.exists():
-        auxiliary, _, inputs = recipe.partition(" ")
-        options = ["--aux", auxiliary, "--out", folder, "--text", _text(model, work, tokens), "--tokens", tokens]
-        options += ["--inputs", inputs or "hidden"]
-        code = mlxeff(["fit", "kv-predictor", model, *map(str, options), "--length", str(LENGTH)])
-        if code:
-            raise MlxeffError(f"kvp_quality: fitting {recipe} failed")
+def work_folder() -> Path:
+    """Where pairs, texts and samples are kept."""
+    return cache_dir().with_name("mlxeff-kvp")
+
+
+def make(recipe: str, model: str, work: Path, tokens: int, folder: Path | None = None) -> Path:
+    """The pair of `recipe`, in `folder` or under `work`, made unless it is there; its closed form is of `tokens`
+    tokens."""
+    folder = folder or work / re.sub(r"[^\w.]+", "-", f"{recipe}-{tokens}")
+    if folder.exists():
+        return folder
+    auxiliary, _, how = recipe.partition(" ")
+    if how and how not in HOW:
+        raise MlxeffError(f"kvp: {recipe}: wanted an auxiliary and one of {', '.join(HOW)}, got {how!r}")
+    options = ["--aux", auxiliary, "--out", folder, "--text", _text(model, work, tokens), "--tokens", tokens]
+    options += ["--length", LENGTH, *HOW.get(how, ())]
+    if recipe in STEPS:
+        options += ["--steps", STEPS[recipe], "--train-text", _training_text(model, work)]
+    if mlxeff(["fit", "kv-predictor", model, *map(str, options)]):
+        raise MlxeffError(f"kvp: fitting {recipe} failed")
     return folder
+
+
+def _training_text(model: str, work: Path) -> Path:
+    path = work / f"train-{training_text.TOKENS}.txt"
+    if not path.exists():
+        training_text.write(load_path(hub.resolve(model)), path, training_text.TOKENS)
+    return path
 
 
 def _text(model: str, work: Path, tokens: int) -> Path:
@@ -126,3 +165,20 @@ def _prediction(reader: Reader) -> tuple:
 def chosen(names: Sequence[str], only: Sequence[str]) -> list[str]:
     """The names that hold one of the words of `only`, all without it."""
     return [name for name in names if not only or any(word in name for word in only)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", metavar="RECIPE", help=", ".join(RECIPES))
+    parser.add_argument("folder", metavar="FOLDER", type=Path)
+    options = parser.parse_args()
+    work = work_folder()
+    work.mkdir(parents=True, exist_ok=True)
+    make(options.recipe, hub.DEFAULT_MODEL, work, TOKENS, options.folder)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except MlxeffError as error:
+        sys.exit(f"kvp: {error}")
