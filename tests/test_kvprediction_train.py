@@ -245,7 +245,8 @@ def test_training_lowers_the_loss_and_leaves_both_models_alone(kind):
     settings = Training(steps=40, batch=4, rate=3e-3, warmup=5, loss=kind, continuation=16)
     losses = train(predictor, auxiliary, base, SEQUENCES, settings)
     assert len(losses) == 40
-    assert loss(predictor, auxiliary, base, tokens, true, 1 / 3).item() < start - 0.1
+    # Of distillation the 16 tokens of a continuation see less than training does, which goes mostly by shorter ones.
+    assert loss(predictor, auxiliary, base, tokens, true, 1 / 3).item() < start - {"paper": 0.1, "distill": 0.05}[kind]
     after = {name: value for model in (auxiliary, base) for name, value in tree_flatten(model.parameters())}
     for name, value in before.items():
         assert_close(after[name], value, name, rtol=0, atol=0)
@@ -307,22 +308,26 @@ def test_half_of_the_prompts_end_where_they_shall():
     """Rows count their tokens from 0, so that a piece says where it comes from."""
     rows = np.arange(20 * 40).reshape(20, 40)
     settings = Training(steps=1, batch=50, loss="distill", continuation=4, seed=2)
-    ends, lengths, found = np.arange(7, 800, 90), set(), []
+    ends, lengths, found, continuations = np.arange(7, 800, 90), set(), [], []
     for index in range(60):
-        got = _batch(rows, settings, ends, index)
+        tokens, continuation = _batch(rows, settings, ends, index)
+        got = np.array(tokens)
         assert (np.diff(got) == 1).all()
-        assert (got == _batch(rows, settings, ends, index)).all()
+        assert (got == np.array(_batch(rows, settings, ends, index)[0])).all()
         lengths.add(got.shape[1])
-        found += got[:, -5].tolist()  # the first token of the continuation, and one more that nothing is asked of
+        found += got[:, -1 - continuation].tolist()  # the first of the continuation; of the last token nothing is asked
+        continuations.append(continuation)
     assert (min(lengths), max(lengths)) == (10, 40)
+    assert set(continuations) == {1, 2, 3}
+    assert 20 < continuations.count(1) < 40  # half of them, below 4 ** 0.5
     share = np.isin(found, ends).mean()
     assert 0.45 < share < 0.56  # of the other half one in 90
-    assert set(found) & set(ends.tolist()) == set(ends[ends >= 10 - 5].tolist())
-    anywhere = _batch(rows, settings, ends[:0], 0)[:, -5]
-    assert not np.isin(anywhere, ends).all()
-    paper = _batch(rows, Training(steps=1, batch=50, seed=2), ends, 0)
-    assert paper.shape == (50, 40)
-    assert (paper[:, 0] % 40 == 0).all()
+    assert set(ends.tolist()) <= set(found)
+    tokens, continuation = _batch(rows, settings, ends[:0], 0)
+    assert not np.isin(np.array(tokens)[:, -1 - continuation], ends).all()
+    paper, continuation = _batch(rows, Training(steps=1, batch=50, seed=2), ends, 0)
+    assert (paper.shape, continuation) == ((50, 40), 0)
+    assert (np.array(paper)[:, 0] % 40 == 0).all()
 
 
 def test_the_rate_rises_in_a_line_and_falls_in_a_cosine():
@@ -335,7 +340,7 @@ def test_the_rate_rises_in_a_line_and_falls_in_a_cosine():
     ("settings", "complaint"),
     [
         ({"loss": "l2"}, "wanted a loss of paper, distill, got 'l2'"),
-        ({"loss": "distill", "continuation": -1}, "wanted a continuation of 0 tokens or more, got -1"),
+        ({"loss": "distill", "continuation": 0}, "wanted a continuation of 1 token or more, got 0"),
         ({"loss": "distill", "continuation": 38}, "wanted sequences of at least 41 tokens, got 40"),
     ],
 )

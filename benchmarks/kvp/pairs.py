@@ -39,10 +39,10 @@ STEPS = {  # of training
     "lp:0.75 distilled": 100,
     "lp:0.50 distilled": 200,
     "lp:0.25 distilled": 100,
-    "layers:0-18 distilled": 150,
+    "layers:0-18 distilled": 100,
     "layers:0-14 distilled": 300,
-    "layers:0-7 distilled": 200,
-    "lp:0.50 lora": 80,
+    "layers:0-7 distilled": 150,
+    "lp:0.50 lora": 60,
     "lp:0.50 paper": 60,
 }
 CLOSED_FORM = (
@@ -58,7 +58,7 @@ CLOSED_FORM = (
 RECIPES = (*CLOSED_FORM, *STEPS)
 FRACTIONS = ("0.75", "0.50", "0.25")
 TOKENS, LENGTH, SEED = 32768, 512, 0  # of the closed form, of a piece, of the base's own text
-KEEPS = (16, 64, 128, 256, 384)
+KEEPS = (64, 256, 384)
 DIALLED = ("KVP layers:0-14", "KVP layers:0-14 distilled", "KVP lp:0.50 distilled")  # whose dials are measured too
 
 

@@ -88,8 +88,8 @@ def add_fit(parser: argparse.ArgumentParser) -> None:
         "--continuation",
         metavar="N",
         type=_positive,
-        default=64,
-        help="tokens that --loss distill continues a prompt with (default %(default)s)",
+        default=32,
+        help="most tokens that --loss distill continues a prompt with (default %(default)s)",
     )
     sub.add_argument(
         "--prompt-end",

@@ -37,8 +37,8 @@ class Trained(nn.Module):
 @dataclass(frozen=True)
 class Training:
     """`steps` of `batch` sequences; `rate` is Adam's highest learning rate, reached after `warmup` steps.
-    `loss`, one of LOSSES; `continuation`: tokens C that `distill` continues with, after a prompt of any length that a
-    sequence has room for. `consistency`: λ, None for the loss's own (`losses`). `auxiliary_loss`: α, for a tuned
+    `loss`, one of LOSSES; `continuation`: the most tokens C that `distill` continues with, after a prompt of any length
+    that a sequence has room for. `consistency`: λ, None for the loss's own (`losses`). `auxiliary_loss`: α, for a tuned
     auxiliary. `every`: steps between two checkpoints."""
 
     steps: int
@@ -46,7 +46,7 @@ class Training:
     rate: float = 3e-4
     warmup: int = 20
     loss: str = "paper"
-    continuation: int = 64
+    continuation: int = 32
     consistency: float | None = None
     auxiliary_loss: float = 1.0
     seed: int = 0
@@ -79,7 +79,7 @@ def train(
     losses = _restore(checkpoint, mark, trained, optimizer) if checkpoint else []
     step = _step(trained, auxiliary, base, settings)
     for index in range(len(losses), settings.steps):
-        value, gradients = step(mx.array(_batch(rows, settings, ends, index)))
+        value, gradients = step(*_batch(rows, settings, ends, index))
         gradients, _ = optim.clip_grad_norm(gradients, CLIP)
         optimizer.update(trained, gradients)
         mx.eval(trained.parameters(), optimizer.state, value)
@@ -95,8 +95,8 @@ def _rows(sequences: Sequence[Sequence[int]], settings: Training) -> np.ndarray:
     """The sequences of full length, (…, N + 1)."""
     if settings.loss not in LOSSES:
         raise MlxeffError(f"training: wanted a loss of {', '.join(LOSSES)}, got {settings.loss!r}")
-    if settings.continuation < 0:
-        raise MlxeffError(f"training: wanted a continuation of 0 tokens or more, got {settings.continuation}")
+    if settings.continuation < 1:
+        raise MlxeffError(f"training: wanted a continuation of 1 token or more, got {settings.continuation}")
     length = max(map(len, sequences), default=0)
     least = 2 if settings.loss == "paper" else settings.continuation + 3
     if length < least:
@@ -104,29 +104,32 @@ def _rows(sequences: Sequence[Sequence[int]], settings: Training) -> np.ndarray:
     return np.array([list(ids) for ids in sequences if len(ids) == length], dtype=np.int32)
 
 
-def _batch(rows: np.ndarray, settings: Training, ends: np.ndarray, index: int) -> np.ndarray:
-    """The tokens (B, N + 1) of a step: sequences, or for `distill` pieces of all of them one after the other, of one
-    length, from a quarter of theirs up, half of which have their prompts end where `ends` says."""
-    chooser = np.random.default_rng([settings.seed, index])
+def _batch(rows: np.ndarray, settings: Training, ends: np.ndarray, index: int) -> tuple[mx.array, int]:
+    """The tokens (B, N + 1) of a step, and how many of them continue a prompt: 0 in the paper's loss.
+
+    For `distill` these are pieces of all sequences one after the other, of one length from a quarter of theirs up. Half
+    of the prompts end where `ends` says. As many continuations have 1 to 2 tokens as 2 to 4, and so on: what comes
+    first has nothing but the prompt to rest on, and is what a user waits for.
+    """
+    chooser, flat = np.random.default_rng([settings.seed, index]), rows.reshape(-1)
     if settings.loss == "paper":
-        return rows[chooser.integers(0, len(rows), settings.batch)]
-    least, length = settings.continuation + 3, rows.shape[1]
-    length = chooser.integers(max(least, length // 4), length + 1)
-    # A prompt ends before `end`; the last of its tokens and those of the continuation follow what is predicted.
-    end = chooser.integers(length - settings.continuation - 1, rows.size - settings.continuation, settings.batch)
-    near = ends[(ends >= length - settings.continuation - 1) & (ends < rows.size - settings.continuation)]
+        return mx.array(rows[chooser.integers(0, len(rows), settings.batch)]), 0
+    continuation = int(settings.continuation ** chooser.random())
+    length = chooser.integers(max(settings.continuation + 3, rows.shape[1] // 4), rows.shape[1] + 1)
+    # A prompt ends before `end`: in a piece its last token, the continuation and one token more are not predicted.
+    least, most = length - continuation - 1, len(flat) - continuation
+    end, near = chooser.integers(least, most, settings.batch), ends[(ends >= least) & (ends < most)]
     if len(near):
         end = np.where(chooser.random(settings.batch) < 0.5, chooser.choice(near, settings.batch), end)
-    first = end + settings.continuation + 1 - length
-    return rows.reshape(-1)[first[:, None] + np.arange(length)]
+    return mx.array(flat[(end - least)[:, None] + np.arange(length)]), continuation
 
 
 def _step(trained: Trained, auxiliary, base, settings: Training) -> Callable:
-    """tokens (B, N + 1) → (loss, gradients). What is frozen runs outside of what is differentiated: the base's own
-    pass, and the auxiliary's where it is not tuned."""
+    """(tokens (B, N + 1), continuation) → (loss, gradients). What is frozen runs outside of what is differentiated: the
+    base's own pass, and the auxiliary's where it is not tuned."""
     usual = 1 / len(base.layers) if settings.loss == "paper" else 0.0
     consistency = usual if settings.consistency is None else settings.consistency
-    tuned, how = "auxiliary" in trained, (settings.loss, settings.continuation)
+    tuned = "auxiliary" in trained
     weight = settings.auxiliary_loss if tuned else 0.0
 
     def value(tokens: mx.array, true: Truth, read: Reading | None) -> mx.array:
@@ -134,12 +137,13 @@ def _step(trained: Trained, auxiliary, base, settings: Training) -> Callable:
 
     differentiated = nn.value_and_grad(trained, value)
 
-    def step(tokens: mx.array) -> tuple[mx.array, dict]:
+    def step(tokens: mx.array, continuation: int) -> tuple[mx.array, dict]:
         inputs, read = tokens[:, :-1], None
         if not tuned:
-            read = trained.predictor.read(auxiliary, predicted_part(inputs, *how), auxiliary.new_cache())
+            known = predicted_part(inputs, settings.loss, continuation)
+            read = trained.predictor.read(auxiliary, known, auxiliary.new_cache())
             mx.eval(read)
-        return differentiated(tokens, truth(base, inputs, *how), read)
+        return differentiated(tokens, truth(base, inputs, settings.loss, continuation), read)
 
     return step
 
