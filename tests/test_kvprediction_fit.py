@@ -10,7 +10,7 @@ from mlxeff.errors import MlxeffError
 from mlxeff.kvprediction import predict
 from mlxeff.kvprediction.fit import SINK_WEIGHT, Moments, choose_layers, fit, head_columns, solve
 from mlxeff.kvprediction.predictor import INPUTS, merged
-from mlxeff.kvprediction.text import prompt_ends, sample
+from mlxeff.kvprediction.text import sample
 from test_kvprediction import FAMILIES, PROMPT, random_model, random_pair
 
 SEQUENCES = np.random.default_rng(9).integers(0, 200, (20, 40)).tolist()
@@ -143,18 +143,6 @@ def test_sampled_text_follows_the_model_and_the_seed():
     logits = model(mx.array([row[:31] for row in drawn[:31]]), model.new_cache())
     ranks = (logits > mx.take_along_axis(logits, mx.array([row[1:32] for row in drawn[:31]])[..., None], -1)).sum(-1)
     assert ranks.astype(mx.float32).mean().item() < 40  # of 200: chance would be near 100
-
-
-def test_prompts_end_with_a_text_however_it_is_tokenised():
-    pieces = ["A", ":", " A", "A:", "\n", "\nA", ": ", "b"]
-
-    def decode(ids):
-        return "".join(pieces[i] for i in ids)
-
-    ids = [4, 0, 1, 7, 5, 1, 7, 4, 3, 2, 1, 5, 6]  # \nA: b \nA: b \nA: A: \nA:_
-    assert prompt_ends(ids, [5, 1], decode) == [3, 6, 9]
-    assert prompt_ends(ids, [1], decode) == [3, 6, 9, 11]
-    assert prompt_ends(ids, [7, 7], decode) == []
 
 
 def test_layers_are_chosen_by_their_error():

@@ -192,27 +192,17 @@ def test_a_tuned_pair_by_the_command(base_folder, base, text, tmp_path, method):
 def test_distillation_by_the_command(base_folder, base, text, tmp_path):
     out = tmp_path / "pair"
     other = text.with_name("other.txt")
-    other.write_text(text.read_text()[::-1])
-    ends = base.tokenizer.decode(base.tokenizer.encode(other.read_text(), add_special_tokens=False)[300:302])
-    arguments = ("--aux", "layers:0-1", "--text", text, "--tokens", 500, "--length", 100, "--steps", 30, "--batch", 4)
-    arguments += (
-        "--train-text",
-        other,
-        "--rate",
-        3e-3,
-        "--loss",
-        "distill",
-        "--continuation",
-        8,
-        f"--prompt-end={ends}",
-        "--json",
-    )
+    parts = [text.read_text()[at : at + 70] for at in range(0, 1400, 70)]
+    other.write_text("@MARK@".join(parts))
+    arguments = ("--aux", "layers:0-1", "--text", text, "--tokens", 500, "--length", 100, "--steps", 30, "--batch", 4,
+                 "--train-text", other, "--rate", 3e-3, "--loss", "distill", "--continuation", 8, "--prompt-mark",
+                 "@MARK@", "--json")  # fmt: skip
     report = json.loads(mlxeff("fit", "kv-predictor", base_folder, *arguments, "--out", out)[0])
-    assert any(line.startswith("fit: ") and line.endswith(f"places where prompts end with {ends!r}")
-               for line in report["notices"])  # fmt: skip
-    assert np.mean(report["losses"][-5:]) < np.mean(report["losses"][:5])
+    assert f"fit: 19 prompts in {other}" in report["notices"]
+    assert len(report["losses"]) == 30
+    assert min(report["losses"]) > 0
     config = read_config(out)
-    assert (config.shared, config.provenance["loss"], config.provenance["prompt_end"]) == (2, "distill", ends)
+    assert (config.shared, config.provenance["loss"], config.provenance["prompt_mark"]) == (2, "distill", "@MARK@")
     assert (config.provenance["text"], config.provenance["train_text"]) == ("text.txt", "other.txt")
     pair = load_pair(out, base)
     prompt, cache, want = mx.arange(30), base.model.new_cache(), base.model.new_cache()
@@ -229,10 +219,11 @@ def test_distillation_by_the_command(base_folder, base, text, tmp_path):
         (("--loss", "distill"), "--loss distill: wanted --steps of 1 or more, got none"),
         (("--train-text", "more.txt"), "--train-text more.txt: wanted --steps of 1 or more, got none"),
         (("--train-text", "no.txt", "--steps", 1), "no.txt: wanted UTF-8 text: "),
-        (("--prompt-end", "x", "--steps", 1), "--prompt-end: wanted --loss distill and a text, got paper, 'x'"),
-        (("--prompt-end", "", "--steps", 1, "--loss", "distill"), "--prompt-end: wanted --loss distill and a text,"),
-        (("--prompt-end", "\\nnowhere:", "--steps", 1, "--loss", "distill"),
-         "--prompt-end: wanted a text with '\\nnowhere:', got none in "),
+        (("--prompt-mark", "x", "--steps", 1), "--prompt-mark: wanted --loss distill and a --train-text, got paper"),
+        (("--prompt-mark", "x", "--steps", 1, "--loss", "distill"),
+         "--prompt-mark: wanted --loss distill and a --train-text, got distill, none"),
+        (("--prompt-mark", "now" + "here", "--steps", 1, "--loss", "distill", "--train-text", __file__),
+         "test_kvprediction_pairs.py: wanted 'now" + "here' where prompts end, got a text without it"),
         (("--steps", 1, "--loss", "distill", "--continuation", 98), "wanted sequences of at least 101 tokens, got 100"),
     ],
 )  # fmt: skip

@@ -28,7 +28,7 @@ from . import training_text
 from .measures import Reader
 from .training_text import CALIBRATION
 
-DISTILLED = ("--loss", "distill", "--continuation", 16, "--prompt-end", r"\nTerm:", "--batch", 4, "--rate", 1e-3)
+DISTILLED = ("--loss", "distill", "--prompt-mark", training_text.MARK, "--batch", 4, "--rate", 1e-3)
 HOW = {
     "own": ("--inputs", "own"),
     "distilled": DISTILLED,

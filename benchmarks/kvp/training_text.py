@@ -1,6 +1,6 @@
 """The text that pairs are trained on, in thirds: what the base model writes by itself, the converter's calibration
-text, and glossaries of the entries of that text, in which entries come back, in the form of `questions`. None of it is
-in the texts that quality is measured on.
+text, and glossaries of the entries of that text with questions, in the form of `questions`, where MARK stands before
+each answer. None of it is in the texts that quality is measured on.
 
     python -m kvp.training_text FILE [--tokens N]       # in benchmarks/; the same tokens always give the same file
 """
@@ -18,19 +18,18 @@ from .questions import entries, question
 
 CALIBRATION = Path(__file__).resolve().parent.parent.parent / "convert" / "calibration.txt"
 TOKENS, LENGTH, SEED = 98304, 512, 1  # of the whole; of a piece that the base writes; of its choices
-NEAR, AGAIN = 12, 0.4  # entries back that one may return from; how many of all return
+ENTRIES, ASKED = 8, 6  # of a glossary
+MARK = "<|prompt ends|>"
 
 
-def glossary(found: list[tuple[str, str]], seed: int) -> Iterator[str]:
-    """Entries (term, definition) without end, in an order that changes, of which many return soon after."""
-    chooser, waiting, recent = random.Random(seed), [], []
+def glossaries(found: list[tuple[str, str]], seed: int) -> Iterator[str]:
+    """Some of the entries (term, definition) and questions for most of these, without end."""
+    chooser = random.Random(seed)
     while True:
-        waiting = waiting or chooser.sample(found, len(found))
-        if len(recent) >= NEAR // 3 and chooser.random() < AGAIN:
-            entry = recent.pop(chooser.randrange(len(recent)))
-        else:
-            recent = [*recent, entry := waiting.pop()][-NEAR:]
-        yield f"{question(entry[1])} {entry[0]}\n\n"
+        chosen = chooser.sample(found, ENTRIES)
+        told = [f"{question(definition)} {term}" for term, definition in chosen]
+        asked = [f"{question(definition)}{MARK} {term}" for term, definition in chooser.sample(chosen, ASKED)]
+        yield "\n\n".join([*told, *asked, ""])
 
 
 def write(base: Loaded, path: Path, tokens: int) -> None:
@@ -42,11 +41,11 @@ def write(base: Loaded, path: Path, tokens: int) -> None:
     read = decode(encode(calibration, add_special_tokens=False)[:third])
     parts, count = [], 0
     wanted = tokens - sum(len(encode(text, add_special_tokens=False)) for text in (own, read))
-    for entry in glossary(entries(calibration), SEED):
+    for glossary in glossaries(entries(calibration), SEED):
         if count >= wanted:
             break
-        parts.append(entry)
-        count += len(encode(entry, add_special_tokens=False))
+        parts.append(glossary)
+        count += len(encode(glossary.replace(MARK, ""), add_special_tokens=False))
     partial = path.with_suffix(".partial")
     partial.write_text("\n\n".join([own, read, "".join(parts)]), encoding="utf-8")
     partial.replace(path)

@@ -92,10 +92,10 @@ def add_fit(parser: argparse.ArgumentParser) -> None:
         help="most tokens that --loss distill continues a prompt with (default %(default)s)",
     )
     sub.add_argument(
-        "--prompt-end",
+        "--prompt-mark",
         metavar="TEXT",
-        help="half of the prompts of --loss distill end after this, such as 'Answer:'; \\n is a new line (default: "
-        "anywhere)",
+        help="stands in the training text where prompts end, and is not read itself: every other step of --loss "
+        "distill has only such prompts (default: prompts end anywhere)",
     )
     sub.add_argument("--rank", metavar="R", type=_positive, default=16, help="of --train lora (default %(default)s)")
     sub.add_argument(

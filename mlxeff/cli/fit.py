@@ -95,8 +95,9 @@ def _check(options: argparse.Namespace) -> None:
         raise MlxeffError("--loss distill: wanted --steps of 1 or more, got none")
     if options.train_text is not None and not options.steps:
         raise MlxeffError(f"--train-text {options.train_text}: wanted --steps of 1 or more, got none")
-    if options.prompt_end is not None and (options.loss != "distill" or not options.prompt_end):
-        raise MlxeffError(f"--prompt-end: wanted --loss distill and a text, got {options.loss}, {options.prompt_end!r}")
+    if options.prompt_mark is not None and (options.loss != "distill" or not options.train_text):
+        got = f"{options.loss}, {options.train_text or 'none'}"
+        raise MlxeffError(f"--prompt-mark: wanted --loss distill and a --train-text, got {got}")
 
 
 def _specification(options: argparse.Namespace, base, pieces: list[list[int]]) -> str:
@@ -146,28 +147,27 @@ def _fit(options: argparse.Namespace, auxiliary, base, pieces: list[list[int]]):
         auxiliary_loss=options.aux_loss,
         seed=options.seed,
     )
+    ends = []
     if options.train_text is not None:
-        pieces = _pieces(_tokens(options.train_text, base.tokenizer), options.length, base.tokenizer)
-    ends = _prompt_ends(options, base.tokenizer, pieces)
+        pieces, ends = _training_text(options, base.tokenizer)
     with output.bar("training", "step", options.quiet) as progress:
         losses = train(fitted.predictor, *models, pieces, settings, _state(options), progress, tuned, ends)
     return fitted, losses, tuned
 
 
-def _prompt_ends(options: argparse.Namespace, tokenizer, pieces: list[list[int]]) -> list[int]:
-    """Where `--prompt-end` stands in the pieces of full length, one after the other; refuses a text without it."""
-    from ..kvprediction.text import prompt_ends
-
-    if options.prompt_end is None:
-        return []
-    after = options.prompt_end.replace("\\n", "\n")
-    length = max(map(len, pieces))
-    ids = [token for piece in pieces if len(piece) == length for token in piece]
-    found = prompt_ends(ids, tokenizer.encode(after, add_special_tokens=False), tokenizer.decode)
-    if not found:
-        raise MlxeffError(f"--prompt-end: wanted a text with {after!r}, got none in {len(ids)} tokens")
-    notices.info("fit: %d places where prompts end with %r", len(found), after)
-    return found
+def _training_text(options: argparse.Namespace, tokenizer) -> tuple[list[list[int]], list[int]]:
+    """(pieces of `--train-text`; where prompts end in them, one after the other); refuses a text without the mark."""
+    text, mark = _read(options.train_text), options.prompt_mark
+    parts = [_tokens(part, tokenizer) for part in (text.split(mark) if mark else [text])]
+    if mark and len(parts) == 1:
+        raise MlxeffError(f"{options.train_text}: wanted {mark!r} where prompts end, got a text without it")
+    ids, ends = list(itertools.chain(*parts)), list(itertools.accumulate(map(len, parts[:-1])))
+    pieces, before = _pieces(ids, options.length, tokenizer)
+    # A piece may begin with more than its own tokens.
+    ends = [end + before * (1 + end // (len(pieces[0]) - before)) for end in ends]
+    if mark:
+        notices.info("fit: %d prompts in %s", len(ends), options.train_text)
+    return pieces, ends
 
 
 def _shared(options: argparse.Namespace, auxiliary) -> int:
@@ -215,7 +215,7 @@ def _provenance(options: argparse.Namespace, fitted, losses: list[float]) -> dic
         "train",
         "loss",
         "continuation",
-        "prompt_end",
+        "prompt_mark",
         "rank",
         "aux_loss",
     )
@@ -247,24 +247,28 @@ def _sequences(options: argparse.Namespace, base) -> list[list[int]]:
 
         notices.info("fit: no --text: the base writes %d tokens itself", options.tokens)
         return sample(base.model, base.tokenizer.bos_token_id, options.tokens, options.length, options.seed)
-    ids = _tokens(options.text, base.tokenizer)
+    ids = _tokens(_read(options.text), base.tokenizer)
     if len(ids) < options.tokens:
         notices.warning("%s: %d tokens, fewer than --tokens %d", options.text, len(ids), options.tokens)
-    return _pieces(ids[: options.tokens], options.length, base.tokenizer)
+    return _pieces(ids[: options.tokens], options.length, base.tokenizer)[0]
 
 
-def _tokens(path: str, tokenizer) -> list[int]:
+def _read(path: str) -> str:
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
+        return Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise MlxeffError(f"{path}: wanted UTF-8 text: {error}") from error
+
+
+def _tokens(text: str, tokenizer) -> list[int]:
     return tokenizer.encode(text, add_special_tokens=False)
 
 
-def _pieces(ids: list[int], length: int, tokenizer) -> list[list[int]]:
+def _pieces(ids: list[int], length: int, tokenizer) -> tuple[list[list[int]], int]:
+    """(pieces of at most `length` tokens; how many of these the tokenizer puts before each)."""
     start = tokenizer.encode("", add_special_tokens=True)
     step = max(1, length - len(start))
-    return [start + ids[at : at + step] for at in range(0, len(ids), step)]
+    return [start + ids[at : at + step] for at in range(0, len(ids), step)], len(start)
 
 
 def _counted(pieces: list[list[int]], progress):

@@ -1,6 +1,4 @@
-"""Text to fit on: what a model writes by itself, its own distribution, without a file; where prompts end in a text."""
-
-from collections.abc import Callable, Sequence
+"""Text that a model writes by itself, to fit on: its own distribution, without a file."""
 
 import mlx.core as mx
 
@@ -33,10 +31,3 @@ def _draw(model, start: int, batch: int, length: int) -> mx.array:
         ids.append(following[:, None].astype(mx.uint32))
         mx.eval(ids[-1])
     return mx.concatenate(ids, axis=1)
-
-
-def prompt_ends(ids: Sequence[int], after: Sequence[int], decode: Callable[[Sequence[int]], str]) -> list[int]:
-    """The places in `ids` (before the token of that index) where the text ends as that of the ids `after` does, however
-    it is cut into tokens."""
-    wanted, span = decode(after), 2 * len(after) + 2
-    return [end for end in range(1, len(ids) + 1) if decode(ids[max(0, end - span) : end]).endswith(wanted)]

@@ -67,8 +67,8 @@ def train(
     """Train `predictor` in place on `sequences` of token ids of one length, and what is `tuned` of the auxiliary;
     returns the loss of each step.
 
-    ends: for `distill`, places where prompts shall end, in the sequences of full length one after the other: before the
-    token of that index. Half of the prompts do, the others anywhere.
+    ends: for `distill`, places where prompts shall end in every other step, in the sequences of full length one after
+    the other: before the token of that index.
     checkpoint: a file to write every `every` steps and to go on from; one of other settings or text is refused.
     """
     rows, trained = _rows(sequences, settings), Trained(predictor, tuned)
@@ -107,20 +107,19 @@ def _rows(sequences: Sequence[Sequence[int]], settings: Training) -> np.ndarray:
 def _batch(rows: np.ndarray, settings: Training, ends: np.ndarray, index: int) -> tuple[mx.array, int]:
     """The tokens (B, N + 1) of a step, and how many of them continue a prompt: 0 in the paper's loss.
 
-    For `distill` these are pieces of all sequences one after the other, of one length from a quarter of theirs up. Half
-    of the prompts end where `ends` says. As many continuations have 1 to 2 tokens as 2 to 4, and so on: what comes
-    first has nothing but the prompt to rest on, and is what a user waits for.
+    For `distill` these are pieces of all sequences one after the other, of one length from half of theirs up. In every
+    other step the prompts end where `ends` says. As many continuations have 1 to 2 tokens as 2 to 4, and so on: what
+    comes first has nothing but the prompt to rest on, and is what a user waits for.
     """
     chooser, flat = np.random.default_rng([settings.seed, index]), rows.reshape(-1)
     if settings.loss == "paper":
         return mx.array(rows[chooser.integers(0, len(rows), settings.batch)]), 0
     continuation = int(settings.continuation ** chooser.random())
-    length = chooser.integers(max(settings.continuation + 3, rows.shape[1] // 4), rows.shape[1] + 1)
+    length = chooser.integers(max(settings.continuation + 3, rows.shape[1] // 2), rows.shape[1] + 1)
     # A prompt ends before `end`: in a piece its last token, the continuation and one token more are not predicted.
     least, most = length - continuation - 1, len(flat) - continuation
-    end, near = chooser.integers(least, most, settings.batch), ends[(ends >= least) & (ends < most)]
-    if len(near):
-        end = np.where(chooser.random(settings.batch) < 0.5, chooser.choice(near, settings.batch), end)
+    near = ends[(ends >= least) & (ends < most)] if index % 2 else ends[:0]
+    end = chooser.choice(near if len(near) else np.arange(least, most), settings.batch)
     return mx.array(flat[(end - least)[:, None] + np.arange(length)]), continuation
 
 
