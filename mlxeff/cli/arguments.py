@@ -88,14 +88,14 @@ def add_fit(parser: argparse.ArgumentParser) -> None:
         "--continuation",
         metavar="N",
         type=_positive,
-        default=32,
-        help="most tokens that --loss distill continues a prompt with (default %(default)s)",
+        default=64,
+        help="tokens that --loss distill continues a prompt with (default %(default)s)",
     )
     sub.add_argument(
         "--prompt-mark",
         metavar="TEXT",
         help="stands in the training text where prompts end, and is not read itself: every other step of --loss "
-        "distill has only such prompts (default: prompts end anywhere)",
+        "distill has only such prompts, and what follows right after them (default: prompts end anywhere)",
     )
     sub.add_argument("--rank", metavar="R", type=_positive, default=16, help="of --train lora (default %(default)s)")
     sub.add_argument(

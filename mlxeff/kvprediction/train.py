@@ -22,6 +22,7 @@ from .predictor import Predictor, Reading
 from .tuning import Tuned
 
 BETAS, LAST_RATE, CLIP = (0.9, 0.95), 0.1, 1.0  # of Adam; the final learning rate's share of `rate`; gradient norm
+ANSWER = 8  # tokens of a continuation where prompts end at given places
 
 
 class Trained(nn.Module):
@@ -37,16 +38,16 @@ class Trained(nn.Module):
 @dataclass(frozen=True)
 class Training:
     """`steps` of `batch` sequences; `rate` is Adam's highest learning rate, reached after `warmup` steps.
-    `loss`, one of LOSSES; `continuation`: the most tokens C that `distill` continues with, after a prompt of any length
-    that a sequence has room for. `consistency`: λ, None for the loss's own (`losses`). `auxiliary_loss`: α, for a tuned
-    auxiliary. `every`: steps between two checkpoints."""
+    `loss`, one of LOSSES; `continuation`: tokens C that `distill` continues with, after a prompt of half of what a
+    sequence has room for, up to all. `consistency`: λ, None for the loss's own (`losses`). `auxiliary_loss`: α, for a
+    tuned auxiliary. `every`: steps between two checkpoints."""
 
     steps: int
     batch: int = 1
     rate: float = 3e-4
     warmup: int = 20
     loss: str = "paper"
-    continuation: int = 32
+    continuation: int = 64
     consistency: float | None = None
     auxiliary_loss: float = 1.0
     seed: int = 0
@@ -108,18 +109,20 @@ def _batch(rows: np.ndarray, settings: Training, ends: np.ndarray, index: int) -
     """The tokens (B, N + 1) of a step, and how many of them continue a prompt: 0 in the paper's loss.
 
     For `distill` these are pieces of all sequences one after the other, of one length from half of theirs up. In every
-    other step the prompts end where `ends` says. As many continuations have 1 to 2 tokens as 2 to 4, and so on: what
-    comes first has nothing but the prompt to rest on, and is what a user waits for.
+    other step the prompts end where `ends` says, and only up to ANSWER tokens follow, which weigh the more.
     """
     chooser, flat = np.random.default_rng([settings.seed, index]), rows.reshape(-1)
     if settings.loss == "paper":
         return mx.array(rows[chooser.integers(0, len(rows), settings.batch)]), 0
-    continuation = int(settings.continuation ** chooser.random())
+    at_ends = index % 2 and len(ends)
+    continuation = (
+        int(chooser.integers(1, min(ANSWER, settings.continuation) + 1)) if at_ends else settings.continuation
+    )
     length = chooser.integers(max(settings.continuation + 3, rows.shape[1] // 2), rows.shape[1] + 1)
     # A prompt ends before `end`: in a piece its last token, the continuation and one token more are not predicted.
     least, most = length - continuation - 1, len(flat) - continuation
-    near = ends[(ends >= least) & (ends < most)] if index % 2 else ends[:0]
-    end = chooser.choice(near if len(near) else np.arange(least, most), settings.batch)
+    places = ends[(ends >= least) & (ends < most)] if at_ends else ()
+    end = chooser.choice(places if len(places) else np.arange(least, most), settings.batch)
     return mx.array(flat[(end - least)[:, None] + np.arange(length)]), continuation
 
 
