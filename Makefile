@@ -20,7 +20,7 @@ PROMPT = Explain in two sentences why the sky is blue.
 help:
 	@echo "make demo         install into .venv, fetch the built-in model, stream an answer with its timings"
 	@echo "make demo-kvp     fit a pair of KV Prediction (some minutes the first time), answer a long prompt without and with it"
-	@echo "make kvp-pair     train a pair for the built-in model, its first half as auxiliary, in build/kvp-trained (20 minutes on two cores)"
+	@echo "make kvp-pair     train a pair for the built-in model, its first 19 layers as auxiliary, in build/kvp-trained (15 minutes on two cores)"
 	@echo "make test         install the test extras into .venv, run the tests (make test ARGS='-k cache' for some)"
 	@echo "make lint         check style and formatting; make format mends both"
 	@echo "make wheel-check  build the wheel, install it in a clean environment, try it from several folders"
@@ -50,7 +50,7 @@ kvp-pair: $(KVP_TRAINED)/config.json
 
 $(KVP_TRAINED)/config.json: | $(VENV)/.installed
 	@mkdir -p build
-	cd benchmarks && ../$(BIN)/python -m kvp.pairs "layers:0-14 distilled" ../$(KVP_TRAINED)
+	cd benchmarks && ../$(BIN)/python -m kvp.pairs "layers:0-18 distilled" ../$(KVP_TRAINED)
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest $(ARGS)

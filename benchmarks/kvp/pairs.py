@@ -37,7 +37,7 @@ HOW = {
 }
 STEPS = {  # of training
     "lp:0.75 distilled": 100,
-    "lp:0.50 distilled": 200,
+    "lp:0.50 distilled": 100,
     "lp:0.25 distilled": 100,
     "layers:0-18 distilled": 100,
     "layers:0-14 distilled": 300,
