@@ -20,7 +20,7 @@ PROMPT = Explain in two sentences why the sky is blue.
 help:
 	@echo "make demo         install into .venv, fetch the built-in model, stream an answer with its timings"
 	@echo "make demo-kvp     fit a pair of KV Prediction (some minutes the first time), answer a long prompt without and with it"
-	@echo "make kvp-pair     train a pair for the built-in model, its first 19 layers as auxiliary, in build/kvp-trained (15 minutes on two cores)"
+	@echo "make kvp-pair     train a pair for the built-in model, its first 19 layers as auxiliary, in build/kvp-trained (10 minutes on two cores)"
 	@echo "make test         install the test extras into .venv, run the tests (make test ARGS='-k cache' for some)"
 	@echo "make lint         check style and formatting; make format mends both"
 	@echo "make wheel-check  build the wheel, install it in a clean environment, try it from several folders"
