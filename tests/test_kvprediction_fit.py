@@ -81,6 +81,14 @@ def test_shared_layers_are_not_fitted_and_change_no_other(inputs, search):
             assert_close(mine.bias, theirs.bias, "bias", rtol=0, atol=0)
 
 
+def test_an_auxiliary_of_all_layers_leaves_nothing_to_fit():
+    base = random_model(FAMILIES["llama"])
+    with pytest.raises(
+        MlxeffError, match="fit: wanted an auxiliary without some of the base's 3 layers, got all of them"
+    ):
+        fit(base.pruned([0, 1, 2]), base, [0, 1, 2], SEQUENCES, shared=3)
+
+
 def test_search_takes_the_layer_with_the_least_error():
     base = random_model(FAMILIES["llama"])
     pruned = base.pruned([0, 1])

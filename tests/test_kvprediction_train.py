@@ -245,8 +245,7 @@ def test_training_lowers_the_loss_and_leaves_both_models_alone(kind):
     settings = Training(steps=40, batch=4, rate=3e-3, warmup=5, loss=kind, continuation=16)
     losses = train(predictor, auxiliary, base, SEQUENCES, settings)
     assert len(losses) == 40
-    # Of distillation the 16 tokens of a continuation see less than training does, which goes mostly by shorter ones.
-    assert loss(predictor, auxiliary, base, tokens, true, 1 / 3).item() < start - {"paper": 0.1, "distill": 0.05}[kind]
+    assert loss(predictor, auxiliary, base, tokens, true, 1 / 3).item() < start - 0.1
     after = {name: value for model in (auxiliary, base) for name, value in tree_flatten(model.parameters())}
     for name, value in before.items():
         assert_close(after[name], value, name, rtol=0, atol=0)
@@ -315,9 +314,8 @@ def test_the_prompts_of_every_other_step_end_where_they_shall():
         assert (np.diff(got) == 1).all()
         assert (got == np.array(_batch(rows, settings, ends, index)[0])).all()
         lengths.add(got.shape[1])
-        found[index % 2] += got[
-            :, -1 - continuation
-        ].tolist()  # the first of the continuation; of the last token nothing is asked
+        # The first token of the continuation; of the last one in a piece nothing is asked.
+        found[index % 2] += got[:, -1 - continuation].tolist()
         continuations[index % 2].add(continuation)
     assert (min(lengths), max(lengths)) == (20, 40)
     assert continuations == [{9}, set(range(1, ANSWER + 1))]

@@ -64,6 +64,16 @@ def add_fit(parser: argparse.ArgumentParser) -> None:
         "--per-head", action="store_true", help="each base head from one auxiliary head (with --inputs own)"
     )
     sub.add_argument("--search", action="store_true", help="choose the auxiliary layer of each base layer by its error")
+    _add_training(sub)
+    sub.add_argument("--seed", type=_natural, default=0, help="of the text that the base writes, and of the training")
+    sub.add_argument("--device", choices=("auto", "cpu", "gpu"), default="auto", help="default: the GPU if any")
+    sub.add_argument("--offline", action="store_true", help="never touch the network")
+    sub.add_argument("--json", action="store_true", help="print one JSON document")
+    sub.add_argument("--quiet", action="store_true", help="no progress bar, no report; warnings still show")
+
+
+def _add_training(sub: argparse.ArgumentParser) -> None:
+    """What `fit kv-predictor` does after the closed form."""
     sub.add_argument(
         "--steps", metavar="N", type=_natural, default=0, help="of gradient training after the closed form"
     )
@@ -109,11 +119,6 @@ def add_fit(parser: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--rate", metavar="X", type=float, default=3e-4, help="highest learning rate (default %(default)s)"
     )
-    sub.add_argument("--seed", type=_natural, default=0, help="of the text that the base writes, and of the training")
-    sub.add_argument("--device", choices=("auto", "cpu", "gpu"), default="auto", help="default: the GPU if any")
-    sub.add_argument("--offline", action="store_true", help="never touch the network")
-    sub.add_argument("--json", action="store_true", help="print one JSON document")
-    sub.add_argument("--quiet", action="store_true", help="no progress bar, no report; warnings still show")
 
 
 def add_chat(parser: argparse.ArgumentParser) -> None:

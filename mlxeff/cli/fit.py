@@ -130,6 +130,7 @@ def _fit(options: argparse.Namespace, auxiliary, base, pieces: list[list[int]]):
     from ..kvprediction.train import Training, train
     from ..kvprediction.tuning import Tuned
 
+    training, ends = _training_text(options, base.tokenizer) if options.train_text is not None else (pieces, [])
     models, how = (auxiliary.model, base.model), (options.ridge, options.per_head, options.search, options.inputs)
     with output.bar("fitting", "tok", options.quiet) as progress:
         fitted = fit(*models, auxiliary.layer_map, _counted(pieces, progress), *how, shared=_shared(options, auxiliary))
@@ -147,11 +148,8 @@ def _fit(options: argparse.Namespace, auxiliary, base, pieces: list[list[int]]):
         auxiliary_loss=options.aux_loss,
         seed=options.seed,
     )
-    ends = []
-    if options.train_text is not None:
-        pieces, ends = _training_text(options, base.tokenizer)
     with output.bar("training", "step", options.quiet) as progress:
-        losses = train(fitted.predictor, *models, pieces, settings, _state(options), progress, tuned, ends)
+        losses = train(fitted.predictor, *models, training, settings, _state(options), progress, tuned, ends)
     return fitted, losses, tuned
 
 

@@ -128,6 +128,8 @@ def fit(
     """
     if per_head and inputs != "own":
         raise MlxeffError(f"fit: per head: wanted inputs own, which have heads, got {inputs}")
+    if shared == len(base.layers):
+        raise MlxeffError(f"fit: wanted an auxiliary without some of the base's {shared} layers, got all of them")
     count = len(auxiliary.layers)
     links = [range(count) if search else [j] for j in layer_map]
     moments = Moments([[]] * shared + links[shared:])

@@ -81,9 +81,11 @@ def truth(base, tokens: mx.array, kind: str, continuation: int) -> Truth:
     if kind == "paper":
         found = Truth(None, base.normed_kv(base.raw_kv(tokens, cache)))
     else:
+        known = predicted_part(tokens, kind, continuation)
+        prompt = known.shape[1]
         cache.reserve(tokens.shape[1])
-        base.last_logits(tokens[:, : -continuation - 1], cache)
-        logits, prompt = base(tokens[:, -continuation - 1 :], cache), tokens.shape[1] - continuation - 1
+        base.last_logits(known, cache)
+        logits = base(tokens[:, prompt:], cache)
         found = Truth(logits, [tuple(part[:, :, :prompt] for part in layer.state()) for layer in cache.layers])
     mx.eval(found)
     return found
@@ -119,7 +121,7 @@ def loss(
         logits, predicted = predicted_logits(predictor, read, base, inputs)
         total, predicted = language_loss(logits, tokens[:, 1:]), base.normed_kv(predicted)
     else:
-        logits, predicted = continued_logits(predictor, read, base, inputs[:, -continuation - 1 :])
+        logits, predicted = continued_logits(predictor, read, base, inputs[:, known.shape[1] :])
         total = divergence(true.logits, logits)
     if consistency:
         total = total + consistency * distance(predicted[predictor.shared :], true.pairs[predictor.shared :])
