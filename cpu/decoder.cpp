@@ -69,6 +69,13 @@ int64_t partial_bytes(const DecoderSpec& spec, const Span& span) {
   return most;
 }
 
+// Whether the first `layers` buffers have room for the span, which is not empty.
+bool fits(const Span& span, const KvBuffer* kv, size_t layers) {
+  bool good = span.batch > 0 && span.length > 0 && span.end >= span.length;
+  for (size_t i = 0; good && i < layers; ++i) good = kv[i].capacity >= span.end;
+  return good;
+}
+
 // One call of forward, as one member of the team sees it.
 class Pass {
  public:
@@ -85,6 +92,16 @@ class Pass {
     head(logits);
   }
 
+  // Keys and values that are given for all layers, of `widest` groups at most, go into the cache.
+  void append(const KvRows* given, int64_t widest) {
+    angles();
+    const int64_t rows = span_.rows(), layers = int64_t(spec_.layers.size());
+    team_.for_chunks(rows, row_chunk(rows), [&](int64_t begin, int64_t end) {
+      for (int64_t i = 0; i < layers; ++i)
+        for (int64_t r = begin; r < end; ++r) append_given(i, r, given[i], b_.keys + r * widest * spec_.head_dim);
+    });
+  }
+
   void read(const LayerReading* readings) {
     readings_ = readings;
     embed();
@@ -96,6 +113,11 @@ class Pass {
  private:
   void embed() {
     each_row([&](int64_t r) { read_row(spec_.embedding, tokens_[r], b_.x + r * spec_.dim); });
+    angles();
+  }
+
+  // Cosines and sines of the new tokens' positions.
+  void angles() {
     const int64_t half = spec_.head_dim / 2;
     team_.for_chunks(span_.length, 16, [&](int64_t begin, int64_t end) {
       for (int64_t t = begin; t < end; ++t)
@@ -255,8 +277,7 @@ class Pass {
   // Bias, norm and rotation of the row's queries and keys; keys and values go into the cache.
   void append(int64_t index, int64_t r) {
     const DecoderLayer& l = spec_.layers[size_t(index)];
-    const KvBuffer& kv = kv_[index];
-    const int64_t size = spec_.head_dim, width = int64_t(dtype_size(kv.dtype));
+    const int64_t size = spec_.head_dim;
     float* const q = b_.queries + r * l.heads * size;
     float* const k = b_.keys + r * l.groups * size;
     float* const v = b_.values + r * l.groups * size;
@@ -264,17 +285,40 @@ class Pass {
     finish_kv(index, r);
     if (l.q_norm) norm(q, q, l.q_norm, l.heads, size);
     if (l.k_norm) norm(k, k, l.k_norm, l.groups, size);
+    rotate({q, 0, size, 0, MLXEFF_F32}, {q, 0, size, 0, MLXEFF_F32}, l.heads, r % span_.length);
+    keep(index, r, k, size, v, size);
+  }
+
+  // The same of keys and values that are given; `normed` has room for the row's keys.
+  void append_given(int64_t index, int64_t r, const KvRows& given, float* normed) {
+    const DecoderLayer& l = spec_.layers[size_t(index)];
+    const int64_t b = r / span_.length, t = r % span_.length, size = spec_.head_dim;
+    const auto at = [&](const mlxeff_heads& x) { return static_cast<float*>(x.data) + b * x.batch + t * x.token; };
+    float* k = at(given.keys);
+    int64_t step = given.keys.head;
+    if (l.k_norm) {
+      for (int64_t g = 0; g < l.groups; ++g) norm(normed + g * size, k + g * step, l.k_norm, 1, size);
+      k = normed;
+      step = size;
+    }
+    keep(index, r, k, step, at(given.values), given.values.head);
+  }
+
+  // The row's keys, rotated, and values go into the cache; their heads are `key_step` and `value_step` floats apart.
+  void keep(int64_t index, int64_t r, float* k, int64_t key_step, const float* v, int64_t value_step) {
+    const KvBuffer& kv = kv_[index];
+    const int64_t groups = spec_.layers[size_t(index)].groups, size = spec_.head_dim, width = int64_t(dtype_size(kv.dtype));
     const int64_t t = r % span_.length, stride = kv.capacity * size;
-    const int64_t place = (r / span_.length * l.groups * stride + position(t) * size) * width;
-    rotate(q, {q, 0, size, 0, MLXEFF_F32}, l.heads, t);
-    rotate(k, {static_cast<char*>(kv.keys) + place, 0, stride, 0, kv.dtype}, l.groups, t);
-    for (int64_t g = 0; g < l.groups; ++g) row_.store(static_cast<char*>(kv.values) + place + g * stride * width, kv.dtype, v + g * size, size);
+    const int64_t place = (r / span_.length * groups * stride + position(t) * size) * width;
+    rotate({k, 0, key_step, 0, MLXEFF_F32}, {static_cast<char*>(kv.keys) + place, 0, stride, 0, kv.dtype}, groups, t);
+    for (int64_t g = 0; g < groups; ++g)
+      row_.store(static_cast<char*>(kv.values) + place + g * stride * width, kv.dtype, v + g * value_step, size);
   }
 
   // The heads of one token, to the angles of new token t.
-  void rotate(float* x, const mlxeff_heads& to, int64_t heads, int64_t t) {
+  void rotate(const mlxeff_heads& from, const mlxeff_heads& to, int64_t heads, int64_t t) {
     const int64_t size = spec_.head_dim, half = size / 2;
-    rope_.rows({{x, 0, size, 0, MLXEFF_F32}, to, 1, heads, 1, size, size, b_.cosines + t * half, b_.sines + t * half, false}, 0, heads);
+    rope_.rows({from, to, 1, heads, 1, size, size, b_.cosines + t * half, b_.sines + t * half, false}, 0, heads);
   }
 
   void attend(const DecoderLayer& l, const KvBuffer& kv) {
@@ -326,32 +370,17 @@ int Decoder::read(const int32_t* tokens, int64_t batch, int64_t length, int64_t 
 int Decoder::pass(const int32_t* tokens, int64_t batch, int64_t length, int64_t offset, const KvBuffer* kv, const Result& result, int mode) {
   const Span span = {batch, length, offset + length};
   const int64_t rows = span.rows();
-  if (batch < 1 || length < 1 || offset < 0 || spec_.layers.empty()) return MLXEFF_BAD_ARGUMENT;
+  if (spec_.layers.empty() || !fits(span, kv, spec_.layers.size() - (result.readings ? 1 : 0))) return MLXEFF_BAD_ARGUMENT;
   for (int64_t r = 0; r < rows; ++r)
     if (tokens[r] < 0 || tokens[r] >= spec_.embedding.N) return MLXEFF_BAD_ARGUMENT;
-  for (size_t i = 0; i + (result.readings ? 1 : 0) < spec_.layers.size(); ++i)
-    if (kv[i].capacity < span.end) return MLXEFF_BAD_ARGUMENT;
 
   const int64_t size = spec_.head_dim, queries = widest_heads_ * size, keys = widest_groups_ * size;
   // Few rows are padded more than many: the last layer's may need more room than all of them.
   const int64_t prepared = max_of(prepared_bytes(spec_, rows, mode), prepared_bytes(spec_, batch, mode)) / 4, partial = partial_bytes(spec_, span) / 4;
-  const int64_t widths[] = {rows * spec_.dim, rows * spec_.dim, rows * queries, rows * keys, rows * keys, rows * queries,
-                            rows * widest_ffn_, rows * widest_ffn_, rows * spec_.dim, length * size / 2, length * size / 2, prepared, partial};
-  int64_t total = alignment;
-  for (const int64_t width : widths) total += padded(width);
-
   const std::lock_guard<std::mutex> lock(busy_);
-  if (workspace_floats_ < size_t(total)) {
-    workspace_.reset(new (std::nothrow) float[size_t(total)]);
-    workspace_floats_ = workspace_ ? size_t(total) : 0;
-    if (!workspace_) return MLXEFF_NO_MEMORY;
-  }
-  float* next = reinterpret_cast<float*>(round_up(int64_t(reinterpret_cast<intptr_t>(workspace_.get())), 64));
-  float* parts[sizeof widths / sizeof *widths];
-  for (size_t i = 0; i < sizeof widths / sizeof *widths; ++i) {
-    parts[i] = next;
-    next += padded(widths[i]);
-  }
+  std::vector<float*> parts = workspace({rows * spec_.dim, rows * spec_.dim, rows * queries, rows * keys, rows * keys, rows * queries,
+                                         rows * widest_ffn_, rows * widest_ffn_, rows * spec_.dim, length * size / 2, length * size / 2, prepared, partial});
+  if (parts.empty()) return MLXEFF_NO_MEMORY;
   const Buffers buffers = {parts[0], parts[1], parts[2], parts[3], parts[4], parts[5], parts[6], parts[7], parts[8], parts[9], parts[10],
                            reinterpret_cast<char*>(parts[11]), parts[12]};
   std::atomic<int> error{MLXEFF_OK};
@@ -361,6 +390,39 @@ int Decoder::pass(const int32_t* tokens, int64_t batch, int64_t length, int64_t 
     else one.run(result.logits, result.all_rows);
   });
   return error;
+}
+
+int Decoder::append(int64_t batch, int64_t length, int64_t offset, const KvBuffer* kv, const KvRows* given) {
+  const Span span = {batch, length, offset + length};
+  if (!fits(span, kv, spec_.layers.size())) return MLXEFF_BAD_ARGUMENT;
+  const int64_t size = spec_.head_dim;
+  const std::lock_guard<std::mutex> lock(busy_);
+  std::vector<float*> parts = workspace({span.rows() * widest_groups_ * size, length * size / 2, length * size / 2});
+  if (parts.empty()) return MLXEFF_NO_MEMORY;
+  Buffers buffers = {};
+  buffers.keys = parts[0];
+  buffers.cosines = parts[1];
+  buffers.sines = parts[2];
+  std::atomic<int> error{MLXEFF_OK};
+  team_run([&](Team& team) { Pass(spec_, team, buffers, kv, nullptr, span, MLXEFF_EXACT, error).append(given, widest_groups_); });
+  return error;
+}
+
+std::vector<float*> Decoder::workspace(std::initializer_list<int64_t> widths) {
+  int64_t total = alignment;
+  for (const int64_t width : widths) total += padded(width);
+  if (workspace_floats_ < size_t(total)) {
+    workspace_.reset(new (std::nothrow) float[size_t(total)]);
+    workspace_floats_ = workspace_ ? size_t(total) : 0;
+    if (!workspace_) return {};
+  }
+  float* next = reinterpret_cast<float*>(round_up(int64_t(reinterpret_cast<intptr_t>(workspace_.get())), 64));
+  std::vector<float*> parts;
+  for (const int64_t width : widths) {
+    parts.push_back(next);
+    next += padded(width);
+  }
+  return parts;
 }
 
 }  // namespace mlxeff

@@ -1,5 +1,6 @@
 // A whole decoder (RMSNorm, GQA attention with RoPE, gated feed-forward) as one call: token ids -> logits.
 #pragma once
+#include <initializer_list>
 #include <memory>
 #include <mutex>
 #include <vector>
@@ -34,6 +35,11 @@ struct LayerReading {
   float *input, *keys, *values;
 };
 
+// Keys before norm and rotation, and values, of one layer: fp32 (batch, groups, length, head_dim).
+struct KvRows {
+  mlxeff_heads keys, values;
+};
+
 struct DecoderSpec {
   int64_t dim, head_dim;
   float eps;
@@ -57,6 +63,9 @@ class Decoder {
   // The same without the head: readings[layer] of all tokens. Of the last layer nothing else is computed, and kv ends before it.
   int read(const int32_t* tokens, int64_t batch, int64_t length, int64_t offset, const KvBuffer* kv, const LayerReading* readings, int mode);
 
+  // Append keys and values that are given for all layers: the keys are normed and rotated here.
+  int append(int64_t batch, int64_t length, int64_t offset, const KvBuffer* kv, const KvRows* given);
+
  private:
   struct Result {
     float* logits;
@@ -64,6 +73,9 @@ class Decoder {
     const LayerReading* readings;  // null: logits are wanted
   };
   int pass(const int32_t* tokens, int64_t batch, int64_t length, int64_t offset, const KvBuffer* kv, const Result& result, int mode);
+
+  // The parts of the workspace, `widths` floats each; none without memory.
+  std::vector<float*> workspace(std::initializer_list<int64_t> widths);
 
   DecoderSpec spec_;
   int64_t widest_heads_ = 0, widest_groups_ = 0, widest_ffn_ = 0;

@@ -146,6 +146,57 @@ void drop_inputs_of_siblings(const std::vector<mx::array>& inputs, std::vector<m
     if (&output.inputs() != &inputs) output.inputs().clear();
 }
 
+// The cache buffers of a primitive, keys of each layer and then values of each layer: each output is the input's own memory where nobody
+// else holds it, or a copy.
+class CacheUpdate {
+ public:
+  CacheUpdate(const mx::array* inputs, mx::array* outputs, size_t layers) : kv_(layers), copies_(2 * layers, {nullptr, 0}) {
+    for (size_t i = 0; i < 2 * layers; ++i) {
+      const mx::array& in = inputs[i];
+      mx::array& out = outputs[i];
+      if (!in.flags().row_contiguous) throw std::invalid_argument("decoder: wanted row-contiguous cache buffers");
+      if (in.is_donatable()) {
+        out.copy_shared_buffer(in);
+      } else {
+        out.set_data(mx::allocator::malloc(out.nbytes()));
+        copies_[i] = {in.data<void>(), in.nbytes()};
+      }
+      mlxeff::KvBuffer& buffer = kv_[i % layers];
+      (i < layers ? buffer.keys : buffer.values) = out.data<void>();
+      buffer.capacity = out.shape(2);
+      buffer.dtype = dtype_of(out);
+    }
+  }
+
+  // In the task, once: the buffers, as they were before it.
+  const mlxeff::KvBuffer* buffers() const {
+    for (size_t i = 0; i < copies_.size(); ++i)
+      if (copies_[i].first) memcpy(i < kv_.size() ? kv_[i].keys : kv_[i - kv_.size()].values, copies_[i].first, copies_[i].second);
+    return kv_.data();
+  }
+
+ private:
+  std::vector<mlxeff::KvBuffer> kv_;
+  std::vector<std::pair<const void*, size_t>> copies_;
+};
+
+// The shape of each layer's buffers, keys and then values; refuses those that do not fit the model or have no room for `end` tokens.
+void add_buffers(const DecoderSpec& spec, size_t layers, int batch, int64_t end, const std::vector<mx::array>& keys, const std::vector<mx::array>& values,
+                 std::vector<mx::array>& inputs, std::vector<mx::Shape>& shapes, std::vector<mx::Dtype>& dtypes) {
+  if (keys.size() != layers || values.size() != layers) throw std::invalid_argument("decoder: wanted a cache buffer for each layer");
+  for (const auto* buffers : {&keys, &values})
+    for (size_t i = 0; i < layers; ++i) {
+      const mx::array& buffer = (*buffers)[i];
+      const mx::Shape wanted = {batch, int(spec.layers[i].groups), keys[i].shape(2), int(spec.head_dim)};
+      if (buffer.shape() != wanted || buffer.shape(2) < end || buffer.dtype() != keys[i].dtype())
+        throw std::invalid_argument("decoder: a cache buffer does not fit");
+      dtype_of(buffer);
+      inputs.push_back(buffer);
+      shapes.push_back(buffer.shape());
+      dtypes.push_back(buffer.dtype());
+    }
+}
+
 // What a pass is for: logits, or some of what each layer reads (see LayerReading).
 struct Purpose {
   bool all_logits = false;
@@ -164,42 +215,24 @@ class DecoderForward : public mx::Primitive {
     auto& encoder = mx::cpu::get_command_encoder(stream());
     drop_inputs_of_siblings(inputs, outputs);
     const size_t layers = (inputs.size() - 1) / 2, results = outputs.size() - 2 * layers;
-    std::vector<std::pair<const void*, size_t>> copies(2 * layers, {nullptr, 0});
-    std::vector<mlxeff::KvBuffer> kv(layers);
     std::vector<float*> written(results);
     for (size_t i = 0; i < results; ++i) {
       outputs[i].set_data(mx::allocator::malloc(outputs[i].nbytes()));
       written[i] = outputs[i].data<float>();
     }
-    for (size_t i = 0; i < 2 * layers; ++i) {
-      const mx::array& in = inputs[1 + i];
-      mx::array& out = outputs[results + i];
-      if (in.is_donatable() && in.flags().row_contiguous) {
-        out.copy_shared_buffer(in);
-      } else {
-        if (!in.flags().row_contiguous) throw std::invalid_argument("decoder: wanted row-contiguous cache buffers");
-        out.set_data(mx::allocator::malloc(out.nbytes()));
-        copies[i] = {in.data<void>(), in.nbytes()};
-      }
-      mlxeff::KvBuffer& buffer = kv[i % layers];
-      (i < layers ? buffer.keys : buffer.values) = out.data<void>();
-      buffer.capacity = out.shape(2);
-      buffer.dtype = dtype_of(out);
-    }
+    CacheUpdate cache(inputs.data() + 1, outputs.data() + results, layers);
     const int64_t batch = inputs[0].shape(0), length = inputs[0].shape(1);
-    encoder.dispatch([model = model_, kv = std::move(kv), copies = std::move(copies), tokens = inputs[0].data<int32_t>(), batch, length,
-                      offset = offset_, written = std::move(written), purpose = purpose_, mode = mode_]() {
-      const size_t layers = kv.size();
-      for (size_t i = 0; i < copies.size(); ++i)
-        if (copies[i].first) memcpy(i < layers ? kv[i].keys : kv[i - layers].values, copies[i].first, copies[i].second);
+    encoder.dispatch([model = model_, cache = std::move(cache), layers, tokens = inputs[0].data<int32_t>(), batch, length, offset = offset_,
+                      written = std::move(written), purpose = purpose_, mode = mode_]() {
+      const mlxeff::KvBuffer* const kv = cache.buffers();
       mlxeff::Decoder& decoder = model->decoder();
-      if (!purpose.reads()) return check(decoder.forward(tokens, batch, length, offset, kv.data(), written[0], purpose.all_logits, mode));
+      if (!purpose.reads()) return check(decoder.forward(tokens, batch, length, offset, kv, written[0], purpose.all_logits, mode));
       std::vector<mlxeff::LayerReading> readings(layers + 1);
       float* const* next = written.data();
       for (const int i : purpose.inputs) readings[size_t(i)].input = *next++;
       for (const int i : purpose.pairs) readings[size_t(i)].keys = *next++;
       for (const int i : purpose.pairs) readings[size_t(i)].values = *next++;
-      check(decoder.read(tokens, batch, length, offset, kv.data(), readings.data(), mode));
+      check(decoder.read(tokens, batch, length, offset, kv, readings.data(), mode));
     });
   }
   void eval_gpu(const std::vector<mx::array>&, std::vector<mx::array>&) override { throw std::runtime_error("decoder: has no GPU form"); }
@@ -230,7 +263,6 @@ std::vector<mx::array> run(const Handle& handle, const mx::array& tokens, const 
       if ((*read)[i] < (i ? (*read)[i - 1] + 1 : 0) || size_t((*read)[i]) > layers) throw std::invalid_argument("decoder: wanted rising layers to read");
   if (tokens.ndim() != 2 || tokens.size() < 1) throw std::invalid_argument("decoder: wanted tokens of shape (B, S)");
   const int batch = tokens.shape(0), length = tokens.shape(1);
-  if (keys.size() != layers || values.size() != layers) throw std::invalid_argument("decoder: wanted a cache buffer for each layer");
   const mx::Stream stream = mx::default_stream(mx::Device::cpu);
   std::vector<mx::array> inputs = {mx::contiguous(mx::astype(tokens, mx::int32, stream), false, stream)};
   std::vector<mx::Shape> shapes;
@@ -239,19 +271,51 @@ std::vector<mx::array> run(const Handle& handle, const mx::array& tokens, const 
   for (int kind = 0; kind < 2; ++kind)
     for (const int i : purpose.pairs) shapes.push_back({batch, length, int(spec.layers[size_t(i)].groups * spec.head_dim)});
   std::vector<mx::Dtype> dtypes(shapes.size(), mx::float32);
-  for (const auto* buffers : {&keys, &values})
-    for (size_t i = 0; i < layers; ++i) {
-      const mx::array& buffer = (*buffers)[i];
-      const mx::Shape wanted = {batch, int(spec.layers[i].groups), keys[i].shape(2), int(spec.head_dim)};
-      if (buffer.shape() != wanted || buffer.shape(2) < offset + length || buffer.dtype() != keys[i].dtype())
-        throw std::invalid_argument("decoder: a cache buffer does not fit");
-      dtype_of(buffer);
-      inputs.push_back(buffer);
-      shapes.push_back(buffer.shape());
-      dtypes.push_back(buffer.dtype());
-    }
+  add_buffers(spec, layers, batch, offset + length, keys, values, inputs, shapes, dtypes);
   return mx::array::make_arrays(std::move(shapes), dtypes, std::make_shared<DecoderForward>(stream, handle.model, offset, std::move(purpose), mode),
                                 std::move(inputs));
+}
+
+// Inputs: raw keys of each layer, raw values of each layer, both (B, G, S, E) float32; then the buffers, which with the new tokens in them
+// are the outputs.
+class DecoderAppend : public mlxeff::NativePrimitive {
+ public:
+  DecoderAppend(mx::Stream stream, std::shared_ptr<Model> model, int64_t offset)
+      : NativePrimitive(stream, "native append"), model_(std::move(model)), offset_(offset) {}
+
+  void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override {
+    drop_inputs_of_siblings(inputs, outputs);
+    const size_t layers = outputs.size() / 2;
+    std::vector<mlxeff::KvRows> given(layers);
+    for (size_t i = 0; i < layers; ++i) given[i] = {heads(inputs[i]), heads(inputs[layers + i])};
+    const int64_t batch = inputs[0].shape(0), length = inputs[0].shape(2);
+    dispatch([model = model_, cache = CacheUpdate(inputs.data() + 2 * layers, outputs.data(), layers), given = std::move(given), batch, length,
+              offset = offset_] { check(model->decoder().append(batch, length, offset, cache.buffers(), given.data())); });
+  }
+
+ private:
+  std::shared_ptr<Model> model_;
+  int64_t offset_;
+};
+
+std::vector<mx::array> append(const Handle& handle, const std::vector<mx::array>& given_keys, const std::vector<mx::array>& given_values,
+                              const std::vector<mx::array>& keys, const std::vector<mx::array>& values, int64_t offset) {
+  const DecoderSpec& spec = handle.model->spec();
+  const size_t layers = spec.layers.size();
+  if (given_keys.size() != layers || given_values.size() != layers) throw std::invalid_argument("decoder: wanted keys and values of each layer");
+  const int batch = given_keys[0].ndim() == 4 ? given_keys[0].shape(0) : 0, length = batch ? given_keys[0].shape(2) : 0;
+  const mx::Stream stream = mx::default_stream(mx::Device::cpu);
+  std::vector<mx::array> inputs;
+  for (const auto* given : {&given_keys, &given_values})
+    for (size_t i = 0; i < layers; ++i) {
+      const mx::Shape wanted = {batch, int(spec.layers[i].groups), length, int(spec.head_dim)};
+      if ((*given)[i].shape() != wanted || (*given)[i].size() == 0) throw std::invalid_argument("decoder: keys and values do not fit the model");
+      inputs.push_back(mx::astype((*given)[i], mx::float32, stream));
+    }
+  std::vector<mx::Shape> shapes;
+  std::vector<mx::Dtype> dtypes;
+  add_buffers(spec, layers, batch, offset + length, keys, values, inputs, shapes, dtypes);
+  return mx::array::make_arrays(std::move(shapes), dtypes, std::make_shared<DecoderAppend>(stream, handle.model, offset), std::move(inputs));
 }
 
 }  // namespace
@@ -298,4 +362,6 @@ NB_MODULE(_native, m) {
       nb::arg("decoder"), nb::arg("tokens"), nb::arg("keys"), nb::arg("values"), nb::arg("offset"), nb::arg("inputs"), nb::arg("pairs"), nb::arg("mode"),
       "(read..., keys..., values...) without the last layer's buffers; read: normed inputs of the layers `inputs`, raw keys, then raw values of the "
       "layers `pairs`, which rise; rows (B, S, width).");
+  m.def("append", &append, nb::arg("decoder"), nb::arg("given_keys"), nb::arg("given_values"), nb::arg("keys"), nb::arg("values"), nb::arg("offset"),
+        "(keys..., values...): the buffers hold the given keys, normed and rotated, and values, (B, G, S, E) of each layer, after `offset`.");
 }

@@ -178,6 +178,47 @@ def test_layers_to_read_that_are_not(layers):
         fused.layer_states(mx.array([[1, 2]]), fused.new_cache(), (), layers)
 
 
+@pytest.mark.parametrize("kv_dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("name", ["llama", "heads of 80", "yarn", "qwen3", "small", "openelm"])
+def test_keys_and_values_that_are_given_are_appended(name, kv_dtype):
+    plain, fused = pair(name)
+    set_precision(fused, "exact", kv_dtype)
+    rng, caches = np.random.default_rng(3), (plain.new_cache(), fused.new_cache())
+    for new in (1, 18, 300):  # of two sequences; the last chunk needs larger buffers
+        rows = [mx.array(rng.standard_normal((2, new, 2, g, e)), mx.float32) for g, e in plain.kv_shapes]
+        pairs = [tuple(x[:, :, kind].transpose(0, 2, 1, 3) for kind in range(2)) for x in rows]  # not contiguous
+        before = [mx.array(x) for layer in caches[1].layers if layer.length for x in layer.state()]
+        for model, cache in zip((plain, fused), caches):
+            model.append_kv(pairs, cache)
+        after = [x[:, :, : x.shape[2] - new] for layer in caches[1].layers for x in layer.state()]
+        assert all(mx.array_equal(x, y) for x, y in zip(before, after)), "what was held stays"
+    bound = {"float32": 2.0**-13, "float16": 2.0**-8, "bfloat16": 2.0**-5}[kv_dtype]  # MLX rounds angles to float32
+    for want, got in zip(caches[0].layers, caches[1].layers):
+        assert got.length == 319
+        for mine, theirs in zip(got.state(), want.state()):
+            assert str(mine.dtype).endswith(kv_dtype)
+            assert_close(mine, theirs, "cache", rtol=0, atol=bound)
+
+
+def test_a_cache_that_somebody_else_holds_is_not_written_to():
+    _, fused = pair("llama")
+    cache = fused.new_cache()
+    given = [(mx.ones((1, g, 4, e)), mx.ones((1, g, 4, e))) for g, e in fused.kv_shapes]
+    fused.append_kv(given, cache)
+    mx.eval(cache.arrays())
+    held, copies = cache.arrays(), [mx.array(np.array(x)) for x in cache.arrays()]
+    fused.append_kv(given, cache)
+    mx.eval(cache.arrays())
+    assert all(mx.array_equal(x, y) for x, y in zip(held, copies, strict=True))
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 4, 32), (1, 2, 4, 16), (1, 2, 0, 32)])
+def test_keys_and_values_of_another_shape_are_refused(shape):
+    _, fused = pair("llama")
+    with pytest.raises(ValueError, match="decoder: "):
+        fused.append_kv([(mx.ones(shape), mx.ones(shape))] * 3, fused.new_cache())
+
+
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("name", ["llama", "small"])
 def test_last_logits_are_the_last_rows(name, batch):

@@ -148,18 +148,30 @@ class FusedDecoder:
 
     def _run(self, native: Callable, tokens: mx.array, cache: KVCache, layers: list[LayerCache], *what) -> list:
         """What a native pass gives beside the buffers of `layers`, which it appends to; `what` it is asked for."""
-        (batch, new), offset = tokens.shape, cache.length
-        buffers = [
-            layer.room(new, (batch, groups, self._size), self.kv_dtype)
-            for layer, groups in zip(layers, self._groups, strict=False)
-        ]
-        keys, values = [pair[0] for pair in buffers], [pair[1] for pair in buffers]
-        outputs = native(self._decoder, tokens, keys, values, offset, *what, self._modes[self.compute])
+        buffers = self._room(layers, *tokens.shape)
+        outputs = native(self._decoder, tokens, *buffers, cache.length, *what, self._modes[self.compute])
         results = len(outputs) - 2 * len(layers)
-        written = outputs[results : results + len(layers)], outputs[results + len(layers) :]
-        for layer, held_keys, held_values in zip(layers, *written, strict=True):
-            layer.replace(held_keys, held_values, new)
+        self._replace(layers, outputs[results:], tokens.shape[1])
         return outputs[:results]
+
+    def append_kv(self, pairs: list[tuple[mx.array, mx.array]], cache: KVCache) -> None:
+        """As `DecoderModel.append_kv`."""
+        keys, values = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+        batch, _, new, _ = keys[0].shape
+        buffers = self._room(cache.layers, batch, new)
+        self._replace(cache.layers, self._native.append(self._decoder, keys, values, *buffers, cache.length), new)
+
+    def _room(self, layers: list[LayerCache], batch: int, new: int) -> tuple[list[mx.array], list[mx.array]]:
+        """The buffers of keys and of values, with room for `new` tokens more."""
+        groups = self._groups[: len(layers)]
+        shapes = [(batch, each, self._size) for each in groups]
+        pairs = [layer.room(new, shape, self.kv_dtype) for layer, shape in zip(layers, shapes, strict=True)]
+        return [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+
+    def _replace(self, layers: list[LayerCache], written: list[mx.array], new: int) -> None:
+        """Give `layers` what was made of their buffers: those of keys, then those of values."""
+        for layer, keys, values in zip(layers, written[: len(layers)], written[len(layers) :], strict=True):
+            layer.replace(keys, values, new)
 
 
 @dataclass(frozen=True)

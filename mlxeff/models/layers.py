@@ -199,11 +199,11 @@ class DecoderModel(nn.Module):
 
     def append_kv(self, pairs: KvPairs, cache: KVCache) -> None:
         """Append raw keys and values (B, G, S, E) of each layer to `cache`: the keys are normed and rotated here."""
-        fused = self._fused is not None and self._fused.applies(cache)
-        placed = self.placed_kv(pairs, cache.length)
-        for layer, (keys, values) in zip(cache.layers, placed, strict=True):
-            dtype = self._fused.kv_dtype if fused else keys.dtype
-            layer.append(keys.astype(dtype), values.astype(dtype))
+        if self._fused is not None and self._fused.applies(cache):
+            self._fused.append_kv(pairs, cache)
+        else:
+            for layer, pair in zip(cache.layers, self.placed_kv(pairs, cache.length), strict=True):
+                layer.append(*pair)
 
 
 def make_rope(size: int, base: float, scaling: dict | None, kind: str) -> Rope:

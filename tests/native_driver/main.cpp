@@ -8,6 +8,7 @@
 #include "checks.h"
 #include "attention.h"
 #include "cpu_count_checks.h"
+#include "decoder_append.h"
 #include "decoder_products.h"
 #include "pool_checks.h"
 #include "products.h"
@@ -50,4 +51,5 @@ int main(int count, char** arguments) {
   run("rows", check_rows);
   run("seedlm", check_seedlm);
   run("decoder products", check_decoder_products);
+  run("decoder append", check_decoder_append);
 }
