@@ -127,18 +127,10 @@ def _quantization(options: argparse.Namespace, auxiliary) -> dict | None:
 def _fit(options: argparse.Namespace, auxiliary, base, pieces: list[list[int]]):
     """(the closed form, perhaps trained on from there; the losses of the training; what was tuned of the auxiliary)."""
     from ..kvprediction.fit import fit
-    from ..kvprediction.train import Training, train
+    from ..kvprediction.train import Training, check, train
     from ..kvprediction.tuning import Tuned
 
     training, ends = _training_text(options, base.tokenizer) if options.train_text is not None else (pieces, [])
-    models, how = (auxiliary.model, base.model), (options.ridge, options.per_head, options.search, options.inputs)
-    with output.bar("fitting", "tok", options.quiet) as progress:
-        fitted = fit(*models, auxiliary.layer_map, _counted(pieces, progress), *how, shared=_shared(options, auxiliary))
-    if not options.steps:
-        return fitted, [], None
-    tuned = None
-    if options.train != "predictor":
-        tuned = Tuned(auxiliary.model, options.train, options.rank, options.seed)
     settings = Training(
         options.steps,
         options.batch,
@@ -148,6 +140,16 @@ def _fit(options: argparse.Namespace, auxiliary, base, pieces: list[list[int]]):
         auxiliary_loss=options.aux_loss,
         seed=options.seed,
     )
+    if options.steps:
+        check(training, settings)  # before the closed form, which takes minutes
+    models, how = (auxiliary.model, base.model), (options.ridge, options.per_head, options.search, options.inputs)
+    with output.bar("fitting", "tok", options.quiet) as progress:
+        fitted = fit(*models, auxiliary.layer_map, _counted(pieces, progress), *how, shared=_shared(options, auxiliary))
+    if not options.steps:
+        return fitted, [], None
+    tuned = None
+    if options.train != "predictor":
+        tuned = Tuned(auxiliary.model, options.train, options.rank, options.seed)
     with output.bar("training", "step", options.quiet) as progress:
         losses = train(fitted.predictor, *models, training, settings, _state(options), progress, tuned, ends)
     return fitted, losses, tuned

@@ -72,7 +72,8 @@ def train(
     the other: before the token of that index.
     checkpoint: a file to write every `every` steps and to go on from; one of other settings or text is refused.
     """
-    rows, trained = _rows(sequences, settings), Trained(predictor, tuned)
+    check(sequences, settings)
+    rows, trained = _full(sequences), Trained(predictor, tuned)
     optimizer = optim.Adam(schedule(settings), betas=list(BETAS), bias_correction=True)
     optimizer.init(trained.trainable_parameters())
     ends = np.array(sorted(ends), dtype=np.int64)
@@ -92,8 +93,8 @@ def train(
     return losses
 
 
-def _rows(sequences: Sequence[Sequence[int]], settings: Training) -> np.ndarray:
-    """The sequences of full length, (…, N + 1)."""
+def check(sequences: Sequence[Sequence[int]], settings: Training) -> None:
+    """Refuse settings that are out of range, and sequences that are too short for them."""
     if settings.loss not in LOSSES:
         raise MlxeffError(f"training: wanted a loss of {', '.join(LOSSES)}, got {settings.loss!r}")
     if settings.continuation < 1:
@@ -102,6 +103,11 @@ def _rows(sequences: Sequence[Sequence[int]], settings: Training) -> np.ndarray:
     least = 2 if settings.loss == "paper" else settings.continuation + 3
     if length < least:
         raise MlxeffError(f"training: wanted sequences of at least {least} tokens, got {length}")
+
+
+def _full(sequences: Sequence[Sequence[int]]) -> np.ndarray:
+    """The sequences of full length, (…, N + 1)."""
+    length = max(map(len, sequences))
     return np.array([list(ids) for ids in sequences if len(ids) == length], dtype=np.int32)
 
 
