@@ -52,11 +52,12 @@ def main() -> None:
     use_device("cpu")
     options.work.mkdir(parents=True, exist_ok=True)
     base = load_path(hub.resolve(options.model))
-    made = {f"KVP {each}": pairs.make(each, options.model, options.work, options.tokens) for each in options.aux}
-    given = made | dict(options.pair)
-    readers = pairs.readers(base, given, dict(options.pruned))
+    made = {each: pairs.make(each, options.model, options.work, options.tokens) for each in options.aux}
+    given = {f"KVP {recipe}": folder for recipe, folder in made.items()} | dict(options.pair)
+    pruned = pairs.trained_baselines(made) | dict(options.pruned)
+    readers = pairs.readers(base, given, pruned)
     names = pairs.chosen(list(readers), options.only)
-    digests = {name: pairs.digest(folder) for name, folder in [*given.items(), *options.pruned]}
+    digests = {name: pairs.digest(folder) for name, folder in (given | pruned).items()}
     what = {"model": base.fingerprint, "windows": [options.windows, options.prompt, options.continuation]}
     scored = Samples(options.work / "windows.jsonl", {"format": "kvp-windows", **what}, QUALITY_KEYS)
     asked = {

@@ -27,9 +27,10 @@ class Auxiliary:
     layer_map: list[int]
 
 
-def load_pair(folder: str | Path, base: Loaded) -> KvPrediction:
-    """Load the pair in `folder` for `base`; the error names what does not fit."""
-    folder = Path(folder)
+def load_pair(pair: str | Path, base: Loaded) -> KvPrediction:
+    """Load the pair in a folder, or one that comes with the package by its name, for `base`; the error names what does
+    not fit."""
+    folder = hub.resolve_pair(pair)
     config = read_config(folder)
     require_seam(base.model, SEAM, "KV prediction")
     wanted, got = config.base.get("fingerprint"), base.fingerprint
@@ -54,7 +55,7 @@ def load_pair(folder: str | Path, base: Loaded) -> KvPrediction:
         tuned.fold()
     elif of_auxiliary:
         raise MlxeffError(f"{folder}: wanted no tensors of an auxiliary that is not tuned, got {len(of_auxiliary)}")
-    return KvPrediction(fused_like(auxiliary, base.model), predictor.eval().join(), str(folder))
+    return KvPrediction(fused_like(auxiliary, base.model), predictor.eval().join(), str(pair))
 
 
 def fused_like(auxiliary, base):

@@ -184,13 +184,16 @@ def test_verdicts():
     lines = report.targets(arms)
     words = "KVP lp:0.50 at most 0.6 of the base's TTFT, batch 1 x 512: 0.59"
     assert f"target: {words}: met" in lines
-    words = "above the pruned baselines at equal FLOPs: perplexity"
-    assert f"target: KVP lp:0.50 {words} 22 for 22.4, kl 0.22 for 0.3: met" in lines  # 22.4 = √(10 · 50)
-    assert f"target: KVP other {words} 31 for 22.4, kl 0.31 for 0.3: missed in perplexity, kl" in lines
+    words = "target: pairs above the pruned baselines at equal FLOPs in"
+    assert f"{words} perplexity: 1 of 2: missed by KVP other 31 for 22.4" in lines  # √(10 · 50)
+    assert f"{words} kl: 1 of 2: missed by KVP other 0.31 for 0.3" in lines
+    assert not any("exact" in line for line in lines)
     assert "target: KVP other, of its KL at least 90% recovered by a dial: keep 9 90%, refine 90%: met" in lines
     arms["KVP other, keep 9"]["kl"] = 0.032
-    arms["KVP lp:0.50"]["kl"] = 0.3
-    assert "22 for 22.4, kl 0.3 for 0.3: missed in kl" in report.targets(arms)[1]  # as good is not above
+    arms["KVP lp:0.50"]["kl"] = 0.3  # as good is not above
+    assert f"{words} kl: 0 of 2: missed by KVP lp:0.50 0.3 for 0.3, KVP other 0.31 for 0.3" in report.targets(arms)
+    arms["KVP other"]["perplexity"] = 22.3
+    assert f"{words} perplexity: 2 of 2: met" in report.targets(arms)
     assert report.targets(arms)[-1].endswith("keep 9 90%, refine 90%: missed")  # 89.7%
 
 
@@ -268,17 +271,22 @@ def test_the_projects_readme_holds_saved_results():
 
 def test_recipes_are_commands(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(training_text, "TOKENS", 900)
+    made_of = {}
     monkeypatch.setattr(pairs, "LENGTH", 100)
-    monkeypatch.setitem(pairs.STEPS, "lp:0.50 distilled", 2)
-    monkeypatch.setitem(pairs.STEPS, "lp:0.50 lora", 2)
-    for recipe in ("lp:0.50 distilled", "lp:0.50 lora", "lp:0.50 own"):
+    monkeypatch.setitem(pairs.TRAINED, "lp:0.50 distilled", (2, 1e-3))
+    monkeypatch.setitem(pairs.TRAINED, "lp:0.50 joint", (2, 2e-3))
+    for recipe in ("lp:0.50 distilled", "lp:0.50 joint", "lp:0.50 own", "lp:0.50 own 8-bit"):
         made = pairs.make(recipe, str(folder), tmp_path, 1000)
         assert made == pairs.make(recipe, str(folder), tmp_path, 1000)
         config = json.loads((made / "config.json").read_text())
-        assert len(config["provenance"]["losses"]) == (0 if recipe.endswith("own") else 2)
-        assert config["provenance"]["loss"] == ("paper" if recipe.endswith("own") else "distill")
-        assert ("tuned" in config["auxiliary"]) == recipe.endswith("lora")
+        assert len(config["provenance"]["losses"]) == (0 if "own" in recipe else 2)
+        assert config["provenance"]["loss"] == ("paper" if "own" in recipe else "distill")
+        assert config["provenance"]["rate"] == {"joint": 2e-3, "distilled": 1e-3}.get(recipe.split()[-1], 3e-4)
+        assert ("tuned" in config["auxiliary"]) == recipe.endswith("joint")
+        assert config.get("quantization", {}).get("bits") == (8 if recipe.endswith("8-bit") else None)
+        made_of[recipe] = made
+    assert list(pairs.trained_baselines(made_of).items()) == [("LP 0.50 trained", made_of["lp:0.50 joint"])]
     assert {path.name for path in tmp_path.glob("*.txt")} == {"fit-1000.txt", "train-900.txt"}
     with pytest.raises(MlxeffError, match=r"kvp: lp:0\.50 more: wanted an auxiliary and one of own, dist"):
         pairs.make("lp:0.50 more", str(folder), tmp_path, 1000)
-    assert set(pairs.STEPS) <= set(pairs.RECIPES)
+    assert set(pairs.TRAINED) <= set(pairs.RECIPES)

@@ -13,6 +13,9 @@ from mlxeff.convert import convert
 
 import checkpoint_files as files
 from helpers import assert_close
+from kvp import questions
+from kvp.pairs import SHIPPED, TRAINED
+from mlxeff import hub
 from mlxeff.errors import MlxeffError
 from mlxeff.kv_pairs import load_pair, make_auxiliary
 from mlxeff.kvprediction import Predictor, predict
@@ -404,7 +407,8 @@ def drop_tensor(folder):
         (drop_tensor, "missing 1 tensors: value_maps.2.bias"),
         (lambda p: (p / "model.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{}"), "model.safetensors"),
         (lambda p: (p / "config.json").write_text("{"), "not valid JSON"),
-        (shutil.rmtree, "wanted the folder of a KV prediction pair, got no config.json there"),
+        (shutil.rmtree, "wanted the folder of a KV prediction pair or one of: smollm2-135m-0-18, smollm2-135m-0-21"),
+        (lambda p: (p / "config.json").unlink(), "wanted the folder of a KV prediction pair, got no config.json there"),
     ],
 )  # fmt: skip
 def test_damaged_pairs(pair, base, change, complaint):
@@ -414,6 +418,29 @@ def test_damaged_pairs(pair, base, change, complaint):
     assert complaint in str(caught.value)
     assert str(pair) in str(caught.value) or complaint == "model.safetensors"
     assert "\n" not in str(caught.value)
+
+
+def test_the_pairs_that_come_with_the_package(smollm2_gguf):
+    """Each lets its base look up nearly as many of twelve numbers as the base does alone, and is the recipe's."""
+    base = load_path(smollm2_gguf)
+    assert hub.pairs() == sorted(SHIPPED)
+    asked = [(base.tokenizer.encode(text), answer) for text, answer in questions.sets()["numbers"][:12]]
+
+    def right(pair=None):
+        said = [questions.answer(base.model, base.tokenizer, ids, pair) for ids, _ in asked]
+        return sum(questions.exact(each, answer) for each, (_, answer) in zip(said, asked, strict=True))
+
+    most = right()
+    assert most >= 6
+    for name, recipe in SHIPPED.items():
+        pair, config = load_pair(name, base), read_config(hub.resolve_pair(name))
+        assert pair.name == name
+        assert config.base["name"] == hub.DEFAULT_MODEL
+        assert config.quantization["bits"] == 8
+        assert len(config.provenance["losses"]) == TRAINED[recipe.removesuffix(" 8-bit")][0]
+        assert right(pair) >= most - 2
+    assert all(mlxeff("models")[0].count(name) == 1 for name in SHIPPED)
+    assert json.loads(mlxeff("models", "--json")[0])["pairs"] == hub.pairs()
 
 
 def test_an_auxiliary_that_changed_or_has_another_vocabulary(base, tmp_path):

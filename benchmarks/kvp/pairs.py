@@ -1,7 +1,7 @@
 """The pairs that are measured. Each is a recipe, "AUX" or "AUX HOW", and is made where it is missing: AUX as in
 `mlxeff fit kv-predictor --aux`, HOW one of HOW below, without it the closed form. All are fitted in closed form on one
 text, half of it the converter's calibration text and half what the base model writes by itself; some are trained on
-from there, on `training_text`.
+from there, on `training_text`; "RECIPE 8-bit" is that of RECIPE with its maps rounded to 8 bits.
 
     python -m kvp.pairs RECIPE FOLDER       # in benchmarks/: make one, for use
 """
@@ -11,6 +11,7 @@ import hashlib
 import re
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from mlxeff import hub
@@ -19,7 +20,9 @@ from mlxeff.cli import main as mlxeff
 from mlxeff.errors import MlxeffError
 from mlxeff.hub.catalog import cache_dir
 from mlxeff.kv_pairs import load_pair
+from mlxeff.kvprediction.files import read_config, write_pair
 from mlxeff.kvprediction.layers import kept_layers
+from mlxeff.kvprediction.predictor import quantization, quantize
 from mlxeff.kvprediction.text import sample
 from mlxeff.loading import Loaded, load_path
 from mlxeff.models.fused import fuse
@@ -28,22 +31,27 @@ from . import training_text
 from .measures import Reader
 from .training_text import CALIBRATION
 
-DISTILLED = ("--loss", "distill", "--prompt-mark", training_text.MARK, "--batch", 4, "--rate", 1e-3)
+DISTILLED = ("--loss", "distill", "--prompt-mark", training_text.MARK)
 HOW = {
     "own": ("--inputs", "own"),
-    "distilled": DISTILLED,
-    "lora": (*DISTILLED, "--train", "lora", "--batch", 3),
-    "paper": ("--loss", "paper", "--batch", 2, "--rate", 5e-4),
+    "distilled": (*DISTILLED, "--batch", 4),
+    "longer": (*DISTILLED, "--batch", 4),
+    "lora": (*DISTILLED, "--train", "lora", "--batch", 3, "--aux-loss", 0),
+    "joint": (*DISTILLED, "--train", "lora", "--batch", 3),  # the auxiliary learns to be a model of its own, too
+    "paper": ("--loss", "paper", "--batch", 2),
 }
-STEPS = {  # of training
-    "lp:0.75 distilled": 100,
-    "lp:0.50 distilled": 100,
-    "lp:0.25 distilled": 100,
-    "layers:0-18 distilled": 100,
-    "layers:0-14 distilled": 300,
-    "layers:0-7 distilled": 150,
-    "lp:0.50 lora": 60,
-    "lp:0.50 paper": 60,
+TRAINED = {  # steps and learning rate; maps that read layers the base does not have in this order want a lower one
+    "lp:0.75 distilled": (100, 3e-4),
+    "lp:0.50 distilled": (200, 3e-4),
+    "lp:0.25 distilled": (100, 3e-4),
+    "layers:0-21 distilled": (100, 1e-3),
+    "layers:0-18 distilled": (100, 1e-3),
+    "layers:0-18 longer": (300, 1e-3),
+    "layers:0-14 distilled": (300, 1e-3),
+    "layers:0-7 distilled": (200, 1e-3),
+    "lp:0.50 lora": (120, 5e-4),
+    "lp:0.50 joint": (120, 3e-4),
+    "lp:0.50 paper": (60, 5e-4),
 }
 CLOSED_FORM = (
     "lp:0.75",
@@ -55,11 +63,21 @@ CLOSED_FORM = (
     "layers:0-7",
     "lp:0.50 own",
 )
-RECIPES = (*CLOSED_FORM, *STEPS)
+ROUNDED, BITS = " 8-bit", 8
+SHIPPED = {  # name in the package → recipe
+    "smollm2-135m-0-18": f"layers:0-18 distilled{ROUNDED}",
+    "smollm2-135m-0-21": f"layers:0-21 distilled{ROUNDED}",
+}
+RECIPES = (*CLOSED_FORM, *TRAINED, *SHIPPED.values())
 FRACTIONS = ("0.75", "0.50", "0.25")
 TOKENS, LENGTH, SEED = 32768, 512, 0  # of the closed form, of a piece, of the base's own text
 KEEPS = (64, 256, 384)
-DIALLED = ("KVP layers:0-14", "KVP layers:0-14 distilled", "KVP lp:0.50 distilled")  # whose dials are measured too
+DIALLED = (  # whose dials are measured too
+    "KVP layers:0-14",
+    "KVP layers:0-18 distilled",
+    "KVP layers:0-14 distilled",
+    "KVP lp:0.50 distilled",
+)
 
 
 def work_folder() -> Path:
@@ -73,16 +91,38 @@ def make(recipe: str, model: str, work: Path, tokens: int, folder: Path | None =
     folder = folder or work / re.sub(r"[^\w.]+", "-", f"{recipe}-{tokens}")
     if folder.exists():
         return folder
+    if recipe.endswith(ROUNDED):
+        return _rounded(make(recipe.removesuffix(ROUNDED), model, work, tokens), model, folder)
     auxiliary, _, how = recipe.partition(" ")
     if how and how not in HOW:
         raise MlxeffError(f"kvp: {recipe}: wanted an auxiliary and one of {', '.join(HOW)}, got {how!r}")
     options = ["--aux", auxiliary, "--out", folder, "--text", _text(model, work, tokens), "--tokens", tokens]
     options += ["--length", LENGTH, *HOW.get(how, ())]
-    if recipe in STEPS:
-        options += ["--steps", STEPS[recipe], "--train-text", _training_text(model, work)]
+    if recipe in TRAINED:
+        steps, rate = TRAINED[recipe]
+        options += ["--steps", steps, "--rate", rate, "--train-text", _training_text(model, work)]
     if mlxeff(["fit", "kv-predictor", model, *map(str, options)]):
         raise MlxeffError(f"kvp: fitting {recipe} failed")
     return folder
+
+
+def _rounded(whole: Path, model: str, folder: Path) -> Path:
+    """The pair in `whole` with its maps of BITS bits, in `folder`."""
+    predictor = load_pair(whole, load_path(hub.resolve(model))).predictor
+    scheme = quantization(BITS, [each.weight.shape[1] for pair in predictor.maps for each in pair])
+    quantize(predictor, scheme)
+    config = replace(read_config(whole), quantization=scheme)
+    write_pair(folder, lambda _: config, predictor, half=True)
+    return folder
+
+
+def trained_baselines(made: dict[str, Path]) -> dict[str, Path]:
+    """Of pairs by recipe, those whose auxiliary was trained too, as a model of its own: a layer-pruned baseline."""
+    return {
+        f"LP {each.split()[0].removeprefix('lp:')} trained": folder
+        for each, folder in made.items()
+        if each.endswith(" joint")
+    }
 
 
 def _training_text(model: str, work: Path) -> Path:

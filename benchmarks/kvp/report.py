@@ -160,17 +160,19 @@ def _target_ttft(arms: dict[str, dict]) -> Iterable[str]:
 
 
 def _target_pareto(arms: dict[str, dict]) -> Iterable[str]:
-    """Each pair against the layer-pruned baselines at equal FLOPs, in every measure that is known of it."""
-    for name, arm in arms.items():
-        if arm["kind"] != "pair":
-            continue
-        pairs = {measure: (arm[measure], _pruned(arms, measure, arm["flops"])) for measure in BETTER if measure in arm}
-        pairs = {measure: both for measure, both in pairs.items() if both[1] is not None}
-        if pairs:
-            below = [m for m, (mine, theirs) in pairs.items() if not BETTER[m] * (mine - theirs) > 0]
-            words = ", ".join(f"{measure} {mine:.3g} for {theirs:.3g}" for measure, (mine, theirs) in pairs.items())
-            verdict = _verdict(not below) + (f" in {', '.join(below)}" if below else "")
-            yield f"target: {name} above the pruned baselines at equal FLOPs: {words}: {verdict}"
+    """Of each measure how many of the pairs are above the layer-pruned baselines at equal FLOPs."""
+    for measure, sign in BETTER.items():
+        known = {name: arm for name, arm in arms.items() if arm["kind"] == "pair" and measure in arm}
+        both = {name: (arm[measure], _pruned(arms, measure, arm["flops"])) for name, arm in known.items()}
+        both = {name: pair for name, pair in both.items() if pair[1] is not None}
+        below = [
+            f"{n} {mine:.3g} for {theirs:.3g}" for n, (mine, theirs) in both.items() if not sign * (mine - theirs) > 0
+        ]
+        if both:
+            what = (
+                f"pairs above the pruned baselines at equal FLOPs in {measure}: {len(both) - len(below)} of {len(both)}"
+            )
+            yield f"target: {what}: {_verdict(not below)}" + (f" by {', '.join(below)}" if below else "")
 
 
 def _pruned(arms: dict[str, dict], measure: str, flops: float) -> float | None:

@@ -22,8 +22,9 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
         "--kv-predict",
         metavar="PAIR[:keep=K][:refine]",
         type=_kv_predict,
-        help="predict the prompt's KV with a pair that `mlxeff fit kv-predictor` made; the model itself computes the "
-        "last K tokens and the first ones (default: the last token), with refine the others too, while it answers",
+        help="predict the prompt's KV with a pair: a folder that `mlxeff fit kv-predictor` made, or a name of `mlxeff "
+        "models`; the model itself computes the last K tokens and the first ones (default: the last token), with "
+        "refine the others too, while it answers",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON document at the end instead of streaming")
     parser.add_argument("--quiet", action="store_true", help="no progress bar, no timings; warnings still show")

@@ -9,7 +9,12 @@ def run(options: argparse.Namespace) -> int:
 
     rows = hub.models()
     if options.json:
-        print(json.dumps({"cache": str(hub.cache_dir()), "default": hub.DEFAULT_MODEL, "models": rows}, indent=2))
+        print(
+            json.dumps(
+                {"cache": str(hub.cache_dir()), "default": hub.DEFAULT_MODEL, "models": rows, "pairs": hub.pairs()},
+                indent=2,
+            )
+        )
         return 0
     table = [("NAME", "SOURCE", "SIZE", "CACHED")]
     for row in rows:
@@ -21,7 +26,8 @@ def run(options: argparse.Namespace) -> int:
     widths = [max(len(line[column]) for line in table) for column in range(3)]
     for line in table:
         print("  ".join([*(text.ljust(width) for text, width in zip(line[:3], widths)), line[3]]))
-    print(f"\nAny Hugging Face id, model folder or .gguf file works too. Built-in model's cache: {hub.cache_dir()}")
+    print(f"\nPairs of KV Prediction, for generate --kv-predict: {', '.join(hub.pairs())}")
+    print(f"Any Hugging Face id, model folder or .gguf file works too. Built-in model's cache: {hub.cache_dir()}")
     return 0
 
 

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import MlxeffError
-from .catalog import BUILTIN, DEFAULT_MODEL, OnHub, Packaged, cache_dir
+from .catalog import BUILTIN, DEFAULT_MODEL, PAIRS, OnHub, Packaged, cache_dir
 
-__all__ = ["BUILTIN", "DEFAULT_MODEL", "OnHub", "Packaged", "cache_dir", "models", "resolve"]
+__all__ = ["BUILTIN", "DEFAULT_MODEL", "OnHub", "Packaged", "cache_dir", "models", "pairs", "resolve", "resolve_pair"]
 
 Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
 CHECKPOINT_SUFFIXES = (".gguf", ".safetensors", ".pt", ".pth", ".bin")
@@ -64,6 +64,21 @@ def close_names(name: str) -> str:
     known |= {entry.repository.lower(): entry.repository for entry in BUILTIN.values() if isinstance(entry, OnHub)}
     close = difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.6)
     return f"; did you mean {', '.join(known[match] for match in close)}?" if close else ""
+
+
+def pairs() -> list[str]:
+    """The names of the pairs of KV Prediction that come with the package."""
+    return sorted(path.parent.name for path in PAIRS.glob("*/config.json"))
+
+
+def resolve_pair(name: str | Path) -> Path:
+    """The folder of a pair: `name` itself, or one of `pairs()`."""
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    if str(name) in pairs():
+        return PAIRS / str(name)
+    raise MlxeffError(f"{name}: wanted the folder of a KV prediction pair or one of: {', '.join(pairs())}")
 
 
 def models() -> list[dict[str, Any]]:

@@ -64,6 +64,7 @@ def _openelm() -> dict[str, OnHub]:
     return {alias: OnHub(repository) for alias, repository in names}
 
 
+PAIRS = Path(__file__).resolve().parent.parent / "pairs"  # of KV Prediction, that come with the package: NAME/…
 DEFAULT_MODEL = "smollm2-135m"
 BUILTIN: dict[str, Packaged | OnHub] = {
     DEFAULT_MODEL: Packaged(
