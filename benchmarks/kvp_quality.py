@@ -30,6 +30,7 @@ from mlxeff.bench.samples import Samples
 from mlxeff.cli.output import show_notices
 from mlxeff.errors import MlxeffError
 from mlxeff.kernels import use_device
+from mlxeff.kvprediction.files import digest
 from mlxeff.loading import Loaded, load_path
 
 TEXT = questions.TEXT
@@ -57,7 +58,7 @@ def main() -> None:
     pruned = pairs.trained_baselines(made) | dict(options.pruned)
     readers = pairs.readers(base, given, pruned)
     names = pairs.chosen(list(readers), options.only)
-    digests = {name: pairs.digest(folder) for name, folder in (given | pruned).items()}
+    digests = {name: digest(folder) for name, folder in (given | pruned).items()}
     what = {"model": base.fingerprint, "windows": [options.windows, options.prompt, options.continuation]}
     scored = Samples(options.work / "windows.jsonl", {"format": "kvp-windows", **what}, QUALITY_KEYS)
     asked = {
@@ -158,7 +159,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--phase", nargs="+", choices=PHASES, default=PHASES[:2], help="default: the quality")
     parser.add_argument("--rounds", type=int, default=3, help="of the times")
     parser.add_argument("--warmup", type=int, default=1, help="uncounted rounds of the times")
-    parser.add_argument("--point", nargs="+", default=[], metavar="KEY=VALUE", help="of the times: batch, tokens, arm")
+    of_times = {"nargs": "+", "action": "extend", "default": [], "metavar": "KEY=VALUE"}
+    parser.add_argument("--point", **of_times, help="of the times: batch, tokens, arm")
     parser.add_argument("--work", type=Path, default=pairs.work_folder(), help="default %(default)s")
     parser.add_argument("--table", type=Path, metavar="FILE", help="print the tables of a saved result")
     parser.add_argument("--readme", action="store_true", help="measure nothing: saved results → the README's section")

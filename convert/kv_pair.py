@@ -36,6 +36,10 @@ def convert_pair(
     source: Source, destination: Path, options: Options, tokenizer: str | Path | None, dry_run: bool
 ) -> Report:
     """Write the pair, or with `dry_run` only report. Raises MlxeffError; `destination` is then not made."""
+    if options.seedlm:
+        raise MlxeffError(f"{source.path}: a pair of KV prediction: wanted no seedlm, got {options.seedlm.format.name}")
+    if options.dtype or options.bits:
+        notices.info("convert: the pair's maps stay float32: dtype and quantize are for its models")
     conversions = {part: _model(source, part, options) for part in PARTS}
     tokens = folder.find_tokenizer(source, tokenizer)
     _check_names(source)

@@ -13,14 +13,13 @@ from dataclasses import dataclass, field
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from ..checkpoint import Piece
+from ..checkpoint import FLOATS, Piece, cast
 from ..errors import MlxeffError, notices
 from ..loading import MODELS, build_model
 
 DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 BLOCK_TYPES = {"uint32": "U32", "uint16": "U16", "uint8": "U8", "int32": "I32"}  # of seed-encoded arrays
 BYTES = {"F16": 2, "BF16": 2, "F32": 4, "U32": 4}
-MLX = {"F16": mx.float16, "BF16": mx.bfloat16, "F32": mx.float32}
 Spec = tuple[str, str, tuple[int, ...]]  # name, dtype, shape
 
 
@@ -153,14 +152,14 @@ def _commonest(weights: list[Weight]) -> str | None:
     sizes = Counter()
     for weight in weights:
         sizes[weight.dtype] += weight.nbytes
-    floats = [dtype for dtype, _ in sizes.most_common() if dtype in MLX]
+    floats = [dtype for dtype, _ in sizes.most_common() if dtype in FLOATS]
     return floats[0] if floats else None
 
 
 def _say_rounding(weights: list[Weight], default: str | None) -> None:
     """Scales of packed weights are part of their values: a narrower type than the source's changes them."""
     exact = {("F16", "F32"), ("BF16", "F32")}
-    rounded = {w.module for w in weights for _, old, _ in w.packed if old in MLX and default not in (None, old)}
+    rounded = {w.module for w in weights for _, old, _ in w.packed if old in FLOATS and default not in (None, old)}
     rounded -= {w.module for w in weights if (w.dtype, default) in exact}
     if rounded:
         notices.warning(f"convert: scales of {len(rounded)} quantised modules are rounded to {default}")
@@ -193,11 +192,11 @@ def _job(weight: Weight, default: str | None, options: Options) -> _Job:
     if weight.packed:
         before, work = weight.packed, 0
         specs = tuple((name, _target(dtype, default), shape) for name, dtype, shape in before)
-        piece = Piece(specs, lambda: [_cast(array, spec) for array, spec in zip(weight.read(), specs, strict=True)])
+        piece = Piece(specs, lambda: [cast(array, spec) for array, spec in zip(weight.read(), specs, strict=True)])
     else:
         dense = (weight.name, _target(weight.dtype, default), weight.shape)
         before, work = ((weight.name, weight.dtype, weight.shape),), math.prod(weight.shape) * BYTES.get(dense[1], 8)
-        piece = Piece((dense,), lambda: [_cast(weight.read()[0], dense)])
+        piece = Piece((dense,), lambda: [cast(weight.read()[0], dense)])
         if options.bits and len(weight.shape) == 2 and weight.shape[-1] % options.group_size == 0:
             piece = _quantised(weight, dense, options)
     changes = [
@@ -224,12 +223,12 @@ def _chosen_job(weight: Weight, default: str | None, choice, encoded) -> _Job:
 
 def _dequantised(weight: Weight, scheme: dict) -> Weight:
     """A packed weight as a dense one of the type of its scales."""
-    read = lambda: [mx.dequantize(*weight.read(), **scheme).astype(MLX[weight.dtype])]  # noqa: E731
+    read = lambda: [mx.dequantize(*weight.read(), **scheme).astype(FLOATS[weight.dtype])]  # noqa: E731
     return Weight(weight.name, weight.dtype, weight.shape, weight.nbytes, read)
 
 
 def _target(dtype: str, default: str | None) -> str:
-    return default if default and dtype in MLX else dtype
+    return default if default and dtype in FLOATS else dtype
 
 
 def _quantised(weight: Weight, dense: Spec, options: Options) -> Piece:
@@ -240,21 +239,7 @@ def _quantised(weight: Weight, dense: Spec, options: Options) -> Piece:
         (f"{weight.module}.scales", dense[1], grouped),
         (f"{weight.module}.biases", dense[1], grouped),
     )
-    return Piece(specs, lambda: list(mx.quantize(_cast(weight.read()[0], dense), options.group_size, options.bits)))
-
-
-def _cast(array: mx.array, spec: Spec) -> mx.array:
-    """The array in the spec's float type; an error, not infinities, where that type is too narrow."""
-    name, dtype, _ = spec
-    if dtype not in MLX or array.dtype == MLX[dtype]:
-        return array
-    result = array.astype(MLX[dtype])
-    if dtype == "F16" and (mx.isinf(result) & ~mx.isinf(array)).any().item():
-        largest = mx.abs(array).max().item()
-        raise MlxeffError(
-            f"tensor {name}: wanted values that float16 can hold, got {largest:.4g}: use --dtype bfloat16"
-        )
-    return result
+    return Piece(specs, lambda: list(mx.quantize(cast(weight.read()[0], dense), options.group_size, options.bits)))
 
 
 def some(names: Iterable[str]) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
+from .checkpoint import save_arrays
 from .errors import MlxeffError
 from .ops import attention
 
@@ -141,7 +142,8 @@ class KVCache:
         arrays = {"tokens": mx.array(list(tokens), dtype=mx.uint32)}
         for index, layer in enumerate(self.layers):
             arrays[f"{index}.keys"], arrays[f"{index}.values"] = layer.state()
-        _write(Path(path), arrays, {"format": "mlxeff-kv-cache", "version": FORMAT_VERSION, "model": model})
+        metadata = {"format": "mlxeff-kv-cache", "version": FORMAT_VERSION, "model": model}
+        save_arrays(Path(path), arrays, metadata, "the prompt cache")
 
     def restore(self, path: str | os.PathLike, model: str) -> list[int]:
         """Fill this (new) cache from a file that `save` wrote for the same `model`; returns the token ids it holds."""
@@ -165,22 +167,6 @@ def common_prefix(held: Sequence[int], wanted: Sequence[int]) -> int:
             break
         length += 1
     return length
-
-
-def _write(path: Path, arrays: dict[str, mx.array], metadata: dict[str, str]) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.safetensors")
-    try:
-        mx.eval(arrays)
-        mx.save_safetensors(str(temporary), arrays, metadata)
-        wanted, got = sum(a.nbytes for a in arrays.values()), temporary.stat().st_size
-        if got < wanted:
-            raise OSError(f"wanted {wanted} bytes on disk, got {got} (disk full?)")
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:
-        raise MlxeffError(f"{path}: cannot write the prompt cache: {error}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
 
 
 def _read(path: Path, model: str) -> dict[str, mx.array]:

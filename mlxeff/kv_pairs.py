@@ -14,6 +14,7 @@ from .kvprediction.predictor import check_map, quantize
 from .kvprediction.tuning import Tuned
 from .loading import Loaded, fill, load_model, require_seam
 from .models.fused import fuse
+from .models.openelm import published_config
 
 SEAM = "kv"  # of a model: raw_kv, append_kv
 
@@ -27,7 +28,7 @@ class Auxiliary:
     layer_map: list[int]
 
 
-def load_pair(pair: str | Path, base: Loaded) -> KvPrediction:
+def load_pair(pair: str | Path, base: Loaded, offline: bool = False) -> KvPrediction:
     """Load the pair in a folder, or one that comes with the package by its name, for `base`; the error names what does
     not fit."""
     folder = hub.resolve_pair(pair)
@@ -36,7 +37,7 @@ def load_pair(pair: str | Path, base: Loaded) -> KvPrediction:
     wanted, got = config.base.get("fingerprint"), base.fingerprint
     if wanted != got:
         raise MlxeffError(f"{folder}: wanted the base {config.base.get('name')} ({wanted}), got {base.path} ({got})")
-    auxiliary, weights = _auxiliary_of(folder, config, base), read_weights(folder)
+    auxiliary, weights = _auxiliary_of(folder, config, base, offline), read_weights(folder)
     of_auxiliary = {name: weights.pop(name) for name in list(weights) if name.startswith(AUXILIARY)}
     of_auxiliary = {name.removeprefix(AUXILIARY): value for name, value in of_auxiliary.items()}
     try:
@@ -65,11 +66,11 @@ def fused_like(auxiliary, base):
     return auxiliary
 
 
-def _auxiliary_of(folder: Path, config: PairConfig, base: Loaded) -> object:
+def _auxiliary_of(folder: Path, config: PairConfig, base: Loaded, offline: bool) -> object:
     if config.layers is not None:
         return pruned(base.model, config.layers, str(folder))
     name, wanted = config.auxiliary["model"], config.auxiliary["fingerprint"]
-    path = folder / name if (folder / name).is_dir() else hub.resolve(name)
+    path = folder / name if (folder / name).is_dir() else hub.resolve(name, offline=offline)
     model, got = load_model(path)
     if got != wanted:
         raise MlxeffError(f"{folder}: wanted the auxiliary {name} ({wanted}), got {path} ({got})")
@@ -92,12 +93,14 @@ def check_vocabulary(auxiliary, base, origin: str) -> None:
         raise MlxeffError(f"{origin}: vocabulary mismatch: the base has {wanted} rows, the auxiliary {got}")
 
 
-def make_auxiliary(spec: str, base: Loaded) -> Auxiliary:
+def make_auxiliary(spec: str, base: Loaded, offline: bool = False) -> Auxiliary:
     """`lp:0.5` (a fraction of the base's layers), `layers:0,1,5` or `layers:0-14` (these), a published configuration's
     name, or a model."""
     require_seam(base.model, SEAM, "KV prediction")
     count = len(base.model.layers)
     name = published_name(spec)
+    if name:
+        _check_base(name, base.model, spec)
     if name and PUBLISHED[name].keep:
         spec = f"lp:{PUBLISHED[name].keep}"
     elif name:
@@ -107,7 +110,7 @@ def make_auxiliary(spec: str, base: Loaded) -> Auxiliary:
         layers = kept_layers(rest, count) if kind == "lp" else _listed(rest, spec)
         model = fused_like(pruned(base.model, layers, spec), base.model)
         return Auxiliary(model, {"layers": layers}, pruned_map(layers, count))
-    path = hub.resolve(spec)
+    path = hub.resolve(spec, offline=offline)
     model, mark = load_model(path)
     require_seam(model, SEAM, "KV prediction")
     check_vocabulary(model, base.model, spec)
@@ -115,6 +118,16 @@ def make_auxiliary(spec: str, base: Loaded) -> Auxiliary:
     layer_map = spread_map(len(model.layers), count)
     check_map(layer_map, len(model.layers), count)
     return Auxiliary(fused_like(model, base.model), {"model": stored, "fingerprint": mark}, layer_map)
+
+
+def _check_base(name: str, base, spec: str) -> None:
+    """Refuse a base that is not of the size that the published configuration `name` is for."""
+    size = PUBLISHED[name].base
+    config = published_config(size)
+    wanted, got = (config["num_transformer_layers"], config["model_dim"]), (len(base.layers), base.hidden_size)
+    if wanted != got:
+        text = f"wanted the base OpenELM-{size}, {wanted[0]} layers of {wanted[1]}"
+        raise MlxeffError(f"{spec}: {text}, got {got[0]} layers of {got[1]}")
 
 
 def _listed(text: str, spec: str) -> list[int]:

@@ -105,6 +105,8 @@ def test_the_file_of_samples_is_gone_on_with(folder, tmp_path):
     assert [[s[k] for k in ttft.KEYS] for s in again] == [[s[k] for k in ttft.KEYS] for s in whole]
     assert again[3:] != whole[3:]
     assert "holds samples made otherwise (steps differ)" in fails(*command[:-2], "--steps", 7)
+    (tmp_path / "s.jsonl").write_bytes(b"\xff\xfe\x00")
+    assert "s.jsonl: wanted a file of samples: " in fails(*command[:-2])
 
 
 def test_the_suite_measures_all_models_of_the_paper(checkpoints):

@@ -161,6 +161,31 @@ def test_chunks_give_the_same(step):
     caches_close(cache, whole, "cache", rtol=2.0**-15)
 
 
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("step", [1, 3, 4, 5])
+def test_chunks_that_lie_in_the_first_tokens(fused, step):
+    auxiliary, predictor, base = random_pair("openelm")
+    if fused and not (kernels.device() == "cpu" and fuse(base) and fuse(auxiliary)):
+        pytest.skip("no native kernels here")
+    cache, whole = base.new_cache(), base.new_cache()
+    want = predict(auxiliary, predictor, base, mx.array(PROMPT), whole, keep=5, sinks=4)
+    got = predict(auxiliary, predictor, base, mx.array(PROMPT), cache, step_size=step, keep=5, sinks=4)
+    assert_close(got, want, "logits", rtol=2.0**-15)
+    assert cache.length == whole.length == len(PROMPT)
+
+
+@pytest.mark.usefixtures("mlx_only")  # the native kernels compute in float32
+@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16])
+def test_predicted_keys_and_values_have_the_bases_type(dtype):
+    """Whatever the type of the maps: otherwise all that follows would be computed in a wider one."""
+    auxiliary, predictor, base = random_pair("llama")
+    base.set_dtype(dtype)
+    cache, own = base.new_cache(), base.new_cache()
+    want = base.last_logits(mx.array([PROMPT]), own).dtype
+    assert predict(auxiliary, predictor, base, mx.array(PROMPT), cache).dtype == want
+    assert [array.dtype for array in cache.arrays()] == [array.dtype for array in own.arrays()]
+
+
 def test_a_batch_is_its_sequences():
     auxiliary, predictor, base = random_pair("llama")
     tokens = mx.array(np.random.default_rng(8).integers(0, 200, (3, 20)))

@@ -161,3 +161,11 @@ def test_layers_are_chosen_by_their_error():
     want = [fit(base.pruned(c), base, m, SEQUENCES, shared=n).error for c, (m, n) in zip(choices, maps, strict=True)]
     assert errors == want
     assert best == choices[int(np.argmin(want))]
+
+
+def test_states_that_are_not_finite():
+    """They would look like a perfect fit."""
+    moments = Moments([[0]])
+    moments.add({0: (mx.full((1, 5, 4), float("nan")),) * 2}, [(mx.ones((1, 1, 5, 4)),) * 2])
+    with pytest.raises(MlxeffError, match="fit: layer 0: wanted finite hidden states, keys and values, got others"):
+        solve(moments, 0, 0, 0)

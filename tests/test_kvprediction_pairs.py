@@ -162,7 +162,7 @@ cli.main({[str(each) for each in (*fit, *steps, "--out", out)]!r})
 def test_a_tuned_pair_by_the_command(base_folder, base, text, tmp_path, method):
     """What is loaded predicts as the auxiliary that was trained, which is put together here from the stored tensors."""
     out = tmp_path / "pair"
-    arguments = ("--tokens", 600, "--length", 60, "--train", method, "--rank", 3, "--json")
+    arguments = ("--tokens", 600, "--length", 60, "--train", method, "--json", *(("--rank", 3) * (method == "lora")))
     steps = ("--steps", 30, "--batch", 2, "--rate", 0.01)
     run = mlxeff(
         "fit", "kv-predictor", base_folder, "--aux", "lp:0.5", "--text", text, *arguments, *steps, "--out", out
@@ -228,12 +228,76 @@ def test_distillation_by_the_command(base_folder, base, text, tmp_path):
         (("--prompt-mark", "now" + "here", "--steps", 1, "--loss", "distill", "--train-text", __file__),
          "test_kvprediction_pairs.py: wanted 'now" + "here' where prompts end, got a text without it"),
         (("--steps", 1, "--loss", "distill", "--continuation", 98), "wanted sequences of at least 101 tokens, got 100"),
+        (("--batch", 4), "--batch 4: wanted --steps, got none"),
+        (("--rate", 0.1), "--rate 0.1: wanted --steps, got none"),
+        (("--steps", 1, "--continuation", 8), "--continuation 8: wanted --loss distill, got none"),
+        (("--steps", 1, "--rank", 8), "--rank 8: wanted --train lora, got none"),
+        (("--steps", 1, "--aux-loss", 0), "--aux-loss 0.0: wanted --train lora or full, got none"),
+        (("--per-head",), "--per-head: wanted --inputs own, which have heads, got hidden"),
+        (("--aux", "OE1.1B-KVP-LP-0.50"),
+         "OE1.1B-KVP-LP-0.50: wanted the base OpenELM-1_1B, 28 layers of 2048, got 4 layers of 64"),
+        (("--aux", "some/model", "--offline"), "some/model: not in the cache and offline"),
     ],
 )  # fmt: skip
 def test_options_of_distillation_that_do_not_fit(base_folder, text, tmp_path, options, complaint):
     arguments = ("--aux", "lp:0.5", "--text", text, "--tokens", 1000, "--length", 100, "--out", tmp_path / "pair")
     assert complaint in fails("fit", "kv-predictor", base_folder, *arguments, *options)
     assert not (tmp_path / "pair").exists()
+
+
+def test_a_training_text_of_marks_alone(base_folder, text, tmp_path):
+    (tmp_path / "marks.txt").write_text("@@@@")
+    fit = ("--aux", "lp:0.5", "--text", text, "--out", tmp_path / "pair", "--steps", 1, "--loss", "distill")
+    complaint = fails(
+        "fit", "kv-predictor", base_folder, *fit, "--prompt-mark", "@@", "--train-text", tmp_path / "marks.txt"
+    )
+    assert "marks.txt: wanted text to train on, got none" in complaint
+
+
+def test_without_a_text_the_base_needs_a_first_token(base_folder, tmp_path):
+    shutil.copytree(base_folder, tmp_path / "base")
+    path = tmp_path / "base" / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({key: value for key, value in config.items() if key != "bos_token"}))
+    complaint = fails("fit", "kv-predictor", tmp_path / "base", "--aux", "lp:0.5", "--out", tmp_path / "pair")
+    assert "base: wanted a token that text begins with (BOS), got none: name a --text" in complaint
+
+
+def test_a_fit_without_steps_leaves_an_unfinished_training_alone(base_folder, text, tmp_path):
+    kept = tmp_path / "pair.training"
+    kept.write_bytes(b"hours")
+    mlxeff("fit", "kv-predictor", base_folder, "--aux", "lp:0.5", "--text", text, "--tokens", 400, "--length", 100,
+           "--out", tmp_path / "pair")  # fmt: skip
+    assert kept.read_bytes() == b"hours"
+
+
+def test_a_tuned_pair_does_not_choose_the_next_random_numbers(base):
+    drawn, factors = [], []
+    for seed in (1, 2):
+        mx.random.seed(seed)
+        factors.append(Tuned(base.model.pruned([0, 2]), "lora", 3).places[1].trained.a)
+        drawn.append(mx.random.uniform(shape=(4,)))
+    assert mx.array_equal(*factors)
+    assert not mx.array_equal(*drawn)
+
+
+def test_a_prompt_beyond_the_auxiliarys_context(base, pair):
+    loaded = load_pair(pair, base)
+    limit = loaded.auxiliary.context_length
+    with pytest.raises(
+        MlxeffError, match=f"wanted a prompt in the auxiliary's context of {limit} tokens, got {limit + 2}"
+    ):
+        loaded.prefill(base.model, base.model.new_cache(), mx.zeros((limit + 2,), mx.int32), 512)
+
+
+def test_weights_that_a_pair_cannot_hold(base, tmp_path):
+    auxiliary = make_auxiliary("lp:0.5", base)
+    predictor = Predictor(auxiliary.model.kv_shapes, base.model.kv_shapes, auxiliary.layer_map)
+    predictor.key_maps[1].bias = mx.full(predictor.key_maps[1].bias.shape, 7e4)
+    config = PairConfig({"name": "base", "fingerprint": base.fingerprint}, auxiliary.config, auxiliary.layer_map)
+    with pytest.raises(MlxeffError, match=r"tensor key_maps\.1\.bias: wanted values that float16 can hold, got 7e\+04"):
+        write_pair(tmp_path / "pair", lambda _: config, predictor, half=True)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_searched_layers_by_the_command(base_folder, text, tmp_path):
@@ -580,6 +644,12 @@ def against_float64(state, base, pair, layer_map):
     want = kvp_reference.predicted_logits(*models, maps, layer_map, tokens)
     got = predict(pair.auxiliary, pair.predictor, base, mx.array(tokens), base.new_cache())
     assert_close(got[0], want, "converted", rtol=2.0**-14)  # four layers of float32 roundings
+
+
+def test_corenet_pairs_are_not_seed_encoded(tmp_path):
+    path = write_state(tmp_path / "pair.pt", pair_state(np.random.default_rng(4), *PAIRS["LP-0.50"]))
+    complaint = fails("convert", path, tmp_path / "out", "--seedlm", "4", "--data-free")
+    assert "pair.pt: a pair of KV prediction: wanted no seedlm, got 4" in complaint
 
 
 def test_corenet_pair_by_the_command(tmp_path):

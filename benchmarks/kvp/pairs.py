@@ -7,7 +7,6 @@ from there, on `training_text`; "RECIPE 8-bit" is that of RECIPE with its maps r
 """
 
 import argparse
-import hashlib
 import re
 import sys
 from collections.abc import Sequence
@@ -90,6 +89,7 @@ def make(recipe: str, model: str, work: Path, tokens: int, folder: Path | None =
     tokens."""
     folder = folder or work / re.sub(r"[^\w.]+", "-", f"{recipe}-{tokens}")
     if folder.exists():
+        _check(folder, recipe)
         return folder
     if recipe.endswith(ROUNDED):
         return _rounded(make(recipe.removesuffix(ROUNDED), model, work, tokens), model, folder)
@@ -106,8 +106,19 @@ def make(recipe: str, model: str, work: Path, tokens: int, folder: Path | None =
     return folder
 
 
+def _check(folder: Path, recipe: str) -> None:
+    """Refuse a folder that was made by an earlier form of the recipe."""
+    kept = read_config(folder).provenance
+    wanted, got = TRAINED.get(recipe.removesuffix(ROUNDED), (0, None)), (kept.get("steps"), kept.get("rate"))
+    if wanted[0] != got[0] or (wanted[0] and wanted[1] != got[1]):
+        steps, rate = wanted
+        raise MlxeffError(f"{folder}: wanted {steps} steps at the rate {rate}, got {got[0]} at {got[1]}: remove it")
+
+
 def _rounded(whole: Path, model: str, folder: Path) -> Path:
     """The pair in `whole` with its maps of BITS bits, in `folder`."""
+    if read_config(whole).tuned:
+        raise MlxeffError(f"{whole}: wanted a pair whose auxiliary is not tuned")
     predictor = load_pair(whole, load_path(hub.resolve(model))).predictor
     scheme = quantization(BITS, [each.weight.shape[1] for pair in predictor.maps for each in pair])
     quantize(predictor, scheme)
@@ -147,15 +158,6 @@ def _text(model: str, work: Path, tokens: int) -> Path:
         partial.write_text("\n\n".join(tokenizer.decode(piece) for piece in pieces), encoding="utf-8")
         partial.replace(path)
     return path
-
-
-def digest(folder: Path) -> str:
-    """Tells one pair from another of the same name."""
-    found = hashlib.sha256()
-    for path in sorted(Path(folder).iterdir()):
-        if path.is_file():
-            found.update(path.name.encode() + path.read_bytes())
-    return found.hexdigest()[:12]
 
 
 def readers(base: Loaded, pairs: dict[str, Path], pruned: dict[str, Path]) -> dict[str, Reader]:

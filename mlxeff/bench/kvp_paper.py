@@ -13,9 +13,10 @@ from pathlib import Path
 
 import mlx.core as mx
 
+from ..errors import notices
 from ..kernels import arithmetic_dtype
 from ..kvprediction.layers import PUBLISHED, kept_layers, pruned_map, spread_map
-from ..loading import build_model, load_model
+from ..loading import build_model, load_model, require_seam
 from ..models.openelm import published_config
 from ..ops import native_for
 from .arms import Arm, random_predictor, randomise
@@ -112,7 +113,7 @@ class Builder:
 
     def _load(self, size: str):
         if size in self.checkpoints:
-            return load_model(self.checkpoints[size])[0]
+            return _of_size(load_model(self.checkpoints[size])[0], size, self.checkpoints[size])
         model = build_model(published_config(size.replace(".", "_")))
         randomise(model, self._type())
         return model
@@ -120,3 +121,14 @@ class Builder:
     def _type(self) -> mx.Dtype:
         """The weights' type: on a CPU without native kernels the one that MLX computes in."""
         return self.dtype if native_for() else arithmetic_dtype(self.dtype, False)
+
+
+def _of_size(model, size: str, origin: object):
+    """`model`, with a warning where it has not the size that its name in the tables says."""
+    require_seam(model, "kv", f"{origin}: the suite")
+    config = published_config(size.replace(".", "_"))
+    wanted, got = (config["num_transformer_layers"], config["model_dim"]), (len(model.layers), model.hidden_size)
+    if wanted != got:
+        text = "%s stands for OpenELM-%s, %d layers of %d, but has %d layers of %d"
+        notices.warning(text, origin, size, *wanted, *got)
+    return model

@@ -29,7 +29,11 @@ class Samples:
 
     def _read(self, identity: dict) -> None:
         held = []
-        for number, line in enumerate(self.path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            text = self.path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise MlxeffError(f"{self.path}: wanted a file of samples: {error}") from error
+        for number, line in enumerate(text.splitlines(), 1):
             try:
                 held.append(json.loads(line))
             except ValueError:

@@ -7,6 +7,18 @@ is an `MlxeffError`.
 
 from .source import Source, open_source, read_json
 from .tensor import Tensor
-from .writer import Piece, check_new, plan_shards, write_folder
+from .writer import FLOATS, Piece, cast, check_new, plan_shards, save_arrays, write_folder
 
-__all__ = ["Piece", "Source", "Tensor", "check_new", "open_source", "plan_shards", "read_json", "write_folder"]
+__all__ = [
+    "FLOATS",
+    "Piece",
+    "Source",
+    "Tensor",
+    "cast",
+    "check_new",
+    "open_source",
+    "plan_shards",
+    "read_json",
+    "save_arrays",
+    "write_folder",
+]

@@ -4,6 +4,7 @@ The folder is written beside its place under a hidden name and renamed when it i
 mlx-lm writes them. Format: https://huggingface.co/docs/safetensors/index#format. Knows nothing of models.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -19,6 +20,7 @@ from ..errors import MlxeffError
 from .tensor import DTYPES, NAMES
 
 SHARD_BYTES = 5 << 30  # as in mlx-lm
+FLOATS = {"F16": mx.float16, "BF16": mx.bfloat16, "F32": mx.float32}
 CARRIER = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32, 8: mx.uint64}
 
 
@@ -32,6 +34,35 @@ class Piece:
     @property
     def nbytes(self) -> int:
         return sum(_nbytes(dtype, shape) for _, dtype, shape in self.specs)
+
+
+def cast(array: mx.array, spec: tuple[str, str, tuple[int, ...]]) -> mx.array:
+    """The array in the float type of `spec` (name, dtype, shape); an error where that is too narrow."""
+    name, dtype, _ = spec
+    if dtype not in FLOATS or array.dtype == FLOATS[dtype]:
+        return array
+    result = array.astype(FLOATS[dtype])
+    if dtype == "F16" and (mx.isinf(result) & ~mx.isinf(array)).any().item():
+        largest = mx.abs(array).max().item()
+        raise MlxeffError(f"tensor {name}: wanted values that float16 can hold, got {largest:.4g} (bfloat16 can)")
+    return result
+
+
+def save_arrays(path: Path, arrays: dict[str, mx.array], metadata: dict[str, str], what: str) -> None:
+    """Write one safetensors file in place of `path`, all or nothing; `what` names it in the error."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.safetensors")
+    try:
+        mx.eval(arrays)
+        mx.save_safetensors(str(temporary), arrays, metadata)
+        wanted, got = sum(a.nbytes for a in arrays.values()), temporary.stat().st_size
+        if got < wanted:
+            raise OSError(f"wanted {wanted} bytes on disk, got {got} (disk full?)")
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        raise MlxeffError(f"{path}: cannot write {what}: {error}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def plan_shards(pieces: list[Piece], shard_bytes: int = SHARD_BYTES) -> list[list[Piece]]:

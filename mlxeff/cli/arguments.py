@@ -99,8 +99,7 @@ def _add_training(sub: argparse.ArgumentParser) -> None:
         "--continuation",
         metavar="N",
         type=_positive,
-        default=64,
-        help="tokens that --loss distill continues a prompt with (default %(default)s)",
+        help="tokens that --loss distill continues a prompt with (default 64)",
     )
     sub.add_argument(
         "--prompt-mark",
@@ -108,18 +107,15 @@ def _add_training(sub: argparse.ArgumentParser) -> None:
         help="stands in the training text where prompts end, and is not read itself: every other step of --loss "
         "distill has only such prompts, and what follows right after them (default: prompts end anywhere)",
     )
-    sub.add_argument("--rank", metavar="R", type=_positive, default=16, help="of --train lora (default %(default)s)")
+    sub.add_argument("--rank", metavar="R", type=_positive, help="of --train lora (default 16)")
     sub.add_argument(
         "--aux-loss",
         metavar="X",
         type=float,
-        default=1.0,
-        help="weight of a tuned auxiliary's own next-token loss; a step with 0 is cheaper (default %(default)s)",
+        help="weight of a tuned auxiliary's own next-token loss; a step with 0 is cheaper (default 1)",
     )
-    sub.add_argument("--batch", metavar="N", type=_positive, default=1, help="pieces a step (default %(default)s)")
-    sub.add_argument(
-        "--rate", metavar="X", type=float, default=3e-4, help="highest learning rate (default %(default)s)"
-    )
+    sub.add_argument("--batch", metavar="N", type=_positive, help="pieces a step (default 1)")
+    sub.add_argument("--rate", metavar="X", type=float, help="highest learning rate (default 3e-4)")
 
 
 def add_chat(parser: argparse.ArgumentParser) -> None:
@@ -163,6 +159,7 @@ def add_bench(parser: argparse.ArgumentParser) -> None:
         metavar="KEY=VALUE",
         type=_filter,
         nargs="+",
+        action="extend",
         default=[],
         help="a part: arm (by a part of its name), device, batch, tokens; one key several times: any of its values",
     )

@@ -105,6 +105,7 @@ def _model(options: argparse.Namespace) -> tuple[list, dict]:
     from ..bench.arms import Arm
     from ..bench.ttft import Group, Point
     from ..kv_pairs import load_pair
+    from ..kvprediction.files import digest
     from ..kvprediction.predict import SINKS
     from ..loading import load_path, require_seam
     from ..models.fused import set_precision
@@ -114,15 +115,17 @@ def _model(options: argparse.Namespace) -> tuple[list, dict]:
     base = load_path(path)
     require_seam(base.model, "kv", "bench ttft")
     set_precision(base.model, options.compute, options.kv_dtype)
+    pairs = {}
     arms = {options.model: Arm(options.model, base.model)}
     for folder, keep, _ in options.kv_predict:
-        pair = load_pair(folder, base)
+        pair = load_pair(folder, base, offline=options.offline)
+        pairs[folder] = digest(hub.resolve_pair(folder))
         name = folder if keep is None else f"{folder}:keep={keep}"
         arms[name] = Arm(name, base.model, pair.auxiliary, pair.predictor, keep or 1, SINKS if keep else 0)
     lengths = _lengths(options, base.model.context_length)
     points = [Point(batch, tokens) for batch in options.batch for tokens in lengths]
     about = {"model": options.model, "fingerprint": base.fingerprint, "weights": "as stored", "activations": base.dtype}
-    about |= {"compute": options.compute, "kv_dtype": options.kv_dtype}
+    about |= {"compute": options.compute, "kv_dtype": options.kv_dtype, "pairs": pairs}
     return [Group(list(arms), lambda names: [arms[name] for name in names], points, loaded=True)], about
 
 

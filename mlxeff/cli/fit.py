@@ -9,6 +9,7 @@ from pathlib import Path
 from ..errors import MlxeffError, notices
 from . import output
 
+TRAINING = {"batch": 1, "rate": 3e-4, "continuation": 64, "rank": 16, "aux_loss": 1.0}  # defaults
 SEARCH_PIECES = 4  # of the text, to compare choices of layers on
 
 
@@ -45,10 +46,16 @@ def _kv_predictor(options: argparse.Namespace) -> dict:
         path = hub.resolve(options.base, offline=options.offline, progress=progress)
     base, began = load_path(path), time.perf_counter()
     require_seam(base.model, SEAM, "KV prediction")
+    # What can be refused at once comes before what takes minutes.
+    given = _training_text(options, base) if options.train_text is not None else None
+    searched = options.aux.startswith("search:")
+    auxiliary = None if searched else make_auxiliary(options.aux, base, options.offline)
+    scheme = auxiliary and _quantization(options, auxiliary.model)
     pieces = _sequences(options, base)
-    auxiliary = make_auxiliary(_specification(options, base.model, pieces), base)
-    scheme = _quantization(options, auxiliary.model)
-    fitted, losses, tuned = _fit(options, auxiliary, base, pieces)
+    if searched:
+        auxiliary = make_auxiliary(_found(options, base.model, pieces), base)
+        scheme = _quantization(options, auxiliary.model)
+    fitted, losses, tuned = _fit(options, auxiliary, base, pieces, given)
     if scheme:
         quantize(fitted.predictor, scheme)
     config = PairConfig(
@@ -67,7 +74,8 @@ def _kv_predictor(options: argparse.Namespace) -> dict:
         return config
 
     write_pair(Path(options.out), describe, fitted.predictor, tuned=tuned, half=True)
-    _state(options).unlink(missing_ok=True)
+    if losses:
+        _state(options).unlink(missing_ok=True)
     if tuned:
         tuned.fold()
     return {
@@ -86,6 +94,22 @@ def _kv_predictor(options: argparse.Namespace) -> dict:
 
 
 def _check(options: argparse.Namespace) -> None:
+    """Refuse contradictions, and options that would be ignored; fill in the defaults of the others."""
+    needs = {
+        "batch": ("--steps", options.steps),
+        "rate": ("--steps", options.steps),
+        "continuation": ("--loss distill", options.loss == "distill"),
+        "rank": ("--train lora", options.train == "lora"),
+        "aux_loss": ("--train lora or full", options.train != "predictor"),
+    }
+    for name, (wanted, met) in needs.items():
+        given = getattr(options, name)
+        if given is not None and not met:
+            raise MlxeffError(f"--{name.replace('_', '-')} {given}: wanted {wanted}, got none")
+        if given is None:
+            setattr(options, name, TRAINING[name])
+    if options.per_head and options.inputs != "own":
+        raise MlxeffError(f"--per-head: wanted --inputs own, which have heads, got {options.inputs}")
     for name in ("ridge", "rate", "aux_loss"):
         if not getattr(options, name) >= 0:
             raise MlxeffError(f"--{name.replace('_', '-')}: wanted 0 or more, got {getattr(options, name)}")
@@ -100,15 +124,12 @@ def _check(options: argparse.Namespace) -> None:
         raise MlxeffError(f"--prompt-mark: wanted --loss distill and a --train-text, got {got}")
 
 
-def _specification(options: argparse.Namespace, base, pieces: list[list[int]]) -> str:
-    """The auxiliary's, where `search:FRACTION` has become the layers with the least error on the first pieces."""
+def _found(options: argparse.Namespace, base, pieces: list[list[int]]) -> str:
+    """The auxiliary of `search:FRACTION`: the layers with the least error on the first pieces."""
     from ..kvprediction.fit import choose_layers
     from ..kvprediction.layers import candidates
 
-    kind, _, fraction = options.aux.partition(":")
-    if kind != "search":
-        return options.aux
-    choices = candidates(fraction, len(base.layers))
+    choices = candidates(options.aux.partition(":")[2], len(base.layers))
     best, errors = choose_layers(base, choices, pieces[:SEARCH_PIECES], options.ridge, options.inputs)
     for layers, error in zip(choices, errors, strict=True):
         notices.info("fit: layers %s: unexplained variance %.3f", ",".join(map(str, layers)), error)
@@ -124,13 +145,13 @@ def _quantization(options: argparse.Namespace, auxiliary) -> dict | None:
     return quantization(options.map_bits, read_widths(auxiliary.kv_shapes, options.inputs, auxiliary.hidden_size))
 
 
-def _fit(options: argparse.Namespace, auxiliary, base, pieces: list[list[int]]):
+def _fit(options: argparse.Namespace, auxiliary, base, pieces: list[list[int]], given: tuple | None):
     """(the closed form, perhaps trained on from there; the losses of the training; what was tuned of the auxiliary)."""
     from ..kvprediction.fit import fit
     from ..kvprediction.train import Training, check, train
     from ..kvprediction.tuning import Tuned
 
-    training, ends = _training_text(options, base.tokenizer) if options.train_text is not None else (pieces, [])
+    training, ends = given or (pieces, [])
     settings = Training(
         options.steps,
         options.batch,
@@ -155,13 +176,16 @@ def _fit(options: argparse.Namespace, auxiliary, base, pieces: list[list[int]]):
     return fitted, losses, tuned
 
 
-def _training_text(options: argparse.Namespace, tokenizer) -> tuple[list[list[int]], list[int]]:
-    """(pieces of `--train-text`; where prompts end in them, one after the other); refuses a text without the mark."""
-    text, mark = _read(options.train_text), options.prompt_mark
+def _training_text(options: argparse.Namespace, base) -> tuple[list[list[int]], list[int]]:
+    """(pieces of `--train-text`; where prompts end in them, one after the other); refuses a text without the mark, or
+    with nothing else."""
+    tokenizer, text, mark = base.tokenizer, _read(options.train_text), options.prompt_mark
     parts = [_tokens(part, tokenizer) for part in (text.split(mark) if mark else [text])]
     if mark and len(parts) == 1:
         raise MlxeffError(f"{options.train_text}: wanted {mark!r} where prompts end, got a text without it")
     ids, ends = list(itertools.chain(*parts)), list(itertools.accumulate(map(len, parts[:-1])))
+    if not ids:
+        raise MlxeffError(f"{options.train_text}: wanted text to train on, got none")
     pieces, before = _pieces(ids, options.length, tokenizer)
     # A piece may begin with more than its own tokens.
     ends = [end + before * (1 + end // (len(pieces[0]) - before)) for end in ends]
@@ -245,8 +269,11 @@ def _sequences(options: argparse.Namespace, base) -> list[list[int]]:
     if options.text is None:
         from ..kvprediction.text import sample
 
+        start = base.tokenizer.bos_token_id
+        if start is None:
+            raise MlxeffError(f"{options.base}: wanted a token that text begins with (BOS), got none: name a --text")
         notices.info("fit: no --text: the base writes %d tokens itself", options.tokens)
-        return sample(base.model, base.tokenizer.bos_token_id, options.tokens, options.length, options.seed)
+        return sample(base.model, start, options.tokens, options.length, options.seed)
     ids = _tokens(_read(options.text), base.tokenizer)
     if len(ids) < options.tokens:
         notices.warning("%s: %d tokens, fewer than --tokens %d", options.text, len(ids), options.tokens)

@@ -113,9 +113,9 @@ def start(options: argparse.Namespace) -> Runner:
     began = time.perf_counter()
     loaded = load_path(path, trust_remote_code=options.trust_remote_code)
     set_precision(loaded.model, options.compute, options.kv_dtype)
+    session, pair = Session(loaded.model, loaded.tokenizer), _pair(options, loaded)
     seed = random.SystemRandom().getrandbits(SEED_BITS) if options.seed is None else options.seed
     mx.random.seed(seed)
-    session, pair = Session(loaded.model, loaded.tokenizer), _pair(options, loaded)
     return Runner(options, loaded, session, device, seed, time.perf_counter() - began, pair)
 
 
@@ -126,7 +126,7 @@ def _pair(options: argparse.Namespace, loaded):
     from ..kv_pairs import load_pair
 
     folder, keep, refine = options.kv_predict
-    pair = load_pair(folder, loaded)
+    pair = load_pair(folder, loaded, offline=options.offline)
     pair.keep, pair.refine = keep, refine
     return pair
 

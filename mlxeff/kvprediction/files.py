@@ -6,6 +6,7 @@ The auxiliary is layers of the base itself, `{"layers": [0, 2, …]}`, whose wei
 `"tuned": {"method": …}` stands beside that, and what was trained is among the weights, `auxiliary.*` in float16.
 """
 
+import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
@@ -14,7 +15,7 @@ from pathlib import Path
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from ..checkpoint import Piece, open_source, read_json, write_folder
+from ..checkpoint import Piece, cast, open_source, read_json, write_folder
 from ..errors import MlxeffError
 from ..ops import BITS, GROUPS
 from .layers import shared_layers
@@ -23,7 +24,6 @@ from .tuning import Tuned
 
 FORMAT, VERSION = "mlxeff-kv-pair", 1
 AUXILIARY = "auxiliary."  # begins the names of tensors that are not the predictor's
-DTYPES = {"F32": mx.float32, "F16": mx.float16, "U32": mx.uint32}
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,15 @@ def read_config(folder: Path) -> PairConfig:
     return PairConfig(**config)
 
 
+def digest(folder: Path) -> str:
+    """Tells one pair from another of the same name."""
+    found = hashlib.sha256()
+    for path in sorted(Path(folder).iterdir()):
+        if path.is_file():
+            found.update(path.name.encode() + path.read_bytes())
+    return found.hexdigest()[:12]
+
+
 def _check_quantization(path: Path, scheme: dict) -> None:
     typed = {key: type(value) for key, value in scheme.items()} == {"group_size": int, "bits": int, "mode": str}
     if not typed or not (scheme["group_size"] in GROUPS and scheme["bits"] in BITS and scheme["mode"] == "affine"):
@@ -124,7 +133,7 @@ def pieces(predictor: Predictor, tuned: Tuned | None = None, half: bool = False)
     if tuned is not None:
         parts += [(f"{AUXILIARY}{name}", "F16", value) for name, value in tree_flatten(tuned.modules.parameters())]
     return [
-        Piece(((name, kind, value.shape),), lambda kind=kind, value=value: [value.astype(DTYPES[kind])])
+        Piece(((name, kind, value.shape),), lambda spec=(name, kind, value.shape), value=value: [cast(value, spec)])
         for name, kind, value in parts
     ]
 

@@ -81,6 +81,8 @@ def solve(moments: Moments, kind: int, i: int, j: int, ridge: float = RIDGE, hea
     for h, inputs in enumerate(heads or [slice(0, columns)]):
         rows, part = np.r_[inputs, columns], slice(h * size, (h + 1) * size)
         full[rows, part] = _ridge(gram[np.ix_(rows, rows)], cross[rows, part], ridge)
+    if not np.isfinite(full).all():
+        raise MlxeffError(f"fit: layer {i}: wanted finite hidden states, keys and values, got others")
     squares = moments.squares[kind, i] - moments.sums[kind, i] ** 2 / moments.weight
     residual = moments.squares[kind, i] - 2 * (full * cross).sum(0) + (full * (gram @ full)).sum(0)
     return Map(full[:-1].T, full[-1], float(max(0.0, residual.sum()) / max(squares.sum(), np.finfo(float).tiny)))

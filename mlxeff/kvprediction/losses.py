@@ -140,6 +140,7 @@ def language_loss(logits: mx.array, targets: mx.array) -> mx.array:
 
 def divergence(wanted: mx.array, logits: mx.array) -> mx.array:
     """Mean KL divergence, in nats, of the distributions of `logits` (…, V) from those of `wanted`."""
+    logits, wanted = logits.astype(mx.float32), wanted.astype(mx.float32)
     true, found = (x - mx.logsumexp(x, axis=-1, keepdims=True) for x in (wanted, logits))
     return (mx.exp(true) * (true - found)).sum(axis=-1).mean()
 

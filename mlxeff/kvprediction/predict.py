@@ -51,8 +51,10 @@ def predict(
     for start in range(0, stop, step_size):
         if progress:
             progress(start, total)
-        pairs = predictor(predictor.read(auxiliary, tokens[:, start : min(start + step_size, stop)], read))
-        base.append_kv(_without_first(pairs, cache.length - start), cache)
+        end = min(start + step_size, stop)
+        reading = predictor.read(auxiliary, tokens[:, start:end], read)
+        if cache.length < end:  # else the base has computed all of these itself
+            base.append_kv(_without_first(predictor(reading), cache.length - start), cache)
         mx.eval(cache.arrays(), read.arrays())
     rest = progress and (lambda done, _: progress(stop + done, total))
     return prefill(base, cache, tokens[:, stop:], step_size, rest)
@@ -109,6 +111,10 @@ class KvPrediction:
         """As `decode.prefill`, with prediction; a cache that holds tokens already is continued by the base alone."""
         total = tokens.shape[-1]
         self.predicted_tokens, self.refined_tokens, self._refinement = 0, 0, None
+        limit = getattr(self.auxiliary, "context_length", None)
+        if limit and total - 1 > limit:
+            text = f"wanted a prompt in the auxiliary's context of {limit} tokens, got {total}"
+            raise MlxeffError(f"KV prediction: {self.name}: {text}")
         if cache.length:
             notices.warning("KV prediction: not used: the cache holds %d tokens already", cache.length)
             return prefill(base, cache, tokens, step_size, progress)

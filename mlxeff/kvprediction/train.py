@@ -5,7 +5,6 @@ and text, same pair to the bit, also when it was killed and resumed on the way. 
 import hashlib
 import json
 import math
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,7 +15,8 @@ import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
-from ..errors import MlxeffError
+from ..checkpoint import save_arrays
+from ..errors import MlxeffError, notices
 from .losses import LOSSES, Truth, loss, predicted_part, truth
 from .predictor import Predictor, Reading
 from .tuning import Tuned
@@ -79,6 +79,8 @@ def train(
     ends = np.array(sorted(ends), dtype=np.int64)
     mark = _mark(settings, rows, ends, trained)
     losses = _restore(checkpoint, mark, trained, optimizer) if checkpoint else []
+    if losses:
+        notices.info("training: goes on after step %d of %d, from %s", len(losses), settings.steps, checkpoint)
     step = _step(trained, auxiliary, base, settings)
     for index in range(len(losses), settings.steps):
         value, gradients = step(*_batch(rows, settings, ends, index))
@@ -86,10 +88,12 @@ def train(
         optimizer.update(trained, gradients)
         mx.eval(trained.parameters(), optimizer.state, value)
         losses.append(_finite(value.item(), index))
-        if checkpoint and (index + 1) % settings.every == 0:
+        if checkpoint and ((index + 1) % settings.every == 0 or index + 1 == settings.steps):
             _save(checkpoint, mark, trained, optimizer, losses)
         if progress:
             progress(index + 1, settings.steps)
+    if not all(mx.isfinite(value).all().item() for _, value in tree_flatten(trained.trainable_parameters())):
+        raise MlxeffError("training: wanted finite weights after the last step, got others: lower the learning rate")
     return losses
 
 
@@ -186,14 +190,7 @@ def _mark(settings: Training, rows: np.ndarray, ends: np.ndarray, trained: Train
 def _save(path: Path, mark: str, trained: Trained, optimizer: optim.Optimizer, losses: list[float]) -> None:
     arrays = {f"trained.{name}": value for name, value in tree_flatten(trained.parameters())}
     arrays |= {f"optimizer.{name}": value for name, value in tree_flatten(optimizer.state)}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.safetensors")
-    try:
-        mx.save_safetensors(str(temporary), arrays, {"mark": mark, "losses": json.dumps(losses)})
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:
-        raise MlxeffError(f"{path}: cannot write the training's checkpoint: {error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    save_arrays(path, arrays, {"mark": mark, "losses": json.dumps(losses)}, "the training's checkpoint")
 
 
 def _restore(path: Path, mark: str, trained: Trained, optimizer: optim.Optimizer) -> list[float]:
@@ -202,6 +199,7 @@ def _restore(path: Path, mark: str, trained: Trained, optimizer: optim.Optimizer
         return []
     try:
         arrays, metadata = mx.load(str(path), format="safetensors", return_metadata=True)
+        mx.eval(arrays)
     except RuntimeError as error:
         raise MlxeffError(f"{path}: wanted a training's checkpoint, got {str(error).splitlines()[0]}") from error
     if metadata.get("mark") != mark:

@@ -29,12 +29,12 @@ BITS = 8  # of a folded matrix whose W is not dense
 class LoraLinear(nn.Module):
     """x → W x + B A x; B is 0 at first, so that nothing changes."""
 
-    def __init__(self, whole: nn.Module, rank: int):
+    def __init__(self, whole: nn.Module, rank: int, key: mx.array):
         super().__init__()
         rows, columns = dense(whole).shape
         bound = 1 / math.sqrt(columns)
         self._whole = whole
-        self.a = mx.random.uniform(-bound, bound, (rank, columns))
+        self.a = mx.random.uniform(-bound, bound, (rank, columns), key=key)
         self.b = mx.zeros((rows, rank))
 
     def __call__(self, x: mx.array) -> mx.array:
@@ -63,7 +63,7 @@ class Place:
         """Put what computes the same, without gradients, in place of the trained module."""
         trained = self.trained
         if isinstance(trained, RMSNorm):
-            trained.weight = trained.weight.astype(mx.float32)
+            trained.weight = trained.weight.astype(self.whole.weight.dtype)
             return
         merged = trained.merged() if isinstance(trained, LoraLinear) else trained
         self.owner[self.key] = _stored_like(self.whole, merged)
@@ -77,7 +77,6 @@ class Tuned:
         """Raises MlxeffError for an unknown method and a rank below 1."""
         if method not in METHODS or type(rank) is not int or rank < 1:
             raise MlxeffError(f"tuning: wanted one of {', '.join(METHODS)} and a rank ≥ 1, got {method!r}, rank {rank}")
-        mx.random.seed(seed)
         self.auxiliary, self.method, self.rank = auxiliary, method, rank
         own_layers(auxiliary)
         self.places = [
@@ -86,8 +85,10 @@ class Tuned:
             for owner, key, path in _children(layer)
             if is_matrix(owner[key]) or (method == "full" and isinstance(owner[key], nn.RMSNorm))
         ]
+        key = mx.random.key(seed)
         for place in self.places:
-            place.owner[place.key] = LoraLinear(place.whole, rank) if method == "lora" else _trainable(place.whole)
+            key, own = mx.random.split(key)
+            place.owner[place.key] = LoraLinear(place.whole, rank, own) if method == "lora" else _trainable(place.whole)
         self.modules = nn.Module()
         self.modules.layers = tree_unflatten([(place.path, place.trained) for place in self.places])
 
@@ -129,7 +130,8 @@ def dense(module: nn.Module) -> mx.array:
 def _stored_like(whole: nn.Module, merged: nn.Module) -> nn.Module:
     """The dense float32 layer `merged` in a form as small as that of `whole`, or 8 bits."""
     if isinstance(whole, nn.Linear):
-        merged.weight = merged.weight.astype(whole.weight.dtype)
+        for name in merged.parameters():
+            merged[name] = merged[name].astype(whole[name].dtype)
         return merged
     fitting = [size for size in GROUPS if merged.weight.shape[1] % size == 0]
     wanted = getattr(whole, "group_size", None)

@@ -202,6 +202,8 @@ class DecoderModel(nn.Module):
         if self._fused is not None and self._fused.applies(cache):
             self._fused.append_kv(pairs, cache)
         else:
+            dtype = self.embed(mx.zeros((1, 1), mx.int32)).dtype  # that of the model's own keys and values
+            pairs = [(keys.astype(dtype), values.astype(dtype)) for keys, values in pairs]
             for layer, pair in zip(cache.layers, self.placed_kv(pairs, cache.length), strict=True):
                 layer.append(*pair)
 
