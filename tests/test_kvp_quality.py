@@ -211,6 +211,22 @@ def test_the_plot_shows_every_arm(tmp_path):
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_time_of_an_arm_that_was_not_timed():
+    names = {"base": 2.0, "KVP a": 1.2, "KVP a, keep 9": 1.5, "KVP b": None, "KVP a distilled": None}
+    names |= {
+        "KVP a distilled, keep 9": None,
+        "KVP a distilled, refine": None,
+        "KVP a, refine": None,
+        "KVP a lora": None,
+    }
+    arms = {name: arm("pair", 0.6, 20, seconds) for name, seconds in names.items()}
+    found = {name: report._share(each, arms, 2.0) for name, each in arms.items()}
+    of_keep = {name for name, share in found.items() if share == 0.75}
+    assert of_keep == {"KVP a, keep 9", "KVP a distilled, keep 9"}
+    assert {name for name, share in found.items() if share is None} == {"KVP b", "KVP a lora"}
+    assert all(found[name] == 0.6 for name in ("KVP a", "KVP a, refine", "KVP a distilled", "KVP a distilled, refine"))
+
+
 def test_the_whole_benchmark_on_a_tiny_model(folder, base, tmp_path, monkeypatch, capsys):
     text = tmp_path / "text"
     text.write_text(TEXT)

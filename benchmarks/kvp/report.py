@@ -1,6 +1,7 @@
 """Samples → a summary of each arm, tables in Markdown, targets, plot."""
 
 import math
+import re
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,6 +18,7 @@ SECTION = "kvp-quality"  # of the README
 TARGET_TTFT, TARGET_GAP = 0.60, 0.90  # KVP lp:0.50 by base; of the gap that keep and refine recover
 HALF = "KVP lp:0.50"
 PLOT_POINT = (1, 512)  # batch, prompt tokens
+SAME_SHAPES = re.compile(r" (distilled|longer|paper)(?=,|$)")
 BETTER = {"perplexity": -1, "kl": -1, "agreement": 1, "exact": 1, "numbers": 1}  # the sign of an improvement
 
 
@@ -243,11 +245,12 @@ def plot(document: dict, path: Path) -> None:
 
 
 def _share(arm: dict, arms: dict[str, dict], whole: float) -> float | None:
-    mine = _times(arm).get(PLOT_POINT)
-    if mine is None and arm["kind"] == "refine":  # its first token is the pair's
-        name = next(each for each, other in arms.items() if other is arm).partition(",")[0]
-        mine = _times(arms[name]).get(PLOT_POINT)
-    return mine and mine / whole
+    """Of an arm that was not timed: what its first token costs as well. `refine` begins after it, and a trained
+    predictor has the shapes of that in closed form."""
+    name = next(each for each, other in arms.items() if other is arm)
+    timed = [name, same := name.removesuffix(", refine"), SAME_SHAPES.sub("", same)]
+    found = [_times(arms[each])[PLOT_POINT] for each in timed if each in arms and PLOT_POINT in _times(arms[each])]
+    return found[0] / whole if found else None
 
 
 def _panel(axes, arms: dict[str, dict], measure: str, place) -> None:
