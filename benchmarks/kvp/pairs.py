@@ -49,7 +49,9 @@ TRAINED = {  # steps and learning rate; maps that read layers the base does not 
     "layers:0-14 distilled": (300, 1e-3),
     "layers:0-7 distilled": (200, 1e-3),
     "lp:0.50 lora": (120, 5e-4),
+    "lp:0.75 joint": (120, 3e-4),
     "lp:0.50 joint": (120, 3e-4),
+    "lp:0.25 joint": (120, 3e-4),
     "lp:0.50 paper": (60, 5e-4),
 }
 CLOSED_FORM = (
