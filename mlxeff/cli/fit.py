@@ -40,6 +40,7 @@ def _kv_predictor(options: argparse.Namespace) -> dict:
     from ..loading import load_path, require_seam
 
     check_new(Path(options.out))
+    _fill_in(options)
     _check(options)
     kernels.use_device(options.device)
     with output.bar(f"fetching {options.base}", "B", options.quiet) as progress:
@@ -93,8 +94,8 @@ def _kv_predictor(options: argparse.Namespace) -> dict:
     }
 
 
-def _check(options: argparse.Namespace) -> None:
-    """Refuse contradictions, and options that would be ignored; fill in the defaults of the others."""
+def _fill_in(options: argparse.Namespace) -> None:
+    """The defaults of the training's options; refuses those that would be ignored."""
     needs = {
         "batch": ("--steps", options.steps),
         "rate": ("--steps", options.steps),
@@ -108,6 +109,10 @@ def _check(options: argparse.Namespace) -> None:
             raise MlxeffError(f"--{name.replace('_', '-')} {given}: wanted {wanted}, got none")
         if given is None:
             setattr(options, name, TRAINING[name])
+
+
+def _check(options: argparse.Namespace) -> None:
+    """Refuse contradictions."""
     if options.per_head and options.inputs != "own":
         raise MlxeffError(f"--per-head: wanted --inputs own, which have heads, got {options.inputs}")
     for name in ("ridge", "rate", "aux_loss"):
