@@ -220,7 +220,7 @@ def test_the_time_of_an_arm_that_was_not_timed():
         "KVP a lora": None,
     }
     arms = {name: arm("pair", 0.6, 20, seconds) for name, seconds in names.items()}
-    found = {name: report._share(each, arms, 2.0) for name, each in arms.items()}
+    found = {name: report._share(name, arms, 2.0) for name in arms}
     of_keep = {name for name, share in found.items() if share == 0.75}
     assert of_keep == {"KVP a, keep 9", "KVP a distilled, keep 9"}
     assert {name for name, share in found.items() if share is None} == {"KVP b", "KVP a lora"}

@@ -288,6 +288,8 @@ def test_a_prompt_beyond_the_auxiliarys_context(base, pair):
         MlxeffError, match=f"wanted a prompt in the auxiliary's context of {limit} tokens, got {limit + 2}"
     ):
         loaded.prefill(base.model, base.model.new_cache(), mx.zeros((limit + 2,), mx.int32), 512)
+    loaded.keep = 8  # of these the auxiliary reads none
+    loaded.prefill(base.model, base.model.new_cache(), mx.zeros((limit + 2,), mx.int32), 512)
 
 
 def test_weights_that_a_pair_cannot_hold(base, tmp_path):

@@ -30,13 +30,15 @@ from . import training_text
 from .measures import Reader
 from .training_text import CALIBRATION
 
-DISTILLED = ("--loss", "distill", "--prompt-mark", training_text.MARK)
+LOSS = ("--loss", "distill", "--prompt-mark", training_text.MARK)
+DISTILLED = (*LOSS, "--batch", 4)
+LORA = (*LOSS, "--train", "lora", "--batch", 3)
 HOW = {
     "own": ("--inputs", "own"),
-    "distilled": (*DISTILLED, "--batch", 4),
-    "longer": (*DISTILLED, "--batch", 4),
-    "lora": (*DISTILLED, "--train", "lora", "--batch", 3, "--aux-loss", 0),
-    "joint": (*DISTILLED, "--train", "lora", "--batch", 3),  # the auxiliary learns to be a model of its own, too
+    "distilled": DISTILLED,
+    "longer": DISTILLED,
+    "lora": (*LORA, "--aux-loss", 0),
+    "joint": LORA,  # the auxiliary learns to be a model of its own, too
     "paper": ("--loss", "paper", "--batch", 2),
 }
 TRAINED = {  # steps and learning rate; maps that read layers the base does not have in this order want a lower one

@@ -232,10 +232,10 @@ def plot(document: dict, path: Path) -> None:
     for axes, (measure, label) in zip(
         rows, (("agreement", "same first choice as the base"), ("exact", "exact match")), strict=True
     ):
-        _panel(axes[0], arms, measure, lambda arm: arm["flops"])
+        _panel(axes[0], arms, measure, lambda name: arms[name]["flops"])
         axes[0].set(xlabel="FLOPs to the first token, share of the base's", ylabel=label)
         if whole:
-            _panel(axes[1], arms, measure, lambda arm: _share(arm, arms, whole))
+            _panel(axes[1], arms, measure, lambda name: _share(name, arms, whole))
         axes[1].set(xlabel=f"measured TTFT, batch {PLOT_POINT[0]} x {PLOT_POINT[1]} tokens, share of the base's")
     rows[0][0].legend(fontsize=8)
     figure.suptitle("SmolLM2-135M-Instruct: what reads the prompt")
@@ -244,10 +244,9 @@ def plot(document: dict, path: Path) -> None:
     print(f"plot: {path}", file=sys.stderr)
 
 
-def _share(arm: dict, arms: dict[str, dict], whole: float) -> float | None:
+def _share(name: str, arms: dict[str, dict], whole: float) -> float | None:
     """Of an arm that was not timed: what its first token costs as well. `refine` begins after it, and a trained
     predictor has the shapes of that in closed form."""
-    name = next(each for each, other in arms.items() if other is arm)
     timed = [name, same := name.removesuffix(", refine"), SAME_SHAPES.sub("", same)]
     found = [_times(arms[each])[PLOT_POINT] for each in timed if each in arms and PLOT_POINT in _times(arms[each])]
     return found[0] / whole if found else None
@@ -258,7 +257,7 @@ def _panel(axes, arms: dict[str, dict], measure: str, place) -> None:
     names = {"pruned": "layer-pruned", "pair": "KV Prediction", "keep": "with keep", "refine": "with refine"}
     for what, (marker, size) in styles.items():
         points = [
-            (place(arm), arm[measure], name) for name, arm in arms.items() if arm["kind"] == what and measure in arm
+            (place(name), arm[measure], name) for name, arm in arms.items() if arm["kind"] == what and measure in arm
         ]
         points = sorted(point for point in points if point[0] is not None)
         if not points:

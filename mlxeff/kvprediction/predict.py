@@ -111,15 +111,15 @@ class KvPrediction:
         """As `decode.prefill`, with prediction; a cache that holds tokens already is continued by the base alone."""
         total = tokens.shape[-1]
         self.predicted_tokens, self.refined_tokens, self._refinement = 0, 0, None
-        limit = getattr(self.auxiliary, "context_length", None)
-        if limit and total - 1 > limit:
-            text = f"wanted a prompt in the auxiliary's context of {limit} tokens, got {total}"
-            raise MlxeffError(f"KV prediction: {self.name}: {text}")
         if cache.length:
             notices.warning("KV prediction: not used: the cache holds %d tokens already", cache.length)
             return prefill(base, cache, tokens, step_size, progress)
         keep, sinks = (1, 0) if self.keep is None else (self.keep, SINKS)
         first, stop = predicted_range(total, keep, sinks)
+        limit = getattr(self.auxiliary, "context_length", None)
+        if limit and stop > limit:  # tokens that the auxiliary reads
+            text = f"wanted a prompt in the auxiliary's context of {limit} tokens, got {total}"
+            raise MlxeffError(f"KV prediction: {self.name}: {text}")
         self.predicted_tokens = stop - first
         if not self.predicted_tokens:
             notices.info("KV prediction: not used: all %d prompt tokens are computed by the base", total)
