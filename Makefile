@@ -11,7 +11,8 @@ PROBE = import platform, sys; \
   intel = sys.platform == "darwin" and platform.machine() != "arm64"; \
   print("%d.%d%s" % (sys.version_info[0], sys.version_info[1], " for Intel" if intel else "")); \
   sys.exit(intel or sys.version_info < (3, 10))
-BUILT_FROM = pyproject.toml $(wildcard cpu/*.cpp cpu/*.h cpu/CMakeLists.txt)
+BUILT_FROM = pyproject.toml $(wildcard cpu/*.h cpu/*/*.cpp cpu/*/*.h cpu/CMakeLists.txt)
+CXX_SOURCES = $(wildcard cpu/*.h cpu/*/*.cpp cpu/*/*.h tests/native_driver/*)
 PROMPT = Explain in two sentences why the sky is blue.
 
 .NOTPARALLEL:
@@ -53,10 +54,12 @@ test: $(VENV)/.installed-test
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(CXX_SOURCES)
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_SOURCES)
 
 wheel-check: $(VENV)/.installed-dev
 	$(BIN)/python .ci/wheel_check.py

@@ -60,7 +60,7 @@ def sample_ops(
 
 
 def sample_cpu(logprobs: mx.array, temp: float, top_p: float, min_p: float, top_k: int) -> mx.array:
-    """The same distribution by the native kernel (cpu/sampling.cpp), which sorts no row.
+    """The same distribution by the native kernel (cpu/rows/sampling.cpp), which sorts no row.
 
     It inverts the distribution function at one uniform number a row: one seed draws other tokens than in `sample_ops`.
     """

@@ -1,4 +1,4 @@
-"""A decoder's whole forward pass as one native CPU call (`cpu/decoder.cpp`), from the modules of an ordinary model.
+"""A decoder's whole forward pass as one native CPU call (`cpu/decoder/decoder.cpp`), from the modules of an ordinary model.
 
 A family describes its layers as `LayerParts`, by reference to its own modules, so there is no second copy of a model's
 code or weights. The fused form applies on a CPU where every matrix is dense, affine-quantised or of a module that has

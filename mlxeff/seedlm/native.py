@@ -1,4 +1,4 @@
-"""Launches of the native CPU kernels (`cpu/seedlm*.cpp`), with the arguments of their twins in `codec`.
+"""Launches of the native CPU kernels (`cpu/seedlm/`), with the arguments of their twins in `codec`.
 
 Weights are decoded exactly and products summed in float32, whatever x's type. Where the extension is missing
 (`kernels.native()`), callers use the twins.

@@ -11,7 +11,8 @@ struct AttentionReference {
   AttentionCase c;
   std::vector<double> weights, lse;
 
-  AttentionReference(const AttentionCase& c, const Matrix& q, HeadsView queries, const Matrix& k, HeadsView keys, double scale)
+  AttentionReference(const AttentionCase& c, const Matrix& q, HeadsView queries, const Matrix& k, HeadsView keys,
+                     double scale)
       : c(c), weights(size_t(c.B * c.H * c.S * c.T), 0) {
     for (int64_t b = 0; b < c.B; ++b)
       for (int64_t h = 0; h < c.H; ++h)
@@ -20,14 +21,17 @@ struct AttentionReference {
           double total = 0;
           for (int64_t t = begin; t < end; ++t) {
             double score = 0;
-            for (int64_t e = 0; e < c.E; ++e) score += q.at(queries.row(b, h, i), e) * k.at(keys.row(b, h * c.G / c.H, t), e);
+            for (int64_t e = 0; e < c.E; ++e)
+              score += q.at(queries.row(b, h, i), e) * k.at(keys.row(b, h * c.G / c.H, t), e);
             total += at(b, h, i, t) = std::exp(score * scale);
           }
           for (int64_t t = begin; t < end; ++t) at(b, h, i, t) /= total;
           lse.push_back(std::log(total));
         }
   }
-  double& at(int64_t b, int64_t h, int64_t i, int64_t t) { return weights[size_t(((b * c.H + h) * c.S + i) * c.T + t)]; }
+  double& at(int64_t b, int64_t h, int64_t i, int64_t t) {
+    return weights[size_t(((b * c.H + h) * c.S + i) * c.T + t)];
+  }
 };
 
 // A Matrix-shaped array of doubles, to sum into.
@@ -65,23 +69,30 @@ inline void check_attention(const AttentionCase& c, int q_dtype, int kv_dtype, i
         for (int64_t t = 0; t < c.T; ++t) {
           const int64_t key = keys.row(b, h * c.G / c.H, t);
           const double gradient = reference.at(b, h, i, t) * (slope[size_t(t)] - mean) * scale;
-          for (int64_t e = 0; e < c.E; ++e) dq.at(row, e) += gradient * k.at(key, e), dk.at(key, e) += gradient * q.at(row, e);
+          for (int64_t e = 0; e < c.E; ++e)
+            dq.at(row, e) += gradient * k.at(key, e), dk.at(key, e) += gradient * q.at(row, e);
         }
       }
   each_setting([&] {
     for (int mode : {MLXEFF_COMPUTE_BF16, MLXEFF_EXACT}) {
       Matrix got(query_rows, c.E, out_dtype, 1), lse(query_rows, 1);
-      const mlxeff_attention_args args = {queries.of(q), keys.of(k), keys.of(v), queries.of(got), c.B, c.H, c.G, c.S, c.T, c.E,
-                                          float(scale), c.window, mode, lse.floats()};
+      const mlxeff_attention_args args = {
+          queries.of(q), keys.of(k), keys.of(v), queries.of(got), c.B,      c.H,  c.G,
+          c.S,           c.T,        c.E,        float(scale),    c.window, mode, lse.floats()};
       RUN(mlxeff_attention(&args));
       got.check("attention", mode == MLXEFF_EXACT ? 1e-5 : 4e-2, [&](int64_t r, int64_t e) { return out.at(r, e); });
-      lse.check("lse", mode == MLXEFF_EXACT ? 1e-5 : 4e-2, [&](int64_t r, int64_t) { return reference.lse[size_t(r)]; });
+      lse.check("lse", mode == MLXEFF_EXACT ? 1e-5 : 4e-2,
+                [&](int64_t r, int64_t) { return reference.lse[size_t(r)]; });
       if (mode != MLXEFF_EXACT) continue;
-      Matrix got_dq(query_rows, c.E, q_dtype, 1), got_dk(key_rows, c.E, kv_dtype, 1), got_dv(key_rows, c.E, kv_dtype, 1);
-      const mlxeff_heads dout_heads = queries.of(dout), dq_heads = queries.of(got_dq), dk_heads = keys.of(got_dk), dv_heads = keys.of(got_dv);
+      Matrix got_dq(query_rows, c.E, q_dtype, 1), got_dk(key_rows, c.E, kv_dtype, 1),
+          got_dv(key_rows, c.E, kv_dtype, 1);
+      const mlxeff_heads dout_heads = queries.of(dout), dq_heads = queries.of(got_dq), dk_heads = keys.of(got_dk),
+                         dv_heads = keys.of(got_dv);
       RUN(mlxeff_attention_backward(&args, &dout_heads, &dq_heads, &dk_heads, &dv_heads));
       // The forward result that enters the gradients was rounded to its dtype.
-      const double tolerance = 3e-5 * std::sqrt(double(c.E)) + (out_dtype == MLXEFF_F32 ? 0 : out_dtype == MLXEFF_F16 ? 0x1p-9 : 0x1p-6);
+      const double tolerance = 3e-5 * std::sqrt(double(c.E)) + (out_dtype == MLXEFF_F32   ? 0
+                                                                : out_dtype == MLXEFF_F16 ? 0x1p-9
+                                                                                          : 0x1p-6);
       got_dq.check("dq", tolerance, [&](int64_t r, int64_t e) { return dq.at(r, e); });
       got_dk.check("dk", tolerance, [&](int64_t r, int64_t e) { return dk.at(r, e); });
       got_dv.check("dv", tolerance, [&](int64_t r, int64_t e) { return dv.at(r, e); });
@@ -130,13 +141,15 @@ inline void check_rope(int64_t B, int64_t H, int64_t S, int64_t E, int64_t rotat
 }
 
 inline void check_heads() {
-  const AttentionCase cases[] = {{1, 1, 1, 1, 1, 1, 0},      {2, 4, 2, 1, 37, 64, 0},   {1, 9, 3, 1, 1100, 64, 0},  {1, 4, 1, 3, 130, 80, 0},
-                                 {1, 6, 2, 23, 23, 96, 0},   {2, 2, 2, 70, 70, 36, 0},  {1, 3, 1, 61, 200, 128, 0}, {1, 2, 1, 33, 90, 256, 20},
-                                 {1, 4, 2, 1, 300, 64, 100}, {1, 2, 2, 200, 200, 8, 7}, {1, 5, 5, 13, 14, 3, 0}};
+  const AttentionCase cases[] = {{1, 1, 1, 1, 1, 1, 0},      {2, 4, 2, 1, 37, 64, 0},    {1, 9, 3, 1, 1100, 64, 0},
+                                 {1, 4, 1, 3, 130, 80, 0},   {1, 6, 2, 23, 23, 96, 0},   {2, 2, 2, 70, 70, 36, 0},
+                                 {1, 3, 1, 61, 200, 128, 0}, {1, 2, 1, 33, 90, 256, 20}, {1, 4, 2, 1, 300, 64, 100},
+                                 {1, 2, 2, 200, 200, 8, 7},  {1, 5, 5, 13, 14, 3, 0}};
   int i = 0;
   for (const AttentionCase& c : cases)
     for (int layout : {0, 1}) {
-      if (i % shape_step == 0) check_attention(c, all_dtypes[i % 3], all_dtypes[i / 2 % 3], all_dtypes[i / 3 % 3], layout == 1);
+      if (i % shape_step == 0)
+        check_attention(c, all_dtypes[i % 3], all_dtypes[i / 2 % 3], all_dtypes[i / 3 % 3], layout == 1);
       ++i;
     }
   for (int dtype : all_dtypes)

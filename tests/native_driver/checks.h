@@ -1,4 +1,5 @@
-// What the checks of the driver share: matrices on the heap without a byte to spare, and the comparison with plain loops.
+// What the checks of the driver share: matrices on the heap without a byte to spare, and the comparison with plain
+// loops.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -9,14 +10,14 @@
 #include <string>
 #include <vector>
 
-#include "common.h"
+#include "base/common.h"
 
-#define CHECK(condition)                                                                                      \
-  do {                                                                                                        \
-    if (!(condition)) {                                                                                       \
-      std::fprintf(stderr, "%s:%d (%s): %s\n", __FILE__, __LINE__, mlxeff_isa(), #condition);                 \
-      std::exit(1);                                                                                           \
-    }                                                                                                         \
+#define CHECK(condition)                                                                      \
+  do {                                                                                        \
+    if (!(condition)) {                                                                       \
+      std::fprintf(stderr, "%s:%d (%s): %s\n", __FILE__, __LINE__, mlxeff_isa(), #condition); \
+      std::exit(1);                                                                           \
+    }                                                                                         \
   } while (0)
 #define RUN(call) CHECK((call) == MLXEFF_OK)
 
@@ -47,16 +48,19 @@ inline float uniform() {
   return float(state >> 8) / 8388608.0f - 1;
 }
 
-// rows x columns of a dtype. Rows lie `gap` elements apart, the last one ends where its allocation ends. Elements and gaps
-// are NaN at first: what reads a gap or leaves an element unwritten shows in the results; what writes a gap, in `check`.
+// rows x columns of a dtype. Rows lie `gap` elements apart, the last one ends where its allocation ends. Elements and
+// gaps are NaN at first: what reads a gap or leaves an element unwritten shows in the results; what writes a gap, in
+// `check`.
 class Matrix {
  public:
   const int64_t rows, columns, ld;
   const int dtype;
 
   Matrix(int64_t rows, int64_t columns, int dtype = MLXEFF_F32, int64_t gap = 0)
-      : rows(rows), columns(columns), ld(columns + gap), dtype(dtype), bytes_(size_t(((rows - 1) * ld + columns) * size())) {
-    for (int64_t i = 0; i < int64_t(bytes_.size()) / size(); ++i) set_element(i, std::numeric_limits<float>::quiet_NaN());
+      : rows(rows), columns(columns), ld(columns + gap), dtype(dtype),
+        bytes_(size_t(((rows - 1) * ld + columns) * size())) {
+    for (int64_t i = 0; i < int64_t(bytes_.size()) / size(); ++i)
+      set_element(i, std::numeric_limits<float>::quiet_NaN());
   }
   static Matrix random(int64_t rows, int64_t columns, int dtype = MLXEFF_F32, int64_t gap = 0, float scale = 1) {
     Matrix x(rows, columns, dtype, gap);
@@ -74,8 +78,8 @@ class Matrix {
   void set(int64_t r, int64_t c, float value) { set_element(r * ld + c, value); }
   double at(int64_t r, int64_t c) const { return double(element(r * ld + c)); }
 
-  // Every element is within `tolerance` of want(row, column), relative to the larger of 1 and |want|; half a step of the
-  // dtype comes on top.
+  // Every element is within `tolerance` of want(row, column), relative to the larger of 1 and |want|; half a step of
+  // the dtype comes on top.
   template <class Want>
   void check(const char* what, double tolerance, Want want) const {
     if (dtype != MLXEFF_F32) tolerance += dtype == MLXEFF_F16 ? 0x1p-11 : 0x1p-8;
@@ -83,8 +87,9 @@ class Matrix {
       for (int64_t c = 0; c < columns; ++c) {
         const double expected = want(r, c), got = at(r, c);
         if (!(std::fabs(got - expected) <= tolerance * std::fmax(1, std::fabs(expected)))) {
-          std::fprintf(stderr, "%s (%s, %d threads): element (%d, %d) of (%d, %d) in dtype %d is %.9g, want %.9g\n", what, mlxeff_isa(),
-                       mlxeff_num_threads(), int(r), int(c), int(rows), int(columns), dtype, got, expected);
+          std::fprintf(stderr, "%s (%s, %d threads): element (%d, %d) of (%d, %d) in dtype %d is %.9g, want %.9g\n",
+                       what, mlxeff_isa(), mlxeff_num_threads(), int(r), int(c), int(rows), int(columns), dtype, got,
+                       expected);
           std::exit(1);
         }
       }
@@ -126,7 +131,9 @@ struct HeadsView {
   int64_t heads, tokens;
   bool by_token;
 
-  int64_t row(int64_t b, int64_t h, int64_t t) const { return by_token ? (b * tokens + t) * heads + h : (b * heads + h) * tokens + t; }
+  int64_t row(int64_t b, int64_t h, int64_t t) const {
+    return by_token ? (b * tokens + t) * heads + h : (b * heads + h) * tokens + t;
+  }
   mlxeff_heads of(const Matrix& x) const {
     void* const data = const_cast<void*>(x.data());
     if (by_token) return {data, tokens * heads * x.ld, x.ld, heads * x.ld, x.dtype};

@@ -1,7 +1,7 @@
 // Checks of the number of CPUs that a cgroup's quota leaves, on folders laid out like the kernel's.
 #pragma once
+#include "base/cpu_count.h"
 #include "checks.h"
-#include "cpu_count.h"
 
 #if defined(__linux__)
 #include <sys/stat.h>

@@ -1,10 +1,11 @@
 // Checks of a decoder's appending of given keys and values: layers of different widths, keys normed and rotated.
 #pragma once
 #include "checks.h"
-#include "decoder.h"
+#include "decoder/decoder.h"
 
 inline void check_decoder_append_to(int dtype) {
-  const int64_t size = 16, half = size / 2, batch = 2, length = 21, offset = 3, capacity = 30, rows = batch * length, groups[] = {1, 4, 2};
+  const int64_t size = 16, half = size / 2, batch = 2, length = 21, offset = 3, capacity = 30, rows = batch * length,
+                groups[] = {1, 4, 2};
   const Matrix norm = Matrix::random(1, size), frequencies = Matrix::random(1, half);
   mlxeff::DecoderSpec spec = {};
   spec.dim = 8;
@@ -37,13 +38,17 @@ inline void check_decoder_append_to(int dtype) {
   for (size_t i = 0; i < held.size(); ++i) {
     const int64_t count = groups[i / 2];
     held[i].check("decoder append", 1e-5, [&](int64_t row, int64_t e) {
-      const int64_t place = row % capacity, g = row / capacity % count, t = place - offset, r = row / capacity / count * length + t;
+      const int64_t place = row % capacity, g = row / capacity % count, t = place - offset,
+                    r = row / capacity / count * length + t;
       if (t < 0 || t >= length) return before[i].at(row, e);
       if (i % 2) return values[i / 2].at(r, g * size + e);
       double squares = 0;
       for (int64_t j = 0; j < size; ++j) squares += keys[i / 2].at(r, g * size + j) * keys[i / 2].at(r, g * size + j);
-      const double scale = 1 / std::sqrt(squares / double(size) + double(spec.eps)), angle = double(place) * frequencies.at(0, e % half);
-      const auto normed = [&](int64_t j) { return keys[i / 2].at(r, g * size + j) * (count == 2 ? 1 : scale * norm.at(0, j)); };
+      const double scale = 1 / std::sqrt(squares / double(size) + double(spec.eps)),
+                   angle = double(place) * frequencies.at(0, e % half);
+      const auto normed = [&](int64_t j) {
+        return keys[i / 2].at(r, g * size + j) * (count == 2 ? 1 : scale * norm.at(0, j));
+      };
       const double turned = e < half ? normed(e) * std::cos(angle) - normed(e + half) * std::sin(angle)
                                      : normed(e - half) * std::sin(angle) + normed(e) * std::cos(angle);
       return double(spec.rope_magnitude) * turned;

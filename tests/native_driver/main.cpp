@@ -1,12 +1,12 @@
-// Checks of every C function without Python, for the sanitizers and for machines that are emulated: on every level, with
-// heap buffers of exactly the needed size, against plain loops in double.
+// Checks of every C function without Python, for the sanitizers and for machines that are emulated: on every level,
+// with heap buffers of exactly the needed size, against plain loops in double.
 //   mlxeff_driver [nofork] [quick]
 // quick: a fifth of the shapes, for emulators that are slow at vector instructions.
 #include <chrono>
 #include <cstring>
 
-#include "checks.h"
 #include "attention.h"
+#include "checks.h"
 #include "cpu_count_checks.h"
 #include "decoder_append.h"
 #include "decoder_products.h"
@@ -21,14 +21,16 @@ void check_levels() {
   const std::string levels = mlxeff_isa_available(), best = mlxeff_isa();
   CHECK(levels.substr(0, 6) == "scalar" && levels.substr(levels.size() - best.size()) == best);
   CHECK(mlxeff_set_isa("no such level") == MLXEFF_UNSUPPORTED && mlxeff_isa() == best);
-  for (int code = MLXEFF_OK; code <= MLXEFF_BUSY; ++code) CHECK(std::strcmp(mlxeff_error_string(code), "unknown code") != 0);
+  for (int code = MLXEFF_OK; code <= MLXEFF_BUSY; ++code)
+    CHECK(std::strcmp(mlxeff_error_string(code), "unknown code") != 0);
   CHECK(std::strcmp(mlxeff_error_string(-1), "unknown code") == 0);
 }
 
 void run(const char* name, void (*checks)()) {
   const auto start = std::chrono::steady_clock::now();
   checks();
-  std::printf("%s: ok, %.1f s\n", name, std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
+  std::printf("%s: ok, %.1f s\n", name,
+              std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
   std::fflush(stdout);
 }
 

@@ -6,8 +6,8 @@
 #include <thread>
 #include <vector>
 
+#include "base/pool.h"
 #include "checks.h"
-#include "pool.h"
 
 inline void check_parallel_for(int64_t n, int64_t chunk) {
   std::vector<int> hits(size_t(n), 0);

@@ -35,8 +35,11 @@ std::vector<double> sums(int64_t rows, int64_t columns, int64_t terms, Term term
   return want;
 }
 
-// fp32 sums of K products of size 1 are off by some 1e-7 sqrt(K); operands of 8 bits of mantissa, or of 127 steps, by a hundredth of it.
-inline double product_tolerance(int mode, int64_t K) { return (mode == MLXEFF_EXACT ? 1e-6 : 2e-2) * std::sqrt(double(K)); }
+// fp32 sums of K products of size 1 are off by some 1e-7 sqrt(K); operands of 8 bits of mantissa, or of 127 steps, by a
+// hundredth of it.
+inline double product_tolerance(int mode, int64_t K) {
+  return (mode == MLXEFF_EXACT ? 1e-6 : 2e-2) * std::sqrt(double(K));
+}
 
 inline void check_qmm(int bits, int group, int64_t M, int64_t N, int64_t K, int x_dtype, int y_dtype, int scale_dtype) {
   const QuantizedMatrix matrix(N, K, bits, group, scale_dtype);
@@ -44,7 +47,8 @@ inline void check_qmm(int bits, int group, int64_t M, int64_t N, int64_t K, int 
   std::vector<double> w(size_t(N * K));
   for (int64_t i = 0; i < N * K; ++i) w[size_t(i)] = matrix.at(i / K, i % K);
   const Matrix x = Matrix::random(M, K, x_dtype, 3);
-  const std::vector<double> want = sums(M, N, K, [&](int64_t m, int64_t n, int64_t k) { return x.at(m, k) * w[size_t(n * K + k)]; });
+  const std::vector<double> want =
+      sums(M, N, K, [&](int64_t m, int64_t n, int64_t k) { return x.at(m, k) * w[size_t(n * K + k)]; });
   std::vector<int32_t> ids;
   for (int64_t i = 0; i < 5; ++i) ids.push_back(int32_t((i * 7 + 1) % N));
   each_setting([&] {
@@ -62,19 +66,27 @@ inline void check_qmm(int bits, int group, int64_t M, int64_t N, int64_t K, int 
 }
 
 inline void check_matmul(int64_t M, int64_t N, int64_t K, int x_dtype, int w_dtype, int y_dtype) {
-  const Matrix x = Matrix::random(M, K, x_dtype, 1), w = Matrix::random(N, K, w_dtype, 2), dy = Matrix::random(M, N, y_dtype, 3);
-  const std::vector<double> want = sums(M, N, K, [&](int64_t m, int64_t n, int64_t k) { return x.at(m, k) * w.at(n, k); });
-  const std::vector<double> want_dx = sums(M, K, N, [&](int64_t m, int64_t k, int64_t n) { return dy.at(m, n) * w.at(n, k); });
-  const std::vector<double> want_dw = sums(N, K, M, [&](int64_t n, int64_t k, int64_t m) { return dy.at(m, n) * x.at(m, k); });
+  const Matrix x = Matrix::random(M, K, x_dtype, 1), w = Matrix::random(N, K, w_dtype, 2),
+               dy = Matrix::random(M, N, y_dtype, 3);
+  const std::vector<double> want =
+      sums(M, N, K, [&](int64_t m, int64_t n, int64_t k) { return x.at(m, k) * w.at(n, k); });
+  const std::vector<double> want_dx =
+      sums(M, K, N, [&](int64_t m, int64_t k, int64_t n) { return dy.at(m, n) * w.at(n, k); });
+  const std::vector<double> want_dw =
+      sums(N, K, M, [&](int64_t n, int64_t k, int64_t m) { return dy.at(m, n) * x.at(m, k); });
   each_setting([&] {
     for (int mode : {MLXEFF_EXACT, MLXEFF_COMPUTE_BF16}) {
       Matrix y(M, N, y_dtype, 3), dx(M, K, x_dtype, 1), dw(N, K, w_dtype, 2);
       RUN(mlxeff_matmul(x.data(), x.ld, x_dtype, w.data(), w.ld, w_dtype, y.data(), y.ld, y_dtype, M, N, K, mode));
-      RUN(mlxeff_matmul_dx(dy.data(), dy.ld, y_dtype, w.data(), w.ld, w_dtype, dx.data(), dx.ld, x_dtype, M, N, K, mode));
-      RUN(mlxeff_matmul_dw(dy.data(), dy.ld, y_dtype, x.data(), x.ld, x_dtype, dw.data(), dw.ld, w_dtype, M, N, K, mode));
+      RUN(mlxeff_matmul_dx(dy.data(), dy.ld, y_dtype, w.data(), w.ld, w_dtype, dx.data(), dx.ld, x_dtype, M, N, K,
+                           mode));
+      RUN(mlxeff_matmul_dw(dy.data(), dy.ld, y_dtype, x.data(), x.ld, x_dtype, dw.data(), dw.ld, w_dtype, M, N, K,
+                           mode));
       y.check("matmul", product_tolerance(mode, K), [&](int64_t m, int64_t n) { return want[size_t(m * N + n)]; });
-      dx.check("matmul_dx", product_tolerance(mode, N), [&](int64_t m, int64_t k) { return want_dx[size_t(m * K + k)]; });
-      dw.check("matmul_dw", product_tolerance(mode, M), [&](int64_t n, int64_t k) { return want_dw[size_t(n * K + k)]; });
+      dx.check("matmul_dx", product_tolerance(mode, N),
+               [&](int64_t m, int64_t k) { return want_dx[size_t(m * K + k)]; });
+      dw.check("matmul_dw", product_tolerance(mode, M),
+               [&](int64_t n, int64_t k) { return want_dw[size_t(n * K + k)]; });
     }
   });
 }
@@ -85,7 +97,8 @@ inline void check_products() {
   for (int bits : {2, 3, 4, 5, 6, 8})
     for (int group : {32, 64, 128})
       for (int64_t M : {1, 2, 5, 13}) {
-        if (i % shape_step == 0) check_qmm(bits, group, M, 2 + 5 * M, (1 + i % 3) * group, dtype(1), dtype(3), dtype(9));
+        if (i % shape_step == 0)
+          check_qmm(bits, group, M, 2 + 5 * M, (1 + i % 3) * group, dtype(1), dtype(3), dtype(9));
         ++i;
       }
   for (int64_t M : {1, 3, 9, 33})

@@ -1,8 +1,9 @@
-// cblas_sgemm in plain loops, for builds with -DMLXEFF_BLAS=reference: row-major, the second operand transposed, nothing else.
+// cblas_sgemm in plain loops, for builds with -DMLXEFF_BLAS=reference: row-major, the second operand transposed,
+// nothing else.
 #include <cstdlib>
 
-extern "C" void cblas_sgemm(int order, int transpose_a, int transpose_b, int m, int n, int k, float alpha, const float* a, int lda,
-                            const float* b, int ldb, float beta, float* c, int ldc) {
+extern "C" void cblas_sgemm(int order, int transpose_a, int transpose_b, int m, int n, int k, float alpha,
+                            const float* a, int lda, const float* b, int ldb, float beta, float* c, int ldc) {
   if (order != 101 || transpose_a != 111 || transpose_b != 112 || alpha != 1 || beta != 0) std::abort();
   for (int i = 0; i < m; ++i)
     for (int j = 0; j < n; ++j) {

@@ -3,7 +3,8 @@
 #include "checks.h"
 
 inline void check_rms_norm(int64_t rows, int64_t n, int dtype, int other) {
-  const Matrix x = Matrix::random(rows, n, dtype, 1), residual = Matrix::random(rows, n, other, 2), weight = Matrix::random(1, n, other);
+  const Matrix x = Matrix::random(rows, n, dtype, 1), residual = Matrix::random(rows, n, other, 2),
+               weight = Matrix::random(1, n, other);
   const Matrix dy = Matrix::random(rows, n, other, 1);
   const double eps = 1e-5;
   const std::vector<double> inverse = inverse_rms(x, eps);
@@ -14,15 +15,18 @@ inline void check_rms_norm(int64_t rows, int64_t n, int dtype, int other) {
     Matrix sum(rows, n, dtype, 1), y(rows, n, other, 3), dx(rows, n, dtype, 1), dw(1, n);
     for (int64_t r = 0; r < rows; ++r)
       for (int64_t c = 0; c < n; ++c) sum.set(r, c, float(x.at(r, c)));
-    RUN(mlxeff_rms_norm(sum.data(), sum.ld, dtype, residual.data(), residual.ld, other, weight.data(), other, y.data(), y.ld, other, rows, n, float(eps)));
+    RUN(mlxeff_rms_norm(sum.data(), sum.ld, dtype, residual.data(), residual.ld, other, weight.data(), other, y.data(),
+                        y.ld, other, rows, n, float(eps)));
     sum.check("residual", 1e-6, [&](int64_t r, int64_t c) { return x.at(r, c) + residual.at(r, c); });
     const std::vector<double> of_sum = inverse_rms(sum, eps);
     y.check("rms_norm", 3e-6, [&](int64_t r, int64_t c) { return sum.at(r, c) * of_sum[size_t(r)] * weight.at(0, c); });
     Matrix plain = x;
-    RUN(mlxeff_rms_norm(plain.data(), plain.ld, dtype, nullptr, 0, 0, nullptr, 0, plain.data(), plain.ld, dtype, rows, n, float(eps)));
+    RUN(mlxeff_rms_norm(plain.data(), plain.ld, dtype, nullptr, 0, 0, nullptr, 0, plain.data(), plain.ld, dtype, rows,
+                        n, float(eps)));
     plain.check("rms_norm in place", 3e-6, [&](int64_t r, int64_t c) { return x.at(r, c) * inverse[size_t(r)]; });
 
-    RUN(mlxeff_rms_norm_backward(x.data(), x.ld, dtype, weight.data(), other, dy.data(), dy.ld, other, dx.data(), dx.ld, dtype, dw.floats(), rows, n, float(eps)));
+    RUN(mlxeff_rms_norm_backward(x.data(), x.ld, dtype, weight.data(), other, dy.data(), dy.ld, other, dx.data(), dx.ld,
+                                 dtype, dw.floats(), rows, n, float(eps)));
     dx.check("rms_norm dx", 1e-5, [&](int64_t r, int64_t c) {
       const double i = inverse[size_t(r)];
       return i * (dy.at(r, c) * weight.at(0, c) - x.at(r, c) * projection[size_t(r)] * i * i / double(n));
@@ -36,7 +40,8 @@ inline void check_rms_norm(int64_t rows, int64_t n, int dtype, int other) {
 }
 
 inline void check_swiglu(int64_t rows, int64_t n, int dtype) {
-  const Matrix gate = Matrix::random(rows, n, dtype, 1, 6), up = Matrix::random(rows, n, dtype, 2), dy = Matrix::random(rows, n, dtype, 3);
+  const Matrix gate = Matrix::random(rows, n, dtype, 1, 6), up = Matrix::random(rows, n, dtype, 2),
+               dy = Matrix::random(rows, n, dtype, 3);
   const auto sigmoid = [&](int64_t r, int64_t c) { return 1 / (1 + std::exp(-gate.at(r, c))); };
   each_setting([&] {
     Matrix y(rows, n, dtype, 4), silu(rows, n, dtype, 1), dgate(rows, n, dtype, 1), dup(rows, n, dtype, 2);
@@ -44,7 +49,8 @@ inline void check_swiglu(int64_t rows, int64_t n, int dtype) {
     RUN(mlxeff_swiglu(gate.data(), gate.ld, nullptr, 0, silu.data(), silu.ld, rows, n, dtype));
     y.check("swiglu", 2e-6, [&](int64_t r, int64_t c) { return gate.at(r, c) * sigmoid(r, c) * up.at(r, c); });
     silu.check("silu", 2e-6, [&](int64_t r, int64_t c) { return gate.at(r, c) * sigmoid(r, c); });
-    RUN(mlxeff_swiglu_backward(gate.data(), gate.ld, up.data(), up.ld, dy.data(), dy.ld, dgate.data(), dgate.ld, dup.data(), dup.ld, rows, n, dtype));
+    RUN(mlxeff_swiglu_backward(gate.data(), gate.ld, up.data(), up.ld, dy.data(), dy.ld, dgate.data(), dgate.ld,
+                               dup.data(), dup.ld, rows, n, dtype));
     dgate.check("swiglu dgate", 4e-6, [&](int64_t r, int64_t c) {
       return dy.at(r, c) * up.at(r, c) * sigmoid(r, c) * (1 + gate.at(r, c) * (1 - sigmoid(r, c)));
     });
@@ -76,14 +82,17 @@ inline void check_softmax(int64_t rows, int64_t n, int dtype, int other) {
       return target < 0 ? 0 : lse[size_t(r)] - x.at(r, target);
     });
     const Matrix factors = dloss;
-    RUN(mlxeff_cross_entropy_backward(x.data(), x.ld, dtype, targets.data(), kept.floats(), static_cast<const float*>(factors.data()), dx.data(), dx.ld, other, rows, n));
+    RUN(mlxeff_cross_entropy_backward(x.data(), x.ld, dtype, targets.data(), kept.floats(),
+                                      static_cast<const float*>(factors.data()), dx.data(), dx.ld, other, rows, n));
     dx.check("cross_entropy dx", 4e-6, [&](int64_t r, int64_t c) {
       return targets[size_t(r)] < 0 ? 0 : (probability(r, c) - (c == targets[size_t(r)])) * dloss.at(r, 0);
     });
     std::vector<int32_t> largest(size_t(rows), -1);
     RUN(mlxeff_argmax(x.data(), x.ld, dtype, largest.data(), rows, n));
     for (int64_t r = 0; r < rows; ++r)
-      for (int64_t c = 0; c < n; ++c) CHECK(c < largest[size_t(r)] ? x.at(r, c) < x.at(r, largest[size_t(r)]) : x.at(r, c) <= x.at(r, largest[size_t(r)]));
+      for (int64_t c = 0; c < n; ++c)
+        CHECK(c < largest[size_t(r)] ? x.at(r, c) < x.at(r, largest[size_t(r)])
+                                     : x.at(r, c) <= x.at(r, largest[size_t(r)]));
   });
 }
 
@@ -92,14 +101,16 @@ inline void check_sample(int64_t V, int dtype, float temp, int64_t top_k, float 
   const Matrix x = Matrix::random(1, V, dtype, 0, 6);
   std::vector<int32_t> order;
   for (int64_t i = 0; i < V; ++i) order.push_back(int32_t(i));
-  std::sort(order.begin(), order.end(), [&](int32_t a, int32_t b) { return x.at(0, a) > x.at(0, b) || (x.at(0, a) == x.at(0, b) && a < b); });
+  std::sort(order.begin(), order.end(),
+            [&](int32_t a, int32_t b) { return x.at(0, a) > x.at(0, b) || (x.at(0, a) == x.at(0, b) && a < b); });
   double total = 0, before = 0;
   for (int32_t id : order) total += std::exp(x.at(0, id));
   std::vector<double> weight(size_t(V), 0);
   for (int64_t rank = 0; rank < V; ++rank) {
     const int32_t id = order[size_t(rank)];
     const double logit = x.at(0, id);
-    const bool kept = (top_p <= 0 || before < double(top_p) * total) && std::exp(logit - x.at(0, order[0])) >= double(min_p) && (top_k == 0 || rank < top_k);
+    const bool kept = (top_p <= 0 || before < double(top_p) * total) &&
+                      std::exp(logit - x.at(0, order[0])) >= double(min_p) && (top_k == 0 || rank < top_k);
     if (kept) weight[size_t(id)] = std::exp((logit - x.at(0, order[0])) / double(temp));
     before += std::exp(logit);
   }

@@ -20,11 +20,24 @@ struct SeedMatrix {
     seeds.resize(count), packed.resize(count), exponents.resize(count / 2), words.resize(count), errors.resize(count);
     std::vector<int8_t> coefficients(count * size_t(states));
     std::vector<uint8_t> codes(count);
-    const mlxeff_seedlm_encode_args args = {static_cast<const float*>(w.data()), w.ld, N, K, nullptr, columns, states, -3, 1, seeds.data(),
-                                            coefficients.data(), codes.data(), decoded.floats(), errors.data()};
+    const mlxeff_seedlm_encode_args args = {static_cast<const float*>(w.data()),
+                                            w.ld,
+                                            N,
+                                            K,
+                                            nullptr,
+                                            columns,
+                                            states,
+                                            -3,
+                                            1,
+                                            seeds.data(),
+                                            coefficients.data(),
+                                            codes.data(),
+                                            decoded.floats(),
+                                            errors.data()};
     RUN(mlxeff_seedlm_encode(&args));
     for (size_t i = 0; i < count; ++i) {
-      for (int p = 0; p < states; ++p) packed[i] = uint16_t(packed[i] | (coefficients[i * size_t(states) + size_t(p)] & 15) << (4 * p));
+      for (int p = 0; p < states; ++p)
+        packed[i] = uint16_t(packed[i] | (coefficients[i * size_t(states) + size_t(p)] & 15) << (4 * p));
       words[i] = seeds[i] | uint32_t(packed[i]) << 16 | uint32_t(codes[i]) << 28;
       if (states == 4) exponents[i / 2] = uint8_t(exponents[i / 2] | codes[i] << (i % 2 * 4));
     }
@@ -47,11 +60,13 @@ inline void check_seedlm_matrix(int columns, int states, int64_t M, int64_t N, i
     const int32_t last = int32_t(N - 1);
     RUN(mlxeff_seedlm_rows(&weight, &last, 1, row.data(), row.ld, y_dtype));
     row.check("seedlm_rows", 0, [&](int64_t, int64_t k) { return matrix.decoded.at(N - 1, k); });
-    const std::vector<double> want = sums(M, N, K, [&](int64_t m, int64_t n, int64_t k) { return x.at(m, k) * matrix.decoded.at(n, k); });
+    const std::vector<double> want =
+        sums(M, N, K, [&](int64_t m, int64_t n, int64_t k) { return x.at(m, k) * matrix.decoded.at(n, k); });
     for (int mode : {MLXEFF_EXACT, MLXEFF_COMPUTE_BF16, MLXEFF_COMPUTE_INT8}) {
       Matrix y(M, N, y_dtype, 5);
       RUN(mlxeff_seedlm_matmul(&weight, x.data(), x.ld, x_dtype, y.data(), y.ld, y_dtype, M, mode));
-      y.check("seedlm_matmul", product_tolerance(mode, K), [&](int64_t m, int64_t n) { return want[size_t(m * N + n)]; });
+      y.check("seedlm_matmul", product_tolerance(mode, K),
+              [&](int64_t m, int64_t n) { return want[size_t(m * N + n)]; });
     }
   });
 }
@@ -61,5 +76,6 @@ inline void check_seedlm() {
   for (int format = 0; format < 3; ++format)
     for (int64_t M : {1, 2, 7, 35})
       if (shape++ % shape_step == 0)
-        check_seedlm_matrix(format == 2 ? 12 : 8, format == 0 ? 3 : 4, M, 3, M + 20, all_dtypes[shape % 3], all_dtypes[M % 3]);
+        check_seedlm_matrix(format == 2 ? 12 : 8, format == 0 ? 3 : 4, M, 3, M + 20, all_dtypes[shape % 3],
+                            all_dtypes[M % 3]);
 }

@@ -1,0 +1,314 @@
+// The thread pool: one a process, created at the first parallel region, never destroyed.
+//
+// Joining     A region is announced by one atomic word, the gate: generation, an open flag, and the members so far.
+// Idle
+//             workers see it and enter by compare-and-swap until the caller, done with its own part, closes it. A
+//             worker that the system has not scheduled simply is not a member, so a region never waits for a thread
+//             that has not started on it; one that arrives late still shares the rest of the work.
+// Work        Pieces are handed out by an atomic counter, so a slowed-down member takes fewer of them.
+// Waiting     Every wait spins for a bounded time and then sleeps on a condition variable; wakers pay for a system call
+//             only when somebody sleeps.
+// Placement   Linux often wakes a worker on its waker's CPU, where it waits for milliseconds behind the waker. So a
+// worker
+//             about to be woken is first kept off that one CPU (within the caller's own affinity mask).
+// Exclusion   One region at a time. A nested call, or a call from a second thread, runs on its own thread alone.
+// Fork        The child has no workers, so it drops the pool (leaking it, since its mutexes are in an unknown state)
+// and
+//             makes a new one when needed.
+// Exit        The pool is leaked on purpose: workers may still sleep in it while the process ends.
+#include "base/pool.h"
+
+#include <pthread.h>
+#include <signal.h>
+
+#include <chrono>
+#include <condition_variable>
+#include <cstdlib>
+#include <mutex>
+#include <new>
+#include <system_error>
+#include <thread>
+
+#include "base/cpu_count.h"
+
+namespace mlxeff {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+constexpr auto idle_spin = std::chrono::microseconds(50);
+constexpr auto step_spin = std::chrono::microseconds(200);  // inside a region: a piece of work is rarely longer
+constexpr int max_threads = 256;
+
+thread_local bool inside_region = false;
+
+inline void relax() {
+#if defined(MLXEFF_X86)
+  __builtin_ia32_pause();
+#elif defined(MLXEFF_ARM64)
+  __asm__ volatile("yield");
+#endif
+}
+
+template <class Ready>
+bool spin_until(Ready ready, Clock::duration limit) {
+  for (int i = 0; i < 16; ++i, relax())
+    if (ready()) return true;
+  const Clock::time_point deadline = Clock::now() + limit;
+  do {
+    for (int i = 0; i < 16; ++i, relax())
+      if (ready()) return true;
+  } while (Clock::now() < deadline);
+  return false;
+}
+
+// Waits for a condition on sequentially consistent atomics. Whoever makes it true calls wake() afterwards.
+class WaitPoint {
+ public:
+  explicit WaitPoint(Clock::duration spin) : spin_(spin) {}
+  template <class Ready>
+  void wait(Ready ready) {
+    if (spin_until(ready, spin_)) return;
+    std::unique_lock<std::mutex> lock(mutex_);
+    ++sleepers_;
+    while (!ready()) changed_.wait(lock);
+    --sleepers_;
+  }
+  bool has_sleepers() const { return sleepers_.load() != 0; }
+  void wake() {
+    if (!has_sleepers()) return;
+    { std::lock_guard<std::mutex> lock(mutex_); }
+    changed_.notify_all();
+  }
+
+ private:
+  const Clock::duration spin_;
+  std::atomic<int> sleepers_{0};
+  std::mutex mutex_;
+  std::condition_variable changed_;
+};
+
+}  // namespace
+
+class Pool {
+ public:
+  static Team team_of_one() { return Team(1, nullptr); }
+
+  std::mutex running;  // held by the thread whose region uses the pool
+
+  // Both are called with `running` held.
+  void resize(int threads);
+  void run(void (*function)(Team&, void*), void* context);
+
+  void for_chunks(uint32_t phase, int64_t n, int64_t chunk, void (*body)(void*, int64_t, int64_t), void* context);
+
+ private:
+  static constexpr uint64_t open_flag = 1u << 16, member_mask = 0xffff;
+  static uint32_t generation(uint64_t gate) { return uint32_t(gate >> 32); }
+  void work(uint32_t seen);
+  void keep_off_this_cpu();
+  void execute();
+
+  int threads_ = 1;
+  std::thread workers_[max_threads];
+  int avoided_cpu_[max_threads];
+  std::atomic<bool> stopping_{false};
+
+  // The region in progress.
+  void (*function_)(Team&, void*) = nullptr;
+  void* context_ = nullptr;
+  alignas(64) std::atomic<uint64_t> gate_{0};  // generation << 32 | open flag | members
+  alignas(64) std::atomic<int> left_{0};       // workers that have finished with the region
+
+  // for_chunks number p uses slot p % ring: (p mod 2^24) << 40 | pieces taken << 20 | pieces finished. The first member
+  // to reach a phase turns its slot over; a late member recognises by the number that the slot has moved on.
+  static constexpr uint32_t ring = 16, phase_mask = (1u << 24) - 1;
+  static constexpr uint64_t taken_one = 1u << 20, finished_mask = taken_one - 1;
+  struct alignas(64) Slot {
+    std::atomic<uint64_t> state{0};
+  };
+  Slot slots_[ring];
+
+  WaitPoint idle_{idle_spin}, progress_{step_spin};
+};
+
+void Pool::resize(int threads) {
+  threads = int(max_of(1, min_of(threads, max_threads)));
+  if (threads == threads_) return;
+  stopping_ = true;
+  idle_.wake();
+  for (int i = 1; i < threads_; ++i) workers_[i].join();
+  stopping_ = false;
+  sigset_t all, previous;  // signals are for the program's own threads
+  sigfillset(&all);
+  pthread_sigmask(SIG_SETMASK, &all, &previous);
+  threads_ = 1;
+  try {
+    const uint32_t seen = generation(gate_.load());
+    for (int i = 1; i < threads; ++i, ++threads_) {
+      avoided_cpu_[i] = -1;
+      workers_[i] = std::thread([this, seen] { work(seen); });
+    }
+  } catch (const std::system_error&) {  // go on with the threads that could be started
+  }
+  pthread_sigmask(SIG_SETMASK, &previous, nullptr);
+}
+
+void Pool::work(uint32_t seen) {
+  inside_region = true;
+  while (true) {
+    idle_.wait([&] { return generation(gate_.load()) != seen || stopping_.load(); });
+    if (stopping_.load()) return;
+    uint64_t gate = gate_.load();
+    while ((gate & open_flag) && !gate_.compare_exchange_weak(gate, gate + 1)) relax();
+    seen = generation(gate);
+    if (!(gate & open_flag)) continue;
+    execute();
+    ++left_;
+    progress_.wake();
+  }
+}
+
+void Pool::keep_off_this_cpu() {
+#if defined(__linux__)
+  const int here = sched_getcpu();
+  cpu_set_t others;
+  bool known = false;
+  for (int i = 1; i < threads_; ++i) {
+    if (avoided_cpu_[i] == here) continue;
+    if (!known) {
+      if (here < 0 || sched_getaffinity(0, sizeof others, &others) != 0 || CPU_COUNT(&others) < 2) return;
+      CPU_CLR(here, &others);
+      known = true;
+    }
+    if (pthread_setaffinity_np(workers_[i].native_handle(), sizeof others, &others) == 0) avoided_cpu_[i] = here;
+  }
+#endif
+}
+
+void Pool::execute() {
+  Team team(threads_, this);
+  function_(team, context_);
+}
+
+void Pool::run(void (*function)(Team&, void*), void* context) {
+  function_ = function;
+  context_ = context;
+  left_ = 0;
+  for (uint32_t i = 0; i < ring; ++i) slots_[i].state.store(uint64_t(i) << 40, std::memory_order_relaxed);
+  gate_ = uint64_t(generation(gate_.load()) + 1) << 32 | open_flag | 1;
+  if (idle_.has_sleepers()) keep_off_this_cpu();
+  idle_.wake();
+  execute();
+  const int members = int(gate_.fetch_and(~open_flag) & member_mask);
+  progress_.wait([&] { return left_.load() == members - 1; });
+}
+
+void Pool::for_chunks(uint32_t phase, int64_t n, int64_t chunk, void (*body)(void*, int64_t, int64_t), void* context) {
+  chunk = max_of(chunk, ceil_div(n, int64_t(finished_mask)));
+  const uint64_t pieces = uint64_t(ceil_div(n, chunk)), mine = phase & phase_mask, before = (phase - ring) & phase_mask;
+  std::atomic<uint64_t>& state = slots_[phase % ring].state;
+  const auto number = [](uint64_t value) { return value >> 40; };
+  uint64_t value = state.load();
+  while (true) {
+    if (number(value) == before) {
+      if (state.compare_exchange_weak(value, mine << 40)) value = mine << 40;
+      continue;
+    }
+    if (number(value) != mine) return;
+    const uint64_t piece = value >> 20 & finished_mask;
+    if (piece == pieces) break;
+    if (!state.compare_exchange_weak(value, value + taken_one)) continue;
+    body(context, int64_t(piece) * chunk, min_of(n, int64_t(piece + 1) * chunk));
+    value = state.fetch_add(1) + 1;
+    if ((value & finished_mask) == pieces) return progress_.wake();
+  }
+  progress_.wait([&] {
+    const uint64_t now = state.load();
+    return number(now) != mine || (now & finished_mask) == pieces;
+  });
+}
+
+namespace {
+
+std::atomic<Pool*> current_pool{nullptr};
+std::atomic<int> wanted_threads{0};  // 0: the default
+
+Pool* pool() {
+  if (Pool* existing = current_pool.load()) return existing;
+  static const int registered = pthread_atfork(nullptr, nullptr, [] { current_pool = nullptr; });
+  (void)registered;
+  Pool *created = new Pool, *expected = nullptr;
+  if (current_pool.compare_exchange_strong(expected, created)) return created;
+  delete created;
+  return expected;
+}
+
+int default_threads() {
+  static const int count = [] {
+    const char* text = std::getenv("MLXEFF_NUM_THREADS");
+    const int wanted = text ? std::atoi(text) : 0;
+    return int(min_of(wanted >= 1 ? wanted : usable_cpus(), max_threads));
+  }();
+  return count;
+}
+
+}  // namespace
+
+void team_run(void (*function)(Team&, void*), void* context) {
+  Team alone = Pool::team_of_one();
+  if (inside_region || num_threads() == 1) return function(alone, context);
+  Pool* const pool = mlxeff::pool();
+  if (!pool->running.try_lock()) return function(alone, context);
+  inside_region = true;
+  pool->resize(num_threads());
+  pool->run(function, context);
+  inside_region = false;
+  pool->running.unlock();
+}
+
+int num_threads() {
+  const int wanted = wanted_threads.load(std::memory_order_relaxed);
+  return wanted ? wanted : default_threads();
+}
+
+void Team::for_chunks(int64_t n, int64_t chunk, void (*body)(void*, int64_t, int64_t), void* context) {
+  if (pool_ && n > 0) return pool_->for_chunks(phase_++, n, chunk, body, context);
+  if (n > 0) body(context, 0, n);
+}
+
+void parallel_for(int64_t n, int64_t chunk, void (*body)(void*, int64_t, int64_t), void* context) {
+  if (n <= 0) return;
+  if (n <= chunk || inside_region) return body(context, 0, n);
+  team_run([&](Team& team) { team.for_chunks(n, chunk, body, context); });
+}
+
+void* scratch(Scratch slot, size_t bytes) {
+  struct Buffer {
+    void* data = nullptr;
+    size_t size = 0;
+    ~Buffer() { std::free(data); }
+  };
+  static thread_local Buffer buffers[int(Scratch::count)];
+  Buffer& buffer = buffers[int(slot)];
+  if (buffer.size < bytes) {
+    std::free(buffer.data);
+    buffer.size = size_t(round_up(int64_t(bytes), 4096));
+    buffer.data = std::aligned_alloc(64, buffer.size);
+    if (!buffer.data) buffer.size = 0;
+  }
+  return buffer.data;
+}
+
+}  // namespace mlxeff
+
+extern "C" {
+
+int mlxeff_num_threads(void) { return mlxeff::num_threads(); }
+
+int mlxeff_set_num_threads(int n) {
+  if (n < 0) return MLXEFF_BAD_ARGUMENT;
+  if (mlxeff::inside_region) return MLXEFF_BUSY;
+  mlxeff::wanted_threads = int(mlxeff::min_of(n, mlxeff::max_threads));
+  return MLXEFF_OK;
+}
+}

@@ -1,0 +1,33 @@
+// Table of the dense matmul kernels of one instruction-set level.
+//
+// All dense products are c (M, N) = A (M, K) B (K, N), where the arrays hold A or its transpose, B or its transpose; A
+// is the x of product_kernels.h, and the columns of B its rows of W.
+#pragma once
+#include "products/product_kernels.h"
+
+namespace mlxeff {
+
+struct MatmulOperand {
+  const void* data;
+  int64_t ld;
+  int dtype;
+  bool transposed;  // the array is (K, M) for A, (N, K) for B
+};
+
+struct MatmulArgs {
+  MatmulOperand a, b;
+  void* c;
+  int64_t ldc;
+  int c_dtype;
+  int64_t M, N, K;
+  int mode;
+  // Set by bind: the copy of A that the kernels read, padded with zeros.
+  float* a_f32;
+  bf16* a_bf16;
+};
+
+using MatmulKernels = ProductKernels<MatmulArgs>;  // prepare: m_begin a multiple of 16
+
+MLXEFF_DECLARE_FAMILY(MatmulKernels, matmul_kernels)
+
+}  // namespace mlxeff

@@ -1,0 +1,131 @@
+// A matrix product c (M, N) = a (M, K) b (K, N) around the tiles of gemm_tile.h and amx_tile.h: how it is cut up, and
+// the loops over panels of b. What b is, dense or quantised, is the business of the callable that fills a panel.
+//
+// To be included by per-level sources only.
+#pragma once
+#include "base/pool.h"
+#include "products/amx_tile.h"
+#include "products/gemm_tile.h"
+
+namespace mlxeff {
+namespace MLXEFF_ISA {
+
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int direct_rows = 8;  // of a, up to which b is used straight from registers: as many as these allow
+#else
+constexpr int direct_rows = 4;
+#endif
+constexpr int64_t panel_depth = 256;  // 256 x 32 fp32 = 32 KiB stay in the first-level cache
+constexpr int64_t amx_panel_depth =
+    1024;                               // longer: loading and storing accumulator tiles costs as much as two products
+constexpr int64_t rows_at_once = 1024;  // of a, before a panel is filled anew; bounds the accumulators
+
+struct Output {
+  void* data;
+  int64_t ld;
+  int dtype;
+};
+
+MLXEFF_INLINE bool amx_mode(int mode) {
+#if defined(MLXEFF_AMX)
+  return mode == MLXEFF_COMPUTE_BF16;
+#else
+  (void)mode;
+  return false;
+#endif
+}
+
+// Rows of a that the kernels read, of which those beyond M are zeros: AMX takes 32 at a time; the direct kernels exist
+// for 1, 2, 4 and 8.
+static inline int64_t rows_read(int64_t M, bool few, bool amx) {
+  if (amx) return round_up(M, 32);
+  if (!few) return M;
+  int64_t rows = 1;
+  while (rows < M) rows *= 2;
+  return rows;
+}
+
+// Columns that a thread should take at once. Few rows: about 64 KiB of b, to share the work evenly at little cost.
+static inline int64_t direct_piece(int64_t N, int64_t column_bytes, int threads) {
+  return VL * max_of(1, min_of(65536 / (VL * column_bytes), N / (VL * threads * 4)));
+}
+// Many: whole panels; with AMX up to four, so that a tile of a is used several times while it is near.
+static inline int64_t panel_piece(int64_t N, bool amx, int threads) {
+  if (!amx) return panel_width;
+  const int64_t widest = 4 * panel_width, rounds = ceil_div(N, widest * threads);
+  return round_up(ceil_div(N, rounds * threads), panel_width);
+}
+
+// c [m_begin .. + rows, n_begin .. + columns) = values [rows][stride], converted.
+static inline void store_block(const float* values, int64_t stride, int64_t rows, int64_t columns, const Output& c,
+                               int64_t m_begin, int64_t n_begin) {
+  const int64_t size = int64_t(dtype_size(c.dtype));
+  for (int64_t m = 0; m < rows; ++m)
+    from_floats(static_cast<char*>(c.data) + ((m_begin + m) * c.ld + n_begin) * size, c.dtype, values + m * stride,
+                columns);
+}
+
+// The same for one vector a row, as the direct kernels leave them.
+static inline void store_strip(const vf* values, int64_t rows, int64_t columns, const Output& c, int64_t n_begin) {
+  for (int64_t m = 0; m < rows; ++m) {
+    float row[VL];
+    store(row, values[m]);
+    store_block(row, VL, 1, columns, c, m, n_begin);
+  }
+}
+
+// Columns [n_begin, n_end) of c in fp32. fill(n, k, k_end, panel) stores rows [k, k_end) of columns n on as
+// panel [k_end - k][panel_width]; k = 0 comes first.
+template <class Fill>
+static int panel_product(const float* a, int64_t lda, int64_t M, int64_t K, int64_t n_begin, int64_t n_end,
+                         const Output& c, Fill fill) {
+  float* const panel = static_cast<float*>(scratch(Scratch::panel, size_t(panel_depth * panel_width) * 4));
+  float* const sums =
+      static_cast<float*>(scratch(Scratch::accumulator, size_t(min_of(M, rows_at_once) * panel_width) * 4));
+  if (!panel || !sums) return MLXEFF_NO_MEMORY;
+  for (int64_t n = n_begin; n < n_end; n += panel_width)
+    for (int64_t m = 0; m < M; m += rows_at_once) {
+      const int64_t rows = min_of(rows_at_once, M - m);
+      for (int64_t k = 0; k < K; k += panel_depth) {
+        const int64_t k_end = min_of(K, k + panel_depth);
+        fill(n, k, k_end, panel);
+        gemm_panel(a + m * lda + k, lda, rows, panel, k_end - k, sums, k > 0);
+      }
+      store_block(sums, panel_width, rows, min_of(panel_width, n_end - n), c, m, n);
+    }
+  return MLXEFF_OK;
+}
+
+#if defined(MLXEFF_AMX)
+// The same with both operands in bf16; a is padded with zeros to multiples of 32 rows and columns. At most a few panels
+// wide: all of them are filled before a is read, so that each tile of a serves every panel while it is in the cache.
+// fill(n, k, k_end, panel) stores panel [(k_end - k) / 2][panel_width][2], zeros where k_end lies beyond K.
+template <class Fill>
+static int amx_product(const bf16* a, int64_t lda, int64_t M, int64_t K, int64_t n_begin, int64_t n_end,
+                       const Output& c, Fill fill) {
+  const int64_t panels = ceil_div(n_end - n_begin, panel_width), columns = panels * panel_width;
+  const int64_t padded_rows = round_up(M, 32), padded_k = round_up(K, 32), depth = min_of(padded_k, amx_panel_depth);
+  bf16* const weights = static_cast<bf16*>(scratch(Scratch::panel, size_t(depth * columns) * 2));
+  float* const sums =
+      static_cast<float*>(scratch(Scratch::accumulator, size_t(min_of(padded_rows, rows_at_once) * columns) * 4));
+  if (!weights || !sums) return MLXEFF_NO_MEMORY;
+  amx_begin();
+  for (int64_t m = 0; m < padded_rows; m += rows_at_once) {
+    const int64_t rows = min_of(rows_at_once, padded_rows - m);
+    for (int64_t k = 0; k < padded_k; k += depth) {
+      const int64_t k_end = min_of(padded_k, k + depth);
+      for (int64_t p = 0; p < panels; ++p) fill(n_begin + p * panel_width, k, k_end, weights + p * depth * panel_width);
+      for (int64_t i = 0; i < rows; i += 32)
+        for (int64_t p = 0; p < panels; ++p)
+          amx_tile(a + (m + i) * lda + k, lda, weights + p * depth * panel_width, k_end - k,
+                   sums + i * columns + p * panel_width, columns, k > 0);
+    }
+    store_block(sums, columns, min_of(rows, M - m), n_end - n_begin, c, m, n_begin);
+  }
+  amx_end();
+  return MLXEFF_OK;
+}
+#endif
+
+}  // namespace MLXEFF_ISA
+}  // namespace mlxeff

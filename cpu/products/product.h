@@ -1,0 +1,116 @@
+// y = x W^T for a weight matrix of any kind: one form over the kernel tables of the matrix families and of the BLAS. x
+// and y are fp32.
+#pragma once
+#include "products/blas_product.h"
+#include "products/matmul_kernels.h"
+#include "products/qmatmul_kernels.h"
+#include "seedlm/seedlm_kernels.h"
+
+namespace mlxeff {
+
+// The calls come in the order of product_kernels.h: bind (or share_input), prepare over all rows of x, run over all
+// rows of W.
+class Product {
+  // Calls f(kernel table, its arguments) of the matrix's family.
+  template <class Self, class F>
+  static auto visit(Self& self, F&& f) {
+    if (self.blas_) return f(*self.blas_, self.b_);
+    switch (self.matrix_->kind()) {
+      case WeightMatrix::Kind::quantised: return f(*self.quantised_, self.q_);
+      case WeightMatrix::Kind::seeds: return f(*self.seeds_, self.s_);
+      case WeightMatrix::Kind::dense: break;
+    }
+    return f(*self.dense_, self.d_);
+  }
+
+ public:
+  Product() = default;
+  // `mode` is MLXEFF_EXACT, _BF16 or _INT8; a dense matrix takes INT8 for BF16.
+  Product(const WeightMatrix& w, const float* x, float* y, int64_t rows, int mode)
+      : matrix_(&w), quantised_(&MLXEFF_DISPATCH(qmatmul_kernels)), seeds_(&MLXEFF_DISPATCH(seedlm_kernels)),
+        dense_(&MLXEFF_DISPATCH(matmul_kernels)) {
+    const int float_mode = mode == MLXEFF_EXACT ? MLXEFF_EXACT : MLXEFF_COMPUTE_BF16;
+    const bool rounds = w.kind() == WeightMatrix::Kind::quantised && mode == MLXEFF_COMPUTE_INT8;
+    if (!rounds && (mode == MLXEFF_EXACT || active_isa() != Isa::amx)) blas_ = blas_kernels(rows);
+    b_ = {&w, x, y, rows};
+    switch (w.kind()) {
+      case WeightMatrix::Kind::quantised:
+        q_ = {w.quantised, x,       w.K, MLXEFF_F32, y,       w.N,     MLXEFF_F32, rows,
+              mode,        nullptr, 0,   nullptr,    nullptr, nullptr, nullptr};
+        break;
+      case WeightMatrix::Kind::seeds:
+        s_ = {w.seeds, x, w.K, MLXEFF_F32, y, w.N, MLXEFF_F32, rows, mode, nullptr, nullptr, nullptr, 0};
+        break;
+      case WeightMatrix::Kind::dense:
+        d_ = {{x, w.K, MLXEFF_F32, false},
+              {w.dense, w.K, w.dtype, true},
+              y,
+              w.N,
+              MLXEFF_F32,
+              rows,
+              w.N,
+              w.K,
+              float_mode,
+              nullptr,
+              nullptr};
+    }
+  }
+
+  const WeightMatrix& matrix() const { return *matrix_; }
+  int64_t workspace_bytes() const {
+    return round_up(
+        int64_t(visit(*this, [](const auto& kernels, const auto& args) { return kernels.workspace_bytes(args); })), 64);
+  }
+  void bind(void* workspace) {
+    visit(*this, [&](const auto& kernels, auto& args) { kernels.bind(args, workspace); });
+  }
+  void prepare(int64_t begin, int64_t end) const {
+    visit(*this, [&](const auto& kernels, const auto& args) { kernels.prepare(args, begin, end); });
+  }
+  int64_t piece(int threads) const {
+    return visit(*this, [&](const auto& kernels, const auto& args) { return kernels.piece(args, threads); });
+  }
+  int run(int64_t begin, int64_t end) const {
+    return visit(*this, [&](const auto& kernels, const auto& args) { return kernels.run(args, begin, end); });
+  }
+
+  // Whether `other`, of the same x, needs it in the same form; share_input then replaces its bind and prepare.
+  bool same_input(const Product& other) const {
+    const WeightMatrix &a = *matrix_, &b = *other.matrix_;
+    if (a.kind() != b.kind()) return false;
+    switch (a.kind()) {
+      case WeightMatrix::Kind::quantised:
+        return a.quantised.bits == b.quantised.bits && a.quantised.group == b.quantised.group;
+      case WeightMatrix::Kind::seeds: return a.seeds.columns == b.seeds.columns && a.seeds.states == b.seeds.states;
+      case WeightMatrix::Kind::dense: break;
+    }
+    return true;
+  }
+  void share_input(const Product& owner) {
+    d_.a_f32 = owner.d_.a_f32;
+    d_.a_bf16 = owner.d_.a_bf16;
+    s_.x_f32 = owner.s_.x_f32;
+    s_.x_bf16 = owner.s_.x_bf16;
+    s_.x_int8 = owner.s_.x_int8;
+    s_.ldx_few = owner.s_.ldx_few;
+    q_.x_f32 = owner.q_.x_f32;
+    q_.ldx_f32 = owner.q_.ldx_f32;
+    q_.x_sum = owner.q_.x_sum;
+    q_.x_int8 = owner.q_.x_int8;
+    q_.x_scale = owner.q_.x_scale;
+    q_.x_bf16 = owner.q_.x_bf16;
+  }
+
+ private:
+  const WeightMatrix* matrix_ = nullptr;
+  const QmatmulKernels* quantised_ = nullptr;
+  const SeedlmKernels* seeds_ = nullptr;
+  const MatmulKernels* dense_ = nullptr;
+  const ProductKernels<BlasArgs>* blas_ = nullptr;
+  QmmArgs q_ = {};
+  SeedArgs s_ = {};
+  MatmulArgs d_ = {};
+  BlasArgs b_ = {};
+};
+
+}  // namespace mlxeff

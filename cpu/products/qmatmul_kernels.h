@@ -1,0 +1,32 @@
+// Table of the quantised-matmul kernels of one instruction-set level.
+#pragma once
+#include "products/product_kernels.h"
+
+namespace mlxeff {
+
+struct QmmArgs {
+  mlxeff_qweight w;
+  const void* x;
+  int64_t ldx;
+  int x_dtype;
+  void* y;
+  int64_t ldy;
+  int y_dtype;
+  int64_t M;
+  int mode;
+  // Set by bind. The form of x that the kernels read, each (M, K) or (M, K / group):
+  const float* x_f32;  // EXACT, unless it reads x_int8
+  int64_t ldx_f32;
+  float* x_sum;    // of each group: EXACT, M = 1 or few; INT8, of the rounded values
+  int8_t* x_int8;  // INT8, elements of each 32 in the order of the weights' decoder; EXACT, M = 1: three bytes each
+  float* x_scale;  // of each group, where there is x_int8
+  bf16* x_bf16;    // BF16, rows padded with zeros to a multiple of 32
+};
+
+struct QmatmulKernels : ProductKernels<QmmArgs> {
+  void (*dequantize_row)(const mlxeff_qweight& w, int64_t n, void* out, int out_dtype);
+};
+
+MLXEFF_DECLARE_FAMILY(QmatmulKernels, qmatmul_kernels)
+
+}  // namespace mlxeff

@@ -1,0 +1,196 @@
+// Quantised matmul, few rows of x (M <= direct_rows): weights are decoded into registers, used for all rows, and never
+// stored. One strip of VL rows of W at a time:
+//
+//   EXACT  y[m][n] = sum over groups of scale * sum(q * x) + bias * sum(x), everything in fp32
+//   INT8   x is rounded to xq * x_scale with one x_scale a group, |xq| <= 127;
+//          y[m][n] = sum over groups of scale * x_scale * sum(q * xq) + bias * x_scale * sum(xq), the inner sums in
+//          integers. The second term uses the rounded values too, so the error is that of w * (x - xq * x_scale).
+//
+// While a strip is computed the next one is prefetched, in the order of its addresses.
+//
+// To be included by per-level sources only.
+#pragma once
+#include "products/panel_product.h"
+#include "products/qmatmul_int8.h"
+#include "products/qmatmul_kernels.h"
+
+namespace mlxeff {
+namespace MLXEFF_ISA {
+
+MLXEFF_INLINE Output output(const QmmArgs& args) { return {args.y, args.ldy, args.y_dtype}; }
+
+// One strip as the kernels read it: packed rows, and scales and biases with a group's VL values side by side.
+struct Strip {
+  const char* packed;
+  int64_t stride;  // bytes between packed rows
+  const float* scales;
+  const float* biases;
+};
+
+MLXEFF_INLINE int64_t row_bytes(const mlxeff_qweight& w) { return w.K * w.bits / 8; }
+MLXEFF_INLINE int64_t strip_floats(const mlxeff_qweight& w) {  // scratch that load_strip needs
+  return 2 * VL * round_up(w.K / w.group, 4) + VL * round_up(w.K / w.group, 4) + VL * row_bytes(w) / 4;
+}
+
+// Fetches the next strip while the present one is read and computed, in the order of its addresses. Lines are asked for
+// at an even pace over all of that time, reading the scales included: a core has few outstanding misses, and memory
+// that is left waiting once is not caught up with.
+struct Prefetcher {
+  const char *packed = nullptr, *scales = nullptr, *biases = nullptr;
+  int64_t group_bytes = 0;    // of scales
+  int64_t pace = 0, due = 0;  // sixteenths of a line a block of 32 values
+
+  static constexpr int lines_with_scales = 2;  // for each four groups of scales or biases
+  inline __attribute__((always_inline)) void start(const mlxeff_qweight& w, int64_t n) {
+    const int64_t size = int64_t(dtype_size(w.scale_dtype)), groups = w.K / w.group, lines = VL * row_bytes(w) / 64;
+    packed = reinterpret_cast<const char*>(w.packed) + n * row_bytes(w);
+    scales = static_cast<const char*>(w.scales) + n * groups * size;
+    biases = static_cast<const char*>(w.biases) + n * groups * size;
+    group_bytes = VL * size;
+    pace = max_of(0, 16 * (lines - ceil_div(groups, 4) * 2 * lines_with_scales)) / (w.K / 32) + 1;
+  }
+  inline __attribute__((always_inline)) void fetch(int lines) {
+    for (int i = 0; i < lines; ++i, packed += 64) __builtin_prefetch(packed, 0, 3);
+  }
+  inline __attribute__((always_inline)) void block() {
+    for (due += pace; due >= 16; due -= 16, packed += 64) __builtin_prefetch(packed, 0, 3);
+  }
+  inline __attribute__((always_inline)) void group() {
+    __builtin_prefetch(scales, 0, 3);
+    __builtin_prefetch(biases, 0, 3);
+    scales += group_bytes;
+    biases += group_bytes;
+  }
+};
+
+// out [groups][VL] = VL rows of a scale or bias matrix, transposed and converted; rows beyond `rows` repeat the last.
+static inline void load_scales(const void* matrix, int dtype, int64_t groups, int64_t n, int64_t rows, float* rows_f32,
+                               float* out, Prefetcher& next) {
+  const int64_t padded = round_up(groups, 4);
+  for (int r = 0; r < VL; ++r) {
+    const int64_t offset = (n + min_of(r, rows - 1)) * groups * int64_t(dtype_size(dtype));
+    to_floats(rows_f32 + r * padded, static_cast<const char*>(matrix) + offset, dtype, groups);
+    for (int64_t g = groups; g < padded; ++g) rows_f32[r * padded + g] = 0;
+  }
+  for (int64_t g = 0; g < padded; g += 4) {
+    next.fetch(Prefetcher::lines_with_scales);
+    vu quad[4];
+    load_words4(reinterpret_cast<const char*>(rows_f32 + g), padded * 4, quad);
+    for (int i = 0; i < 4; ++i) store(out + (g + i) * VL, (vf)quad[i]);
+  }
+}
+
+// Rows [n, n + rows) of W, rows <= VL, in the strip form. `bias_shift` times the scale is added to each bias.
+static inline Strip load_strip(const mlxeff_qweight& w, int64_t n, int64_t rows, float bias_shift, float* buffer,
+                               Prefetcher& next) {
+  const int64_t groups = w.K / w.group, padded = round_up(groups, 4), bytes = row_bytes(w);
+  float *scales = buffer, *biases = scales + VL * padded, *rows_f32 = biases + VL * padded;
+  load_scales(w.scales, w.scale_dtype, groups, n, rows, rows_f32, scales, next);
+  load_scales(w.biases, w.scale_dtype, groups, n, rows, rows_f32, biases, next);
+  if (bias_shift != 0)
+    for (int64_t i = 0; i < VL * groups; i += VL) store(biases + i, load(biases + i) + load(scales + i) * bias_shift);
+  const char* packed = reinterpret_cast<const char*>(w.packed) + n * bytes;
+  if (rows < VL) {  // the last strip of W, completed by copies of its last row
+    char* copy = reinterpret_cast<char*>(rows_f32 + VL * padded);
+    for (int r = 0; r < VL; ++r) memcpy(copy + r * bytes, packed + min_of(r, rows - 1) * bytes, size_t(bytes));
+    packed = copy;
+  }
+  return {packed, bytes, scales, biases};
+}
+
+// The sums of a group's products, in chains: one row of x alone does not keep the arithmetic units busy.
+template <int rows, bool int8>
+struct Part {
+  static constexpr int chains = rows == 1 ? 4 : 1;
+  vf sum[rows][chains] = {};
+
+  // A block of 32 values, from value k of a row on.
+  template <int bits>
+  inline __attribute__((always_inline)) void add(const QmmArgs& args, const Block<bits>& block, int64_t k) {
+#pragma GCC unroll 32
+    for (int i = 0; i < 32; ++i) {
+      const vf q = block.value_f32(i);
+#pragma GCC unroll 8
+      for (int m = 0; m < rows; ++m)
+        sum[m][i % chains] = fma(q, broadcast(args.x_f32[m * args.ldx_f32 + k + i]), sum[m][i % chains]);
+    }
+  }
+  inline __attribute__((always_inline)) vf dot(const QmmArgs&, int m, int64_t) const {
+    return rows == 1 ? (sum[m][0] + sum[m][1 % chains]) + (sum[m][2 % chains] + sum[m][3 % chains]) : sum[m][0];
+  }
+};
+template <int rows>
+struct Part<rows, true> {
+  Int8Sums<rows> sums;
+  Part() { sums.clear(); }
+
+  template <int bits>
+  inline __attribute__((always_inline)) void add(const QmmArgs& args, const Block<bits>& block, int64_t k) {
+    const int64_t ldx = padded_stride(args.w.K, 1);
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) sums.template add<bits>(eight_values(block, i), args.x_int8 + k + 8 * i, ldx);
+  }
+  inline __attribute__((always_inline)) vf dot(const QmmArgs& args, int m, int64_t group_index) const {
+    return sums.row(m) * broadcast(args.x_scale[group_index]);
+  }
+};
+
+template <int bits, int rows, bool int8>
+static void strip_product(const QmmArgs& args, const Strip& strip, Prefetcher next, vf y[]) {
+  const int64_t group = args.w.group, groups = args.w.K / group;
+  vf sum[rows];
+#pragma GCC unroll 8
+  for (int m = 0; m < rows; ++m) sum[m] = zero();
+  for (int64_t g = 0; g < groups; ++g) {
+    Part<rows, int8> part;
+    for (int64_t k = g * group; k < (g + 1) * group; k += 32) {
+      next.block();
+      part.template add<bits>(args, Block<bits>::load(strip.packed + k * bits / 8, strip.stride), k);
+    }
+    next.group();
+    const vf scale = load(strip.scales + g * VL), bias = load(strip.biases + g * VL);
+#pragma GCC unroll 8
+    for (int m = 0; m < rows; ++m)
+      sum[m] = fma(scale, part.dot(args, m, m * groups + g), fma(bias, broadcast(args.x_sum[m * groups + g]), sum[m]));
+  }
+#pragma GCC unroll 8
+  for (int m = 0; m < rows; ++m) y[m] = sum[m];
+}
+
+typedef void StripKernel(const QmmArgs&, const Strip&, Prefetcher, vf*);
+
+// The kernel for `rows` rows of x: 4- and 8-bit weights have kernels for several (qmatmul_row.h has those for one), the
+// others for one.
+template <int bits, bool int8>
+static StripKernel* strip_kernel(int64_t rows) {
+  if constexpr (bits == 4 || bits == 8) {
+#if defined(__AVX512F__) || defined(__aarch64__)
+    if (rows > 4) return strip_product<bits, 8, int8>;
+#endif
+    return rows > 2 ? strip_product<bits, 4, int8> : strip_product<bits, 2, int8>;
+  } else {
+    return strip_product<bits, 1, int8>;
+  }
+}
+
+template <int bits>
+static int run_strips(const QmmArgs& args, int64_t n_begin, int64_t n_end) {
+  const bool int8 = args.mode == MLXEFF_COMPUTE_INT8;
+  StripKernel* const kernel = int8 ? strip_kernel<bits, true>(args.M) : strip_kernel<bits, false>(args.M);
+  float* const buffer = static_cast<float*>(scratch(Scratch::strip, size_t(strip_floats(args.w)) * 4));
+  if (!buffer) return MLXEFF_NO_MEMORY;
+  const float bias_shift = int8 ? byte_offset<bits> : 0;
+  for (int64_t n = n_begin; n < n_end; n += VL) {
+    const int64_t rows = min_of(VL, n_end - n);
+    Prefetcher next;
+    next.start(args.w, min_of(n + VL, args.w.N - 1));
+    const Strip strip = load_strip(args.w, n, rows, bias_shift, buffer, next);
+    vf y[direct_rows];
+    kernel(args, strip, next, y);
+    store_strip(y, args.M, rows, output(args), n);
+  }
+  return MLXEFF_OK;
+}
+
+}  // namespace MLXEFF_ISA
+}  // namespace mlxeff

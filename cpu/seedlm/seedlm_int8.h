@@ -1,0 +1,112 @@
+// SeedLM products with few rows of x in mode INT8, on CPUs with AVX-512 VBMI: a row of W at a time, 16 of its blocks in
+// the lanes.
+//
+//   y = sum over blocks of 2^e / 32767 * s * sum over p of q[p] * (sum over c of X[c] * (256 * v[c][p] + 127.5 -
+//   32768))
+//
+// X = x / s rounded to int8, |X| <= 127, one scale s for each block of x; v is the leading byte of the state V. One
+// instruction (vpmultishiftqb) cuts four columns' v out of the stream of each block, another (vpdpbusd) multiplies them
+// by X and adds them to the block's sum: no weight is formed, and nothing is converted but the sums. x is stored as
+// chunks of 16 blocks:
+//
+//   int8 X [C / 4][block][4 columns], int32 sums to start from [block], float s [block]
+//
+// To be included by per-level sources only.
+#pragma once
+#include "seedlm/seedlm_few.h"
+
+#if defined(__AVX512F__)
+#define MLXEFF_VBMI __attribute__((target("avx512vbmi")))
+
+namespace mlxeff {
+namespace MLXEFF_ISA {
+
+MLXEFF_INLINE int64_t int8_chunk_bytes(const SeedArgs& args) { return args.w.columns * VL + 8 * VL; }
+
+MLXEFF_INLINE vi
+round_to_int(vf v) {  // |v| < 2^22, to nearest: adding 1.5 * 2^23 leaves the integer in the low bits of the sum
+  const vf magic = broadcast(0x1.8p23f);
+  return (vi)(v + magic) - (vi)magic;
+}
+
+static void prepare_int8(const SeedArgs& args, const void* x, char* out) {
+  const int C = args.w.columns;
+  each_chunk(args, x, [&](int64_t i, const float* columns) {
+    char* const chunk = out + i * int8_chunk_bytes(args);
+    vf largest = zero();
+    for (int c = 0; c < C; ++c) largest = max(largest, abs(load(columns + c * VL)));
+    const vf inverse = largest > 1e-35f ? 127.0f / largest : zero();  // below, it might be infinite
+    vi total = {};
+    for (int c = 0; c < C; c += 4) {
+      vi four = {};
+      for (int b = 0; b < 4; ++b) {
+        const vi rounded = round_to_int(load(columns + (c + b) * VL) * inverse);
+        total += rounded;
+        four |= (rounded & 255) << (8 * b);
+      }
+      memcpy(chunk + c * VL, &four, sizeof four);
+    }
+    const vi start = -round_to_int(__builtin_convertvector(total, vf) * ((32768 - 127.5f) / 256));
+    memcpy(chunk + C * VL, &start, sizeof start);
+    store(reinterpret_cast<float*>(chunk + C * VL + 4 * VL), largest * (1 / 127.0f));
+  });
+}
+
+// For vpmultishiftqb: the places of the leading bytes of window p, columns 4 * quarter on, in the streams of two
+// blocks.
+template <int P>
+MLXEFF_INLINE __m512i byte_places(int p, int quarter) {
+  uint64_t places = 0;
+  for (int i = 0; i < 8; ++i) {
+    const int column = P == 3 ? 4 * quarter + i % 4 : i % 4,
+              begin = P == 3 ? 0 : 8;  // word[1] of P = 3 begins at bit 8
+    places |= uint64_t(i / 4 * 32 + column * P + p + begin) << (8 * i);
+  }
+  return _mm512_set1_epi64(int64_t(places));
+}
+
+template <int C, int P, int M>
+MLXEFF_VBMI static int run_int8(const SeedArgs& args, int64_t n_begin, int64_t n_end) {
+  constexpr int quarters = C / 4;
+  const mlxeff_seedlm_weight w = args.w;
+  const int64_t per_row = blocks_a_row(w), step = C * VL + 8 * VL, ldx = args.ldx_few;
+  for (int64_t n = n_begin; n < n_end; ++n) {
+    vf totals[M] = {};
+    const char* x = args.x_int8;
+    for (int64_t j = 0; j < per_row; j += VL, x += step) {
+      const Blocks<C, P> blocks = Blocks<C, P>::of_row(w, n, j, per_row);
+      __m512i bytes[P][quarters];
+      vf q[P];
+#pragma GCC unroll 4
+      for (int p = 0; p < P; ++p) {
+        q[p] = blocks.coefficient(p);
+#pragma GCC unroll 3
+        for (int i = 0; i < quarters; ++i)
+          bytes[p][i] =
+              _mm512_multishift_epi64_epi8(byte_places<P>(p, P == 3 ? i : 0), (__m512i)blocks.word[P == 3 ? 1 : i]);
+      }
+      const vf scale = blocks.scale(w, 256.0f);
+#pragma GCC unroll 8
+      for (int m = 0; m < M; ++m) {
+        const char* const row = x + m * ldx;
+        vf value = zero();
+#pragma GCC unroll 4
+        for (int p = 0; p < P; ++p) {
+          __m512i dot = _mm512_loadu_si512(row + C * VL);
+#pragma GCC unroll 3
+          for (int i = 0; i < quarters; ++i)
+            dot = _mm512_dpbusd_epi32(dot, bytes[p][i], _mm512_loadu_si512(row + i * 4 * VL));
+          const vf product = (vf)_mm512_cvtepi32_ps(dot);
+          value = p == 0 ? q[0] * product : fma(q[p], product, value);
+        }
+        totals[m] = fma(value, scale * load(reinterpret_cast<const float*>(row + C * VL + 4 * VL)), totals[m]);
+      }
+    }
+    for (int m = 0; m < M; ++m) store_value(args.y, args.y_dtype, m * args.ldy + n, sum(totals[m]));
+  }
+  return MLXEFF_OK;
+}
+
+}  // namespace MLXEFF_ISA
+}  // namespace mlxeff
+#endif

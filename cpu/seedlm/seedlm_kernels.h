@@ -1,0 +1,30 @@
+// Table of the SeedLM kernels of one instruction-set level.
+#pragma once
+#include "products/product_kernels.h"
+
+namespace mlxeff {
+
+struct SeedArgs {
+  mlxeff_seedlm_weight w;
+  const void* x;
+  int64_t ldx;
+  int x_dtype;
+  void* y;
+  int64_t ldy;
+  int y_dtype;
+  int64_t M;
+  int mode;
+  // Set by bind. The form of x that the kernels read:
+  float* x_f32;     // few rows: seedlm_few.h; many: (M, K)
+  bf16* x_bf16;     // AMX: (M padded to 32, K padded)
+  char* x_int8;     // seedlm_int8.h
+  int64_t ldx_few;  // floats between the rows of a few, or bytes
+};
+
+struct SeedlmKernels : ProductKernels<SeedArgs> {
+  void (*decode_row)(const mlxeff_seedlm_weight& w, int64_t n, void* out, int out_dtype);
+};
+
+MLXEFF_DECLARE_FAMILY(SeedlmKernels, seedlm_kernels)
+
+}  // namespace mlxeff
