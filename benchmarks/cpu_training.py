@@ -122,7 +122,7 @@ def dense_model():
     from mlx.utils import tree_flatten
 
     from mlxeff import hub
-    from mlxeff.loading import build_model, load_path
+    from mlxeff.assembly.model import build_model, load_path
 
     loaded = load_path(hub.resolve(hub.DEFAULT_MODEL))
     weights = dict(tree_flatten(loaded.model.parameters()))

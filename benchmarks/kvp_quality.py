@@ -24,14 +24,15 @@ import mlx.core as mx
 import saving
 from kvp import measures, pairs, questions, report
 from mlxeff import hub
+from mlxeff.assembly.model import Loaded, load_path
 from mlxeff.bench import ttft
 from mlxeff.bench.machine import card, processor
 from mlxeff.bench.samples import Samples
 from mlxeff.cli.output import show_notices
+from mlxeff.decode import Setup
 from mlxeff.errors import MlxeffError
 from mlxeff.kernels import use_device
 from mlxeff.kvprediction.files import digest
-from mlxeff.loading import Loaded, load_path
 
 TEXT = questions.TEXT
 TTFT_POINTS = [ttft.Point(batch, tokens) for batch in (1, 8) for tokens in (128, 512, 2048)]
@@ -56,8 +57,8 @@ def main() -> None:
     made = {each: pairs.make(each, options.model, options.work, options.tokens) for each in options.aux}
     given = {f"KVP {recipe}": folder for recipe, folder in made.items()} | dict(options.pair)
     pruned = pairs.trained_baselines(made) | dict(options.pruned)
-    readers = pairs.readers(base, given, pruned)
-    names = pairs.chosen(list(readers), options.only)
+    arms = pairs.arms(base, given, pruned)
+    names = pairs.chosen(list(arms), options.only)
     digests = {name: digest(folder) for name, folder in (given | pruned).items()}
     what = {"model": base.fingerprint, "windows": [options.windows, options.prompt, options.continuation]}
     scored = Samples(options.work / "windows.jsonl", {"format": "kvp-windows", **what}, QUALITY_KEYS)
@@ -70,7 +71,7 @@ def main() -> None:
     machine = card()
     place = options.work / f"ttft-{machine['threads']}-threads.jsonl"
     times = Samples(place, {"format": "kvp-ttft", "model": base.fingerprint, **machine}, ttft.KEYS)
-    tagged = {name: (readers[name], _digest(name, digests)) for name in names}
+    tagged = {name: (arms[name], _digest(name, digests)) for name in names}
     if "windows" in options.phase:
         measure_windows(base, tagged, windows(base, options), options.prompt, scored)
     if "questions" in options.phase:
@@ -79,7 +80,7 @@ def main() -> None:
         measure_times(tagged, options, times)
     document = {"card": machine | {"command": " ".join(sys.argv)}, **what, "tokens fitted on": options.tokens}
     answers = {name: samples.all for name, samples in asked.items()}
-    document["arms"] = report.summary(readers, digests, scored.all, answers, times.all, options.prompt)
+    document["arms"] = report.summary(arms, digests, scored.all, answers, times.all, options.prompt)
     print(report.tables(document))
     if options.save:
         report.save(document, saving.RESULTS)
@@ -98,13 +99,13 @@ def windows(base: Loaded, options: argparse.Namespace):
 
 def measure_windows(base: Loaded, arms: dict, rows, prompt: int, samples: Samples) -> None:
     """Compare every arm with the base on every window."""
-    truth_of = measures.Reader(base.model)
+    truth_of = Setup(base.model)
     for item, row in enumerate(rows):
         left = [name for name, (_, mark) in arms.items() if (name, mark, item) not in samples.done()]
         truth = measures.log_probabilities(truth_of, row, prompt) if left else None
         for name in left:
-            reader, mark = arms[name]
-            found = measures.compare(measures.log_probabilities(reader, row, prompt), truth, row[prompt:])
+            arm, mark = arms[name]
+            found = measures.compare(measures.log_probabilities(arm.setup, row, prompt), truth, row[prompt:])
             samples.add({"arm": name, "digest": mark, "item": item} | found)
         _show(f"window {item + 1} of {len(rows)}")
 
@@ -114,10 +115,10 @@ def measure_questions(base: Loaded, arms: dict, asked: dict[str, Samples]) -> No
     for (kind, items), samples in zip(questions.sets().items(), asked.values(), strict=True):
         for number, (prompt, answer) in enumerate(items):
             ids = base.tokenizer.encode(prompt, add_special_tokens=True)
-            for name, (reader, mark) in arms.items():
+            for name, (arm, mark) in arms.items():
                 if (name, mark, number) in samples.done():
                     continue
-                said = questions.answer(reader.model, base.tokenizer, ids, reader.dialled())
+                said = questions.answer(arm.setup, base.tokenizer, ids)
                 found = {"said": said, "exact": questions.exact(said, answer), "tokens": len(ids)}
                 samples.add({"arm": name, "digest": mark, "item": number} | found)
                 mx.clear_cache()
@@ -126,8 +127,8 @@ def measure_questions(base: Loaded, arms: dict, asked: dict[str, Samples]) -> No
 
 def measure_times(arms: dict, options: argparse.Namespace, samples: Samples) -> None:
     """Seconds to the first token; `refine` begins after it."""
-    timed = {name: reader for name, (reader, _) in arms.items() if not reader.refine}
-    group = ttft.Group(list(timed), lambda names: pairs.arms({n: timed[n] for n in names}), TTFT_POINTS, loaded=True)
+    timed = {name: arm for name, (arm, _) in arms.items() if not (arm.pair and arm.pair.refine)}
+    group = ttft.Group(list(timed), lambda names: [timed[name] for name in names], TTFT_POINTS, loaded=True)
     with show_notices():
         ttft.run([group], ["cpu"], ttft.Settings(options.rounds, options.warmup), options.point, ttft.Results(samples))
 

@@ -28,8 +28,8 @@ import numpy as np
 
 import saving
 from mlxeff import hub
+from mlxeff.assembly.model import load_path
 from mlxeff.errors import MlxeffError
-from mlxeff.loading import load_path
 from mlxeff.ops import log_softmax
 from peers import card
 from quality import report

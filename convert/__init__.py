@@ -14,9 +14,9 @@ from pathlib import Path
 import mlx.core as mx
 
 from .. import __version__
+from ..assembly.model import fingerprint
 from ..checkpoint import Source, check_new, open_source, plan_shards, write_folder
 from ..errors import MlxeffError, notices
-from ..loading import fingerprint
 from ..seedlm.encode import search_backend
 from ..seedlm.install import metadata
 from . import calibration, folder, gguf, kv_pair, llama, openelm

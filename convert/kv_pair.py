@@ -12,12 +12,12 @@ from pathlib import Path
 
 import mlx.core as mx
 
+from ..assembly.model import build_model, fill, fingerprint
 from ..checkpoint import Source, check_new, open_source, plan_shards, write_folder
 from ..errors import MlxeffError, notices
 from ..kvprediction import Predictor
 from ..kvprediction.files import PairConfig, pieces, write_pair
 from ..kvprediction.layers import kept_layers, pruned_map, spread_map
-from ..loading import build_model, fill, fingerprint
 from . import folder, openelm
 from .plan import Conversion, Options, plan, some
 from .report import Report

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
+from ..assembly.model import MODELS, build_model
 from ..checkpoint import FLOATS, Piece, cast
 from ..errors import MlxeffError, notices
-from ..loading import MODELS, build_model
 
 DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 BLOCK_TYPES = {"uint32": "U32", "uint16": "U16", "uint8": "U8", "int32": "I32"}  # of seed-encoded arrays

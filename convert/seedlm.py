@@ -16,8 +16,8 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_unflatten
 
+from ..assembly.model import build_model
 from ..errors import MlxeffError
-from ..loading import build_model
 from ..ops import linear
 from ..seedlm import install
 from ..seedlm.encode import Inputs, encode

@@ -13,12 +13,25 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "GenerationResponse": "generation",
+    "RunOptions": "running",
+    "fit_kv_predictor": "assembly",
     "generate": "generation",
-    "load": "loading",
+    "load": "assembly",
+    "load_pair": "assembly",
     "stream_generate": "generation",
 }
 
-__all__ = ["GenerationResponse", "MlxeffError", "__version__", "generate", "load", "stream_generate"]
+__all__ = [
+    "GenerationResponse",
+    "MlxeffError",
+    "RunOptions",
+    "__version__",
+    "fit_kv_predictor",
+    "generate",
+    "load",
+    "load_pair",
+    "stream_generate",
+]
 
 # A wheel holds convert/ as mlxeff/convert. In a checkout that folder lies beside the package: it is found there too.
 _root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))

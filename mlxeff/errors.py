@@ -7,10 +7,22 @@ standard logger named "mlxeff": the command line prints it to stderr and lists i
 by the rules of `logging`.
 """
 
+import contextlib
 import logging
+from collections.abc import Iterator
 
 notices = logging.getLogger("mlxeff")
 
 
 class MlxeffError(ValueError):
     """Bad input or a situation the user can mend; `str(error)` is the one line to show."""
+
+
+@contextlib.contextmanager
+def no_notices() -> Iterator[None]:
+    """Inside the block no notice is given: for work that is repeated only to be timed."""
+    before, notices.disabled = notices.disabled, True
+    try:
+        yield
+    finally:
+        notices.disabled = before

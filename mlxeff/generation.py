@@ -1,19 +1,22 @@
 """Prompt → text: `stream_generate` and `generate` in mlx-lm's shapes, and `Session`, which keeps a cache between
 prompts.
 
-Joins the decode loop with a tokenizer: stop strings, the context limit, timings. Knows nothing about files or flags.
+Joins how a prompt is read and how tokens follow (`decode.Reading`, `decode.Following`) with a tokenizer: stop strings,
+the context limit, timings. Knows no technique, no flags, and of files only the one that a session's cache goes to.
 """
 
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import mlx.core as mx
 
 from . import kernels
-from .cache import common_prefix
-from .decode import Progress, decode, prefill
+from .cache import Cache, common_prefix
+from .decode import Following, Model, PlainFollowing, PlainReading, Progress, Reading, Step
 from .errors import MlxeffError, notices
+from .running import EXACT, RunOptions, Tally
 from .sampling import LogitsProcessor, Sampler, make_sampler
 
 
@@ -40,10 +43,10 @@ class GenerationResponse:
     ttft: float = 0.0
 
 
-def generate(model, tokenizer, prompt: str | list[int], verbose: bool = False, **options) -> str:
-    """The whole answer as one string; `options` as in `stream_generate`, `verbose` prints it as it comes."""
+def generate(model: Model, tokenizer, prompt: str | list[int], verbose: bool = False, **more) -> str:
+    """The whole answer as one string; `more` as in `stream_generate`, `verbose` prints it as it comes."""
     pieces, response = [], None
-    for response in stream_generate(model, tokenizer, prompt, **options):
+    for response in stream_generate(model, tokenizer, prompt, **more):
         pieces.append(response.text)
         if verbose:
             print(response.text, end="", flush=True)
@@ -55,7 +58,7 @@ def generate(model, tokenizer, prompt: str | list[int], verbose: bool = False, *
 
 
 def stream_generate(
-    model,
+    model: Model,
     tokenizer,
     prompt: str | mx.array | list[int],
     max_tokens: int = 256,
@@ -63,14 +66,16 @@ def stream_generate(
     *,
     sampler: Sampler | None = None,
     logits_processors: Sequence[LogitsProcessor] | None = None,
-    prompt_cache=None,
+    prompt_cache: Cache | None = None,
     prefill_step_size: int | None = None,
     prompt_progress_callback: Progress | None = None,
     stop: str | Sequence[str] = (),
     context_limit: int | None = None,
     truncate: bool = False,
     history: Sequence[int] = (),
-    kv_prediction=None,
+    reading: Reading | None = None,
+    following: Following | None = None,
+    options: RunOptions = EXACT,
 ) -> Iterator[GenerationResponse]:
     """Yield a `GenerationResponse` a token; the last one has a `finish_reason`.
 
@@ -78,17 +83,23 @@ def stream_generate(
     `prompt_cache`: a cache from `model.new_cache()` that may already hold a prefix of the conversation; `prompt` is
     what comes after it. `stop`: strings that end the text and are not part of it. `context_limit`: tokens, the
     model's own by default; a longer prompt is an error, or with `truncate` loses its beginning, with a notice.
-    `history`: the tokens that `prompt_cache` stands for, for the logits processors. `kv_prediction`: what `load_pair`
-    gives (kv_pairs.py), to predict the prompt's keys and values in place of computing them.
+    `history`: the tokens that `prompt_cache` stands for, for the logits processors. `reading`: how the prompt gets into
+    the cache, such as the pair of KV Prediction that `load_pair` gives; None: the model computes every token.
+    `following`: how tokens follow, None: one a pass. `options`: arithmetic and kind of KV cache, valid for this call.
     """
     if draft_model is not None:
         raise MlxeffError("stream_generate: draft_model is not supported")
     if max_tokens == 0 or max_tokens < -1:
         raise MlxeffError(f"max_tokens: wanted 1 or more, or -1 for no limit, got {max_tokens}")
     began = time.perf_counter()
+    reading, following = reading or PlainReading(), following or PlainFollowing()
+    if options is not EXACT:
+        model.check(options)
     ids = prompt_ids(tokenizer, prompt)
     _check_ids(ids, model.vocab_size)
-    cache = prompt_cache if prompt_cache is not None else model.new_cache()
+    cache = prompt_cache if prompt_cache is not None else model.new_cache(options.kv)
+    if options.kv not in (None, cache.kind):
+        raise MlxeffError(f"prompt_cache: wanted a KV cache of the kind {options.kv}, got one of {cache.kind}")
     limit = context_limit or model.context_length
     ids = fit_context(ids, cache.length, limit, max_tokens, truncate)
     budget = max_tokens
@@ -96,12 +107,10 @@ def stream_generate(
         budget = limit - cache.length - len(ids) + 1
     mx.reset_peak_memory()
     step_size = prefill_step_size or kernels.PREFILL_STEP[kernels.device()]
-    fill = kv_prediction.prefill if kv_prediction else prefill
-    logits = fill(model, cache, mx.array(ids), step_size, prompt_progress_callback)
-    seen = mx.array([*history, *ids]) if logits_processors else None
-    steps = decode(model, cache, logits, sampler or make_sampler(), logits_processors or (), seen, budget)
-    if kv_prediction:
-        steps = kv_prediction.refined(steps, ids)
+    logits = reading.read(model, cache, mx.array(ids), step_size, prompt_progress_callback, options)
+    seen, sampler = mx.array([*history, *ids]) if logits_processors else None, sampler or make_sampler()
+    steps = following.follow(model, cache, logits, sampler, logits_processors or (), seen, budget, options)
+    steps = reading.accompany(steps, ids)
     finisher = _Finisher(tokenizer, stop, budget, cut_by_context=budget != max_tokens)
     try:
         yield from _respond(steps, finisher, began, len(ids), prompt_progress_callback)
@@ -109,7 +118,7 @@ def stream_generate(
         steps.close()
 
 
-def _respond(steps, finisher: "_Finisher", began: float, prompt_tokens: int, progress: Progress | None):
+def _respond(steps: Iterator[Step], finisher: "_Finisher", began: float, prompt_tokens: int, progress: Progress | None):
     ttft, first = 0.0, 0.0
     for count, step in enumerate(steps, start=1):
         now = time.perf_counter()
@@ -214,43 +223,74 @@ class _Finisher:
 class Session:
     """A model with a cache that lives on between prompts: each prompt computes only what the cache does not hold."""
 
-    model: object
+    model: Model
     tokenizer: object
-    cache: object = None
+    cache: Cache | None = None
     tokens: list[int] = field(default_factory=list)  # what the cache holds
     prompt: list[int] = field(default_factory=list)  # the last one, as it was computed
     reused: int = 0  # how many of its tokens the cache already held
+    ran: Tally = field(default_factory=Tally)  # what computed the last prompt and its answer
 
     def stream(
-        self, ids: list[int], max_tokens: int = 256, context_limit: int | None = None, truncate: bool = False, **options
+        self,
+        ids: list[int],
+        max_tokens: int = 256,
+        context_limit: int | None = None,
+        truncate: bool = False,
+        options: RunOptions = EXACT,
+        **more,
     ) -> Iterator[GenerationResponse]:
         """`stream_generate` on the whole conversation `ids`; reuses the longest common prefix with the last one."""
         if self.cache is None:
-            self.cache = self.model.new_cache()
+            self.cache = self.model.new_cache(options.kv)
         self.prompt = fit_context(ids, 0, context_limit or self.model.context_length, max_tokens, truncate)
-        self.reused = self._rewind(common_prefix(self.tokens, self.prompt[:-1]))
+        self.reused = self._rewind(common_prefix(self.tokens, self.prompt[:-1]), options)
         generated: list[int] = []
-        options |= {"prompt_cache": self.cache, "history": self.tokens}
-        options |= {"max_tokens": max_tokens, "context_limit": context_limit}
-        responses = stream_generate(self.model, self.tokenizer, self.prompt[self.reused :], **options)
+        more |= {"prompt_cache": self.cache, "history": self.tokens, "options": options}
+        more |= {"max_tokens": max_tokens, "context_limit": context_limit}
+        cache, before = self.cache, Tally(self.cache.tally)
+        responses = stream_generate(self.model, self.tokenizer, self.prompt[self.reused :], **more)
         try:
             for response in responses:
                 generated.append(response.token)
                 yield response
         finally:
             responses.close()
+            self.ran = cache.tally.since(before)
             self._settle(self.prompt + generated, bool(generated))
 
-    def _rewind(self, shared: int) -> int:
-        """Trim the cache to its first `shared` tokens, or begin anew where it cannot be trimmed."""
-        surplus = self.cache.length - shared
-        if surplus and not self.cache.trimmable:
-            notices.warning("KV cache: %d tokens recomputed, this model's cache cannot be trimmed", shared)
-            self.cache, shared = self.model.new_cache(), 0
-        elif surplus:
-            self.cache.trim(surplus)
-        self.tokens = self.tokens[:shared]
-        return shared
+    def restore(self, path: Path, fingerprint: str, ids: Sequence[int], options: RunOptions = EXACT) -> None:
+        """Go on with the cache that `save` wrote to `path`, for the prompt `ids`; says when none of it is of use.
+
+        Raises MlxeffError for a file of another model (`fingerprint`) or kind, and for a folder that is not there; a
+        file that is not there yet is none.
+        """
+        if not path.exists():
+            if not path.absolute().parent.is_dir():
+                raise MlxeffError(f"{path}: wanted an existing folder for the prompt cache, got none")
+            return
+        cache = self.model.new_cache(options.kv)
+        held = cache.restore(path, fingerprint)
+        if not common_prefix(held, ids[:-1]):
+            notices.warning("%s: none of its %d tokens fit this prompt: computed anew", path, len(held))
+        self.cache, self.tokens = cache, held
+
+    def save(self, path: Path, fingerprint: str) -> None:
+        """Write the cache to `path`; says so where there is nothing to write."""
+        if self.cache is None or not self.tokens:
+            notices.warning("%s: not written: the prompt was interrupted", path)
+            return
+        self.cache.save(path, self.tokens, fingerprint)
+
+    def _rewind(self, shared: int, options: RunOptions) -> int:
+        """Take the cache back to its first `shared` tokens, or to fewer where it cannot; returns how many it holds."""
+        kept = self.cache.rewind(shared) if shared < self.cache.length else shared
+        if kept > shared:  # nothing can be taken back
+            self.cache, kept = self.model.new_cache(options.kv), 0
+        if kept < shared:
+            notices.warning("KV cache: %d tokens recomputed, this model's cache cannot be taken back", shared - kept)
+        self.tokens = self.tokens[:kept]
+        return kept
 
     def _settle(self, tokens: list[int], complete: bool) -> None:
         """Note what the cache holds; forget all after an interrupted prefill, whose state is unknown."""

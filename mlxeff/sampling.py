@@ -7,23 +7,67 @@ arXiv 1909.05858).
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
 
 import mlx.core as mx
 
 from . import kernels
 from .errors import MlxeffError
-from .ops import argmax, native_for
+from .ops import argmax, log_softmax, native_for
 
-Sampler = Callable[[mx.array], mx.array]  # log-probabilities (B, V) → tokens (B,)
 LogitsProcessor = Callable[[mx.array, mx.array], mx.array]  # tokens so far (N,), logits (B, V) → logits (B, V)
 
 COLDEST = 1e-6  # temperatures below are greedy: dividing by them leaves float32's range
 
 
+class Sampler(Protocol):
+    """Log-probabilities (B, V) → tokens (B,). Any function of that shape serves plain decoding, as in mlx-lm; what
+    accepts and rejects drafted tokens asks for the distribution too."""
+
+    def __call__(self, logprobs: mx.array) -> mx.array: ...
+
+    def distribution(self, logprobs: mx.array) -> mx.array:
+        """Log-probabilities (…, V), after the logits processors → those of the distribution that the tokens are drawn
+        from, (…, V) float32, -inf for what is never drawn."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """The sampler of `make_sampler`."""
+
+    temp: float
+    top_p: float
+    min_p: float
+    top_k: int
+    min_tokens_to_keep: int = 1
+
+    @property
+    def greedy(self) -> bool:
+        return self.temp < COLDEST
+
+    def __call__(self, logprobs: mx.array) -> mx.array:
+        """Log-probabilities (B, V) → tokens (B,)."""
+        if self.greedy:
+            return argmax(logprobs)
+        filters = {"top_p": self.top_p, "min_p": self.min_p, "top_k": self.top_k}
+        if self.min_tokens_to_keep == 1 and native_for(logprobs):
+            return sample_cpu(logprobs, self.temp, **filters)
+        return sample_ops(logprobs, self.temp, min_tokens_to_keep=self.min_tokens_to_keep, **filters)
+
+    def distribution(self, logprobs: mx.array) -> mx.array:
+        """As `Sampler.distribution`: filtered, divided by the temperature, normalised; if greedy, one certain token."""
+        logprobs = logprobs.astype(mx.float32)
+        if self.greedy:
+            return mx.where(mx.arange(logprobs.shape[-1]) == argmax(logprobs)[..., None], 0.0, -mx.inf)
+        kept = filtered(logprobs, self.top_p, self.min_p, self.top_k, self.min_tokens_to_keep)
+        return log_softmax(kept * (1 / self.temp))
+
+
 def make_sampler(
     temp: float = 0.0, top_p: float = 0.0, min_p: float = 0.0, min_tokens_to_keep: int = 1, top_k: int = 0
-) -> Sampler:
-    """A function from log-probabilities (B, V) to tokens (B,).
+) -> Sampling:
+    """A sampler: call it with log-probabilities (B, V) for tokens (B,).
 
     `temp` 0 (or below COLDEST) is greedy. `top_p`, `min_p`, `top_k` of 0 are off; they filter in that order, before
     the temperature. Draws come from MLX's global random state, so `mx.random.seed` makes them repeatable (on a CPU,
@@ -34,29 +78,25 @@ def make_sampler(
     _check("min-p", min_p, 0 <= min_p <= 1, "0 to 1")
     _check("top-k", top_k, isinstance(top_k, int) and top_k >= 0, "a whole number, 0 or more")
     _check("min_tokens_to_keep", min_tokens_to_keep, min_tokens_to_keep >= 1, "1 or more")
-    if temp < COLDEST:
-        return argmax
-    filters = {"top_p": top_p, "min_p": min_p, "top_k": top_k}
-
-    def sample(logprobs: mx.array) -> mx.array:
-        if min_tokens_to_keep == 1 and native_for(logprobs):
-            return sample_cpu(logprobs, temp, **filters)
-        return sample_ops(logprobs, temp, min_tokens_to_keep=min_tokens_to_keep, **filters)
-
-    return sample
+    return Sampling(temp, top_p, min_p, top_k, min_tokens_to_keep)
 
 
-def sample_ops(
-    logprobs: mx.array, temp: float, top_p: float, min_p: float, top_k: int, min_tokens_to_keep: int = 1
-) -> mx.array:
-    """Tokens (B,) of log-probabilities (B, V) after the filters, by MLX's operations on whole rows."""
+def filtered(logprobs: mx.array, top_p: float, min_p: float, top_k: int, min_tokens_to_keep: int = 1) -> mx.array:
+    """Log-probabilities (…, V) with -inf for the tokens that the filters drop."""
     if 0 < top_p < 1:
         logprobs = keep_top_p(logprobs, top_p)
     if min_p > 0:
         logprobs = keep_min_p(logprobs, min_p, min_tokens_to_keep)
     if 0 < top_k < logprobs.shape[-1]:
         logprobs = keep_top_k(logprobs, top_k)
-    return mx.random.categorical(logprobs * (1 / temp))
+    return logprobs
+
+
+def sample_ops(
+    logprobs: mx.array, temp: float, top_p: float, min_p: float, top_k: int, min_tokens_to_keep: int = 1
+) -> mx.array:
+    """Tokens (B,) of log-probabilities (B, V) after the filters, by MLX's operations on whole rows."""
+    return mx.random.categorical(filtered(logprobs, top_p, min_p, top_k, min_tokens_to_keep) * (1 / temp))
 
 
 def sample_cpu(logprobs: mx.array, temp: float, top_p: float, min_p: float, top_k: int) -> mx.array:

@@ -6,7 +6,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlxeff.loading import build_model
+from mlxeff.assembly.model import build_model
 from mlxeff.seedlm import codec
 from mlxeff.seedlm.format import block_format
 from mlxeff.seedlm.install import entry

@@ -8,14 +8,15 @@ import pytest
 from mlx.utils import tree_flatten
 
 from helpers import assert_close
+from mlxeff.assembly.model import build_model, load_path
+from mlxeff.assembly.pair import load_pair
 from mlxeff.bench import arms, kvp_paper, report, ttft
 from mlxeff.bench.samples import Samples
-from mlxeff.decode import prefill
+from mlxeff.decode import Setup, prefill
 from mlxeff.errors import MlxeffError
-from mlxeff.kv_pairs import load_pair
 from mlxeff.kvprediction import predict
 from mlxeff.kvprediction.layers import PUBLISHED
-from mlxeff.loading import build_model, load_path
+from mlxeff.kvprediction.predict import SINKS
 from mlxeff.models.openelm import multipliers, published_config
 from mlxeff.ops import native_for
 from test_cli import fails, mlxeff
@@ -140,7 +141,7 @@ def test_random_weights_have_the_published_shapes_and_share_what_is_shared():
         reduction = ttft.describe(made["OE1.1B"])["base"] / described.get("auxiliary", described["base"])
         assert reduction == pytest.approx(theirs.flops, abs=0.0051), name  # two decimals are printed
     matrices = sum(v.nbytes for m in ("OE1.1B", "OE450M", "OE270M") for _, v in tree_flatten(made[m].base.parameters()))
-    predictors = sum(v.nbytes for a in made.values() if a.predictor for _, v in tree_flatten(a.predictor.parameters()))
+    predictors = sum(v.nbytes for a in made.values() if a.pair for _, v in tree_flatten(a.pair.predictor.parameters()))
     extra = arms.weight_bytes(made.values()) - matrices - predictors
     assert extra == 0
     assert matrices == pytest.approx(2 * (1079891456 + 457179136 + 271527168))
@@ -169,15 +170,14 @@ def test_an_arm_computes_what_generation_does(folder, pair):
     base = load_path(folder)
     loaded = load_pair(pair, base)
     tokens = mx.array([[5, 6, 7, 8, 9, 10, 11, 12], [9, 1, 2, 3, 4, 5, 6, 7]])
-    whole = arms.Arm("base", base.model)
-    predicted = arms.Arm("pair", base.model, loaded.auxiliary, loaded.predictor, keep=3, sinks=2)
+    whole, predicted = Setup(base.model), Setup(base.model, loaded.dialled(keep=3))
     want = prefill(base.model, base.model.new_cache(), tokens, 4)
-    assert_close(whole.first_logits(tokens, base.model.new_cache(), 4), want, "base")
+    assert_close(whole.read(tokens, base.model.new_cache(), 4), want, "base")
     models = loaded.auxiliary, loaded.predictor, base.model
-    want = predict(*models, tokens, base.model.new_cache(), 4, keep=3, sinks=2)
-    got = predicted.first_logits(tokens, base.model.new_cache(), 4)
+    want = predict(*models, tokens, base.model.new_cache(), 4, keep=3, sinks=SINKS)
+    got = predicted.read(tokens, base.model.new_cache(), 4)
     assert_close(got, want, "pair")
-    assert mx.abs(got - whole.first_logits(tokens, base.model.new_cache(), 4)).max().item() > 1e-3
+    assert mx.abs(got - whole.read(tokens, base.model.new_cache(), 4)).max().item() > 1e-3
 
 
 def test_flops_count_what_each_model_reads(folder, pair):
@@ -186,9 +186,10 @@ def test_flops_count_what_each_model_reads(folder, pair):
     loaded = load_pair(pair, base)
     models = base.model, loaded.auxiliary, loaded.predictor
     sizes = [sum(v.size for _, v in tree_flatten(model.parameters())) for model in models]
-    one = arms.Arm("pair", *models, keep=8, sinks=4)
+    one = arms.Arm("pair", Setup(base.model, loaded.dialled(keep=8)))
+    assert SINKS == 4
     assert one.flops(100) == 2 * (92 * (sizes[1] + sizes[2]) + 12 * sizes[0])
-    assert one.flops(8) == arms.Arm("base", base.model).flops(8) == 2 * 8 * sizes[0]
+    assert one.flops(8) == arms.Arm("base", Setup(base.model)).flops(8) == 2 * 8 * sizes[0]
 
 
 def test_filters():

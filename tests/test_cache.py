@@ -1,4 +1,4 @@
-"""The KV cache: one shot = chunks = token by token, trim and redo, growth and reserve, sliding windows, save and
+"""The KV cache: one shot = chunks = token by token, rewind and redo, growth and reserve, sliding windows, save and
 restore.
 
 What is stored and what is recomputed with the same shapes is compared exactly. Prefill in other chunks multiplies
@@ -70,14 +70,14 @@ def test_last_logits_are_the_last_of_all(model):
 
 
 @pytest.mark.parametrize("surplus", [1, 5, 23])
-def test_trim_then_redo_equals_never_done(model, surplus):
+def test_rewind_then_redo_equals_never_done(model, surplus):
     """Exact: the same shapes are computed; what lies behind the length of a buffer is never read."""
     tokens, cache = prompt(24), model.new_cache()
     model(tokens[:, : 24 - surplus], cache)
     clean = model.new_cache()
     model(tokens[:, : 24 - surplus], clean)
     model(prompt(60)[:, 30 : 30 + surplus], cache)  # other tokens, taken back
-    cache.trim(surplus)
+    assert cache.rewind(24 - surplus) == 24 - surplus
     assert cache.length == clean.length == 24 - surplus
     rest = tokens[:, 24 - surplus :]
     assert_close(model(rest, cache), model(rest, clean), "logits", **EXACT)
@@ -86,17 +86,17 @@ def test_trim_then_redo_equals_never_done(model, surplus):
         assert_close(a.state()[1], b.state()[1], "values", **EXACT)
 
 
-def test_trim_to_nothing_equals_a_new_cache(model):
+def test_rewind_to_nothing_equals_a_new_cache(model):
     cache = filled(model, prompt(9))
-    cache.trim(9)
+    assert cache.rewind(0) == 0
     assert_close(model(prompt(12), cache), model(prompt(12), model.new_cache()), "logits", **EXACT)
 
 
-@pytest.mark.parametrize("count", [-1, 6])
-def test_trim_of_more_than_it_holds_is_refused(model, count):
+@pytest.mark.parametrize("length", [-1, 6])
+def test_rewinding_to_more_than_it_holds_is_refused(model, length):
     cache = filled(model, prompt(5))
-    with pytest.raises(MlxeffError, match=f"wanted to trim {count} tokens, it holds 5"):
-        cache.trim(count)
+    with pytest.raises(MlxeffError, match=f"KV cache: wanted to rewind to 0 to 5 tokens, got {length}"):
+        cache.rewind(length)
     assert cache.length == 5
 
 
@@ -116,11 +116,11 @@ def test_growth_keeps_what_was_held(dtype):
     assert layer.nbytes == 2 * (1 * 2 * 768 * 8) * dtype.size
 
 
-def test_growth_after_a_trim():
+def test_growth_after_a_rewind():
     keys = draw(1, 1, 300, 4)
     layer = LayerCache()
     layer.append(keys[:, :, :256], keys[:, :, :256])
-    layer.trim(56)
+    assert layer.rewind(200) == 200
     got, _ = layer.append(keys[:, :, 200:300], keys[:, :, 200:300])
     assert_close(got, keys, "200 held, 100 appended", **EXACT)
 
@@ -159,12 +159,12 @@ def test_attend_against_float64(window, chunks):
     assert layer.length == 30
 
 
-def test_trim_inside_a_window():
-    """Every key is kept, so tokens that left the window come back after a trim."""
+def test_rewind_inside_a_window():
+    """Every key is kept, so tokens that left the window come back after a rewind."""
     config = CONFIG | {"model_type": "mistral", "sliding_window": 6}
     model, tokens = random_model(config, seed=3), prompt(30)
     cache, clean = filled(model, tokens), filled(model, tokens[:, :12])
-    cache.trim(18)
+    assert cache.rewind(12) == 12
     assert_close(model(tokens[:, 12:], cache), model(tokens[:, 12:], clean), "logits", **EXACT)
 
 

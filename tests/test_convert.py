@@ -24,8 +24,8 @@ from mlxeff.convert.openelm import config_from_shapes
 
 import checkpoint_files as files
 from mlxeff import MlxeffError
+from mlxeff.assembly.model import build_model
 from mlxeff.checkpoint import Source, Tensor, open_source
-from mlxeff.loading import build_model
 from mlxeff.models.openelm import SIZES, published_config
 
 TOKENS = mx.array([[1, 5, 9, 100, 31]])

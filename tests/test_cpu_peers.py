@@ -15,8 +15,8 @@ import pytest
 import saving
 from checkpoint_files import write_gguf
 from cpu_peers import selected
+from mlxeff.assembly.model import load_path
 from mlxeff.errors import MlxeffError
-from mlxeff.loading import load_path
 from peers import checkpoints, install, measure, report, table
 from peers.table import FOUR, LARGE, Job
 

@@ -9,6 +9,7 @@ import pytest
 from helpers import assert_close
 from mlxeff import MlxeffError, kernels
 from mlxeff.decode import decode, prefill
+from mlxeff.running import EXACT, RunOptions, Tally
 from mlxeff.sampling import make_logits_processors, make_sampler
 from tiny_model import CONFIG, random_model
 
@@ -19,8 +20,10 @@ GREEDY = make_sampler()
 class MockCache:
     """Holds the tokens themselves, and notes what it is asked."""
 
-    def __init__(self, trimmable: bool = True):
-        self.trimmable, self.tokens, self.log = trimmable, [], []
+    kind = None
+
+    def __init__(self, rewinds: bool = True):
+        self.rewinds, self.tokens, self.log, self.tally = rewinds, [], [], Tally()
 
     @property
     def length(self) -> int:
@@ -33,9 +36,11 @@ class MockCache:
         self.log.append(("arrays", self.length))
         return []
 
-    def trim(self, tokens: int) -> None:
-        self.log.append(("trim", tokens))
-        del self.tokens[len(self.tokens) - tokens :]
+    def rewind(self, length: int) -> int:
+        if self.rewinds:
+            self.log.append(("rewind", length - len(self.tokens)))
+            del self.tokens[length:]
+        return len(self.tokens)
 
 
 class MockModel:
@@ -44,7 +49,7 @@ class MockModel:
     def __init__(self, fail_at: int | None = None):
         self.calls, self.fail_at = [], fail_at
 
-    def last_logits(self, tokens: mx.array, cache: MockCache) -> mx.array:
+    def last_logits(self, tokens: mx.array, cache: MockCache, options: RunOptions = EXACT) -> mx.array:
         assert tokens.shape[0] == 1
         self.calls.append(tokens.shape[1])
         if len(self.calls) == self.fail_at:
@@ -63,8 +68,8 @@ def continuation(count: int, tokens: list[int] = PROMPT) -> list[int]:
     return tokens[-count:]
 
 
-def start(trimmable: bool = True, **more) -> tuple[MockModel, MockCache, mx.array]:
-    model, cache = MockModel(**more), MockCache(trimmable)
+def start(rewinds: bool = True, **more) -> tuple[MockModel, MockCache, mx.array]:
+    model, cache = MockModel(**more), MockCache(rewinds)
     return model, cache, prefill(model, cache, mx.array(PROMPT), 64)
 
 
@@ -91,7 +96,7 @@ def test_max_tokens_costs_one_call_less(count):
     assert [step.token for step in steps] == continuation(count)
     assert model.calls == [10] + [1] * (count - 1)
     assert cache.tokens == PROMPT + continuation(count)[:-1]
-    assert not any(entry[0] == "trim" for entry in cache.log)
+    assert not any(entry[0] == "rewind" for entry in cache.log)
 
 
 def test_a_step_is_what_it_says():
@@ -112,7 +117,7 @@ def test_one_token_is_in_flight():
 
 @pytest.mark.parametrize("taken", [1, 2, 5])
 @pytest.mark.parametrize("limit", [-1, 20])
-def test_closing_early_trims_the_step_in_flight(taken, limit):
+def test_closing_early_takes_back_the_step_in_flight(taken, limit):
     model, cache, logits = start()
     steps = decode(model, cache, logits, GREEDY, max_tokens=limit)
     got = [step.token for step in itertools.islice(steps, taken)]
@@ -120,7 +125,7 @@ def test_closing_early_trims_the_step_in_flight(taken, limit):
     steps.close()
     assert got == continuation(taken)
     assert cache.tokens == PROMPT + got[:-1]
-    assert cache.log[-1] == ("trim", 1)
+    assert cache.log[-1] == ("rewind", -1)
     logits = model.last_logits(mx.array([[got[-1]]]), cache)
     assert [s.token for s in decode(model, cache, logits, GREEDY, max_tokens=3)] == continuation(taken + 3)[taken:]
 
@@ -133,13 +138,13 @@ def test_closing_before_the_first_step_leaves_the_prompt():
     assert model.calls == [10]
 
 
-def test_a_cache_that_cannot_be_trimmed_keeps_the_step_in_flight():
-    model, cache, logits = start(trimmable=False)
+def test_a_cache_that_takes_nothing_back_keeps_the_step_in_flight():
+    model, cache, logits = start(rewinds=False)
     steps = decode(model, cache, logits, GREEDY)
     got = [step.token for step in itertools.islice(steps, 3)]
     steps.close()
     assert cache.tokens == PROMPT + got
-    assert not any(entry[0] == "trim" for entry in cache.log)
+    assert not any(entry[0] == "rewind" for entry in cache.log)
 
 
 def test_a_failing_model_leaves_the_cache_consistent():

@@ -11,11 +11,12 @@ import pytest
 
 from helpers import assert_close
 from mlxeff import kernels
+from mlxeff.assembly.model import build_model
+from mlxeff.cache import KVCache, LayerCache
 from mlxeff.decode import decode, prefill
 from mlxeff.errors import MlxeffError
-from mlxeff.loading import build_model
-from mlxeff.models.fused import fuse, set_precision
 from mlxeff.models.openelm import make_divisible
+from mlxeff.running import Ran, RunOptions, Tally
 from mlxeff.sampling import make_sampler
 from mlxeff.seedlm.linear import SeedModule
 from seedlm_models import randomise, rounds_to_int8, with_seeds
@@ -115,7 +116,7 @@ def random_quantised(config, seed=0):
 def pair(name):
     """(the model unfused, the same fused)."""
     plain, fused = random_quantised(MODELS[name]), random_quantised(MODELS[name])
-    assert fuse(fused), name
+    assert fused.use_native(), name
     return plain, fused
 
 
@@ -136,17 +137,19 @@ def test_equals_the_unfused_model(name):
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("read", ["raw_kv", "layer_inputs"])
+@pytest.mark.parametrize("read", ["pairs", "inputs"])
 def test_what_the_layers_read_equals_the_unfused_model(name, read):
     plain, fused = pair(name)
     tokens = mx.array(np.random.default_rng(2).integers(0, 300, (2, 40)))
     caches = plain.new_cache(), fused.new_cache()
     for start, stop in ((0, 1), (1, 18), (18, 40)):
         part = tokens[:, start:stop]
-        wants, gots = (getattr(model, read)(part, cache) for model, cache in zip((plain, fused), caches))
+        every = {read: range(len(plain.layers))}
+        states = (model.layer_states(part, cache, **every) for model, cache in zip((plain, fused), caches))
+        wants, gots = (each[read == "pairs"] for each in states)
         assert len(gots) == len(wants) == len(plain.layers)
         for i, (want, got) in enumerate(zip(wants, gots)):
-            parts = zip("kv", got, want) if read == "raw_kv" else [("x", got, want)]
+            parts = zip("kv", got, want) if read == "pairs" else [("x", got, want)]
             for part, mine, theirs in parts:
                 # As above: three layers of float32 roundings.
                 assert_close(mine, theirs, f"{name}: {part} of layer {i}, {start} to {stop}", rtol=2.0**-15)
@@ -162,7 +165,7 @@ def test_some_layers_are_read_alone_or_together(name, inputs, pairs):
     plain, fused = pair(name)
     tokens = mx.array(np.random.default_rng(2).integers(0, 300, (2, 20)))
     wants, gots = (model.layer_states(tokens, model.new_cache(), inputs, pairs) for model in (plain, fused))
-    whole = fused.layer_inputs(tokens, fused.new_cache()), fused.raw_kv(tokens, fused.new_cache())
+    whole = fused.layer_states(tokens, fused.new_cache(), range(3), range(3))
     for layers, want, got, all_of in zip((inputs, pairs), wants, gots, whole, strict=True):
         assert len(got) == len(want) == len(layers)
         for i, mine, theirs in zip(layers, got, want, strict=True):
@@ -182,8 +185,7 @@ def test_layers_to_read_that_are_not(layers):
 @pytest.mark.parametrize("name", ["llama", "heads of 80", "yarn", "qwen3", "small", "openelm"])
 def test_keys_and_values_that_are_given_are_appended(name, kv_dtype):
     plain, fused = pair(name)
-    set_precision(fused, "exact", kv_dtype)
-    rng, caches = np.random.default_rng(3), (plain.new_cache(), fused.new_cache())
+    rng, caches = np.random.default_rng(3), (plain.new_cache(), fused.new_cache(kv_dtype))
     for new in (1, 18, 300):  # of two sequences; the last chunk needs larger buffers
         rows = [mx.array(rng.standard_normal((2, new, 2, g, e)), mx.float32) for g, e in plain.kv_shapes]
         pairs = [tuple(x[:, :, kind].transpose(0, 2, 1, 3) for kind in range(2)) for x in rows]  # not contiguous
@@ -251,7 +253,7 @@ def test_weights_and_scales_of_half_precision_are_read_as_they_are(name, dtype):
     narrow, wide = random_quantised(MODELS[name]), random_quantised(MODELS[name])
     for model, to in ((narrow, dtype), (wide, mx.float32)):
         model.apply(lambda value, to=to: value if value.dtype == mx.uint32 else value.astype(dtype).astype(to))
-        assert fuse(model)
+        assert model.use_native()
     tokens = mx.array(np.random.default_rng(8).integers(0, 300, (1, 40)))
     caches = narrow.new_cache(), wide.new_cache()
     for part in (tokens[:, :39], tokens[:, 39:]):
@@ -270,13 +272,12 @@ def test_weights_and_scales_of_half_precision_are_read_as_they_are(name, dtype):
 def test_modes_are_close_to_exact_and_differ_from_it(name, compute, kv_dtype, bound):
     _, exact = pair(name)
     _, other = pair(name)
-    set_precision(other, compute, kv_dtype)
+    options = RunOptions(compute, kv_dtype)
     tokens = mx.array(np.random.default_rng(7).integers(0, 300, (1, 60)))
     want = exact(tokens, exact.new_cache())
-    cache = other.new_cache()
-    got = mx.concatenate(
-        [other(tokens[:, :50], cache), *(other(tokens[:, i : i + 1], cache) for i in range(50, 60))], 1
-    )
+    cache = other.new_cache(options.kv)
+    parts = [tokens[:, :50], *(tokens[:, i : i + 1] for i in range(50, 60))]
+    got = mx.concatenate([other(part, cache, options) for part in parts], 1)
     assert str(cache.layers[0].keys.dtype).endswith(kv_dtype)
     error = (mx.linalg.norm(got - want) / mx.linalg.norm(want)).item()
     assert error < bound
@@ -289,26 +290,73 @@ def test_modes_are_close_to_exact_and_differ_from_it(name, compute, kv_dtype, bo
 def test_seed_encoded_matrices_meet_many_tokens_in_float32_but_on_amx(compute):
     _, exact = pair("seeds 4")
     _, other = pair("seeds 4")
-    set_precision(other, compute, "float32")
     tokens = mx.array(np.random.default_rng(9).integers(0, 300, (1, 60)))
-    want, got = (model(tokens, model.new_cache()) for model in (exact, other))
+    want, got = exact(tokens, exact.new_cache()), other(tokens, other.new_cache(), RunOptions(compute))
     if native.isa() == "amx":
         assert (mx.linalg.norm(got - want) / mx.linalg.norm(want)).item() < 3e-2
     else:
         assert mx.array_equal(got, want).item()
 
 
-def test_modes_need_the_fused_form():
+def test_rounded_products_need_the_native_executor():
     plain, fused = pair("llama")
-    set_precision(plain, "exact", "float32")
+    tokens = mx.array([[1, 2, 3]])
     for model, compute, kv in (
         (plain, "int8", "float32"),
-        (plain, "exact", "float16"),
         (fused, "int4", "float32"),
         (fused, "exact", "int8"),
     ):
-        with pytest.raises(MlxeffError, match=r"wanted|only the native"):
-            set_precision(model, compute, kv)
+        with pytest.raises(MlxeffError, match=r"wanted .*, got '?int"):
+            model(tokens, model.new_cache(kv), RunOptions(compute, kv))
+    with pytest.raises(MlxeffError, match="only the native CPU kernels have them"):
+        plain.check(RunOptions("bf16"))
+
+
+@pytest.mark.parametrize("kind", ["float16", "bfloat16"])
+def test_both_executors_keep_keys_and_values_in_the_kind_that_the_cache_has(kind):
+    plain, fused = pair("llama")
+    tokens = mx.array(np.random.default_rng(7).integers(0, 300, (1, 40)))
+    want = plain(tokens, plain.new_cache())
+    bound = {"float16": 2e-3, "bfloat16": 2e-2}[kind]  # as above
+    for model in (plain, fused):
+        cache = model.new_cache(kind)
+        got = mx.concatenate([model(tokens[:, a:b], cache) for a, b in ((0, 30), (30, 31), (31, 40))], axis=1)
+        assert cache.stored_as == str(cache.layers[0].keys.dtype).removeprefix("mlx.core.") == kind
+        assert 0 < (mx.linalg.norm(got - want) / mx.linalg.norm(want)).item() < bound
+        assert got.dtype == want.dtype
+
+
+def test_what_ran_is_counted_by_the_cache():
+    plain, fused = pair("llama")
+    tokens, isa = mx.array([[1, 2, 3, 4, 5]]), native.isa()
+    cache = fused.new_cache()
+    fused(tokens, cache)
+    before = Tally(cache.tally)
+    fused.last_logits(tokens, cache, RunOptions("int8"))
+    plain(tokens[:, :2], cache)
+    assert cache.tally == {Ran(f"native {isa}", "exact"): 5, Ran(f"native {isa}", "int8"): 5, Ran("mlx", "exact"): 2}
+    assert cache.tally.since(before).report() == {"backend": f"native {isa} + mlx", "compute": "int8 + exact"}
+    fused.train()
+    fused(tokens, unfused := fused.new_cache())
+    assert unfused.tally.report() == {"backend": "mlx", "compute": "exact"}
+
+
+def test_a_cache_of_another_kind_runs_natively_as_long_as_its_storage_is_known():
+    """A subclass of the plain layer is still written and read natively; a storage that is not known is not."""
+
+    class Own(LayerCache):
+        pass
+
+    class Foreign(LayerCache):
+        storage = "foreign"
+
+    plain, fused = pair("llama")
+    tokens = mx.array([[1, 2, 3, 4, 5]])
+    want = plain(tokens, plain.new_cache())
+    for kind, backend in ((Own, f"native {native.isa()}"), (Foreign, "mlx")):
+        cache = KVCache([kind() for _ in fused.layers])
+        assert_close(fused(tokens, cache), want, kind.__name__, rtol=2.0**-15)
+        assert cache.tally.report()["backend"] == backend
 
 
 def test_a_cache_passes_between_both_forms():
@@ -318,7 +366,7 @@ def test_a_cache_passes_between_both_forms():
     for first, second in ((plain, fused), (fused, plain)):
         cache = first.new_cache()
         first(tokens[:, :30], cache)
-        cache.trim(5)
+        assert cache.rewind(25) == 25
         got = second(tokens[:, 25:], cache)
         assert_close(got, want[:, 25:], "continued in the other form", rtol=2.0**-15)
 
@@ -379,9 +427,9 @@ def test_does_not_apply_to_training_and_other_weights():
     tokens = mx.array([[1, 2, 3], [4, 5, 6]])
     fused.train()
     assert_close(fused(tokens[:1], fused.new_cache()), plain(tokens[:1], plain.new_cache()), "training", rtol=0, atol=0)
-    assert not fuse(random_quantised(OPENELM | {"ffn_with_glu": False}))
+    assert not random_quantised(OPENELM | {"ffn_with_glu": False}).use_native()
     mxfp4 = LLAMA | {"quantization": {"group_size": 32, "bits": 4, "mode": "mxfp4"}}
-    assert not fuse(build_model(mxfp4))
+    assert not build_model(mxfp4).use_native()
     assert make_divisible(64, 32) == 64
 
 
@@ -450,7 +498,7 @@ def test_a_step_in_flight_at_the_end_of_the_process(tmp_path):
     folder = quantise_folder(write_tiny_model(tmp_path / "tiny"))
     code = f"""if True:
         import mlx.core as mx
-        from mlxeff.loading import load_path
+        from mlxeff.assembly.model import load_path
         from pathlib import Path
         model = load_path(Path({str(folder)!r})).model
         mx.async_eval(model(mx.zeros((1, 200), mx.int32), model.new_cache()))

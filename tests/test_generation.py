@@ -12,6 +12,7 @@ from mlxeff.convert import convert
 
 from mlxeff import MlxeffError, generate, generation, load, stream_generate
 from mlxeff.generation import Session, fit_context
+from mlxeff.running import EXACT, Tally
 from mlxeff.sampling import make_logits_processors, make_sampler
 from tiny_model import CONTEXT, MAMBA, write_foreign
 
@@ -19,10 +20,10 @@ BEGIN, END = 256, 257
 
 
 class ScriptedCache:
-    trimmable = True
+    kind = None
 
     def __init__(self):
-        self.length = 0
+        self.length, self.tally = 0, Tally()
 
     def reserve(self, tokens):
         pass
@@ -30,8 +31,9 @@ class ScriptedCache:
     def arrays(self):
         return []
 
-    def trim(self, tokens):
-        self.length -= tokens
+    def rewind(self, length):
+        self.length = length
+        return length
 
 
 class ScriptedModel:
@@ -42,10 +44,10 @@ class ScriptedModel:
     def __init__(self, answer: list[int], prompt: int, letter: int = 87, context: int | None = None):
         self.answer, self.prompt, self.letter, self.context_length = answer, prompt, letter, context
 
-    def new_cache(self):
+    def new_cache(self, kind=None):
         return ScriptedCache()
 
-    def last_logits(self, tokens, cache):
+    def last_logits(self, tokens, cache, options=EXACT):
         cache.length += tokens.shape[1]
         at = cache.length - self.prompt
         token = self.answer[at] if at < len(self.answer) else self.letter
@@ -406,7 +408,7 @@ def test_a_session_that_outgrows_the_context(tiny, caplog):
     assert (again, session.reused) == (got, 250)
 
 
-def test_a_session_whose_cache_cannot_be_trimmed(tmp_path, caplog):
+def test_a_session_whose_cache_cannot_be_taken_back(tmp_path, caplog):
     """A recurrent model goes on from where it stands; where it would have to go back it begins anew, with a notice."""
     model, tokenizer = load(str(write_foreign(tmp_path / "mamba", MAMBA)))
     session, ids = Session(model, tokenizer), tokenizer.encode("The quick brown fox")
@@ -423,7 +425,7 @@ def test_a_session_whose_cache_cannot_be_trimmed(tmp_path, caplog):
         other = [*ids, 90, 91]
         assert tokens_of(session.stream(other, max_tokens=10)) == fresh(model, tokenizer, other, max_tokens=10)
     assert session.reused == 0
-    assert f"KV cache: {len(ids)} tokens recomputed, this model's cache cannot be trimmed" in caplog.text
+    assert f"KV cache: {len(ids)} tokens recomputed, this model's cache cannot be taken back" in caplog.text
 
 
 @pytest.mark.parametrize("prompt", ["Hello", "The quick brown fox", "né 漢字"])

@@ -15,12 +15,13 @@ import saving
 from helpers import assert_close
 from kvp import measures, pairs, questions, report, training_text
 from mlxeff import kernels
+from mlxeff.assembly.model import load_path
+from mlxeff.assembly.pair import load_pair
 from mlxeff.bench import ttft
-from mlxeff.decode import prefill
+from mlxeff.bench.arms import Arm
+from mlxeff.decode import Setup, prefill
 from mlxeff.errors import MlxeffError
 from mlxeff.generation import stream_generate
-from mlxeff.kv_pairs import load_pair
-from mlxeff.loading import load_path
 from test_cli import mlxeff
 from tiny_model import write_tiny_model
 
@@ -122,16 +123,16 @@ def test_measures_are_those_of_the_formulas():
 
 
 def test_a_model_alone_is_scored_in_one_pass(base, window):
-    got = measures.Reader(base.model).logits(window[:100], window[100:])
+    got = measures.logits(Setup(base.model), window[:100], window[100:])
     want = base.model(window[None], base.model.new_cache())[0, 99:-1]
     assert_close(got, want, "continuation")
 
 
 def test_everything_kept_is_the_base(base, pair, window):
-    want = measures.Reader(base.model).logits(window[:100], window[100:])
-    got = measures.Reader(base.model, pair, keep=100).logits(window[:100], window[100:])
+    want = measures.logits(Setup(base.model), window[:100], window[100:])
+    got = measures.logits(Setup(base.model, pair.dialled(100)), window[:100], window[100:])
     assert_close(got, want, "kept")
-    plain = measures.Reader(base.model, pair).logits(window[:100], window[100:])
+    plain = measures.logits(Setup(base.model, pair), window[:100], window[100:])
     assert plain.shape == want.shape
     assert mx.abs(plain - want).max().item() > 1e-2
 
@@ -139,20 +140,20 @@ def test_everything_kept_is_the_base(base, pair, window):
 @pytest.mark.parametrize("refine", [False, True])
 def test_scoring_is_what_generation_computes(base, pair, window, refine):
     """The log-probabilities of a generated text, step by step, are those that scoring the same text finds."""
-    reader = measures.Reader(base.model, pair, keep=5, refine=refine)
+    setup = Setup(base.model, pair.dialled(5, refine))
     prompt = window.tolist()
-    steps = stream_generate(base.model, base.tokenizer, prompt, 12, kv_prediction=reader.dialled())
+    steps = stream_generate(base.model, base.tokenizer, prompt, 12, reading=setup.reading)
     steps = [(step.token, step.logprobs) for step in steps]
     tokens, rows = [token for token, _ in steps], mx.stack([row for _, row in steps])
-    logits = reader.logits(window, mx.array(tokens))
+    logits = measures.logits(setup, window, mx.array(tokens))
     assert_close(logits - mx.logsumexp(logits, axis=-1, keepdims=True), rows, "log-probabilities")
 
 
 def test_refined_ends_as_the_base(base, pair, window):
     """150 tokens are refined in chunks of 64 after three steps: the rows after that are the base's own."""
     prompt, continuation = window[:140], window[140:]
-    want = measures.Reader(base.model).logits(prompt, continuation)
-    got = measures.Reader(base.model, pair, refine=True).logits(prompt, continuation)
+    want = measures.logits(Setup(base.model), prompt, continuation)
+    got = measures.logits(Setup(base.model, pair.dialled(refine=True)), prompt, continuation)
     assert_close(got[4:], want[4:], "after the refinement")
     assert mx.abs(got[0] - want[0]).max().item() > 1e-2
 
@@ -269,11 +270,10 @@ def test_the_whole_benchmark_on_a_tiny_model(folder, base, tmp_path, monkeypatch
 
 
 def test_arms_of_the_times_are_those_of_the_quality(base, pair, window):
-    readers = {"a": measures.Reader(base.model, pair, keep=9), "b": measures.Reader(base.model, pair, refine=True)}
-    (one,) = pairs.arms(readers)
+    one = Arm("a", Setup(base.model, pair.dialled(9)))
     cache = base.model.new_cache()
-    got = one.first_logits(window[None], cache, 512)
-    assert_close(got, readers["a"].logits(window, window[:1]), "first logits")
+    got = one.setup.read(window[None], cache, 512)
+    assert_close(got, measures.logits(one.setup, window, window[:1]), "first logits")
     assert mx.abs(got - prefill(base.model, base.model.new_cache(), window, 512)).max().item() > 1e-2
 
 

@@ -8,14 +8,14 @@ from mlx.utils import tree_flatten
 import kvp_reference
 from helpers import assert_close
 from mlxeff import kernels, ops
+from mlxeff.assembly.model import build_model
 from mlxeff.decode import decode, prefill
 from mlxeff.errors import MlxeffError
 from mlxeff.kvprediction import KvPrediction, Predictor, predict
 from mlxeff.kvprediction.flops import parameters
 from mlxeff.kvprediction.predict import Refinement
 from mlxeff.kvprediction.predictor import INPUTS, identity, merge_heads, quantization, quantize
-from mlxeff.loading import build_model
-from mlxeff.models.fused import fuse, set_precision
+from mlxeff.running import EXACT, RunOptions
 from mlxeff.sampling import make_sampler
 
 LLAMA = {
@@ -124,7 +124,7 @@ def test_shared_layers_hold_the_keys_and_values_of_the_base(fused, family, input
     """In chunks and after sinks, to rounding; the other layers hold what maps make of the same readings."""
     base = random_model(FAMILIES[family])
     auxiliary = base.pruned(layers)
-    if fused and not (kernels.device() == "cpu" and fuse(base) and fuse(auxiliary)):
+    if fused and not (kernels.device() == "cpu" and base.use_native() and auxiliary.use_native()):
         pytest.skip("no native kernels here")
     shapes = auxiliary.kv_shapes, base.kv_shapes
     whole = randomise(Predictor(*shapes, layer_map, inputs, auxiliary.hidden_size), 2)
@@ -165,7 +165,7 @@ def test_chunks_give_the_same(step):
 @pytest.mark.parametrize("step", [1, 3, 4, 5])
 def test_chunks_that_lie_in_the_first_tokens(fused, step):
     auxiliary, predictor, base = random_pair("openelm")
-    if fused and not (kernels.device() == "cpu" and fuse(base) and fuse(auxiliary)):
+    if fused and not (kernels.device() == "cpu" and base.use_native() and auxiliary.use_native()):
         pytest.skip("no native kernels here")
     cache, whole = base.new_cache(), base.new_cache()
     want = predict(auxiliary, predictor, base, mx.array(PROMPT), whole, keep=5, sinks=4)
@@ -202,9 +202,9 @@ def test_the_auxiliary_reads_all_but_the_last_token():
         new_cache = staticmethod(auxiliary.new_cache)
 
         @staticmethod
-        def layer_states(tokens, cache, inputs, pairs):
+        def layer_states(tokens, cache, inputs, pairs, options):
             calls.append(tokens.tolist())
-            return auxiliary.layer_states(tokens, cache, inputs, pairs)
+            return auxiliary.layer_states(tokens, cache, inputs, pairs, options)
 
     predict(Spy, predictor, base, mx.array(PROMPT), base.new_cache(), step_size=20)
     assert calls == [[PROMPT[:20]], [PROMPT[20:36]]]
@@ -258,7 +258,7 @@ def test_bad_arguments(arguments):
 @pytest.mark.parametrize("first", [0, 4])
 def test_refinement_ends_in_the_cache_of_the_base(fused, first):
     auxiliary, predictor, base = random_pair("llama")
-    if fused and not (kernels.device() == "cpu" and fuse(base)):
+    if fused and not (kernels.device() == "cpu" and base.use_native()):
         pytest.skip("no native kernels here")
     cache, want = base.new_cache(), base.new_cache()
     predict(auxiliary, predictor, base, mx.array(PROMPT), cache, sinks=first)
@@ -282,8 +282,8 @@ def test_refined_decoding_goes_on_as_the_base_would(refine):
     auxiliary, predictor, base = random_pair("llama")
     pair = KvPrediction(auxiliary, predictor, "pair", refine=refine)
     cache, tokens = base.new_cache(), list(PROMPT)
-    logits = pair.prefill(base, cache, mx.array(PROMPT), 512)
-    for step in pair.refined(decode(base, cache, logits, make_sampler(), max_tokens=30), PROMPT):
+    logits = pair.read(base, cache, mx.array(PROMPT), 512)
+    for step in pair.accompany(decode(base, cache, logits, make_sampler(), max_tokens=30), PROMPT):
         tokens.append(step.token)
     assert pair.predicted_tokens == 36
     assert pair.refined_tokens == (len(PROMPT) + 1 if refine else 0)
@@ -296,7 +296,7 @@ def test_a_cache_that_holds_tokens_is_continued_by_the_base(caplog):
     auxiliary, predictor, base = random_pair("llama")
     pair, cache = KvPrediction(auxiliary, predictor, "pair"), base.new_cache()
     prefill(base, cache, mx.array(PROMPT[:5]), 512)
-    got = pair.prefill(base, cache, mx.array(PROMPT[5:]), 512)
+    got = pair.read(base, cache, mx.array(PROMPT[5:]), 512)
     assert_close(got, prefill(base, base.new_cache(), mx.array(PROMPT), 512), "continued", rtol=2.0**-15)
     assert "not used: the cache holds 5 tokens already" in caplog.text
 
@@ -323,17 +323,20 @@ def test_the_fused_base_continues_a_predicted_cache(kv_dtype):
     auxiliary, predictor, base = random_pair("openelm")
     want_cache = base.new_cache()
     want = predict(auxiliary, predictor, base, mx.array(PROMPT), want_cache)
-    if kernels.device() != "cpu" or not fuse(base):
+    if kernels.device() != "cpu" or not base.use_native():
         pytest.skip("no native kernels here")
-    set_precision(base, "exact", kv_dtype)
-    cache = base.new_cache()
-    got = predict(auxiliary, predictor, base, mx.array(PROMPT), cache)
+    options = RunOptions(kv=kv_dtype)
+    cache = base.new_cache(options.kv)
+    got = predict(auxiliary, predictor, base, mx.array(PROMPT), cache, options=options)
     assert str(cache.layers[0].keys.dtype).endswith(kv_dtype)
     tolerance = 2.0**-14 if kv_dtype == "float32" else 2.0**-4  # bfloat16: 2^-8 a value, over sharp random attention
     assert_close(got, want, "first logits", rtol=tolerance)
     token = mx.array([[3]])
     assert_close(
-        base.last_logits(token, cache), base.head(base.hidden(token, want_cache)[:, -1]), "next", rtol=tolerance
+        base.last_logits(token, cache, options),
+        base.plain.forward(token, want_cache, EXACT, last=True),
+        "next",
+        rtol=tolerance,
     )
 
 
@@ -343,7 +346,7 @@ def test_the_fused_auxiliary_predicts_the_same(family, inputs):
     auxiliary, predictor, base = random_pair(family, inputs)
     cache, want_cache = base.new_cache(), base.new_cache()
     want = predict(auxiliary, predictor, base, mx.array(PROMPT), want_cache, step_size=20)
-    if kernels.device() != "cpu" or not fuse(auxiliary):
+    if kernels.device() != "cpu" or not auxiliary.use_native():
         pytest.skip("no native kernels here")
     got = predict(auxiliary, predictor, base, mx.array(PROMPT), cache, step_size=20)
     # Fused or not, float32 throughout: the order of sums differs.
@@ -483,16 +486,15 @@ def test_int8_rounds_what_quantised_maps_read_and_nothing_else(family, inputs, j
         dense.join(), rounded.join()
     read = dense.read(auxiliary, mx.array([PROMPT]), auxiliary.new_cache())
     exact, of_dense = rounded(read), dense(read)
-    dense.compute = rounded.compute = "int8"
 
     def step(rows, w):
         weight = mx.abs(mx.dequantize(w.weight, w.scales, w.biases, w.group_size, w.bits))
         return mx.abs(rows).max(-1) / 254 @ weight.reshape(weight.shape[0], -1, w.group_size).sum(-1).T
 
-    for got, want, bound in pairs_and_bound(rounded(read), exact, read, rounded, step):
+    for got, want, bound in pairs_and_bound(rounded(read, "int8"), exact, read, rounded, step):
         assert (mx.abs(got - want) <= 1.0001 * bound).all()
         assert mx.abs(got - want).max() > bound.max() / 100
-    for pair, other in zip(dense(read), of_dense, strict=True):
+    for pair, other in zip(dense(read, "int8"), of_dense, strict=True):
         for mine, theirs in zip(pair, other, strict=True):
             assert_close(mine, theirs, "dense", rtol=0, atol=0)
 

@@ -18,7 +18,7 @@ SEQUENCES = np.random.default_rng(9).integers(0, 200, (20, 40)).tolist()
 
 def rows_of(model, layer, kind, inputs="own"):
     if inputs == "hidden":
-        states = [model.layer_inputs(mx.array([ids]), model.new_cache())[layer][0] for ids in SEQUENCES]
+        states = [model.layer_states(mx.array([ids]), model.new_cache(), [layer])[0][0][0] for ids in SEQUENCES]
         return np.concatenate([np.array(each, np.float64) for each in states])
     parts = [model.raw_kv(mx.array([ids]), model.new_cache())[layer][kind] for ids in SEQUENCES]
     return np.concatenate([np.array(p[0].transpose(1, 0, 2).reshape(p.shape[2], -1), np.float64) for p in parts])

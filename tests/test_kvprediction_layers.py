@@ -2,12 +2,12 @@
 
 import pytest
 
+from mlxeff.assembly.model import build_model
 from mlxeff.errors import MlxeffError
 from mlxeff.kvprediction import Predictor
 from mlxeff.kvprediction.flops import parameters, published_reduction, ttft_flops
 from mlxeff.kvprediction.layers import PUBLISHED, candidates, kept_layers, pruned_map, published_name, spread_map
 from mlxeff.kvprediction.predictor import quantization, quantize
-from mlxeff.loading import build_model
 from mlxeff.models.openelm import published_config
 from seedlm_models import with_seeds
 

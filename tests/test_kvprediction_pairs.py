@@ -16,14 +16,15 @@ from helpers import assert_close
 from kvp import questions
 from kvp.pairs import SHIPPED, TRAINED
 from mlxeff import hub
+from mlxeff.assembly.model import load_model, load_path
+from mlxeff.assembly.pair import load_pair, make_auxiliary
+from mlxeff.decode import Setup
 from mlxeff.errors import MlxeffError
-from mlxeff.kv_pairs import load_pair, make_auxiliary
 from mlxeff.kvprediction import Predictor, predict
 from mlxeff.kvprediction.files import PairConfig, read_config, write_pair
 from mlxeff.kvprediction.tuning import Tuned
-from mlxeff.loading import load_model, load_path
-from mlxeff.models.fused import set_precision
 from mlxeff.modules import QuantizedLinear
+from mlxeff.running import RunOptions
 from test_cli import environment, fails, mlxeff
 from tiny_model import write_byte_tokenizer, write_tiny_model
 
@@ -287,9 +288,9 @@ def test_a_prompt_beyond_the_auxiliarys_context(base, pair):
     with pytest.raises(
         MlxeffError, match=f"wanted a prompt in the auxiliary's context of {limit} tokens, got {limit + 2}"
     ):
-        loaded.prefill(base.model, base.model.new_cache(), mx.zeros((limit + 2,), mx.int32), 512)
-    loaded.keep = 8  # of these the auxiliary reads none
-    loaded.prefill(base.model, base.model.new_cache(), mx.zeros((limit + 2,), mx.int32), 512)
+        loaded.read(base.model, base.model.new_cache(), mx.zeros((limit + 2,), mx.int32), 512)
+    keeping = loaded.dialled(keep=8)  # of these the auxiliary reads none
+    keeping.read(base.model, base.model.new_cache(), mx.zeros((limit + 2,), mx.int32), 512)
 
 
 def test_weights_that_a_pair_cannot_hold(base, tmp_path):
@@ -363,15 +364,14 @@ def test_the_same_command_gives_the_same_quantised_pair(rounded, base_folder, te
 def test_compute_reaches_quantised_maps(rounded, fitted, base_folder):
     """In int8 mode the maps' product is another than the exact one of the same features, and near it."""
     base = load_path(base_folder)
-    if base.model._fused is None:
+    if base.model.native is None:
         pytest.skip("no native kernels here")
-    exact = load_pair(rounded[8][0], base).predictor
-    set_precision(base.model, "int8", "float32")
-    rounds, dense = load_pair(rounded[8][0], base).predictor, load_pair(fitted, base).predictor
-    assert (exact.compute, rounds.compute) == ("exact", "int8")
+    options = RunOptions("int8")
+    maps, dense = load_pair(rounded[8][0], base).predictor, load_pair(fitted, base).predictor
     auxiliary = base.model.pruned([0, 2])
-    read = exact.read(auxiliary, mx.arange(40)[None], auxiliary.new_cache())
-    for pair, other, third in list(zip(rounds(read), exact(read), dense(read), strict=True))[1:]:  # 0 has no maps
+    read = maps.read(auxiliary, mx.arange(40)[None], auxiliary.new_cache())
+    rounds, exact = maps(read, options.compute), maps(read)
+    for pair, other, third in list(zip(rounds, exact, dense(read), strict=True))[1:]:  # 0 has no maps
         for got, want, of_dense in zip(pair, other, third, strict=True):
             error = mx.abs(got - want).max() / mx.abs(want).max()
             assert 0 < error < 0.02  # 1/254 of a group's largest number, of 32 that differ in sign
@@ -492,8 +492,8 @@ def test_the_pairs_that_come_with_the_package(smollm2_gguf):
     assert hub.pairs() == sorted(SHIPPED)
     asked = [(base.tokenizer.encode(text), answer) for text, answer in questions.sets()["numbers"][:12]]
 
-    def right(pair=None):
-        said = [questions.answer(base.model, base.tokenizer, ids, pair) for ids, _ in asked]
+    def right(**reading):
+        said = [questions.answer(Setup(base.model, **reading), base.tokenizer, ids) for ids, _ in asked]
         return sum(questions.exact(each, answer) for each, (_, answer) in zip(said, asked, strict=True))
 
     most = right()
@@ -504,7 +504,7 @@ def test_the_pairs_that_come_with_the_package(smollm2_gguf):
         assert config.base["name"] == hub.DEFAULT_MODEL
         assert config.quantization["bits"] == 8
         assert len(config.provenance["losses"]) == TRAINED[recipe.removesuffix(" 8-bit")][0]
-        assert right(pair) >= most - 2
+        assert right(reading=pair) >= most - 2
     assert all(mlxeff("models")[0].count(name) == 1 for name in SHIPPED)
     assert json.loads(mlxeff("models", "--json")[0])["pairs"] == hub.pairs()
 

@@ -10,6 +10,7 @@ import kvp_reference
 import seedlm_models
 from helpers import assert_close
 from mlxeff import ops
+from mlxeff.assembly.model import build_model
 from mlxeff.errors import MlxeffError
 from mlxeff.kvprediction import Predictor
 from mlxeff.kvprediction.fit import fit
@@ -17,7 +18,6 @@ from mlxeff.kvprediction.losses import LOSSES, loss, predicted_logits, truth
 from mlxeff.kvprediction.predictor import INPUTS, identity
 from mlxeff.kvprediction.train import ANSWER, Trained, Training, _batch, schedule, train
 from mlxeff.kvprediction.tuning import METHODS, LoraLinear, Tuned, dense, is_matrix
-from mlxeff.loading import build_model
 from mlxeff.modules import Linear, QuantizedLinear
 from mlxeff.seedlm.linear import SeedModule
 from seedlm_models import with_seeds

@@ -14,20 +14,19 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = {
     "_native": -1,
-    **dict.fromkeys(("errors", "kernels", "ops", "sampling", "checkpoint", "tokenizer", "hub"), 0),
-    **dict.fromkeys(("cache", "decode", "modules"), 1),
-    **dict.fromkeys(("models", "kvprediction", "quantspec", "seedlm", "dynamoe"), 2),
-    **dict.fromkeys(("loading", "generation", "kv_pairs"), 3),
-    **dict.fromkeys(("cli", "convert", "bench", "plan", "__main__"), 4),
+    **dict.fromkeys(("errors", "kernels", "ops", "running", "sampling", "checkpoint", "tokenizer", "hub"), 0),
+    **dict.fromkeys(("cache", "decode", "modules", "tuning", "training", "calibration"), 1),
+    **dict.fromkeys(("models", "kvprediction", "quantspec", "seedlm", "dynamoe", "vision", "alignment"), 2),
+    **dict.fromkeys(("assembly", "generation"), 3),
+    **dict.fromkeys(("cli", "convert", "bench", "plan", "evaluation", "__main__"), 4),
 }
 # (importer, imported)
 SAME_LAYER = {
     ("ops", "kernels"),
     ("sampling", "ops"),
     ("sampling", "kernels"),
+    ("running", "ops"),
     ("decode", "cache"),
-    ("generation", "loading"),
-    ("kv_pairs", "loading"),
 }
 SLOW_TO_IMPORT = {
     "coremltools",
@@ -118,7 +117,7 @@ def test_every_import_goes_down():
             "from ..quantspec.cache import HierarchicalCache",
             "seedlm may not import quantspec",
         ),
-        ("mlxeff/models/llama.py", "def f():\n    import mlxeff.loading", "models may not import loading"),
+        ("mlxeff/models/llama.py", "def f():\n    import mlxeff.assembly.model", "models may not import assembly"),
         ("mlxeff/models/llama.py", "from mlxeff import load", "mlxeff.load, which is in no layer"),
         ("mlxeff/generation.py", "from .cli import main", "generation may not import cli"),
         ("convert/llama.py", "from ..bench import run", "convert may not import bench"),
@@ -142,7 +141,7 @@ def test_an_import_that_goes_up_is_caught(tmp_path, place, line, complaint):
     ("place", "line"),
     [
         ("mlxeff/decode.py", "from .cache import KVCache\nfrom . import sampling"),
-        ("mlxeff/loading.py", "from .models import llama\nfrom .seedlm.linear import SeedLinear"),
+        ("mlxeff/assembly/model.py", "from ..models import llama\nfrom ..seedlm.linear import SeedLinear"),
         ("mlxeff/cli/generate.py", "def main():\n    from ..convert import convert"),
         (
             "convert/llama.py",

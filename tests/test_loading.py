@@ -21,7 +21,7 @@ from mlx.utils import tree_flatten
 import checkpoint_files as files
 from helpers import assert_close
 from mlxeff import MlxeffError, kernels, load
-from mlxeff.loading import load_path
+from mlxeff.assembly.model import load_path
 from mlxeff.models import openelm
 from mlxeff.ops import mlx_only
 from mlxeff.tokenizer import Tokenizer
@@ -54,7 +54,7 @@ def assert_equals_mlx_lm(folder) -> None:
     if loaded.backend.startswith("native"):
         assert loaded.dtype == "float32"
         assert_close(logits_of(loaded), theirs("float32"), f"{folder.name}, {loaded.backend}", rtol=2.0**-15)
-        loaded.model._fused = None
+        loaded.model.native = None
         assert_close(logits_of(loaded), theirs("float32"), f"{folder.name}, native operators", rtol=2.0**-15)
     with mlx_only():
         plain = load_path(folder)
@@ -528,5 +528,5 @@ def test_built_in_model_has_the_same_words(smollm2_gguf):
     loaded = load_path(smollm2_gguf)
     prompt = loaded.tokenizer.apply_chat_template([{"role": "user", "content": "Why is the sky blue?"}])
     fused = generate(loaded.model, loaded.tokenizer, prompt, max_tokens=24)
-    loaded.model._fused = None
+    loaded.model.native = None
     assert fused == generate(loaded.model, loaded.tokenizer, prompt, max_tokens=24)

@@ -21,9 +21,10 @@ from mlx.utils import tree_flatten
 
 from helpers import assert_close
 from mlxeff import MlxeffError
+from mlxeff.assembly.model import build_model, load_path
 from mlxeff.generation import stream_generate
-from mlxeff.loading import build_model, load_path, require_seam
 from mlxeff.models import openelm
+from mlxeff.models.parts import require_seam
 from mlxeff.ops import mlx_only
 from reference_models import llama_logits, openelm_logits
 from tiny_model import GEMMA, MAMBA, PHI, random_model, write_foreign
@@ -342,18 +343,23 @@ def test_other_architectures_run_through_mlx_lm(tmp_path, caplog, name):
     assert loaded.model.new_cache().nbytes == 0
 
 
-def test_foreign_cache_trims(tmp_path):
+def test_foreign_caches_rewind_or_keep_all(tmp_path):
     model = load_path(write_foreign(tmp_path / "foreign", PHI)).model
     tokens, cache = prompt(12, 256), model.new_cache()
     want = model(tokens, cache)
-    cache.trim(5)
-    assert (cache.length, cache.trimmable, cache.nbytes > 0) == (7, True, True)
-    assert_close(model(tokens[:, 7:], cache), want[:, 7:], "trim and redo")
+    assert cache.rewind(7) == 7
+    assert (cache.length, cache.nbytes > 0) == (7, True)
+    assert_close(model(tokens[:, 7:], cache), want[:, 7:], "rewind and redo")
     assert cache.length == 12
-    recurrent = load_path(write_foreign(tmp_path / "recurrent", MAMBA)).model.new_cache()
-    assert recurrent.trimmable is False
-    with pytest.raises(MlxeffError, match="cannot be trimmed"):
-        recurrent.trim(1)
+    recurrent = load_path(write_foreign(tmp_path / "recurrent", MAMBA)).model
+    cache = recurrent.new_cache()
+    mx.eval(recurrent(tokens[:, :9], cache))
+    assert cache.rewind(8) == cache.length == 9, "nothing can be taken back, and nothing is lost"
+    for length in (-1, 10):
+        with pytest.raises(MlxeffError, match=f"wanted to rewind to 0 to 9 tokens, got {length}"):
+            cache.rewind(length)
+    want, fresh = recurrent(tokens, recurrent.new_cache()), recurrent(tokens[:, 9:], cache)
+    assert_close(fresh, want[:, 9:], "goes on")
 
 
 def test_code_of_a_checkpoint_runs_only_when_trusted(tmp_path):
@@ -407,7 +413,7 @@ def test_loading_through_mlx_lm_keeps_the_limit_of_open_files(tmp_path):
         import resource, sys
         resource.setrlimit(resource.RLIMIT_NOFILE, (1000, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
         before = resource.getrlimit(resource.RLIMIT_NOFILE)
-        from mlxeff.loading import load
+        from mlxeff.assembly.model import load
         load({str(folder)!r})
         assert "mlx_lm.utils" in sys.modules
         print(before == resource.getrlimit(resource.RLIMIT_NOFILE), resource.setrlimit.__name__)

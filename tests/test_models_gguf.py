@@ -7,8 +7,8 @@ import pytest
 import checkpoint_files as files
 from checkpoint_files import numbers
 from mlxeff import MlxeffError
+from mlxeff.assembly.model import build_model
 from mlxeff.checkpoint import open_source
-from mlxeff.loading import build_model
 from mlxeff.models.gguf import FREQUENCIES, config_from_gguf, weights_from_gguf
 
 

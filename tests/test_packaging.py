@@ -72,11 +72,11 @@ def test_a_mapped_folder_is_found_in_the_checkout():
 
 def test_public_names_are_the_functions_even_after_their_modules_are_imported():
     code = """if True:
-        import types, mlxeff, mlxeff.generation, mlxeff.loading
+        import types, mlxeff, mlxeff.generation, mlxeff.assembly.model
         from mlxeff import GenerationResponse, generate, load, stream_generate
         assert all(isinstance(f, types.FunctionType) for f in (generate, load, stream_generate)), (generate, load)
         assert isinstance(GenerationResponse, type)
-        assert load is mlxeff.loading.load and generate is mlxeff.generation.generate
+        assert load is mlxeff.assembly.model.load and generate is mlxeff.generation.generate
         assert set(mlxeff.__all__) <= set(dir(mlxeff))
         assert not hasattr(mlxeff, "no_such_name")
     """

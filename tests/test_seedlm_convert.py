@@ -24,8 +24,8 @@ from mlxeff.convert.store import Store
 
 from helpers import assert_close
 from mlxeff import MlxeffError, kernels, load
+from mlxeff.assembly.model import build_model, fill, load_path
 from mlxeff.cli import main
-from mlxeff.loading import build_model, fill, load_path
 from mlxeff.seedlm.encode import encode
 from mlxeff.seedlm.format import FORMATS
 from mlxeff.seedlm.install import entry, metadata
@@ -66,7 +66,7 @@ def dense_model(folder):
     model = load_path(folder).model
     found = [(name, m.to_dense()) for name, m in model.named_modules() if isinstance(m, SeedModule)]
     model.update_modules(tree_unflatten(found))
-    del model._fused
+    model.native = None
     return model, [name for name, _ in found]
 
 

@@ -18,8 +18,8 @@ from mlxeff.convert.seedlm import dense
 import saving
 import seedlm_quality
 from mlxeff import kernels
+from mlxeff.assembly.model import load_path
 from mlxeff.errors import MlxeffError
-from mlxeff.loading import load_path
 from peers import checkpoints
 from quality import arms, llama_quant, mlx_lm_quant, mlx_on_native, process, report
 from test_cpu_peers import TINY, VOCABULARY, tokenizer_file  # noqa: F401 - a fixture
@@ -75,7 +75,7 @@ def test_an_affine_arm_is_the_requantised_reference(tmp_path):
     assert mx.array_equal(layer.up_proj.weight, mx.quantize(found, 64, 4)[0]).item()
     size = arms.Arm(model).size()
     assert 4.5 < size["bits"] < 5.0
-    assert model._fused is not None
+    assert model.native is not None
 
 
 def test_the_products_of_mlx_lm_on_native_kernels_are_mlx_own():

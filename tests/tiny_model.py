@@ -73,7 +73,7 @@ MAMBA = {
 
 def random_model(config: dict, seed: int = 0, scale: float = 0.2):
     """A model of `config` with weights from N(0, scale²); norms near 1."""
-    from mlxeff.loading import build_model
+    from mlxeff.assembly.model import build_model
 
     mx.random.seed(seed)
     model = build_model(config)

@@ -14,32 +14,32 @@ from dataclasses import replace
 from pathlib import Path
 
 from mlxeff import hub
+from mlxeff.assembly.fitting import fit_kv_predictor
+from mlxeff.assembly.model import Loaded, load_path
+from mlxeff.assembly.pair import load_pair, native_like
 from mlxeff.bench.arms import Arm
-from mlxeff.cli import main as mlxeff
+from mlxeff.cli.output import bar, show_notices
+from mlxeff.decode import Setup
 from mlxeff.errors import MlxeffError
 from mlxeff.hub.catalog import cache_dir
-from mlxeff.kv_pairs import load_pair
 from mlxeff.kvprediction.files import read_config, write_pair
 from mlxeff.kvprediction.layers import kept_layers
 from mlxeff.kvprediction.predictor import quantization, quantize
 from mlxeff.kvprediction.text import sample
-from mlxeff.loading import Loaded, load_path
-from mlxeff.models.fused import fuse
 
 from . import training_text
-from .measures import Reader
 from .training_text import CALIBRATION
 
-LOSS = ("--loss", "distill", "--prompt-mark", training_text.MARK)
-DISTILLED = (*LOSS, "--batch", 4)
-LORA = (*LOSS, "--train", "lora", "--batch", 3)
-HOW = {
-    "own": ("--inputs", "own"),
+LOSS = {"loss": "distill", "prompt_mark": training_text.MARK}
+DISTILLED = {**LOSS, "batch": 4}
+LORA = {**LOSS, "train": "lora", "batch": 3}
+HOW = {  # options of `fit_kv_predictor`
+    "own": {"inputs": "own"},
     "distilled": DISTILLED,
     "longer": DISTILLED,
-    "lora": (*LORA, "--aux-loss", 0),
+    "lora": {**LORA, "aux_loss": 0},
     "joint": LORA,  # the auxiliary learns to be a model of its own, too
-    "paper": ("--loss", "paper", "--batch", 2),
+    "paper": {"loss": "paper", "batch": 2},
 }
 TRAINED = {  # steps and learning rate; maps that read layers the base does not have in this order want a lower one
     "lp:0.75 distilled": (100, 3e-4),
@@ -100,13 +100,12 @@ def make(recipe: str, model: str, work: Path, tokens: int, folder: Path | None =
     auxiliary, _, how = recipe.partition(" ")
     if how and how not in HOW:
         raise MlxeffError(f"kvp: {recipe}: wanted an auxiliary and one of {', '.join(HOW)}, got {how!r}")
-    options = ["--aux", auxiliary, "--out", folder, "--text", _text(model, work, tokens), "--tokens", tokens]
-    options += ["--length", LENGTH, *HOW.get(how, ())]
+    options = {"text": _text(model, work, tokens), "tokens": tokens, "length": LENGTH, **HOW.get(how, {})}
     if recipe in TRAINED:
         steps, rate = TRAINED[recipe]
-        options += ["--steps", steps, "--rate", rate, "--train-text", _training_text(model, work)]
-    if mlxeff(["fit", "kv-predictor", model, *map(str, options)]):
-        raise MlxeffError(f"kvp: fitting {recipe} failed")
+        options |= {"steps": steps, "rate": rate, "train_text": _training_text(model, work)}
+    with show_notices():
+        fit_kv_predictor(model, auxiliary, folder, progress=bar, **options)
     return folder
 
 
@@ -164,48 +163,29 @@ def _text(model: str, work: Path, tokens: int) -> Path:
     return path
 
 
-def readers(base: Loaded, pairs: dict[str, Path], pruned: dict[str, Path]) -> dict[str, Reader]:
+def arms(base: Loaded, pairs: dict[str, Path], pruned: dict[str, Path]) -> dict[str, Arm]:
     """What is measured, by name: the base, the layer-pruned baselines (`pruned`: trained ones, each a model or a pair
     whose auxiliary is meant), and each pair with its dials."""
     count = len(base.model.layers)
-    found = {"base": Reader(base.model)}
+    found = {"base": Setup(base.model)}
     for fraction in FRACTIONS:
-        found[f"LP {fraction}"] = Reader(_fused(base.model.pruned(kept_layers(fraction, count))))
+        found[f"LP {fraction}"] = Setup(native_like(base.model.pruned(kept_layers(fraction, count)), base.model))
     for name, folder in pruned.items():
-        found[name] = Reader(_fused(auxiliary_of(folder, base)))
+        found[name] = Setup(native_like(auxiliary_of(folder, base), base.model))
     for name, folder in pairs.items():
         pair = load_pair(folder, base)
-        found[name] = Reader(base.model, pair)
+        found[name] = Setup(base.model, pair)
         if name not in DIALLED:
             continue
-        found |= {f"{name}, keep {keep}": Reader(base.model, pair, keep) for keep in KEEPS}
-        found[f"{name}, refine"] = Reader(base.model, pair, refine=True)
-    return found
+        found |= {f"{name}, keep {keep}": Setup(base.model, pair.dialled(keep)) for keep in KEEPS}
+        found[f"{name}, refine"] = Setup(base.model, pair.dialled(refine=True))
+    return {name: Arm(name, setup) for name, setup in found.items()}
 
 
 def auxiliary_of(folder: Path, base: Loaded):
     """The model in `folder`, or the auxiliary of the pair in it."""
     text = (folder / "config.json").read_text(encoding="utf-8") if (folder / "config.json").exists() else ""
     return load_pair(folder, base).auxiliary if '"mlxeff-kv-pair"' in text else load_path(folder).model
-
-
-def _fused(model):
-    if model._fused is None:
-        fuse(model)
-    return model
-
-
-def arms(found: dict[str, Reader]) -> list[Arm]:
-    """The same for the measurement of the time to the first token, which `refine` does not change."""
-    return [
-        Arm(name, reader.model, *_prediction(reader), *reader.kept)
-        for name, reader in found.items()
-        if not reader.refine
-    ]
-
-
-def _prediction(reader: Reader) -> tuple:
-    return (reader.pair.auxiliary, reader.pair.predictor) if reader.pair else (None, None)
 
 
 def chosen(names: Sequence[str], only: Sequence[str]) -> list[str]:

@@ -11,6 +11,7 @@ import random
 import re
 from pathlib import Path
 
+from mlxeff.decode import Setup
 from mlxeff.generation import stream_generate
 
 DATA = Path(__file__).resolve().parent.parent / "data"
@@ -87,11 +88,10 @@ def prompt(item: dict) -> str:
     return f"Hacker slang.\n\n{item['passage']}\n\n{question(item['question'])}"
 
 
-def answer(model, tokenizer, ids: list[int], kv_prediction=None) -> str:
+def answer(setup: Setup, tokenizer, ids: list[int]) -> str:
     """What the model says, greedily, up to the end of the line."""
-    stream = stream_generate(
-        model, tokenizer, ids, max_tokens=MAX_TOKENS, stop=STOP, kv_prediction=kv_prediction, prefill_step_size=512
-    )
+    how = {"reading": setup.reading, "options": setup.options, "stop": STOP, "prefill_step_size": 512}
+    stream = stream_generate(setup.model, tokenizer, ids, max_tokens=MAX_TOKENS, **how)
     return "".join(response.text for response in stream)
 
 

@@ -10,9 +10,7 @@ import numpy as np
 
 import saving
 from mlxeff.bench import report as times_report
-
-from .measures import Reader
-from .pairs import arms as arms_of
+from mlxeff.bench.arms import Arm
 
 SECTION = "kvp-quality"  # of the README
 TARGET_TTFT, TARGET_GAP = 0.60, 0.90  # KVP lp:0.50 by base; of the gap that keep and refine recover
@@ -23,7 +21,7 @@ BETTER = {"perplexity": -1, "kl": -1, "agreement": 1, "exact": 1, "numbers": 1} 
 
 
 def summary(
-    readers: dict[str, Reader],
+    arms: dict[str, Arm],
     digests: dict,
     scored: list[dict],
     asked: dict[str, list[dict]],
@@ -31,32 +29,32 @@ def summary(
     prompt: int,
 ) -> dict:
     """What is known of each arm that has samples; `asked`: by the name of the set."""
-    costs = {arm.name: arm.flops(prompt) for arm in arms_of(readers)}
+    costs = {name: arm.flops(prompt) for name, arm in arms.items()}
     medians = times_report.medians(times)
     found = {}
-    for name, reader in readers.items():
+    for name, arm in arms.items():
         key = name, digests.get(name.partition(",")[0], "")
         windows, *answers = ([s for s in each if (s["arm"], s["digest"]) == key] for each in (scored, *asked.values()))
-        flops = costs.get(name, costs.get(name.partition(",")[0]))  # refine begins after the first token
-        entry = {"kind": kind(name, reader), "flops": flops / costs["base"]}
+        entry = {"kind": kind(arm), "flops": costs[name] / costs["base"]}  # refine begins after the first token
         entry |= _windows(windows)
         for kind_of, samples in zip(asked, answers, strict=True):
             entry |= _questions(kind_of, samples)
         entry["ttft"] = [
             {key: each[key] for key in ("batch", "tokens", "ttft_s", "spread_s", "passes")}
-            for (_, _, _, arm), each in sorted(medians.items())
-            if arm == name
+            for (_, _, _, timed), each in sorted(medians.items())
+            if timed == name
         ]
         if windows or any(answers) or entry["ttft"]:
             found[name] = entry
     return found
 
 
-def kind(name: str, reader: Reader) -> str:
+def kind(arm: Arm) -> str:
     """ "base", "pruned", "pair", "keep" or "refine"."""
-    if reader.pair is None:
+    pair, name = arm.pair, arm.name
+    if pair is None:
         return "base" if name == "base" else "pruned"
-    return "refine" if reader.refine else "pair" if reader.keep is None else "keep"
+    return "refine" if pair.refine else "pair" if pair.keep is None else "keep"
 
 
 def _windows(samples: list[dict]) -> dict:

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mlxeff import hub
+from mlxeff.assembly.model import Loaded, load_path
 from mlxeff.kvprediction.text import sample
-from mlxeff.loading import Loaded, load_path
 
 from .questions import entries, question
 

@@ -12,17 +12,18 @@ import numpy as np
 
 
 class Mlxeff:
-    """mlxeff through the functions that `mlxeff generate` uses; the options are keywords of `set_precision`."""
+    """mlxeff through the functions that `mlxeff generate` uses; the options are those of `RunOptions`."""
 
     def __init__(self, job: dict):
         from mlxeff import kernels
-        from mlxeff.loading import load_path
-        from mlxeff.models.fused import set_precision
+        from mlxeff.assembly.model import load_path
+        from mlxeff.running import RunOptions
 
         kernels.use_device("cpu")
         loaded = load_path(Path(job["path"]))
         self.model, self.note = loaded.model, loaded.backend
-        set_precision(self.model, **job["options"])
+        self.options = RunOptions(**job["options"])
+        self.model.check(self.options)
 
     def generate(self, ids: list[int], count: int):
         import mlx.core as mx
@@ -31,16 +32,17 @@ class Mlxeff:
         from mlxeff.kernels import PREFILL_STEP, device
         from mlxeff.sampling import make_sampler
 
-        cache = self.model.new_cache()
-        logits = prefill(self.model, cache, mx.array(ids), PREFILL_STEP[device()])
-        for step in decode(self.model, cache, logits, make_sampler(), max_tokens=count):
+        cache, options = self.model.new_cache(self.options.kv), self.options
+        logits = prefill(self.model, cache, mx.array(ids), PREFILL_STEP[device()], options=options)
+        for step in decode(self.model, cache, logits, make_sampler(), max_tokens=count, options=options):
             yield step.token
 
     def logits(self, pieces: list[list[int]]) -> np.ndarray:
         import mlx.core as mx
 
-        cache = self.model.new_cache()
-        return np.concatenate([np.array(self.model(mx.array([piece]), cache)[0], np.float32) for piece in pieces])
+        cache = self.model.new_cache(self.options.kv)
+        rows = [self.model(mx.array([piece]), cache, self.options)[0] for piece in pieces]
+        return np.concatenate([np.array(row, np.float32) for row in rows])
 
 
 class MlxLm:

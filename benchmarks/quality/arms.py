@@ -11,9 +11,8 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlxeff.convert import calibration, convert
 from mlxeff.convert.seedlm import dense
 
+from mlxeff.assembly.model import load_path
 from mlxeff.errors import MlxeffError
-from mlxeff.loading import load_path
-from mlxeff.models.fused import fuse
 from mlxeff.modules import QuantizedLinear
 from mlxeff.seedlm.format import FORMATS
 from mlxeff.seedlm.linear import SeedLinear
@@ -98,12 +97,11 @@ class Workshop:
 
 
 def assembled(path: Path, replaced: list[tuple[str, nn.Module]]):
-    """The reference with modules replaced, fused again."""
+    """The reference with modules replaced, whole passes run natively."""
     model = load_path(path).model
     model.update_modules(tree_unflatten(replaced))
     mx.eval(model.parameters())
-    model._fused = None
-    if not fuse(model):
+    if not model.use_native():
         raise SystemExit("the native kernels do not apply here: this benchmark needs them")
     return model
 

@@ -46,7 +46,7 @@ def importance(model, windows: np.ndarray) -> dict[str, np.ndarray]:
     linears = [(n, m) for n, m in model.named_modules() if ".layers." in n and isinstance(m, kinds)]
     sums: dict[str, mx.array] = {}
     model.update_modules(tree_unflatten([(name, _watched(module, name, sums)) for name, module in linears]))
-    model._fused = None
+    model.native = None
     for window in windows:
         model(mx.array(window)[None], model.new_cache())
         mx.eval(sums)

@@ -1,5 +1,5 @@
-"""What is measured: a model, or a pair of KV Prediction, as something that computes a prompt's first logits; and models
-of random weights, whose speed is that of trained ones.
+"""What is measured: a model and how it is run, by name; and models of random weights, whose speed is that of trained
+ones.
 """
 
 from collections.abc import Iterable, Sequence
@@ -9,12 +9,12 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map_with_path
 
-from ..decode import prefill
-from ..kv_pairs import fused_like
-from ..kvprediction import Predictor, predict
+from ..assembly.pair import native_like
+from ..decode import Setup
+from ..kvprediction import KvPrediction, Predictor
 from ..kvprediction.flops import parameters, ttft_flops
 from ..kvprediction.predict import predicted_range
-from ..models.fused import fuse
+from ..models.decoder import DecoderModel
 from ..ops import native_for
 
 BLOCK = 1 << 20  # random numbers, which are repeated to fill a matrix
@@ -23,40 +23,39 @@ COPIES = 4  # of a chunk's widest activations that live at once, generously
 
 @dataclass(frozen=True)
 class Arm:
-    """A model `base`, or a pair; of a prompt `base` computes the last `keep` tokens and the first `sinks`."""
+    """A model and how it is run, under the name of its row in a table."""
 
     name: str
-    base: object
-    auxiliary: object = None
-    predictor: Predictor | None = None
-    keep: int = 1
-    sinks: int = 0
+    setup: Setup
 
-    def first_logits(self, tokens: mx.array, cache, step_size: int) -> mx.array:
-        """Token ids (B, N) → logits (B, V) of what follows; fills `cache`."""
-        if self.predictor is None:
-            return prefill(self.base, cache, tokens, step_size)
-        return predict(self.auxiliary, self.predictor, self.base, tokens, cache, step_size, self.keep, self.sinks)
+    @property
+    def base(self) -> DecoderModel:
+        return self.setup.model
+
+    @property
+    def pair(self) -> KvPrediction | None:
+        """The pair that predicts the prompt's keys and values, None where the model computes them all."""
+        return self.setup.reading if isinstance(self.setup.reading, KvPrediction) else None
 
     def prepare(self) -> None:
-        """Compute the weights, and give the models their fused form where it applies and is missing."""
+        """Compute the weights, and use the native kernels for whole passes where they apply."""
         for module in self.modules:
             mx.eval(module.parameters())
-        if native_for() and self.base._fused is None:
-            fuse(self.base)
-        if self.auxiliary is not None and self.auxiliary._fused is None:
-            fused_like(self.auxiliary, self.base)
+        if native_for() and self.base.native is None:
+            self.base.use_native()
+        if self.pair and self.pair.auxiliary.native is None:
+            native_like(self.pair.auxiliary, self.base)
 
     @property
     def modules(self) -> list[nn.Module]:
-        return [each for each in (self.base, self.auxiliary, self.predictor) if each is not None]
+        return [self.base, *((self.pair.auxiliary, self.pair.predictor) if self.pair else ())]
 
     def flops(self, tokens: int) -> int:
-        """Forward FLOPs to the first token of a prompt, as the paper counts them (`kvprediction.flops`)."""
-        if self.predictor is None:
+        """Forward FLOPs to the first token of a prompt, as its paper counts them (`kvprediction.flops`)."""
+        if not self.pair:
             return 2 * tokens * parameters(self.base)
         base, auxiliary, predictor = map(parameters, self.modules)
-        first, stop = predicted_range(tokens, self.keep, self.sinks)
+        first, stop = predicted_range(tokens, *self.pair.kept)
         if first == stop:
             return 2 * tokens * base
         return ttft_flops(base, auxiliary, predictor, tokens, tokens - stop) + 2 * first * base
@@ -64,7 +63,7 @@ class Arm:
     def working_bytes(self, batch: int, tokens: int, step_size: int) -> int:
         """Memory that a measurement takes beside the weights, about: the caches twice, since they are copied where they
         grow, and a chunk's widest activations, all in float32."""
-        models = [each for each in (self.base, self.auxiliary) if each is not None]
+        models = [self.base, *([self.pair.auxiliary] if self.pair else [])]
         chunk = min(step_size, tokens)
         held = sum(2 * groups * size for model in models for groups, size in model.kv_shapes)
         widest = max(value.shape[0] for model in models for _, value in _matrices(model))
@@ -98,7 +97,9 @@ def randomise(module: nn.Module, dtype: mx.Dtype) -> None:
     module.update(tree_map_with_path(fill, module.parameters()))
 
 
-def random_predictor(auxiliary, base, layer_map: Sequence[int], dtype: mx.Dtype) -> Predictor:
+def random_predictor(
+    auxiliary: DecoderModel, base: DecoderModel, layer_map: Sequence[int], dtype: mx.Dtype
+) -> Predictor:
     predictor = Predictor(auxiliary.kv_shapes, base.kv_shapes, layer_map)
     randomise(predictor, dtype)
     return predictor.eval()

@@ -13,11 +13,15 @@ from pathlib import Path
 
 import mlx.core as mx
 
+from ..assembly.model import build_model, load_model
+from ..decode import Setup
 from ..errors import notices
 from ..kernels import arithmetic_dtype
+from ..kvprediction import KvPrediction
 from ..kvprediction.layers import PUBLISHED, kept_layers, pruned_map, spread_map
-from ..loading import build_model, load_model, require_seam
+from ..models.decoder import DecoderModel
 from ..models.openelm import published_config
+from ..models.parts import require_seam
 from ..ops import native_for
 from .arms import Arm, random_predictor, randomise
 from .ttft import Group, Point
@@ -89,7 +93,7 @@ class Builder:
         if name in PUBLISHED:
             return self._pair(name)
         size, _, keep = name.removeprefix("OE").partition("-LP-")
-        return Arm(name, self._pruned(size, keep) if keep else self._model(size))
+        return Arm(name, Setup(self._pruned(size, keep) if keep else self._model(size)))
 
     def _pair(self, name: str) -> Arm:
         pair, base = PUBLISHED[name], self._model(self.base.removeprefix("OE"))
@@ -100,18 +104,19 @@ class Builder:
         else:
             auxiliary = self._model(pair.auxiliary.replace("_", "."))
             layer_map = spread_map(len(auxiliary.layers), count)
-        return Arm(name, base, auxiliary, random_predictor(auxiliary, base, layer_map, self._type()))
+        predictor = random_predictor(auxiliary, base, layer_map, self._type())
+        return Arm(name, Setup(base, KvPrediction(auxiliary, predictor, name)))
 
-    def _pruned(self, size: str, keep: str):
+    def _pruned(self, size: str, keep: str) -> DecoderModel:
         base = self._model(size)
         return base.pruned(kept_layers(keep, len(base.layers)))
 
-    def _model(self, size: str):
+    def _model(self, size: str) -> DecoderModel:
         if size not in self._models:
             self._models[size] = self._load(size)
         return self._models[size]
 
-    def _load(self, size: str):
+    def _load(self, size: str) -> DecoderModel:
         if size in self.checkpoints:
             return _of_size(load_model(self.checkpoints[size])[0], size, self.checkpoints[size])
         model = build_model(published_config(size.replace(".", "_")))
@@ -123,7 +128,7 @@ class Builder:
         return self.dtype if native_for() else arithmetic_dtype(self.dtype, False)
 
 
-def _of_size(model, size: str, origin: object):
+def _of_size(model: DecoderModel, size: str, origin: object) -> DecoderModel:
     """`model`, with a warning where it has not the size that its name in the tables says."""
     require_seam(model, "kv", f"{origin}: the suite")
     config = published_config(size.replace(".", "_"))

@@ -13,7 +13,7 @@ from statistics import median
 import mlx.core as mx
 
 from .. import kernels
-from ..errors import MlxeffError, notices
+from ..errors import MlxeffError, no_notices, notices
 from ..kvprediction.flops import parameters
 from .arms import Arm, weight_bytes
 from .machine import usable_bytes
@@ -142,13 +142,14 @@ def measure(arm: Arm, point: Point, step_size: int, steps: int) -> dict:
     tokens = mx.random.randint(0, rows, (point.batch, point.tokens), key=mx.random.key(point.batch * point.tokens))
     mx.eval(tokens)
     busy, began = os.getloadavg()[0], time.perf_counter()
-    cache = arm.base.new_cache()
-    token = mx.argmax(arm.first_logits(tokens, cache, step_size), axis=-1)
-    mx.eval(token)
-    first = time.perf_counter()
-    for _ in range(steps):
-        token = mx.argmax(arm.base.last_logits(token[:, None], cache), axis=-1)
+    with no_notices():
+        cache = arm.setup.new_cache()
+        token = mx.argmax(arm.setup.read(tokens, cache, step_size), axis=-1)
         mx.eval(token)
+        first = time.perf_counter()
+        for _ in range(steps):
+            token = mx.argmax(arm.base.last_logits(token[:, None], cache, arm.setup.options), axis=-1)
+            mx.eval(token)
     after = (time.perf_counter() - first) / steps if steps else None
     return {"ttft_s": first - began, "step_s": after, "load_average": round(busy, 2)}
 

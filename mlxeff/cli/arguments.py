@@ -1,10 +1,20 @@
-"""The options of each verb. Parses and describes; imports nothing that is slow, so that --help is quick."""
+"""The options of each verb. Parses and describes; imports nothing that is slow, so that --help is quick. Those of a
+technique stand in `assembly.techniques`.
+"""
 
 import argparse
+from collections.abc import Iterable
 
+from ..assembly.options import Option, integer, natural, positive
+from ..assembly.techniques import FITTED, PRECISION, switched_for
 from ..hub.catalog import DEFAULT_MODEL
 
 MAX_TOKENS = 1024
+
+
+def _add(parser: argparse._ActionsContainer, options: Iterable[Option], **more) -> None:
+    for option in options:
+        parser.add_argument(option.name, **option.keywords | more)
 
 
 def add_generate(parser: argparse.ArgumentParser) -> None:
@@ -18,104 +28,21 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="reuse the KV cache in FILE as far as the prompt agrees with it, and write it back with this prompt",
     )
-    parser.add_argument(
-        "--kv-predict",
-        metavar="PAIR[:keep=K][:refine]",
-        type=_kv_predict,
-        help="predict the prompt's KV with a pair: a folder that `mlxeff fit kv-predictor` made, or a name of `mlxeff "
-        "models`; the model itself computes the last K tokens and the first ones (default: the last token), with "
-        "refine the others too, while it answers",
-    )
+    _add(parser, (technique.option for technique in switched_for("generate")))
     parser.add_argument("--json", action="store_true", help="print one JSON document at the end instead of streaming")
     parser.add_argument("--quiet", action="store_true", help="no progress bar, no timings; warnings still show")
 
 
 def add_fit(parser: argparse.ArgumentParser) -> None:
     what = parser.add_subparsers(dest="what", metavar="WHAT", required=True)
-    summary = "a pair for `generate --kv-predict`: linear maps from a small model's KV to the base's"
-    sub = what.add_parser("kv-predictor", help=summary, description=summary.capitalize() + ".", allow_abbrev=False)
-    sub.add_argument("base", metavar="BASE", help="the base model: a folder, file, name or hub id")
-    sub.add_argument(
-        "--aux",
-        metavar="SPEC",
-        required=True,
-        help="lp:0.5 (a fraction of the base's layers, evenly spread), search:0.5 (those that serve best), "
-        "layers:0-9,12 (these), a smaller model, or a configuration of the paper, such as OE1.1B-KVP-C-450M",
-    )
-    sub.add_argument("--out", metavar="PAIR", required=True, help="the new folder")
-    sub.add_argument("--text", metavar="FILE", help="UTF-8 text to fit on (default: what the base writes by itself)")
-    sub.add_argument("--tokens", metavar="N", type=_positive, default=20000, help="to fit on (default %(default)s)")
-    sub.add_argument("--length", metavar="N", type=_positive, default=512, help="tokens a piece (default %(default)s)")
-    sub.add_argument("--ridge", metavar="X", type=float, default=1e-5, help="regularisation (default %(default)s)")
-    sub.add_argument(
-        "--inputs",
-        choices=("hidden", "own"),
-        default="hidden",
-        help="what the maps read of an auxiliary layer: its hidden states, or own: keys for keys, values for values, "
-        "as in the paper (default %(default)s)",
-    )
-    sub.add_argument(
-        "--map-bits",
-        type=int,
-        choices=(4, 8),
-        help="round the fitted maps to 4 or 8 bits, affine in groups of 64 or 32, which makes them smaller and lets "
-        "`--compute int8` reach them (default: dense float16)",
-    )
-    sub.add_argument(
-        "--per-head", action="store_true", help="each base head from one auxiliary head (with --inputs own)"
-    )
-    sub.add_argument("--search", action="store_true", help="choose the auxiliary layer of each base layer by its error")
-    _add_training(sub)
-    sub.add_argument("--seed", type=_natural, default=0, help="of the text that the base writes, and of the training")
-    sub.add_argument("--device", choices=("auto", "cpu", "gpu"), default="auto", help="default: the GPU if any")
-    sub.add_argument("--offline", action="store_true", help="never touch the network")
-    sub.add_argument("--json", action="store_true", help="print one JSON document")
-    sub.add_argument("--quiet", action="store_true", help="no progress bar, no report; warnings still show")
-
-
-def _add_training(sub: argparse.ArgumentParser) -> None:
-    """What `fit kv-predictor` does after the closed form."""
-    sub.add_argument(
-        "--steps", metavar="N", type=_natural, default=0, help="of gradient training after the closed form"
-    )
-    sub.add_argument(
-        "--train",
-        choices=("predictor", "lora", "full"),
-        default="predictor",
-        help="what these steps change: the predictor, low-rank terms of the auxiliary's matrices too, or its whole "
-        "layers (default %(default)s)",
-    )
-    sub.add_argument(
-        "--train-text", metavar="FILE", help="UTF-8 text that these steps read, all of it (default: what was fitted on)"
-    )
-    sub.add_argument(
-        "--loss",
-        choices=("paper", "distill"),
-        default="paper",
-        help="what they minimise: the paper's loss, which fits the text, or how far from the base's is what follows a "
-        "predicted prompt (default %(default)s)",
-    )
-    sub.add_argument(
-        "--continuation",
-        metavar="N",
-        type=_positive,
-        help="tokens that --loss distill continues a prompt with (default 64)",
-    )
-    sub.add_argument(
-        "--prompt-mark",
-        metavar="TEXT",
-        help="stands in the training text where prompts end, and is not read itself: every other step of --loss "
-        "distill has only such prompts, and what follows right after them (default: prompts end anywhere)",
-    )
-    sub.add_argument("--rank", metavar="R", type=_positive, help="of --train lora (default 16)")
-    sub.add_argument(
-        "--aux-loss",
-        metavar="X",
-        type=float,
-        help="weight of a tuned auxiliary's own next-token loss; a step with 0 is cheaper (default 1)",
-    )
-    sub.add_argument("--batch", metavar="N", type=_positive, help="pieces a step (default 1)")
-    sub.add_argument("--rate", metavar="X", type=float, help="highest learning rate (default 3e-4)")
+    for fitted in FITTED:
+        summary = fitted.summary
+        sub = what.add_parser(fitted.name, help=summary, description=summary.capitalize() + ".", allow_abbrev=False)
+        _add(sub, fitted.options)
+        sub.add_argument("--device", choices=("auto", "cpu", "gpu"), default="auto", help="default: the GPU if any")
+        sub.add_argument("--offline", action="store_true", help="never touch the network")
+        sub.add_argument("--json", action="store_true", help="print one JSON document")
+        sub.add_argument("--quiet", action="store_true", help="no progress bar, no report; warnings still show")
 
 
 def add_chat(parser: argparse.ArgumentParser) -> None:
@@ -138,14 +65,9 @@ def add_bench(parser: argparse.ArgumentParser) -> None:
     summary = "seconds to the first token: of a model, of its pairs of KV Prediction, or of that paper's models"
     sub = what.add_parser("ttft", help=summary, description=summary.capitalize() + ".", allow_abbrev=False)
     sub.add_argument("model", nargs="?", metavar="MODEL", help="a folder, file, name or hub id")
-    sub.add_argument(
-        "--kv-predict",
-        metavar="PAIR[:keep=K]",
-        type=_kv_predict,
-        action="append",
-        default=[],
-        help="measure this pair beside MODEL (repeatable)",
-    )
+    for technique in switched_for("bench ttft"):
+        again = {"action": "append", "default": [], "help": "measure MODEL with this beside it (repeatable)"}
+        _add(sub, [technique.option], **again)
     sub.add_argument(
         "--suite",
         choices=("kvp-paper",),
@@ -163,9 +85,9 @@ def add_bench(parser: argparse.ArgumentParser) -> None:
         default=[],
         help="a part: arm (by a part of its name), device, batch, tokens; one key several times: any of its values",
     )
-    sub.add_argument("--rounds", metavar="N", type=_positive, default=3, help="passes counted (default %(default)s)")
-    sub.add_argument("--warmup", metavar="N", type=_natural, default=1, help="passes before (default %(default)s)")
-    sub.add_argument("--steps", metavar="N", type=_natural, default=4, help="decode steps a pass (default %(default)s)")
+    sub.add_argument("--rounds", metavar="N", type=positive, default=3, help="passes counted (default %(default)s)")
+    sub.add_argument("--warmup", metavar="N", type=natural, default=1, help="passes before (default %(default)s)")
+    sub.add_argument("--steps", metavar="N", type=natural, default=4, help="decode steps a pass (default %(default)s)")
     sub.add_argument("--out", metavar="FILE", help="keep every sample in FILE; the same command goes on from there")
     _add_bench_machine(sub)
     sub.add_argument("--offline", action="store_true", help="never touch the network")
@@ -177,8 +99,8 @@ def _add_bench_machine(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--device", choices=("auto", "cpu", "gpu"), default="auto", help="default: the GPU if any; the suite: every one"
     )
-    sub.add_argument("--threads", metavar="N", type=_positive, help="of the CPU kernels (default: one a core)")
-    _add_precision(sub)
+    sub.add_argument("--threads", metavar="N", type=positive, help="of the CPU kernels (default: one a core)")
+    _add(sub, PRECISION)
     sub.add_argument(
         "--dtype", choices=("float16", "bfloat16", "float32"), help="of the suite's random weights (default float16)"
     )
@@ -190,7 +112,7 @@ def _add_bench_machine(sub: argparse.ArgumentParser) -> None:
         default=[],
         help="the suite's OpenELM of SIZE (270M, 450M, 1.1B, 3B) in place of random weights (repeatable)",
     )
-    sub.add_argument("--prefill-step", metavar="N", type=_positive, help="prompt tokens a chunk (2048 GPU, 512 CPU)")
+    sub.add_argument("--prefill-step", metavar="N", type=positive, help="prompt tokens a chunk (2048 GPU, 512 CPU)")
     sub.add_argument(
         "--memory", metavar="GB", type=float, help="to use (default: most of what is free); what needs more is left out"
     )
@@ -213,7 +135,7 @@ def add_convert(parser: argparse.ArgumentParser) -> None:
         "none: encode all (default: embed,lm_head:8; repeatable)",
     )
     group.add_argument("--calibrate", metavar="FILE", help="text to weigh errors by (default: the package has one)")
-    group.add_argument("--calibration-tokens", metavar="N", type=_positive, help="of that text (default: 32768)")
+    group.add_argument("--calibration-tokens", metavar="N", type=positive, help="of that text (default: 32768)")
     group.add_argument("--data-free", action="store_true", help="no text: the blocks nearest to the weights")
     parser.add_argument("--dry-run", action="store_true", help="only report names, shapes, types, disk and memory")
     parser.add_argument("--offline", action="store_true", help="never touch the network")
@@ -233,23 +155,10 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--trust-remote-code", action="store_true", help="let mlx-lm run Python code that the model folder brings"
     )
-    group.add_argument("--context-limit", metavar="N", type=_positive, help="tokens (default: the model's own)")
+    group.add_argument("--context-limit", metavar="N", type=positive, help="tokens (default: the model's own)")
     group.add_argument("--truncate", action="store_true", help="drop the beginning of what is longer than the context")
-    _add_precision(group)
-    group.add_argument("--prefill-step", metavar="N", type=_positive, help="prompt tokens a chunk (2048 GPU, 512 CPU)")
-
-
-def _add_precision(group: argparse._ActionsContainer) -> None:
-    group.add_argument(
-        "--compute",
-        choices=("exact", "bf16", "int8"),
-        default="exact",
-        help="products of the CPU kernels: exact float32 (default), operands rounded to bf16 where faster (AMX), "
-        "or activations rounded to int8",
-    )
-    group.add_argument(
-        "--kv-dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="KV cache of the CPU kernels"
-    )
+    _add(group, PRECISION)
+    group.add_argument("--prefill-step", metavar="N", type=positive, help="prompt tokens a chunk (2048 GPU, 512 CPU)")
 
 
 def _add_text(parser: argparse.ArgumentParser) -> None:
@@ -264,26 +173,12 @@ def _add_text(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--top-k", type=int, default=0, help="keep the K most probable tokens; 0: off")
     group.add_argument("--min-p", type=float, default=0.0, help="keep tokens of P times the best; 0: off")
     group.add_argument("--repetition-penalty", metavar="X", type=float, help="divide logits of the last 20 tokens")
-    group.add_argument("--seed", type=_natural, help="of the sampling; same seed, same words (default: random)")
-
-
-def _kv_predict(text: str) -> tuple[str, int | None, bool]:
-    """ "PAIR:keep=8:refine" → ("PAIR", 8, True)."""
-    keep, refine = None, False
-    while True:
-        head, _, last = text.rpartition(":")
-        if head and last == "refine":
-            refine = True
-        elif head and last.startswith("keep="):
-            keep = _positive(last.removeprefix("keep="))
-        else:
-            return text, keep, refine
-        text = head
+    group.add_argument("--seed", type=natural, help="of the sampling; same seed, same words (default: random)")
 
 
 def _numbers(text: str) -> tuple[int, ...]:
     """ "1,8" → (1, 8)."""
-    return tuple(_positive(part) for part in text.split(","))
+    return tuple(positive(part) for part in text.split(","))
 
 
 def _filter(text: str) -> str:
@@ -321,23 +216,5 @@ def _keep(text: str) -> tuple[tuple[str, int], ...]:
     return found
 
 
-def _integer(text: str, valid, wanted: str) -> int:
-    try:
-        number = int(text)
-    except ValueError:
-        number = None
-    if number is None or not valid(number):
-        raise argparse.ArgumentTypeError(f"wanted {wanted}, got {text!r}")
-    return number
-
-
-def _positive(text: str) -> int:
-    return _integer(text, lambda n: n > 0, "a whole number above 0")
-
-
-def _natural(text: str) -> int:
-    return _integer(text, lambda n: 0 <= n < 1 << 64, "a whole number from 0 to 2^64 - 1")
-
-
 def _tokens(text: str) -> int:
-    return _integer(text, lambda n: n > 0 or n == -1, "a whole number above 0, or -1")
+    return integer(text, lambda n: n > 0 or n == -1, "a whole number above 0, or -1")

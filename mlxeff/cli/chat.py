@@ -83,6 +83,7 @@ class Chat:
     runner: Runner
     messages: list[dict]
     last: dict | None = None
+    summary: list[str] = field(default_factory=list)  # what techniques say of the last answer
     totals: dict = field(default_factory=lambda: {"turns": 0, "prompt_tokens": 0, "reused_tokens": 0, "generated": 0})
 
     def take(self, line: str) -> bool:
@@ -151,7 +152,7 @@ class Chat:
         return True
 
     def _count(self, answer: Answer) -> None:
-        self.last = self.runner.stats(answer)
+        self.last, self.summary = self.runner.stats(answer), self.runner.setup.summary()
         self.totals["turns"] += 1
         for key in ("prompt_tokens", "reused_tokens"):
             self.totals[key] += self.last[key]
@@ -188,7 +189,7 @@ class Chat:
             return
         cache = self.runner.session.cache
         held, nbytes = (cache.length, cache.nbytes) if cache else (0, 0)
-        print(output.timing_line(self.last))
+        print(output.timing_line(self.last, self.summary))
         print(
             f"conversation: {self.totals['turns']} turns, {self.totals['prompt_tokens']} prompt tokens"
             f" ({self.totals['reused_tokens']} from the cache), {self.totals['generated']} generated;"

@@ -12,12 +12,16 @@ from .runner import Answer, Runner, start
 
 
 def run(options: argparse.Namespace) -> int:
+    from ..models.parts import require_seam
+
+    cache_file = Path(options.prompt_cache or "")
     with output.show_notices(options.quiet) as lines:
         prompt = _prompt(options)
         runner = start(options)
         ids = _ids(runner, prompt, options)
         if options.prompt_cache:
-            _restore(runner, Path(options.prompt_cache), ids)
+            require_seam(runner.loaded.model, "cache", "--prompt-cache")
+            runner.session.restore(cache_file, runner.loaded.fingerprint, ids, runner.setup.options)
         answer = Answer()
         try:
             with contextlib.closing(runner.stream(ids, answer)) as pieces:
@@ -27,7 +31,7 @@ def run(options: argparse.Namespace) -> int:
         except KeyboardInterrupt:
             answer.interrupted = True
         if options.prompt_cache:
-            _save(runner, Path(options.prompt_cache))
+            runner.session.save(cache_file, runner.loaded.fingerprint)
         _finish(runner, answer, options, lines)
     return 130 if answer.interrupted else 0
 
@@ -40,7 +44,7 @@ def _finish(runner: Runner, answer: Answer, options: argparse.Namespace, lines: 
     if not answer.text.endswith("\n"):
         print(flush=True)
     if not options.quiet:
-        print(output.timing_line(stats), file=sys.stderr)
+        print(output.timing_line(stats, runner.setup.summary()), file=sys.stderr)
         if stats["finish_reason"] == "length" and stats["generated_tokens"] == options.max_tokens:
             print(f"mlxeff: note: stopped at --max-tokens {options.max_tokens}", file=sys.stderr)
 
@@ -115,29 +119,3 @@ def _ids(runner: Runner, prompt: str, options: argparse.Namespace) -> list[int]:
         return prompt_ids(tokenizer, prompt)
     messages = [{"role": "system", "content": options.system}] if options.system else []
     return tokenizer.apply_chat_template([*messages, {"role": "user", "content": prompt}])
-
-
-def _restore(runner: Runner, path: Path, ids: list[int]) -> None:
-    """Put the cache in `path` into the session if there is one; say when it is of no use."""
-    from ..cache import common_prefix
-    from ..loading import require_seam
-
-    require_seam(runner.loaded.model, "cache", "--prompt-cache")
-    if not path.exists():
-        if not path.absolute().parent.is_dir():
-            raise MlxeffError(f"{path}: wanted an existing folder for the prompt cache, got none")
-        return
-    cache = runner.loaded.model.new_cache()
-    held = cache.restore(path, runner.loaded.fingerprint)
-    shared = common_prefix(held, ids[:-1])
-    if not shared:
-        notices.warning("%s: none of its %d tokens fit this prompt: computed anew", path, len(held))
-    runner.session.cache, runner.session.tokens = cache, held
-
-
-def _save(runner: Runner, path: Path) -> None:
-    session = runner.session
-    if session.cache is None or not session.tokens:
-        notices.warning("%s: not written: the prompt was interrupted", path)
-        return
-    session.cache.save(path, session.tokens, runner.loaded.fingerprint)

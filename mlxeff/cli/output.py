@@ -3,7 +3,7 @@
 import contextlib
 import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from ..errors import notices
 
@@ -64,19 +64,13 @@ def _precision(stats: dict) -> Iterator[str]:
     """What is not computed exactly."""
     if stats["compute"] not in (None, "exact"):
         yield f"{stats['compute']} products"
-    if stats["kv_dtype"] not in (None, "float32"):
+    if stats["kv_dtype"] not in (None, stats["dtype"]):
         yield f"{stats['kv_dtype']} KV cache"
 
 
-def _prediction(report: dict | None) -> Iterator[str]:
-    """How much of the prompt was predicted."""
-    if report and report["predicted_tokens"]:
-        refined = f", {report['refined_tokens']} refined" if report["refine"] else ""
-        yield f"KV of {report['predicted_tokens']} tokens predicted{refined}"
-
-
-def timing_line(stats: dict) -> str:
-    """The final line of a generation from the dict that `--json` prints as "timings" and its counts."""
+def timing_line(stats: dict, summary: Sequence[str] = ()) -> str:
+    """The final line of a generation from the dict that `--json` prints as "timings" and its counts; `summary`: what
+    techniques say of it."""
     prompt = f"prompt {stats['prompt_tokens']} tokens"
     if stats["reused_tokens"]:
         prompt += f" ({stats['reused_tokens']} from the cache)"
@@ -88,7 +82,7 @@ def timing_line(stats: dict) -> str:
             f"generated {stats['generated_tokens']} tokens ({stats['finish_reason']})",
             f"decode {stats['decode_tps']:.1f} tok/s",
             f"peak memory {stats['peak_memory_gb']:.2f} GB",
-            *_prediction(stats["kv_prediction"]),
+            *summary,
             " ".join([stats["device"], stats["dtype"], stats["backend"], *_precision(stats)]),
         ]
     )

@@ -5,24 +5,30 @@ import random
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from ..errors import MlxeffError, notices
 from . import output
+
+if TYPE_CHECKING:
+    from ..assembly.model import Loaded
+    from ..decode import Setup
+    from ..generation import GenerationResponse, Session
 
 SEED_BITS = 32
 
 
 @dataclass
 class Runner:
-    """A loaded model with the options of the command line."""
+    """A loaded model, how it is run, and the options of the command line."""
 
     options: argparse.Namespace
-    loaded: object
-    session: object
+    loaded: "Loaded"
+    setup: "Setup"
+    session: "Session"
     device: str
     seed: int
     load_seconds: float
-    kv_prediction: object = None
 
     def stream(self, ids: list[int], answer: "Answer") -> Iterator[str]:
         """Text pieces of the answer to the conversation `ids`; what happened is noted in `answer`."""
@@ -40,7 +46,9 @@ class Runner:
                 stop=options.stop,
                 context_limit=options.context_limit,
                 truncate=options.truncate,
-                kv_prediction=self.kv_prediction,
+                reading=self.setup.reading,
+                following=self.setup.following,
+                options=self.setup.options,
             )
             try:
                 for response in stream:
@@ -57,7 +65,9 @@ class Runner:
         """Counts and timings of an answer. Seconds, tokens a second, GB (10^9 bytes)."""
         import mlx.core as mx
 
-        last, fused = answer.last, getattr(self.loaded.model, "_fused", None)
+        from ..assembly.techniques import reports
+
+        last, ran, cache = answer.last, self.session.ran.report(), self.session.cache
         return {
             "prompt_tokens": len(answer.prompt_ids),
             "reused_tokens": self.session.reused,
@@ -70,10 +80,9 @@ class Runner:
             "peak_memory_gb": last.peak_memory if last else mx.get_peak_memory() / 1e9,
             "device": self.device,
             "dtype": self.loaded.dtype,
-            "backend": self.loaded.backend,
-            "compute": fused and self.options.compute,
-            "kv_dtype": fused and self.options.kv_dtype,
-            "kv_prediction": self.kv_prediction and self.kv_prediction.report(),
+            **ran,
+            "kv_dtype": cache and cache.stored_as,
+            **reports(self.setup),
         }
 
 
@@ -84,7 +93,7 @@ class Answer:
     prompt_ids: list[int] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
     pieces: list[str] = field(default_factory=list)
-    last: object = None
+    last: "GenerationResponse | None" = None
     interrupted: bool = False
 
     @property
@@ -103,42 +112,32 @@ def start(options: argparse.Namespace) -> Runner:
     import mlx.core as mx
 
     from .. import hub, kernels
+    from ..assembly.model import load_path
+    from ..assembly.techniques import run_options, switch_on
+    from ..decode import Setup
     from ..generation import Session
-    from ..loading import load_path
-    from ..models.fused import set_precision
 
     device = kernels.use_device(options.device)
     with output.bar(f"fetching {options.model}", "B", options.quiet) as progress:
         path = hub.resolve(options.model, offline=options.offline, progress=progress)
     began = time.perf_counter()
     loaded = load_path(path, trust_remote_code=options.trust_remote_code)
-    set_precision(loaded.model, options.compute, options.kv_dtype)
-    session, pair = Session(loaded.model, loaded.tokenizer), _pair(options, loaded)
+    setup = switch_on(Setup(loaded.model, options=run_options(options)), loaded, options)
+    loaded.model.check(setup.options)
     seed = random.SystemRandom().getrandbits(SEED_BITS) if options.seed is None else options.seed
     mx.random.seed(seed)
-    return Runner(options, loaded, session, device, seed, time.perf_counter() - began, pair)
-
-
-def _pair(options: argparse.Namespace, loaded):
-    """What `--kv-predict` names, None without it (`chat` has no such option)."""
-    if not getattr(options, "kv_predict", None):
-        return None
-    from ..kv_pairs import load_pair
-
-    folder, keep, refine = options.kv_predict
-    pair = load_pair(folder, loaded, offline=options.offline)
-    pair.keep, pair.refine = keep, refine
-    return pair
+    session = Session(loaded.model, loaded.tokenizer)
+    return Runner(options, loaded, setup, session, device, seed, time.perf_counter() - began)
 
 
 def _check(options: argparse.Namespace) -> None:
     """Refuse contradictions before anything is loaded, and say what will be ignored."""
+    from ..assembly.techniques import check_switched
     from ..sampling import make_logits_processors, make_sampler
 
     make_sampler(options.temp, options.top_p, options.min_p, top_k=options.top_k)
     make_logits_processors(repetition_penalty=options.repetition_penalty)
-    if getattr(options, "kv_predict", None) and options.prompt_cache:
-        raise MlxeffError("--kv-predict: predicted KV is not for --prompt-cache: give one of the two")
+    check_switched(options)
     if any(not text for text in options.stop):
         raise MlxeffError("--stop: wanted a text, got an empty one")
     given = [f"--{name}" for name in ("top-p", "top-k", "min-p") if getattr(options, name.replace("-", "_"))]

@@ -15,7 +15,7 @@ import numpy as np
 
 from ..errors import MlxeffError
 from .layers import pruned_map, shared_layers
-from .predictor import Features, Pairs, Predictor, merge_heads, reading, wanted
+from .predictor import Features, Pairs, Predictor, asked, merge_heads, reading
 
 RIDGE = 1e-5
 SINK_WEIGHT = 100.0  # tokens that the first one counts for
@@ -169,7 +169,7 @@ def measure(moments: Moments, auxiliary, base, sequences: Iterable[Sequence[int]
     """Run both models over `sequences` and sum."""
     for ids in sequences:
         tokens = mx.array([list(ids)])
-        states = auxiliary.layer_states(tokens, auxiliary.new_cache(), *wanted(moments.used, inputs, 0))
+        states = auxiliary.layer_states(tokens, auxiliary.new_cache(), *asked(moments.used, inputs, 0))
         read = reading(moments.used, inputs, 0, states).features
         true = base.raw_kv(tokens, base.new_cache())
         mx.eval(read, true)

@@ -22,6 +22,7 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from ..ops import attention, cross_entropy
+from ..running import EXACT, RunOptions, Tally
 from .predictor import Pairs, Predictor, Reading, reading
 
 LOSSES = ("paper", "distill")
@@ -44,7 +45,9 @@ class PredictedLayer:
         self.keys, self.values, self.window, self.grows = keys, values, window, grows
         self.length = keys.shape[2] if grows else 0
 
-    def attend(self, queries: mx.array, keys: mx.array, values: mx.array, scale: float) -> mx.array:
+    def attend(
+        self, queries: mx.array, keys: mx.array, values: mx.array, scale: float, _options: RunOptions = EXACT
+    ) -> mx.array:
         """Causal attention of queries (B, H, N, E)."""
         held = self.keys, self.values
         if self.grows:
@@ -56,23 +59,23 @@ class PredictedCache:
     """`PredictedLayer` of each layer of `base`, from keys and values that `placed_kv` gave."""
 
     def __init__(self, base, placed: Pairs, grows: bool = False):
-        windows = [layer.window for layer in base.new_cache().layers]
+        windows = [base.window(i) for i in range(len(base.layers))]
         self.layers = [PredictedLayer(*pair, window, grows) for pair, window in zip(placed, windows, strict=True)]
-        self.length = self.layers[0].length
+        self.length, self.tally = self.layers[0].length, Tally()
 
 
 def predicted_logits(predictor: Predictor, read: Reading, base, tokens: mx.array) -> tuple[mx.array, Pairs]:
     """Token ids (B, N), and what was read of the auxiliary for them → the base's logits (B, N, V) where all keys and
     values are predicted, and these, raw."""
     predicted = predictor(read)
-    return base.head(base.hidden(tokens, PredictedCache(base, base.placed_kv(predicted, 0)))), predicted
+    return base(tokens, PredictedCache(base, base.placed_kv(predicted, 0))), predicted
 
 
 def continued_logits(predictor: Predictor, read: Reading, base, tokens: mx.array) -> tuple[mx.array, Pairs]:
     """Token ids (B, C + 1), and what was read of the auxiliary for those before them → the base's logits (B, C + 1, V)
     after a predicted prompt, and this prompt's keys and values as a cache holds them."""
     placed = base.placed_kv(predictor(read), 0)
-    return base.head(base.hidden(tokens, PredictedCache(base, placed, grows=True))), placed
+    return base(tokens, PredictedCache(base, placed, grows=True)), placed
 
 
 def truth(base, tokens: mx.array, kind: str, continuation: int) -> Truth:
@@ -115,7 +118,7 @@ def loss(
     known = predicted_part(inputs, kind, continuation)
     if read is None:
         cache = auxiliary.new_cache()
-        states, own_logits = auxiliary.states_and_logits(known, cache, *predictor.wanted)
+        states, own_logits = auxiliary.states_and_logits(known, cache, *predictor.asked)
         read = reading(predictor.mapped, predictor.inputs, predictor.shared, states)
     if kind == "paper":
         logits, predicted = predicted_logits(predictor, read, base, inputs)

@@ -7,29 +7,32 @@ replaces what was predicted, chunk by chunk, by what the base computes. Shapes: 
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
 import mlx.core as mx
 
+from ..cache import Cache
 from ..decode import Progress, Step, prefill
 from ..errors import MlxeffError, notices
-from .predictor import Pairs, Predictor
+from ..running import EXACT, RunOptions
+from .predictor import KvModel, Pairs, Predictor
 
 SINKS = 4  # first tokens that `keep` computes exactly too: attention rests on them (Xiao et al., arXiv 2309.17453)
 REFINE_STEP = 64  # tokens between two decode steps
 
 
 def predict(
-    auxiliary,
+    auxiliary: KvModel,
     predictor: Predictor,
-    base,
+    base: KvModel,
     tokens: mx.array,
-    cache,
+    cache: Cache,
     step_size: int = 512,
     keep: int = 1,
     sinks: int = 0,
     progress: Progress | None = None,
+    options: RunOptions = EXACT,
 ) -> mx.array:
     """Fill the empty `cache` of `base` with the prompt `tokens` (N,) or (B, N); returns the last logits (B, V), lazy.
 
@@ -42,22 +45,23 @@ def predict(
     total = tokens.shape[1]
     first, stop = predicted_range(total, keep, sinks)
     if first == stop:
-        return prefill(base, cache, tokens, step_size, progress)
+        return prefill(base, cache, tokens, step_size, progress, options)
     cache.reserve(total + 1)
     if first:
-        base.last_logits(tokens[:, :first], cache)
-    read = auxiliary.new_cache()
+        base.last_logits(tokens[:, :first], cache, options)
+    read = auxiliary.new_cache(options.kv)
     read.reserve(stop)
     for start in range(0, stop, step_size):
         if progress:
             progress(start, total)
         end = min(start + step_size, stop)
-        reading = predictor.read(auxiliary, tokens[:, start:end], read)
+        reading = predictor.read(auxiliary, tokens[:, start:end], read, options)
         if cache.length < end:  # else the base has computed all of these itself
-            base.append_kv(_without_first(predictor(reading), cache.length - start), cache)
+            pairs = _without_first(predictor(reading, options.compute), cache.length - start)
+            base.append_kv(pairs, cache, options)
         mx.eval(cache.arrays(), read.arrays())
     rest = progress and (lambda done, _: progress(stop + done, total))
-    return prefill(base, cache, tokens[:, stop:], step_size, rest)
+    return prefill(base, cache, tokens[:, stop:], step_size, rest, options)
 
 
 def predicted_range(total: int, keep: int, sinks: int) -> tuple[int, int]:
@@ -78,9 +82,9 @@ class Refinement:
     meanwhile, which attended to predictions, are computed anew.
     """
 
-    def __init__(self, base, cache, exact: int, step_size: int = REFINE_STEP):
+    def __init__(self, base: KvModel, cache, exact: int, step_size: int = REFINE_STEP, options: RunOptions = EXACT):
         """The first `exact` tokens of `cache` are the base's own."""
-        self.base, self.cache, self.exact, self.step_size = base, cache, exact, step_size
+        self.base, self.cache, self.exact, self.step_size, self.options = base, cache, exact, step_size, options
         self.done = False
 
     def step(self, tokens: Sequence[int]) -> None:
@@ -89,32 +93,53 @@ class Refinement:
             return
         end = min(self.exact + self.step_size, self.cache.length)
         with self.cache.rewound(self.exact):
-            self.base.last_logits(mx.array([tokens[self.exact : end]]), self.cache)
+            self.base.last_logits(mx.array([tokens[self.exact : end]]), self.cache, self.options)
         mx.eval(self.cache.arrays())
         self.exact, self.done = end, end == self.cache.length
 
 
 @dataclass
 class KvPrediction:
-    """A pair ready for generation, with the dials of the user; counts what the last prompt was made of."""
+    """A pair as a `decode.Reading`, with the dials of the user; counts what the last prompt was made of.
 
-    auxiliary: object
+    keep     last prompt tokens that the base computes, with the first SINKS ones; None: the last one, no sinks
+    refine   whether the base computes the predicted ones too, while it answers
+    """
+
+    auxiliary: KvModel
     predictor: Predictor
     name: str
-    keep: int | None = None  # last prompt tokens that the base computes; None: the last one, no sinks
+    keep: int | None = None
     refine: bool = False
-    predicted_tokens: int = 0
-    refined_tokens: int = 0
-    _refinement: Refinement | None = field(default=None, repr=False)
+    predicted_tokens: int = field(default=0, init=False)
+    refined_tokens: int = field(default=0, init=False)
+    refinement: Refinement | None = field(default=None, init=False, repr=False)  # of the last prompt, if any is left
 
-    def prefill(self, base, cache, tokens: mx.array, step_size: int, progress: Callable | None = None) -> mx.array:
+    def dialled(self, keep: int | None = None, refine: bool = False) -> "KvPrediction":
+        """The same pair with these dials."""
+        return replace(self, keep=keep, refine=refine)
+
+    @property
+    def kept(self) -> tuple[int, int]:
+        """(last tokens, first tokens) of a prompt that the base computes itself."""
+        return (1, 0) if self.keep is None else (self.keep, SINKS)
+
+    def read(
+        self,
+        model: KvModel,
+        cache: Cache,
+        tokens: mx.array,
+        step_size: int,
+        progress: Progress | None = None,
+        options: RunOptions = EXACT,
+    ) -> mx.array:
         """As `decode.prefill`, with prediction; a cache that holds tokens already is continued by the base alone."""
         total = tokens.shape[-1]
-        self.predicted_tokens, self.refined_tokens, self._refinement = 0, 0, None
+        self.predicted_tokens, self.refined_tokens, self.refinement = 0, 0, None
         if cache.length:
             notices.warning("KV prediction: not used: the cache holds %d tokens already", cache.length)
-            return prefill(base, cache, tokens, step_size, progress)
-        keep, sinks = (1, 0) if self.keep is None else (self.keep, SINKS)
+            return prefill(model, cache, tokens, step_size, progress, options)
+        keep, sinks = self.kept
         first, stop = predicted_range(total, keep, sinks)
         limit = getattr(self.auxiliary, "context_length", None)
         if limit and stop > limit:  # tokens that the auxiliary reads
@@ -127,27 +152,31 @@ class KvPrediction:
             text = "KV prediction: the KV of %d of %d prompt tokens is predicted by %s, not computed%s"
             notices.info(text, stop - first, total, self.name, ", then refined" if self.refine else "")
             if self.refine:
-                self._refinement = Refinement(base, cache, first)
-        return predict(self.auxiliary, self.predictor, base, tokens, cache, step_size, keep, sinks, progress)
+                self.refinement = Refinement(model, cache, first, options=options)
+        how = step_size, keep, sinks, progress, options
+        return predict(self.auxiliary, self.predictor, model, tokens, cache, *how)
 
-    def refined(self, steps: Iterator[Step], prompt: Sequence[int]) -> Iterator[Step]:
-        """`steps` of `decode` that follow `prompt`, with a step of the refinement after each."""
+    def accompany(self, steps: Iterator[Step], prompt: Sequence[int]) -> Iterator[Step]:
+        """The same steps, which follow `prompt`, with a step of the refinement after each."""
         tokens = list(prompt)
         with contextlib.closing(steps):
             for step in steps:
                 tokens.append(step.token)
                 yield step
-                if self._refinement:
-                    before = self._refinement.exact
-                    self._refinement.step(tokens)
-                    self.refined_tokens += self._refinement.exact - before
+                if self.refinement:
+                    before = self.refinement.exact
+                    self.refinement.step(tokens)
+                    self.refined_tokens += self.refinement.exact - before
 
     def report(self) -> dict:
-        """What the last prompt was made of, for `--json`."""
-        return {
-            "pair": self.name,
-            "keep": self.keep,
-            "refine": self.refine,
-            "predicted_tokens": self.predicted_tokens,
-            "refined_tokens": self.refined_tokens,
-        }
+        """What the last prompt was made of."""
+        report = {"pair": self.name, "keep": self.keep, "refine": self.refine}
+        counts = {"predicted_tokens": self.predicted_tokens, "refined_tokens": self.refined_tokens}
+        return {"kv_prediction": report | counts}
+
+    def summary(self) -> str:
+        """How much of the last prompt was predicted."""
+        if not self.predicted_tokens:
+            return ""
+        refined = f", {self.refined_tokens} refined" if self.refine else ""
+        return f"KV of {self.predicted_tokens} tokens predicted{refined}"

@@ -11,20 +11,42 @@ auxiliary's width, N base layers, P what a map reads: G·E or D.
 
 import copy
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from ..cache import Cache
+from ..decode import Model
 from ..errors import MlxeffError
 from ..modules import Linear, QuantizedLinear
+from ..running import EXACT, RunOptions
 
 INPUTS = ("own", "hidden")
 MAP_GROUPS = (64, 32)  # of `quantization`: the first that fits
 Shapes = Sequence[tuple[int, int]]  # (G, E) of each layer
 Pairs = list[tuple[mx.array, mx.array]]  # keys and values (B, G, S, E) of each layer
 Features = dict[int, tuple[mx.array, mx.array]]  # of auxiliary layers what maps to keys and to values read, (B, S, P)
+
+
+class KvModel(Model, Protocol):
+    """A model with the seam "kv": what its layers read and project can be read out, and given keys and values can be
+    appended to its cache (`models.decoder.DecoderModel` says what each call gives)."""
+
+    layers: list
+    kv_shapes: list[tuple[int, int]]
+    hidden_size: int
+
+    def layer_states(
+        self, tokens: mx.array, cache: Cache, inputs: Sequence[int], pairs: Sequence[int], options: RunOptions = EXACT
+    ) -> tuple[list[mx.array], Pairs]: ...
+
+    def append_kv(self, pairs: Pairs, cache: Cache, options: RunOptions = EXACT) -> None: ...
+
+    def normed_kv(self, pairs: Pairs) -> Pairs: ...
+
+    def placed_kv(self, pairs: Pairs, position: int) -> Pairs: ...
 
 
 class Reading(NamedTuple):
@@ -39,11 +61,8 @@ class Predictor(nn.Module):
 
     auxiliary, base: the models' `kv_shapes`; hidden: the auxiliary's `hidden_size`, where the maps read that. Raises
     MlxeffError for a map that does not fit them, and for shared layers that do not read themselves. `key_maps` and
-    `value_maps` begin at layer `shared`. `compute`, one of ops.COMPUTE, is how the native kernels multiply by quantised
-    maps, and may be set between calls; dense maps are always exact.
+    `value_maps` begin at layer `shared`.
     """
-
-    compute = "exact"
 
     def __init__(
         self,
@@ -87,14 +106,15 @@ class Predictor(nn.Module):
         self._joined = JoinedMaps(self) if self.mapped else None
         return self
 
-    def __call__(self, reading: Reading) -> Pairs:
-        """What `read` gives → raw keys and values of all base layers."""
+    def __call__(self, reading: Reading, compute: str = "exact") -> Pairs:
+        """What `read` gives → raw keys and values of all base layers. `compute`, one of ops.COMPUTE, is how the native
+        kernels multiply by quantised maps; dense maps are always exact."""
         features = reading.features
         if self._joined is not None and self._joined.current(self):
-            rows = self._joined(features, self.compute)
+            rows = self._joined(features, compute)
         else:
             rows = [
-                [_product(each, read, self.compute) for each, read in zip(maps, features[j], strict=True)]
+                [_product(each, read, compute) for each, read in zip(maps, features[j], strict=True)]
                 for j, maps in zip(self.mapped, self.maps, strict=True)
             ]
         shapes = self._shapes[self.shared :]
@@ -102,15 +122,15 @@ class Predictor(nn.Module):
             tuple(split_heads(each, shape) for each in pair) for pair, shape in zip(rows, shapes, strict=True)
         ]
 
-    def read(self, auxiliary, tokens: mx.array, cache) -> Reading:
+    def read(self, auxiliary: KvModel, tokens: mx.array, cache: Cache, options: RunOptions = EXACT) -> Reading:
         """One pass of the auxiliary over token ids (B, S) that follow what its `cache` holds."""
-        states = auxiliary.layer_states(tokens, cache, *self.wanted)
+        states = auxiliary.layer_states(tokens, cache, *self.asked, options)
         return reading(self.mapped, self.inputs, self.shared, states)
 
     @property
-    def wanted(self) -> tuple[list[int], list[int]]:
+    def asked(self) -> tuple[list[int], list[int]]:
         """The `inputs` and `pairs` that `layer_states` of the auxiliary is asked for."""
-        return wanted(self.mapped, self.inputs, self.shared)
+        return asked(self.mapped, self.inputs, self.shared)
 
 
 class JoinedMaps:
@@ -171,18 +191,18 @@ def quantize(predictor: Predictor, scheme: dict) -> None:
     nn.quantize(predictor, **scheme)
 
 
-def wanted(layers: Iterable[int], inputs: str, shared: int) -> tuple[list[int], list[int]]:
+def asked(layers: Iterable[int], inputs: str, shared: int) -> tuple[list[int], list[int]]:
     """The `inputs` and `pairs` that `layer_states` is asked for, where maps read auxiliary `layers`."""
     read = sorted(set(layers))
     return (read, list(range(shared))) if inputs == "hidden" else ([], sorted({*read, *range(shared)}))
 
 
 def reading(layers: Iterable[int], inputs: str, shared: int, states: tuple[list[mx.array], Pairs]) -> Reading:
-    """What `layer_states` gave for `wanted` of the same arguments, in the predictor's form."""
+    """What `layer_states` gave for `asked` of the same arguments, in the predictor's form."""
     read, (rows, pairs) = sorted(set(layers)), states
     if inputs == "hidden":
         return Reading({j: (x, x) for j, x in zip(read, rows, strict=True)}, pairs)
-    found = dict(zip(wanted(read, inputs, shared)[1], pairs, strict=True))
+    found = dict(zip(asked(read, inputs, shared)[1], pairs, strict=True))
     return Reading({j: merged(found[j]) for j in read}, pairs[:shared])
 
 

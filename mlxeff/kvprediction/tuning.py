@@ -109,7 +109,7 @@ def own_layers(model: nn.Module) -> None:
     layers = model.layers
     for i, layer in enumerate(layers):
         layers[i] = _twin(layer)
-    model._fused = None  # it would read the layers that were there before
+    model.native = None  # it would read the layers that were there before
 
 
 def is_matrix(module: nn.Module) -> bool:

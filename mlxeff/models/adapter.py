@@ -8,36 +8,45 @@ import contextlib
 import inspect
 import json
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 
 import mlx.core as mx
 
 from ..errors import MlxeffError
+from ..running import EXACT, Ran, RunOptions, Tally
+
+RAN = Ran("mlx", EXACT.compute)
 
 
 class AdapterCache:
-    """mlx-lm's list of layer caches, whatever their kinds, under the interface of `KVCache`."""
+    """mlx-lm's list of layer caches, whatever their kinds, under the protocol `cache.Cache`."""
+
+    kind = None
 
     def __init__(self, layers: list):
-        self.layers = layers
+        self.layers, self.tally = layers, Tally()
         self.length = 0  # tokens fed so far
-
-    @property
-    def trimmable(self) -> bool:
-        """False where a layer keeps a state that cannot be taken back (recurrent layers, full rotating caches)."""
-        return all(layer.is_trimmable() for layer in self.layers)
 
     @property
     def nbytes(self) -> int:
         return sum(layer.nbytes for layer in self.layers)
 
-    def trim(self, tokens: int) -> None:
-        """Forget the last `tokens` tokens."""
-        if not self.trimmable:
-            raise MlxeffError("KV cache: this model keeps a state that cannot be trimmed")
-        for layer in self.layers:
-            layer.trim(tokens)
-        self.length -= tokens
+    @property
+    def stored_as(self) -> None:
+        """mlx-lm's caches do not say."""
+        return None
+
+    def rewind(self, length: int) -> int:
+        """As `Cache.rewind`; all tokens are kept where a layer has a state that cannot be taken back (recurrent layers,
+        full rotating caches)."""
+        if not 0 <= length <= self.length:
+            raise MlxeffError(f"KV cache: wanted to rewind to 0 to {self.length} tokens, got {length}")
+        if all(layer.is_trimmable() for layer in self.layers):
+            for layer in self.layers:
+                layer.trim(self.length - length)
+            self.length = length
+        return self.length
 
     def reserve(self, tokens: int) -> None:
         """mlx-lm's caches grow by themselves."""
@@ -69,21 +78,35 @@ class AdapterModel:
     def _key(self, name: str):
         return self.config.get(name) or (self.config.get("text_config") or {}).get(name)
 
-    def new_cache(self) -> AdapterCache:
+    def check(self, options: RunOptions) -> None:
+        """Refuse, in one line, all options but the defaults: mlx-lm's models have none of them."""
+        if options != EXACT:
+            given = ", ".join(
+                f"{f.name} {getattr(options, f.name)}" for f in fields(options) if getattr(options, f.name) != f.default
+            )
+            kind = self.config.get("model_type")
+            raise MlxeffError(f"{given}: wanted a model of our own families, {kind!r} runs through mlx-lm")
+
+    def new_cache(self, kind: str | None = None) -> AdapterCache:
+        """An empty cache of the kinds that mlx-lm gives the model's layers."""
         from mlx_lm.models.cache import make_prompt_cache
 
+        if kind is not None:
+            self.check(RunOptions(kv=kind))
         return AdapterCache(make_prompt_cache(self.model))
 
-    def __call__(self, tokens: mx.array, cache: AdapterCache) -> mx.array:
+    def __call__(self, tokens: mx.array, cache: AdapterCache, options: RunOptions = EXACT) -> mx.array:
+        self.check(options)
         logits = self.model(tokens, cache=cache.layers)
         cache.length += tokens.shape[1]
+        cache.tally[RAN] += tokens.shape[1]
         return logits
 
-    def last_logits(self, tokens: mx.array, cache: AdapterCache) -> mx.array:
+    def last_logits(self, tokens: mx.array, cache: AdapterCache, options: RunOptions = EXACT) -> mx.array:
         """Logits of the last position, (B, V). The others are never computed: their head has no consumer."""
         if tokens.shape[1] > 1:
-            self(tokens[:, :-1], cache)
-        return self(tokens[:, -1:], cache)[:, -1]
+            self(tokens[:, :-1], cache, options)
+        return self(tokens[:, -1:], cache, options)[:, -1]
 
     def parameters(self) -> dict:
         return self.model.parameters()

@@ -6,17 +6,18 @@ config.json of their releases. Parameter names are Hugging Face's. Pre-norm, RMS
 GQA, SwiGLU. Shapes: B batch, S tokens, D hidden, H query heads, G KV heads, E head size, V vocabulary.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..cache import KVCache, LayerCache
 from ..modules import Embedding, Linear, RMSNorm
 from ..ops import swiglu
-from .fused import EndParts, LayerParts, Rows
-from .layers import DecoderModel, RotaryAttention, fits, make_rope, read_config, require
+from .config import fits, read_config, require
+from .decoder import DecoderModel
+from .parts import AttentionParts, DecoderLayer, EndParts, GatedParts, Heads, RotaryAttention, Rows
+from .rope import make_rope
 
 # What a family fixes that its config.json does not say.
 FAMILIES: dict[str, dict] = {
@@ -123,9 +124,9 @@ class Attention(RotaryAttention):
         if config.qk_norm:
             self.q_norm = RMSNorm(size, eps=config.rms_norm_eps)
             self.k_norm = RMSNorm(size, eps=config.rms_norm_eps)
-        self._rope = make_rope(size, config.rope_theta, config.rope_scaling, config.model_type)
+        self.rope = make_rope(size, config.rope_theta, config.rope_scaling, config.model_type)
 
-    def project(self, x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+    def project(self, x: mx.array) -> Heads:
         """Normed hidden states (B, S, D) → raw queries (B, H, S, E), keys and values (B, G, S, E)."""
         batch, new, _ = x.shape
         parts = (self.q_proj, self.heads), (self.k_proj, self.groups), (self.v_proj, self.groups)
@@ -134,6 +135,11 @@ class Attention(RotaryAttention):
     def output(self, x: mx.array) -> mx.array:
         """Attended heads (B, S, H·E) → (B, S, D)."""
         return self.o_proj(x)
+
+    def parts(self, window: int | None) -> AttentionParts:
+        """The matrices, norms and sizes by their role."""
+        matrices = (Rows(each) for each in (self.q_proj, self.k_proj, self.v_proj, self.o_proj))
+        return AttentionParts(*matrices, self.q_norm, self.k_norm, self.rope, self.heads, self.groups, window)
 
 
 class FeedForward(nn.Module):
@@ -145,10 +151,17 @@ class FeedForward(nn.Module):
         self.down_proj = Linear(inner, hidden, bias=config.mlp_bias)
 
     def __call__(self, x: mx.array) -> mx.array:
+        """Normed hidden states (B, S, D) → what is added to them, (B, S, D)."""
         return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
 
+    def parts(self) -> GatedParts:
+        return GatedParts(Rows(self.gate_proj), Rows(self.up_proj), Rows(self.down_proj))
 
-class Layer(nn.Module):
+
+class Layer(DecoderLayer):
+    ATTENTION, FEED_FORWARD = "self_attn", "mlp"
+    ATTENTION_NORM, FEED_FORWARD_NORM = "input_layernorm", "post_attention_layernorm"
+
     def __init__(self, config: LlamaConfig):
         super().__init__()
         self.self_attn = Attention(config)
@@ -156,35 +169,15 @@ class Layer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
-    @property
-    def attention(self) -> Attention:
-        return self.self_attn
-
-    def project(self, x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-        """Hidden states (B, S, D) → raw queries, keys and values, see `Attention.project`."""
-        return self.self_attn.project(self.input_layernorm(x))
-
-    def finish(self, x: mx.array, projected: tuple[mx.array, mx.array, mx.array], cache: LayerCache) -> mx.array:
-        """The rest of the layer for hidden states `x` and what `project` made of them."""
-        x = x + self.self_attn.attend(*projected, cache)
-        return x + self.mlp(self.post_attention_layernorm(x))
-
-    def __call__(self, x: mx.array, cache: LayerCache) -> mx.array:
-        return self.finish(x, self.project(x), cache)
-
 
 class Decoder(nn.Module):
+    """The parameters that Hugging Face's names begin with `model.`; `DecoderModel` runs them."""
+
     def __init__(self, config: LlamaConfig):
         super().__init__()
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = [Layer(config) for _ in range(config.num_hidden_layers)]
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-
-    def __call__(self, tokens: mx.array, cache: KVCache) -> mx.array:
-        x = self.embed_tokens(tokens)
-        for layer, layer_cache in zip(self.layers, cache.layers, strict=True):
-            x = layer(x, layer_cache)
-        return self.norm(x)
 
 
 class Model(DecoderModel):
@@ -203,10 +196,6 @@ class Model(DecoderModel):
     def layers(self) -> list[Layer]:
         return self.model.layers
 
-    def embed(self, tokens: mx.array) -> mx.array:
-        """Token ids (B, S) → hidden states (B, S, D)."""
-        return self.model.embed_tokens(tokens)
-
     def pruned(self, layers: Sequence[int]) -> "Model":
         """The model of these layers alone, in the order given; the modules are shared with this one."""
         types = self.config.layer_types and [self.config.layer_types[i] for i in layers]
@@ -222,44 +211,15 @@ class Model(DecoderModel):
         """Tokens of context the model was trained for."""
         return self.config.max_position_embeddings
 
-    def layer_parts(self) -> Iterator[LayerParts]:
-        """The modules of each layer, for the fused form."""
-        for index, layer in enumerate(self.layers):
-            attention, ffn = layer.self_attn, layer.mlp
-            yield LayerParts(
-                attention_norm=layer.input_layernorm,
-                ffn_norm=layer.post_attention_layernorm,
-                q_norm=attention.q_norm,
-                k_norm=attention.k_norm,
-                q=Rows(attention.q_proj),
-                k=Rows(attention.k_proj),
-                v=Rows(attention.v_proj),
-                o=Rows(attention.o_proj),
-                gate=Rows(ffn.gate_proj),
-                up=Rows(ffn.up_proj),
-                down=Rows(ffn.down_proj),
-                heads=attention.heads,
-                groups=attention.groups,
-                window=self.config.window(index),
-                rope=attention._rope,
-            )
+    def window(self, layer: int) -> int | None:
+        """Sliding window of a layer in tokens, None for full attention."""
+        return self.config.window(layer)
 
     def end_parts(self) -> EndParts:
-        """The modules before and after the layers, for the fused form."""
+        """The modules before and after the layers."""
         embedding = self.model.embed_tokens
         head = embedding if self.config.tie_word_embeddings else self.lm_head
         return EndParts(Rows(embedding), self.model.norm, Rows(head))
-
-    def new_cache(self) -> KVCache:
-        return KVCache([LayerCache(self.config.window(i)) for i in range(self.config.num_hidden_layers)])
-
-    def hidden(self, tokens: mx.array, cache: KVCache) -> mx.array:
-        """Normalised hidden states (B, S, D)."""
-        return self.model(tokens, cache)
-
-    def head(self, hidden: mx.array) -> mx.array:
-        """Hidden states (…, D) → logits (…, V)."""
-        return self.model.embed_tokens.as_linear(hidden) if self.config.tie_word_embeddings else self.lm_head(hidden)
 
     @staticmethod
     def unused(name: str, config: dict) -> bool:

@@ -6,18 +6,19 @@ RoPE; `num_gqa_groups` is the number of query heads a KV head serves. Shapes: B 
 G KV heads, E head size, F feed-forward, V vocabulary.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..cache import KVCache, LayerCache
 from ..errors import MlxeffError
 from ..modules import Embedding, Linear, RMSNorm
 from ..ops import swiglu
-from .fused import EndParts, LayerParts, Rows
-from .layers import DecoderModel, RotaryAttention, make_rope, read_config, require
+from .config import read_config, require
+from .decoder import DecoderModel
+from .parts import AttentionParts, DecoderLayer, EndParts, GatedParts, Heads, RotaryAttention, Rows
+from .rope import make_rope
 
 # size → (layers, D, E) of the published models; all else they share.
 SIZES = {"270M": (16, 1280, 64), "450M": (20, 1536, 64), "1_1B": (28, 2048, 64), "3B": (36, 3072, 128)}
@@ -130,9 +131,9 @@ class Attention(RotaryAttention):
         if config.normalize_qk_projections:
             self.q_norm = RMSNorm(size, eps=config.rms_norm_eps)
             self.k_norm = RMSNorm(size, eps=config.rms_norm_eps)
-        self._rope = make_rope(size, config.rope_freq_constant, None, "openelm")
+        self.rope = make_rope(size, config.rope_freq_constant, None, "openelm")
 
-    def project(self, x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+    def project(self, x: mx.array) -> Heads:
         """Normed hidden states (B, S, D) → raw queries (B, H, S, E), keys and values (B, G, S, E)."""
         batch, new, _ = x.shape
         qkv = self.qkv_proj(x).reshape(batch, new, self.heads + 2 * self.groups, -1).transpose(0, 2, 1, 3)
@@ -142,24 +143,41 @@ class Attention(RotaryAttention):
         """Attended heads (B, S, H·E) → (B, S, D)."""
         return self.out_proj(x)
 
+    def parts(self, window: int | None) -> AttentionParts:
+        """The matrices, norms and sizes by their role: query, key and value rows lie together."""
+        keys, values = self.heads * self.rope.size, (self.heads + self.groups) * self.rope.size
+        rows = [Rows(self.qkv_proj, 0, keys), Rows(self.qkv_proj, keys, values), Rows(self.qkv_proj, values)]
+        matrices = (*rows, Rows(self.out_proj))
+        return AttentionParts(*matrices, self.q_norm, self.k_norm, self.rope, self.heads, self.groups, window)
+
 
 class FeedForward(nn.Module):
     """proj_2(silu(gate) · up) with gate | up = proj_1(x), or proj_2(silu(proj_1(x))) without GLU."""
 
     def __init__(self, config: OpenELMConfig, layer: int):
         super().__init__()
-        inner, self.glu = config.ffn_dim(layer), config.ffn_with_glu
-        self.proj_1 = Linear(config.model_dim, inner * (2 if self.glu else 1), bias=False)
-        self.proj_2 = Linear(inner, config.model_dim, bias=False)
+        self.width, self.glu = config.ffn_dim(layer), config.ffn_with_glu
+        self.proj_1 = Linear(config.model_dim, self.width * (2 if self.glu else 1), bias=False)
+        self.proj_2 = Linear(self.width, config.model_dim, bias=False)
 
     def __call__(self, x: mx.array) -> mx.array:
+        """Normed hidden states (B, S, D) → what is added to them, (B, S, D)."""
         inner = self.proj_1(x)
         if self.glu:
             return self.proj_2(swiglu(*mx.split(inner, 2, axis=-1)))
         return self.proj_2(inner * mx.sigmoid(inner))
 
+    def parts(self) -> GatedParts | None:
+        """The matrices by their role, gate and up rows of one; None without GLU."""
+        if not self.glu:
+            return None
+        return GatedParts(Rows(self.proj_1, 0, self.width), Rows(self.proj_1, self.width), Rows(self.proj_2))
 
-class Layer(nn.Module):
+
+class Layer(DecoderLayer):
+    ATTENTION, FEED_FORWARD = "attn", "ffn"
+    ATTENTION_NORM, FEED_FORWARD_NORM = "attn_norm", "ffn_norm"
+
     def __init__(self, config: OpenELMConfig, layer: int):
         super().__init__()
         self.attn = Attention(config, layer)
@@ -167,35 +185,15 @@ class Layer(nn.Module):
         self.attn_norm = RMSNorm(config.model_dim, eps=config.rms_norm_eps)
         self.ffn_norm = RMSNorm(config.model_dim, eps=config.rms_norm_eps)
 
-    @property
-    def attention(self) -> Attention:
-        return self.attn
-
-    def project(self, x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-        """Hidden states (B, S, D) → raw queries, keys and values, see `Attention.project`."""
-        return self.attn.project(self.attn_norm(x))
-
-    def finish(self, x: mx.array, projected: tuple[mx.array, mx.array, mx.array], cache: LayerCache) -> mx.array:
-        """The rest of the layer for hidden states `x` and what `project` made of them."""
-        x = x + self.attn.attend(*projected, cache)
-        return x + self.ffn(self.ffn_norm(x))
-
-    def __call__(self, x: mx.array, cache: LayerCache) -> mx.array:
-        return self.finish(x, self.project(x), cache)
-
 
 class Decoder(nn.Module):
+    """The parameters that Apple's names begin with `transformer.`; `DecoderModel` runs them."""
+
     def __init__(self, config: OpenELMConfig):
         super().__init__()
         self.token_embeddings = Embedding(config.vocab_size, config.model_dim)
         self.layers = [Layer(config, i) for i in range(config.num_transformer_layers)]
         self.norm = RMSNorm(config.model_dim, eps=config.rms_norm_eps)
-
-    def __call__(self, tokens: mx.array, cache: KVCache) -> mx.array:
-        x = self.token_embeddings(tokens)
-        for layer, layer_cache in zip(self.layers, cache.layers, strict=True):
-            x = layer(x, layer_cache)
-        return self.norm(x)
 
 
 class Model(DecoderModel):
@@ -214,10 +212,6 @@ class Model(DecoderModel):
     def layers(self) -> list[Layer]:
         return self.transformer.layers
 
-    def embed(self, tokens: mx.array) -> mx.array:
-        """Token ids (B, S) → hidden states (B, S, D)."""
-        return self.transformer.token_embeddings(tokens)
-
     def pruned(self, layers: Sequence[int]) -> "Model":
         """The model of these layers alone, in the order given; the modules are shared with this one."""
         lists = ("num_query_heads", "num_kv_heads", "ffn_multipliers")
@@ -231,56 +225,19 @@ class Model(DecoderModel):
         return model.eval()
 
     @property
-    def gated(self) -> bool:
-        """Whether the feed-forward is silu(gate) · up."""
-        return self.config.ffn_with_glu
-
-    @property
     def context_length(self) -> int:
         """Tokens of context the model was trained for."""
         return self.config.max_context_length
 
-    def layer_parts(self) -> Iterator[LayerParts]:
-        """The modules of each layer, for the fused form: query, key and value rows lie together, so do gate and up."""
-        for index, layer in enumerate(self.layers):
-            attention, ffn = layer.attn, layer.ffn
-            size, rows = attention._rope.size, self.config.ffn_dim(index)
-            keys, values = attention.heads * size, (attention.heads + attention.groups) * size
-            yield LayerParts(
-                attention_norm=layer.attn_norm,
-                ffn_norm=layer.ffn_norm,
-                q_norm=attention.q_norm,
-                k_norm=attention.k_norm,
-                q=Rows(attention.qkv_proj, 0, keys),
-                k=Rows(attention.qkv_proj, keys, values),
-                v=Rows(attention.qkv_proj, values),
-                o=Rows(attention.out_proj),
-                gate=Rows(ffn.proj_1, 0, rows),
-                up=Rows(ffn.proj_1, rows),
-                down=Rows(ffn.proj_2),
-                heads=attention.heads,
-                groups=attention.groups,
-                window=None,
-                rope=attention._rope,
-            )
+    def window(self, _layer: int) -> None:
+        """None: attention is full in every layer."""
+        return
 
     def end_parts(self) -> EndParts:
-        """The modules before and after the layers, for the fused form."""
+        """The modules before and after the layers."""
         embedding = self.transformer.token_embeddings
         head = embedding if self.config.share_input_output_layers else self.lm_head
         return EndParts(Rows(embedding), self.transformer.norm, Rows(head))
-
-    def new_cache(self) -> KVCache:
-        return KVCache([LayerCache() for _ in self.layers])
-
-    def hidden(self, tokens: mx.array, cache: KVCache) -> mx.array:
-        """Normalised hidden states (B, S, D)."""
-        return self.transformer(tokens, cache)
-
-    def head(self, hidden: mx.array) -> mx.array:
-        """Hidden states (…, D) → logits (…, V)."""
-        tied = self.config.share_input_output_layers
-        return self.transformer.token_embeddings.as_linear(hidden) if tied else self.lm_head(hidden)
 
     @staticmethod
     def unused(name: str, config: dict) -> bool:

@@ -1,7 +1,7 @@
 """The search for a block's seed: what all its implementations share, and the reference in NumPy.
 
 A block w of C weights becomes the seed, P coefficients q and exponent of least error Σ h (w - ŵ)², of all 65,535 seeds
-whose columns are not almost dependent. Two steps, in `cpu/seedlm/seedlm_search*.cpp`, `metal/seedlm_encode.metal` and here:
+whose columns are not almost dependent. Two steps, in `cpu/seedlm/`, `metal/seedlm_encode.metal` and here:
 a bound for every seed, which only has to be a bound, and for the seeds that it leaves an evaluation in float32 that
 fixes every operation, so that all of them choose the same seed and coefficients, to the bit. Of seeds with equal
 errors the lowest is taken; zeros where no seed is better.

@@ -5,16 +5,17 @@ auxiliary model and what predicts from it.
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import hub
-from .errors import MlxeffError
-from .kvprediction import KvPrediction, Predictor
-from .kvprediction.files import AUXILIARY, PairConfig, read_config, read_weights
-from .kvprediction.layers import PUBLISHED, kept_layers, pruned_map, published_name, spread_map
-from .kvprediction.predictor import check_map, quantize
-from .kvprediction.tuning import Tuned
-from .loading import Loaded, fill, load_model, require_seam
-from .models.fused import fuse
-from .models.openelm import published_config
+from .. import hub
+from ..errors import MlxeffError
+from ..kvprediction import KvPrediction, Predictor
+from ..kvprediction.files import AUXILIARY, PairConfig, read_config, read_weights
+from ..kvprediction.layers import PUBLISHED, kept_layers, pruned_map, published_name, spread_map
+from ..kvprediction.predictor import check_map, quantize
+from ..kvprediction.tuning import Tuned
+from ..models.decoder import DecoderModel
+from ..models.openelm import published_config
+from ..models.parts import require_seam
+from .model import Loaded, fill, load_model
 
 SEAM = "kv"  # of a model: raw_kv, append_kv
 
@@ -23,14 +24,16 @@ SEAM = "kv"  # of a model: raw_kv, append_kv
 class Auxiliary:
     """An auxiliary model, how a pair's config names it, and the layer map that its form suggests."""
 
-    model: object
+    model: DecoderModel
     config: dict
     layer_map: list[int]
 
 
-def load_pair(pair: str | Path, base: Loaded, offline: bool = False) -> KvPrediction:
-    """Load the pair in a folder, or one that comes with the package by its name, for `base`; the error names what does
-    not fit."""
+def load_pair(
+    pair: str | Path, base: Loaded, offline: bool = False, keep: int | None = None, refine: bool = False
+) -> KvPrediction:
+    """Load the pair in a folder, or one that comes with the package by its name, for `base`, with the dials `keep` and
+    `refine` (`KvPrediction`). Raises MlxeffError that names what does not fit."""
     folder = hub.resolve_pair(pair)
     config = read_config(folder)
     require_seam(base.model, SEAM, "KV prediction")
@@ -49,24 +52,22 @@ def load_pair(pair: str | Path, base: Loaded, offline: bool = False) -> KvPredic
     except MlxeffError as error:
         raise MlxeffError(f"{folder}: {error}") from error
     fill(predictor, weights, str(folder))
-    if base.model._fused is not None:
-        predictor.compute = base.model._fused.compute
     if tuned:
         fill(tuned.modules, of_auxiliary, f"{folder}: auxiliary")
         tuned.fold()
     elif of_auxiliary:
         raise MlxeffError(f"{folder}: wanted no tensors of an auxiliary that is not tuned, got {len(of_auxiliary)}")
-    return KvPrediction(fused_like(auxiliary, base.model), predictor.eval().join(), str(pair))
+    return KvPrediction(native_like(auxiliary, base.model), predictor.eval().join(), str(pair), keep, refine)
 
 
-def fused_like(auxiliary, base):
-    """The auxiliary with a fused form, where the base has one, and its arithmetic."""
-    if base._fused is not None and auxiliary is not base and fuse(auxiliary):
-        auxiliary._fused.compute, auxiliary._fused.kv_dtype = base._fused.compute, base._fused.kv_dtype
+def native_like(auxiliary: DecoderModel, base: DecoderModel) -> DecoderModel:
+    """The auxiliary, with whole passes run natively if those of the base are."""
+    if base.native is not None and auxiliary is not base:
+        auxiliary.use_native()
     return auxiliary
 
 
-def _auxiliary_of(folder: Path, config: PairConfig, base: Loaded, offline: bool) -> object:
+def _auxiliary_of(folder: Path, config: PairConfig, base: Loaded, offline: bool) -> DecoderModel:
     if config.layers is not None:
         return pruned(base.model, config.layers, str(folder))
     name, wanted = config.auxiliary["model"], config.auxiliary["fingerprint"]
@@ -78,7 +79,7 @@ def _auxiliary_of(folder: Path, config: PairConfig, base: Loaded, offline: bool)
     return model
 
 
-def pruned(model, layers: list[int], origin: str):
+def pruned(model: DecoderModel, layers: list[int], origin: str) -> DecoderModel:
     """The model of some of its layers; refuses what it does not have."""
     count = len(model.layers)
     if not layers or sorted(set(layers)) != layers or not 0 <= layers[0] <= layers[-1] < count:
@@ -86,7 +87,7 @@ def pruned(model, layers: list[int], origin: str):
     return model.pruned(layers)
 
 
-def check_vocabulary(auxiliary, base, origin: str) -> None:
+def check_vocabulary(auxiliary: DecoderModel, base: DecoderModel, origin: str) -> None:
     """Refuse an auxiliary whose token ids are not the base's."""
     wanted, got = base.vocab_size, auxiliary.vocab_size
     if wanted != got:
@@ -108,7 +109,7 @@ def make_auxiliary(spec: str, base: Loaded, offline: bool = False) -> Auxiliary:
     kind, _, rest = spec.partition(":")
     if kind in ("lp", "layers"):
         layers = kept_layers(rest, count) if kind == "lp" else _listed(rest, spec)
-        model = fused_like(pruned(base.model, layers, spec), base.model)
+        model = native_like(pruned(base.model, layers, spec), base.model)
         return Auxiliary(model, {"layers": layers}, pruned_map(layers, count))
     path = hub.resolve(spec, offline=offline)
     model, mark = load_model(path)
@@ -117,10 +118,10 @@ def make_auxiliary(spec: str, base: Loaded, offline: bool = False) -> Auxiliary:
     stored = str(Path(spec).resolve()) if Path(spec).exists() else spec
     layer_map = spread_map(len(model.layers), count)
     check_map(layer_map, len(model.layers), count)
-    return Auxiliary(fused_like(model, base.model), {"model": stored, "fingerprint": mark}, layer_map)
+    return Auxiliary(native_like(model, base.model), {"model": stored, "fingerprint": mark}, layer_map)
 
 
-def _check_base(name: str, base, spec: str) -> None:
+def _check_base(name: str, base: DecoderModel, spec: str) -> None:
     """Refuse a base that is not of the size that the published configuration `name` is for."""
     size = PUBLISHED[name].base
     config = published_config(size)

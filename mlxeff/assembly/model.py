@@ -1,7 +1,7 @@
-"""A folder or file → (model, tokenizer): the one module that knows every room.
+"""A folder or file → (model, tokenizer).
 
 `load` has mlx-lm's shape. Weights are read lazily and strictly: every tensor must be there, of the right shape, and
-used.
+used. What techniques put into a model stands in `techniques.STORED`.
 """
 
 import functools
@@ -9,7 +9,7 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,14 +17,16 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from . import hub, kernels
-from .checkpoint import Source, open_source
-from .errors import MlxeffError, notices
-from .models import llama, openelm
-from .models.fused import fuse
-from .models.layers import DecoderModel, fits
-from .ops import native_for
-from .tokenizer import Tokenizer, from_folder, from_gguf
+from .. import hub, kernels
+from ..checkpoint import Source, open_source
+from ..decode import Model
+from ..errors import MlxeffError, notices
+from ..models import llama, openelm
+from ..models.config import fits
+from ..models.decoder import DecoderModel
+from ..ops import native_for
+from ..tokenizer import Tokenizer, from_folder, from_gguf
+from .techniques import Stored, stored_in
 
 SAMPLE_BYTES = 1 << 16  # of each end of a weight file that goes into the fingerprint
 MODELS = {"openelm": openelm.Model} | dict.fromkeys(llama.FAMILIES, llama.Model)
@@ -34,13 +36,13 @@ MODELS = {"openelm": openelm.Model} | dict.fromkeys(llama.FAMILIES, llama.Model)
 class Loaded:
     """A model ready to run, with what the caller may want to report of it."""
 
-    model: object
+    model: Model
     tokenizer: Tokenizer
     config: dict
     path: Path
     fingerprint: str
     dtype: str  # of the activations
-    backend: str  # what computes: "mlx", or "native" with the instruction set, "unfused" where operator by operator
+    backend: str  # what will compute, as in `running.Ran`, as long as nobody changes the weights
 
 
 def load(
@@ -77,13 +79,13 @@ def load_path(path: Path, overrides: dict | None = None, lazy: bool = False, tru
     backend = "mlx"
     if not lazy:
         _finish(model, config, path)
-        backend = _fuse(path, model)
+        backend = _choose_executor(path, model)
     dtype = "float32" if native_for() and isinstance(model, DecoderModel) else _dtype_name(model)
     return Loaded(model, tokenizer, config, Path(path), fingerprint(source, config), dtype, backend)
 
 
-def load_model(path: Path) -> tuple[object, str]:
-    """(model, fingerprint) of a folder or GGUF file whose tokenizer is not needed; without a fused form."""
+def load_model(path: Path) -> tuple[Model, str]:
+    """(model, fingerprint) of a folder or GGUF file whose tokenizer is not needed; it computes operator by operator."""
     source = open_source(path)
     model, config = _model(source, _config(source), {})
     _finish(model, config, path)
@@ -99,30 +101,35 @@ def _model(
         raise MlxeffError(f"{path}: config: model_type: wanted the name of an architecture, got {kind!r}")
     if kind in llama.FAMILIES:  # Hugging Face and mlx-lm differ on what a missing key means: the file knows
         config = {"tie_word_embeddings": not any(name.startswith("lm_head.") for name in source.tensors)} | config
-    if "seedlm" in config:
-        _check_seedlm(source)
+    for technique in stored_in(config):
+        technique.check(source)
     if kind in MODELS:
         model = build_model(config, source.tensors if source.config else None)
         fill(model, _weights(source, config), str(path))
         return model, config
-    from .models.adapter import load_adapter
+    from ..models.adapter import load_adapter
 
     notices.info("%s: architecture %r is not one of ours: plain decoding through mlx-lm", path, kind)
-    prepare = functools.partial(_seed, config=config) if "seedlm" in config else None
+    foreign = [technique for technique in stored_in(config) if technique.in_foreign_models]
+    prepare = functools.partial(_install, foreign, config=config, tensors=source.tensors) if foreign else None
     model = load_adapter(_folder(path), kind, overrides, lazy, trust_remote_code, prepare)
     return model, model.config
 
 
-def _finish(model, config: dict, path: Path) -> None:
+def _install(techniques: Iterable[Stored], model: nn.Module, config: dict, tensors: Collection[str] | None) -> None:
+    """Put the techniques' modules in place of the model's own."""
+    for technique in techniques:
+        technique.install(model, config, tensors)
+
+
+def _finish(model: Model, config: dict, path: Path) -> None:
     """Read the weights, and check those that can be checked only then."""
     mx.eval(model.parameters())
-    if "seedlm" in config:
-        from .seedlm import install
-
-        install.finish(model if isinstance(model, DecoderModel) else model.model, str(path))
+    for technique in stored_in(config):
+        technique.finish(model if isinstance(model, DecoderModel) else model.model, str(path))
 
 
-def _fuse(path: Path, model) -> str:
+def _choose_executor(path: Path, model: Model) -> str:
     """Use the native CPU kernels where they apply; says so where they are missing. Returns the backend's name."""
     native, problem = kernels.native()
     if kernels.device() != "cpu" or not isinstance(model, DecoderModel):
@@ -130,9 +137,7 @@ def _fuse(path: Path, model) -> str:
     if native is None:
         notices.warning("%s: native CPU kernels: %s; MLX's own are used, which are slower", path, problem)
         return "mlx"
-    if not native_for():
-        return "mlx"
-    return f"native {native.isa()}" if fuse(model) else f"native {native.isa()}, unfused"
+    return (model.native if native_for() and model.use_native() else model.plain).backend
 
 
 def build_model(config: dict, tensors: Collection[str] | None = None) -> nn.Module:
@@ -148,52 +153,11 @@ def build_model(config: dict, tensors: Collection[str] | None = None) -> nn.Modu
         model = model_class(model_class.Config.from_dict(config))
     except OverflowError as error:
         raise MlxeffError(f"config: sizes that no array can have: {error}") from error
-    if "seedlm" in config:
-        _seed(model, config)
-    if quantization := config.get("quantization"):
-        _quantize(model, quantization, tensors)
-    elif foreign := config.get("quantization_config"):
+    if (foreign := config.get("quantization_config")) and not config.get("quantization"):
         method = foreign.get("quant_method") if isinstance(foreign, dict) else foreign
         raise MlxeffError(f"config: quantization_config: wanted MLX's `quantization`, got quant_method {method!r}")
+    _install(stored_in(config), model, config, tensors)
     return model.eval()
-
-
-def _check_seedlm(source: Source) -> None:
-    """The weight files say of themselves that they hold SeedLM blocks, and which."""
-    from .seedlm.install import METADATA, check_metadata
-
-    if METADATA not in source.metadata:
-        raise MlxeffError(f"{source.path}: config has seed-encoded modules, the weights no {METADATA!r} header")
-    check_metadata(source.metadata[METADATA], str(source.path))
-
-
-def _seed(model: nn.Module, config: dict) -> None:
-    from .seedlm.install import install
-
-    install(model, config["seedlm"])
-
-
-def _quantize(model: nn.Module, quantization: dict, tensors: Collection[str] | None) -> None:
-    if not isinstance(quantization, dict):
-        raise MlxeffError(f"config: quantization: wanted group_size and bits, got {quantization!r}")
-    default = {key: quantization[key] for key in ("group_size", "bits", "mode") if key in quantization}
-    if not {"group_size", "bits"} <= set(default):
-        raise MlxeffError(f"config: quantization: wanted group_size and bits, got {sorted(default)}")
-
-    def choose(path: str, module: nn.Module):
-        if not hasattr(module, "to_quantized"):
-            return False
-        own = quantization.get(path)
-        if own is not None:
-            return own if isinstance(own, dict) else (default if own else False)
-        if tensors is not None:
-            return default if f"{path}.scales" in tensors else False
-        return default if module.weight.shape[-1] % default["group_size"] == 0 else False
-
-    try:
-        nn.quantize(model, **default, class_predicate=choose)
-    except (ValueError, TypeError) as error:
-        raise MlxeffError(f"config: quantization: {quantization}: {str(error).splitlines()[0]}") from error
 
 
 def fill(model: nn.Module, weights: dict[str, mx.array], origin: str) -> None:
@@ -215,14 +179,6 @@ def fill(model: nn.Module, weights: dict[str, mx.array], origin: str) -> None:
     model.update(tree_unflatten(list(weights.items())))
 
 
-def require_seam(model, seam: str, technique: str) -> None:
-    """Refuse, in one line, to use `technique` on a model that has no such seam."""
-    if seam not in model.seams:
-        kind = getattr(model, "config", None)
-        kind = kind.get("model_type") if isinstance(kind, dict) else type(model).__module__.rpartition(".")[2]
-        raise MlxeffError(f"{technique} needs the {seam} seam, which {kind!r} (run through mlx-lm) does not have")
-
-
 def fingerprint(source: Source, config: dict) -> str:
     """A short hash that tells models apart: config, tensor names and shapes, and both ends of every weight file."""
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
@@ -242,7 +198,7 @@ def _config(source: Source) -> dict:
         return source.config
     if not source.metadata.get("general.architecture"):
         raise MlxeffError(f"{source.path}: wanted a model folder or a GGUF file, got weights without config.json")
-    from .models.gguf import config_from_gguf
+    from ..models.gguf import config_from_gguf
 
     return config_from_gguf(source)
 
@@ -264,7 +220,7 @@ def _folder(path: Path) -> Path:
 
 def _weights(source: Source, config: dict) -> dict[str, mx.array]:
     if source.config is None:
-        from .models.gguf import weights_from_gguf
+        from ..models.gguf import weights_from_gguf
 
         return weights_from_gguf(source)
     unused = MODELS[config["model_type"]].unused

@@ -1,0 +1,57 @@
+"""Reading a config.json strictly into a dataclass: unknown, missing and mistyped keys are errors of one line."""
+
+from dataclasses import MISSING, fields
+from types import UnionType
+from typing import get_args, get_origin
+
+from ..errors import MlxeffError
+
+# Keys that Hugging Face and mlx-lm write into config.json and that change nothing in a forward pass.
+IGNORED_KEYS = frozenset(
+    """
+    _attn_implementation _attn_implementation_autoset _commit_hash _name_or_path add_cross_attention architectures
+    attention_dropout auto_map bad_words_ids begin_suppress_tokens bos_token_id chunk_size_feed_forward
+    cross_attention_hidden_size decoder_start_token_id diversity_penalty do_sample dtype early_stopping
+    encoder_no_repeat_ngram_size eos_token_id exponential_decay_length_penalty finetuning_task forced_bos_token_id
+    forced_eos_token_id id2label initializer_range is_decoder is_encoder_decoder is_llama_config label2id length_penalty
+    max_length min_length mlxeff model_type no_repeat_ngram_size num_beam_groups num_beams num_return_sequences
+    output_attentions output_hidden_states output_scores pad_token_id prefix pretraining_tp problem_type pruned_heads
+    quantization quantization_config remove_invalid_values repetition_penalty return_dict return_dict_in_generate
+    seedlm sep_token_id suppress_tokens task_specific_params temperature tf_legacy_loss tie_encoder_decoder
+    tokenizer_class
+    top_k top_p torch_dtype torchscript transformers.js_config transformers_version typical_p unsloth_fixed
+    unsloth_version use_bfloat16 use_cache
+    """.split()
+)
+
+
+def read_config(cls: type, config: dict, ignored: frozenset[str] = frozenset()):
+    """The dataclass `cls` filled from a config.json dict; refuses unknown and missing keys and types not annotated."""
+    known = {field.name: field for field in fields(cls)}
+    kind = config.get("model_type", cls.__name__)
+    if unknown := sorted(set(config) - set(known) - IGNORED_KEYS - ignored):
+        raise MlxeffError(
+            f"{kind} config: unknown keys {unknown}; if they change nothing in the model, delete them from config.json"
+        )
+    missing = sorted(n for n, f in known.items() if n not in config and f.default is MISSING)
+    if missing:
+        raise MlxeffError(f"{kind} config: missing keys {missing}")
+    for name in sorted(set(known) & set(config)):
+        wanted, value = known[name].type, config[name]
+        require(fits(value, wanted), kind, name, str(wanted) if get_args(wanted) else wanted.__name__, value)
+    return cls(**{name: config[name] for name in known if name in config})
+
+
+def require(condition: bool, kind: str, key: str, wanted: str, got: object) -> None:
+    """Refuse a config value with one line."""
+    if not condition:
+        raise MlxeffError(f"{kind} config: {key}: wanted {wanted}, got {got!r}")
+
+
+def fits(value: object, wanted: type) -> bool:
+    """Whether a JSON value is of an annotated type; a whole number is a float too, true and false are no numbers."""
+    if isinstance(wanted, UnionType):
+        return any(fits(value, each) for each in get_args(wanted))
+    if get_origin(wanted) is list:
+        return isinstance(value, list) and all(fits(each, get_args(wanted)[0]) for each in value)
+    return type(value) is wanted or (wanted is float and type(value) is int)

@@ -1,0 +1,71 @@
+"""The angles of rotary embedding, from Hugging Face's `rope_scaling`.
+
+Sources: RoPE (arXiv 2104.09864) with position interpolation (2306.15595), YaRN (2309.00071) and the frequency rule of
+Llama 3.1's release.
+"""
+
+import math
+
+import mlx.core as mx
+
+from ..errors import MlxeffError
+from ..ops import Rope
+from .config import fits, require
+
+ROPE_KEYS = frozenset(
+    "rope_type type factor rope_theta original_max_position_embeddings low_freq_factor high_freq_factor "
+    "beta_fast beta_slow attention_factor".split()
+)
+RULES = {  # rope_type: the keys it needs
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": ("factor", "original_max_position_embeddings"),
+}
+
+
+def make_rope(size: int, base: float, scaling: dict | None, kind: str) -> Rope:
+    """The rotary embedding of Hugging Face's `rope_scaling` dict."""
+    scaling = scaling or {}
+    rule = scaling.get("rope_type") or scaling.get("type") or "default"
+    if unknown := sorted(set(scaling) - ROPE_KEYS):
+        raise MlxeffError(f"{kind} config: rope_scaling: unknown keys {unknown}")
+    require(isinstance(rule, str) and rule in RULES, kind, "rope_scaling", "default, linear, llama3 or yarn", rule)
+    for key in sorted(set(scaling) - {"rope_type", "type"}):
+        value = scaling[key]
+        require(value is None or (fits(value, float) and value > 0), kind, f"rope_scaling {key}", "above 0", value)
+    if rule == "default":
+        return Rope(size, base)
+    if missing := sorted(key for key in RULES[rule] if scaling.get(key) is None):
+        raise MlxeffError(f"{kind} config: rope_scaling of type {rule}: missing keys {missing}")
+    if rule == "linear":
+        return Rope(size, base, scale=1 / scaling["factor"])
+    wavelengths, magnitude = (_llama3 if rule == "llama3" else _yarn)(size, base, scaling)
+    return Rope(size, None, wavelengths=wavelengths, magnitude=magnitude)
+
+
+def _llama3(size: int, base: float, scaling: dict) -> tuple[mx.array, float]:
+    """Long wavelengths are stretched by `factor`, short ones kept, those between blended."""
+    factor, context = scaling["factor"], scaling["original_max_position_embeddings"]
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    periods = base ** (mx.arange(0, size, 2) / size)
+    turns = context / (2 * mx.pi * periods)  # full turns over the original context
+    smooth = (turns - low) / (high - low)
+    blended = periods / ((1 - smooth) / factor + smooth)
+    return mx.where(turns < low, periods * factor, mx.where(turns < high, blended, periods)), 1.0
+
+
+def _yarn(size: int, base: float, scaling: dict) -> tuple[mx.array, float]:
+    """Interpolate dimensions that turn seldom, keep those that turn often, ramp between; scale x by ~ln(factor)."""
+    factor, context = scaling["factor"], scaling["original_max_position_embeddings"]
+
+    def dimension(turns: float) -> float:
+        return size * math.log(context / (turns * 2 * math.pi)) / (2 * math.log(base))
+
+    low = max(math.floor(dimension(scaling.get("beta_fast", 32))), 0)
+    high = min(math.ceil(dimension(scaling.get("beta_slow", 1))), size - 1)
+    ramp = mx.clip((mx.arange(size // 2, dtype=mx.float32) - low) / max(high - low, 0.001), 0, 1)
+    kept = base ** (mx.arange(0, size, 2, dtype=mx.float32) / size)
+    stretched = factor * kept
+    magnitude = scaling.get("attention_factor") or (0.1 * math.log(factor) + 1 if factor > 1 else 1.0)
+    return stretched * kept / (stretched * (1 - ramp) + kept * ramp), magnitude
