@@ -1,4 +1,4 @@
-"""Fixtures that several files share: the built-in model's file, a tiny random model in a folder, the mark for Metal."""
+"""Fixtures that several files share: the built-in model's file, a tiny random model in a folder, marks that skip."""
 
 import os
 import sys
@@ -6,16 +6,30 @@ import sys
 import pytest
 
 
-def pytest_collection_modifyitems(items):
-    """Skip what needs an Apple GPU, with the reason; where MLXEFF_REQUIRE_METAL is set, let it run and fail instead."""
-    marked = [item for item in items if item.get_closest_marker("metal")]
-    if not marked or os.environ.get("MLXEFF_REQUIRE_METAL"):
-        return
+def metal_missing():
+    """Why tests marked `metal` cannot run here, or ""."""
     import mlx.core as mx
 
-    if not mx.metal.is_available():
-        for item in marked:
-            item.add_marker(pytest.mark.skip(reason=f"needs an Apple GPU, this is {sys.platform}"))
+    return "" if mx.metal.is_available() else f"needs an Apple GPU, this is {sys.platform}"
+
+
+def clang_missing():
+    """Why tests marked `clang` cannot run here, or ""."""
+    from metal_on_cpu import address_spaces
+
+    return address_spaces.missing()
+
+
+NEEDS = {"metal": ("MLXEFF_REQUIRE_METAL", metal_missing), "clang": ("MLXEFF_REQUIRE_CLANG", clang_missing)}
+
+
+def pytest_collection_modifyitems(items):
+    """Skip what this machine cannot run, with the reason; where a mark's variable is set, it runs and fails."""
+    for mark, (variable, missing) in NEEDS.items():
+        marked = [item for item in items if item.get_closest_marker(mark)]
+        reason = missing() if marked and not os.environ.get(variable) else ""
+        for item in marked if reason else ():
+            item.add_marker(pytest.mark.skip(reason=reason))
 
 
 def pytest_generate_tests(metafunc):

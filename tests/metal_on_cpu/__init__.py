@@ -20,7 +20,7 @@ from mlxeff import kernels
 from .host import SANITIZERS, MetalError, run_on_host
 from .recording import Launch, trace
 
-__all__ = ["SANITIZERS", "Launch", "MetalError", "emulated", "run", "trace"]
+__all__ = ["SANITIZERS", "Launch", "MetalError", "emulated", "recorded", "run", "trace"]
 
 
 def run(launch, *arguments, sanitizer=None, descending=False, **keywords):
@@ -46,10 +46,25 @@ def emulated(sanitizer=None, descending=False):
     """Within it, kernels made by `mx.fast.metal_kernel` and by `mlxeff.kernels.metal_kernel` run on the host CPU."""
     if shutil.which("c++") is None:
         pytest.skip("no C++ compiler to run Metal kernels with")
+    with _calling(functools.partial(_run, sanitizer=sanitizer, descending=descending)):
+        yield
+
+
+@contextlib.contextmanager
+def recorded():
+    """Within it no kernel runs: a call appends its `Launch` to the list that this yields, and gives zeros."""
+    launches = []
+    with _calling(functools.partial(_record, launches=launches)):
+        yield launches
+
+
+@contextlib.contextmanager
+def _calling(function):
+    """Within it a kernel's call is `function(kernel, inputs=…, grid=…, …)`; `kernel` is what MLX made."""
     real = mx.fast.metal_kernel
 
     def metal_kernel(*arguments, **keywords):
-        return functools.partial(_call, real(*arguments, **keywords), sanitizer, descending)
+        return functools.partial(function, real(*arguments, **keywords))
 
     mx.fast.metal_kernel = metal_kernel
     kernels.metal_kernel.cache_clear()
@@ -60,8 +75,16 @@ def emulated(sanitizer=None, descending=False):
         kernels.metal_kernel.cache_clear()
 
 
-def _call(kernel, sanitizer, descending, *, inputs, stream=None, **keywords):
+def _run(kernel, *, sanitizer, descending, inputs, stream=None, **keywords):
     """One call of a kernel as MLX's signature has it; the outputs come back as evaluated arrays."""
-    arrays = [each if isinstance(each, mx.array) else mx.array(each) for each in inputs]
-    launch = trace(kernel, arrays, **keywords)
-    return run_on_host(launch, arrays, sanitizer, descending)
+    arrays = _arrays(inputs)
+    return run_on_host(trace(kernel, arrays, **keywords), arrays, sanitizer, descending)
+
+
+def _record(kernel, *, launches, inputs, stream=None, **keywords):
+    launches.append(trace(kernel, _arrays(inputs), **keywords))
+    return [mx.zeros(shape, dtype) for shape, dtype in launches[-1].outputs]
+
+
+def _arrays(inputs):
+    return [each if isinstance(each, mx.array) else mx.array(each) for each in inputs]
