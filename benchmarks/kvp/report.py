@@ -14,7 +14,7 @@ from mlxeff.bench import report as times_report
 from .measures import Reader
 from .pairs import arms as arms_of
 
-SECTION = "kvp-quality"  # of the README
+SECTION = "kvp-quality"  # of RESULTS.md
 TARGET_TTFT, TARGET_GAP = 0.60, 0.90  # KVP lp:0.50 by base; of the gap that keep and refine recover
 HALF = "KVP lp:0.50"
 PLOT_POINT = (1, 512)  # batch, prompt tokens
@@ -93,7 +93,7 @@ def tables(document: dict) -> str:
 
 
 def section(document: dict, picture: Path, root: Path) -> str:
-    """What the README shows."""
+    """The section of RESULTS.md; `root` is the folder of that file."""
     arms = document["arms"]
     shown = [
         f"![agreement and exact match against time to the first token]({picture.relative_to(root)})",
