@@ -49,10 +49,11 @@ QUALITY_PROMPTS = [
 def main() -> int:
     options = parse()
     options.cache.mkdir(parents=True, exist_ok=True)
-    if options.readme:
-        kept = json.loads(result_path(identity()).read_text(encoding="utf-8"))["samples"]
+    if options.report is not None:
+        path = Path(options.report or result_path(identity()))
+        kept = json.loads(path.read_text(encoding="utf-8"))["samples"]
         costs = checkpoints.all_costs({s["model"] for s in kept if s["model"]}, options.cache)
-        saving.write_readme(SECTION, section(Results(kept, costs)))
+        saving.write_section(SECTION, section(Results(kept, costs)))
         return 0
     chosen = [job for job in jobs(options.rounds, options.threads) if selected(job, options.only)]
     if not chosen:
@@ -169,7 +170,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--limit", type=float, default=240, metavar="SECONDS", help="a process; default %(default)g")
     parser.add_argument("--cache", type=Path, default=default_cache(), help="default %(default)s")
     parser.add_argument("--save", action="store_true", help="write the samples to benchmarks/results/")
-    parser.add_argument("--readme", action="store_true", help="measure nothing: saved results → the README's section")
+    saving.add_report(parser)
     options = parser.parse_args()
     for text in options.only:
         if text.partition("=")[0] not in FILTERS or "=" not in text:

@@ -2,7 +2,7 @@
 
     python benchmarks/kvp_quality.py [--pair NAME=FOLDER ...] [--pruned NAME=FOLDER ...] [--only WORD ...] [--save]
     python benchmarks/kvp_quality.py --phase ttft [...]    # the times; they need a quiet machine, quality does not
-    python benchmarks/kvp_quality.py --table FILE.json     # a saved result's tables; --readme: the README's section
+    python benchmarks/kvp_quality.py --table FILE.json     # a saved result's tables; --report: those of RESULTS.md
 
 Arms: the base; its layer-pruned forms as models of their own; pairs of KV Prediction by their recipes (`kvp.pairs`,
 made under --work where they are not there yet: some minutes a piece, trained ones 5 to 15) and those that --pair names,
@@ -42,11 +42,11 @@ PHASES = ("windows", "questions", "ttft")
 
 def main() -> None:
     options = parse()
-    if options.readme:
-        path = report.result_path(processor(), saving.RESULTS)
+    if options.report is not None:
+        path = Path(options.report or report.result_path(processor(), saving.RESULTS)).resolve()
         document = json.loads(path.read_text(encoding="utf-8"))
-        text = report.section(document, path.with_suffix(".png"), saving.RESULTS.parent.parent)
-        saving.write_readme(report.SECTION, text)
+        text = report.section(document, path.with_suffix(".png"), saving.REPORT.parent)
+        saving.write_section(report.SECTION, text)
         return
     if options.table:
         print(report.tables(json.loads(options.table.read_text())))
@@ -164,7 +164,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--point", **of_times, help="of the times: batch, tokens, arm")
     parser.add_argument("--work", type=Path, default=pairs.work_folder(), help="default %(default)s")
     parser.add_argument("--table", type=Path, metavar="FILE", help="print the tables of a saved result")
-    parser.add_argument("--readme", action="store_true", help="measure nothing: saved results → the README's section")
+    saving.add_report(parser)
     parser.add_argument("--save", action="store_true", help="write results/<processor>-kvp-quality.json and .png")
     return parser.parse_args()
 

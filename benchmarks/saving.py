@@ -1,12 +1,14 @@
-"""How benchmarks leave their results: the file's name, whole documents only, sections of the README, and plots where
-they can be drawn."""
+"""How benchmarks leave their results: the file's name, whole documents only, marked sections of RESULTS.md and of the
+README, and plots where they can be drawn."""
 
+import argparse
 import json
 import re
 import sys
 from pathlib import Path
 
 RESULTS = Path(__file__).resolve().parent / "results"
+REPORT = RESULTS.parent / "RESULTS.md"
 README = RESULTS.parent.parent / "README.md"
 
 
@@ -23,17 +25,28 @@ def write_json(document: dict, path: Path) -> None:
     partial.replace(path)
 
 
-def write_readme(section: str, text: str, readme: Path = README) -> None:
+def add_report(parser: argparse.ArgumentParser) -> None:
+    """The option `--report`: None without it, "" where it names no file."""
+    parser.add_argument(
+        "--report",
+        nargs="?",
+        const="",
+        metavar="FILE",
+        help="measure nothing: write the section of RESULTS.md from saved results (default: this machine's)",
+    )
+
+
+def write_section(section: str, text: str, document: Path = REPORT) -> None:
     """Replace what lies between the marks `<!-- section: begin -->` and `<!-- section: end -->`, which stand in the
-    README once."""
+    Markdown file `document` once."""
     begin, end = (f"<!-- {section}: {edge} -->\n" for edge in ("begin", "end"))
-    found = readme.read_text(encoding="utf-8")
+    found = document.read_text(encoding="utf-8")
     if found.count(begin) != 1 or found.count(end) != 1 or found.index(begin) > found.index(end):
-        raise SystemExit(f"{readme}: wanted one {begin.strip()} and after it one {end.strip()}")
+        raise SystemExit(f"{document}: wanted one {begin.strip()} and after it one {end.strip()}")
     head, rest = found.split(begin)
-    partial = readme.with_name(f"partial-{readme.name}")
+    partial = document.with_name(f"partial-{document.name}")
     partial.write_text(f"{head}{begin}\n{text}\n\n{end}{rest.split(end)[1]}", encoding="utf-8")
-    partial.replace(readme)
+    partial.replace(document)
 
 
 def pyplot():

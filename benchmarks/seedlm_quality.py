@@ -1,7 +1,7 @@
 """Quality per bit: SeedLM beside MLX's affine quantisation, mlx-lm's GPTQ, AWQ, DWQ and llama.cpp's types.
 
     python benchmarks/seedlm_quality.py [--tokens 16384] [--arms NAME ...] [--add] [--save]
-    python benchmarks/seedlm_quality.py --readme
+    python benchmarks/seedlm_quality.py --report [FILE]
 
 The reference is the built-in model's Q4_1 file, dequantised. Every arm replaces the decoder layers and keeps the
 reference's embedding. (576 columns are no multiple of 128: there "g128" has groups of 64, and its bits are
@@ -82,8 +82,9 @@ def stem() -> Path:
     return saving.result_path(card.machine()["cpu"], "seedlm-quality")
 
 
-def saved() -> dict:
-    path = stem().with_suffix(".json")
+def saved(path: Path | None = None) -> dict:
+    """The document in `path`, by default this machine's."""
+    path = path or stem().with_suffix(".json")
     if not path.exists():
         raise SystemExit(f"{path}: no results yet: measure with --save")
     return json.loads(path.read_text())
@@ -158,16 +159,17 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--model", default=hub.DEFAULT_MODEL, help="the reference")
     parser.add_argument("--add", action="store_true", help="only arms that the saved results lack")
     parser.add_argument("--save", action="store_true", help="write results/<processor>-seedlm-quality.json and .png")
-    parser.add_argument("--readme", action="store_true", help="measure nothing: saved results → plot, README's section")
+    saving.add_report(parser)
     return parser.parse_args()
 
 
 def main():
     options = arguments()
-    if options.readme:
-        document, picture = saved(), stem().with_suffix(".png")
+    if options.report is not None:
+        path = Path(options.report or stem().with_suffix(".json")).resolve()
+        document, picture = saved(path), path.with_suffix(".png")
         report.plot(document, picture)
-        saving.write_readme(report.SECTION, report.section(document, picture, HERE.parent))
+        saving.write_section(report.SECTION, report.section(document, picture, HERE.resolve()))
         print(report.text(document))
         return
     path = hub.resolve(options.model)

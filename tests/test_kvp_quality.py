@@ -277,12 +277,12 @@ def test_arms_of_the_times_are_those_of_the_quality(base, pair, window):
     assert mx.abs(got - prefill(base.model, base.model.new_cache(), window, 512)).max().item() > 1e-2
 
 
-def test_the_projects_readme_holds_saved_results():
-    """Of one machine: after `kvp_quality.py --save` comes `--readme`."""
-    readme, root = saving.README.read_text(encoding="utf-8"), saving.README.parent
+def test_the_projects_report_holds_saved_results():
+    """Of one machine: after `kvp_quality.py --save` comes `--report`."""
+    text, root = saving.REPORT.read_text(encoding="utf-8"), saving.REPORT.parent
     found = list(saving.RESULTS.glob("*-kvp-quality.json"))
     shown = [report.section(json.loads(path.read_text()), path.with_suffix(".png"), root) for path in found]
-    assert any(each in readme for each in shown) or not found
+    assert any(each in text for each in shown) or not found
 
 
 def test_recipes_are_commands(folder, tmp_path, monkeypatch):

@@ -193,32 +193,32 @@ def test_targets_say_met_and_missed():
     assert report.targets(found)[0].startswith("target missed")
 
 
-def test_the_readme_gets_the_table_between_its_marks(tmp_path):
-    readme, picture = tmp_path / "README.md", tmp_path / "a.png"
+def test_a_document_gets_the_table_between_its_marks(tmp_path):
+    place, picture = tmp_path / "RESULTS.md", tmp_path / "a.png"
     begin, end = "<!-- here: begin -->\n", "<!-- here: end -->\n"
-    readme.write_text(f"before\n{begin}old\n{end}after\n")
+    place.write_text(f"before\n{begin}old\n{end}after\n")
     found = document({"affine 4 g64": 0.2, "SeedLM 4 aware": 0.1})
-    saving.write_readme("here", report.section(found, picture, tmp_path), readme)
-    first = readme.read_text()
+    saving.write_section("here", report.section(found, picture, tmp_path), place)
+    first = place.read_text()
     assert "old" not in first
     assert first.startswith(f"before\n{begin}\n![")
     assert first.endswith(f"\n\n{end}after\n")
     assert "| SeedLM 4 aware | 4.250 | 100.0 | 20.00 | 0.1000 | 90.0% |" in first
-    saving.write_readme("here", report.section(found, picture, tmp_path), readme)
-    assert readme.read_text() == first
+    saving.write_section("here", report.section(found, picture, tmp_path), place)
+    assert place.read_text() == first
     with pytest.raises(SystemExit, match="wanted one <!-- there: begin -->"):
-        saving.write_readme("there", "text", readme)
-    assert readme.read_text() == first
+        saving.write_section("there", "text", place)
+    assert place.read_text() == first
     del found["single layers"]
     lines = report.section(found | {"not measured": {"mlx-lm DWQ 3 g64": "no time"}}, picture, tmp_path)
     assert "- mlx-lm DWQ 3 g64: not measured: no time." in lines
 
 
-def test_the_projects_readme_holds_saved_results():
-    """Of one machine: after `seedlm_quality.py --save` comes `--readme`."""
-    readme = saving.README.read_text(encoding="utf-8")
+def test_the_projects_report_holds_saved_results():
+    """Of one machine: after `seedlm_quality.py --save` comes `--report`."""
+    text = saving.REPORT.read_text(encoding="utf-8")
     found = [json.loads(path.read_text()) for path in (seedlm_quality.HERE / "results").glob("*-seedlm-quality.json")]
-    shown = [all(part in readme for part in (report.table(each), report.layers(each))) for each in found]
+    shown = [all(part in text for part in (report.table(each), report.layers(each))) for each in found]
     assert any(shown) or not found
 
 

@@ -12,7 +12,7 @@ import saving
 from mlxeff.bench import report as times_report
 from mlxeff.bench.arms import Arm
 
-SECTION = "kvp-quality"  # of the README
+SECTION = "kvp-quality"  # of RESULTS.md
 TARGET_TTFT, TARGET_GAP = 0.60, 0.90  # KVP lp:0.50 by base; of the gap that keep and refine recover
 HALF = "KVP lp:0.50"
 PLOT_POINT = (1, 512)  # batch, prompt tokens
@@ -91,7 +91,7 @@ def tables(document: dict) -> str:
 
 
 def section(document: dict, picture: Path, root: Path) -> str:
-    """What the README shows."""
+    """The section of RESULTS.md; `root` is the folder of that file."""
     arms = document["arms"]
     shown = [
         f"![agreement and exact match against time to the first token]({picture.relative_to(root)})",

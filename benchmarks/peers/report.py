@@ -13,8 +13,8 @@ from .table import ARMS, COLD_START, DEPTHS, EXACT, FOUR, GENERATED, LARGE
 TTFT_DEPTHS, DECODE_DEPTHS = (64, 512, 2048, 4096), (16, 512, 2048, 4096)
 LLAMA, LLAMA_Q4_0 = ([a.name for a in ARMS if (a.engine, a.files) == ("llama.cpp", kind)] for kind in ("gguf", "q4_0"))
 OURS = [arm for arm in ARMS if arm.ours]
-SECTION = "cpu-peers"  # of the README
-SHOWN = {  # a row of the README: the arms of which each number is the best
+SECTION = "cpu-peers"  # of RESULTS.md
+SHOWN = {  # a row of RESULTS.md: the arms of which each number is the best
     "mlxeff": [EXACT],
     "mlxeff, fast": ["mlxeff int8, fp16 KV"],
     "llama.cpp": LLAMA,
@@ -206,8 +206,9 @@ def shares(results: Results, model: str, threads: int) -> str:
 
 
 def section(results: Results) -> str:
-    """What the README shows."""
-    return f"{shown(results)}\n\n{targets(results)}"
+    """The section of RESULTS.md."""
+    parts = shown, targets, ceilings, starts, qualities, failures
+    return "\n\n".join(text for part in parts if (text := part(results)))
 
 
 def targets(results: Results) -> str:

@@ -1,4 +1,4 @@
-"""The results document → tables, the targets, the plot, the README's section. Knows nothing of models."""
+"""The results document → tables, the targets, the plot, the section of RESULTS.md. Knows nothing of models."""
 
 import sys
 from pathlib import Path
@@ -10,7 +10,7 @@ TARGETS = (
     ("SeedLM 4 aware", "affine 4 g128"),
     ("SeedLM 3 aware", "affine 3 g64"),
 )
-SECTION = "seedlm-quality"  # of the README
+SECTION = "seedlm-quality"  # of RESULTS.md
 GROUPS = {  # the first word of an arm's name, or its last → label, colour, marker
     "affine": ("MLX affine", "tab:blue", "s"),
     "data-free": ("SeedLM, data-free", "tab:orange", "o"),
@@ -91,7 +91,7 @@ def text(document: dict) -> str:
 
 
 def section(document: dict, picture: Path, root: Path) -> str:
-    """What the README shows: plot, table and targets."""
+    """The section of RESULTS.md: plot, table and targets; `root` is the folder of that file."""
     shown = [f"![bits a weight against KL divergence]({picture.relative_to(root)})", table(document)]
     lines = [*targets(document), *absent(document)]
     shown += ["\n".join(f"- {line}." for line in lines), layers(document)]

@@ -50,7 +50,7 @@ def _finish(runner: Runner, answer: Answer, options: argparse.Namespace, lines: 
 
 
 def document(runner: Runner, answer: Answer, stats: dict, lines: list[str]) -> dict:
-    """The document that `--json` prints (README, "JSON output")."""
+    """The document that `--json` prints (docs/json.md)."""
     import mlx.core as mx
 
     from .. import __version__
