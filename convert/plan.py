@@ -14,6 +14,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from ..assembly.model import MODELS, build_model
+from ..assembly.techniques import architecture
 from ..checkpoint import FLOATS, Piece, cast
 from ..errors import MlxeffError, notices
 
@@ -119,7 +120,9 @@ def plan(family: Family, options: Options, encoded: Callable[[str], list[mx.arra
     quantisable = (
         {name for name, module in model.named_modules() if hasattr(module, "to_quantized")} if options.bits else set()
     )
-    dropped = {weight.name: "not used by the model" for weight in family.weights if unused(weight.name, config)}
+    dropped = {
+        weight.name: "not used by the model" for weight in family.weights if unused(weight.name, architecture(config))
+    }
     weights = [weight for weight in family.weights if weight.name not in dropped]
     default = DTYPES[options.dtype] if options.dtype else _commonest(weights) if family.uniform else None
     _say_rounding(weights, default)

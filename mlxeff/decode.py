@@ -27,6 +27,7 @@ Progress = Callable[[int, int], None]  # (prompt tokens done, prompt tokens in a
 class Model(Protocol):
     """What the decode loop and generation need of a model."""
 
+    seams: frozenset[str]  # where a technique can plug in (models/__init__.py)
     vocab_size: int | None  # rows of the embedding table, where known
     context_length: int | None  # tokens, where known
 
@@ -41,6 +42,14 @@ class Model(Protocol):
 
     def check(self, options: RunOptions) -> None:
         """Raises MlxeffError for options that this model does not have here."""
+
+
+def require_seam(model: Model, seam: str, technique: str) -> None:
+    """Refuse, in one line, to use `technique` on a model that has no such seam."""
+    if seam not in model.seams:
+        kind = getattr(model, "config", None)
+        kind = kind.get("model_type") if isinstance(kind, dict) else type(model).__module__.rpartition(".")[2]
+        raise MlxeffError(f"{technique} needs the {seam} seam, which {kind!r} (run through mlx-lm) does not have")
 
 
 @dataclass

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import pytest
 
-import mlxeff
 from mlxeff import cli
 from test_packaging import commands, make_targets
 from tiny_model import write_tiny_model
@@ -204,7 +203,6 @@ def test_every_key_of_what_is_here_is_explained(verb):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif("load_pair" not in mlxeff.__all__, reason="the public API here is not that of docs/python.md")
 def test_the_python_examples_run(smollm2_gguf, tmp_path):
     sentence = "The quick brown fox jumps over the lazy dog. "
     (tmp_path / "long.txt").write_text(sentence * 20)

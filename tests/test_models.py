@@ -22,9 +22,9 @@ from mlx.utils import tree_flatten
 from helpers import assert_close
 from mlxeff import MlxeffError
 from mlxeff.assembly.model import build_model, load_path
+from mlxeff.decode import require_seam
 from mlxeff.generation import stream_generate
 from mlxeff.models import openelm
-from mlxeff.models.parts import require_seam
 from mlxeff.ops import mlx_only
 from reference_models import llama_logits, openelm_logits
 from tiny_model import GEMMA, MAMBA, PHI, random_model, write_foreign

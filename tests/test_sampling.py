@@ -149,19 +149,18 @@ def expected(logits: np.ndarray, temp: float, top_p: float = 0, min_p: float = 0
     return softmax(row / temp)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"temp": 1.0},
-        {"temp": 0.5},
-        {"temp": 1.7},
-        {"temp": 0.8, "top_k": 5},
-        {"temp": 1.3, "top_p": 0.8},
-        {"temp": 1.0, "min_p": 0.1},
-        {"temp": 1.5, "top_p": 0.95, "min_p": 0.02, "top_k": 6},
-    ],
-    ids=str,
-)
+SAMPLED = [
+    {"temp": 1.0},
+    {"temp": 0.5},
+    {"temp": 1.7},
+    {"temp": 0.8, "top_k": 5},
+    {"temp": 1.3, "top_p": 0.8},
+    {"temp": 1.0, "min_p": 0.1},
+    {"temp": 1.5, "top_p": 0.95, "min_p": 0.02, "top_k": 6},
+]
+
+
+@pytest.mark.parametrize("options", SAMPLED, ids=str)
 def test_draws_follow_the_distribution(options, arithmetic):
     """Pearson's chi-square of 40,000 draws; tokens expected fewer than 5 times are counted together."""
     logits = random_logits(1, seed=11)[0] / 2
@@ -176,6 +175,42 @@ def test_draws_follow_the_distribution(options, arithmetic):
     got, wanted = got[wanted > 0], wanted[wanted > 0]
     statistic = ((got - wanted) ** 2 / wanted).sum()
     assert statistic < CHI_SQUARE[len(wanted) - 1], f"chi-square {statistic:.1f} of {len(wanted)} classes"
+
+
+@pytest.mark.parametrize("kind", LOGITS)
+@pytest.mark.parametrize("options", SAMPLED, ids=str)
+def test_the_distribution_is_the_one_that_tokens_are_drawn_from(options, kind, arithmetic):
+    """Against the definition, row by row; it sums to one, and what a filter drops is impossible."""
+    logits = LOGITS[kind]
+    got = np.array(make_sampler(**options).distribution(logprobs_of(logits)))
+    for row, given in zip(got, logits):
+        if len(set(given.tolist())) < len(given):
+            continue  # of equal logits the definition does not say which are kept
+        want = expected(given, **options)
+        assert not np.exp(row)[want == 0].any()
+        assert want[np.isneginf(row)].max(initial=0) == 0
+        assert_close(mx.array(np.exp(row)), mx.array(want.astype(np.float32)), "probabilities")
+    assert_close(mx.array(np.exp(got.astype(np.float64)).sum(-1).astype(np.float32)), mx.ones(len(got)), "sums")
+
+
+@pytest.mark.parametrize("kind", LOGITS)
+def test_the_distribution_of_a_greedy_sampler_is_one_certain_token(kind, arithmetic):
+    sampler, logprobs = make_sampler(temp=0, top_p=0.5), logprobs_of(LOGITS[kind])
+    got = mx.exp(sampler.distribution(logprobs))
+    assert_close(got.sum(axis=-1), mx.ones(len(LOGITS[kind])), "sums", rtol=0, atol=0)
+    assert got.argmax(axis=-1).tolist() == sampler(logprobs).tolist()
+
+
+def test_the_distribution_comes_after_the_penalties():
+    """What `decode` hands to the sampler is the log-probabilities after the logits processors."""
+    logits, tokens = mx.array(random_logits(1)), mx.array([3, 3, 5])
+    (process,) = make_logits_processors(repetition_penalty=2.0)
+    sampler = make_sampler(temp=0.7, top_k=4)
+    penalised = process(tokens, logits)
+    got = sampler.distribution(logprobs_of(penalised))
+    assert mx.abs(penalised - logits).max().item() > 0
+    want = expected(np.array(penalised)[0], temp=0.7, top_k=4)
+    assert_close(mx.exp(got)[0], mx.array(want.astype(np.float32)), "probabilities")
 
 
 def test_the_test_of_draws_can_fail():

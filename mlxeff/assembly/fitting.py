@@ -13,6 +13,7 @@ from pathlib import Path
 
 from .. import hub
 from ..checkpoint import check_new
+from ..decode import require_seam
 from ..errors import MlxeffError, notices
 from ..kvprediction.files import PairConfig, write_pair
 from ..kvprediction.fit import Fit, choose_layers, fit
@@ -23,7 +24,6 @@ from ..kvprediction.text import sample
 from ..kvprediction.train import Training, check, train
 from ..kvprediction.tuning import Tuned
 from ..models.decoder import DecoderModel
-from ..models.parts import require_seam
 from .model import Loaded, load_path
 from .pair import SEAM, Auxiliary, make_auxiliary
 

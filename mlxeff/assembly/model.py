@@ -26,7 +26,7 @@ from ..models.config import fits
 from ..models.decoder import DecoderModel
 from ..ops import native_for
 from ..tokenizer import Tokenizer, from_folder, from_gguf
-from .techniques import Stored, stored_in
+from .techniques import Stored, architecture, stored_in
 
 SAMPLE_BYTES = 1 << 16  # of each end of a weight file that goes into the fingerprint
 MODELS = {"openelm": openelm.Model} | dict.fromkeys(llama.FAMILIES, llama.Model)
@@ -150,7 +150,7 @@ def build_model(config: dict, tensors: Collection[str] | None = None) -> nn.Modu
     if model_class is None:
         raise MlxeffError(f"config: model_type: wanted one of {', '.join(MODELS)}, got {config.get('model_type')!r}")
     try:
-        model = model_class(model_class.Config.from_dict(config))
+        model = model_class(model_class.Config.from_dict(architecture(config)))
     except OverflowError as error:
         raise MlxeffError(f"config: sizes that no array can have: {error}") from error
     if (foreign := config.get("quantization_config")) and not config.get("quantization"):
@@ -223,8 +223,8 @@ def _weights(source: Source, config: dict) -> dict[str, mx.array]:
         from ..models.gguf import weights_from_gguf
 
         return weights_from_gguf(source)
-    unused = MODELS[config["model_type"]].unused
-    return {name: tensor.read() for name, tensor in source.tensors.items() if not unused(name, config)}
+    unused, family = MODELS[config["model_type"]].unused, architecture(config)
+    return {name: tensor.read() for name, tensor in source.tensors.items() if not unused(name, family)}
 
 
 def _check_vocabulary(path: Path, rows: int | None, tokenizer: Tokenizer) -> None:

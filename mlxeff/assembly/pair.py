@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .. import hub
+from ..decode import require_seam
 from ..errors import MlxeffError
 from ..kvprediction import KvPrediction, Predictor
 from ..kvprediction.files import AUXILIARY, PairConfig, read_config, read_weights
@@ -14,7 +15,6 @@ from ..kvprediction.predictor import check_map, quantize
 from ..kvprediction.tuning import Tuned
 from ..models.decoder import DecoderModel
 from ..models.openelm import published_config
-from ..models.parts import require_seam
 from .model import Loaded, fill, load_model
 
 SEAM = "kv"  # of a model: raw_kv, append_kv

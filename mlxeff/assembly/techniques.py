@@ -24,25 +24,33 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Stored:
-    """A technique that a checkpoint names in its config.json: modules that take the place of others.
+    """A technique that a checkpoint names in its config.json by the entry `key`: its modules replace the model's own.
 
-    applies(config)                  whether the config names it
     check(source)                    before the model is built: what the weight files say of themselves
     install(model, config, tensors)  before the weights are put in; `tensors`: the names in the checkpoint, if known
     finish(model, origin)            with the weights read
     in_foreign_models                whether it is installed in models that mlx-lm builds, which quantises itself
     """
 
-    applies: Callable[[dict], bool]
+    key: str
     install: Callable[["nn.Module", dict, Collection[str] | None], None]
     check: Callable[["Source"], None] = lambda _: None
     finish: Callable[["nn.Module", str], None] = lambda *_: None
     in_foreign_models: bool = True
 
+    def applies(self, config: dict) -> bool:
+        """Whether the config names it."""
+        return self.key in config
+
 
 def stored_in(config: dict) -> list[Stored]:
     """The techniques of a config.json, in the order in which they are installed."""
     return [technique for technique in STORED if technique.applies(config)]
+
+
+def architecture(config: dict) -> dict:
+    """A config.json without the entries of techniques: what the model's family reads."""
+    return {key: value for key, value in config.items() if key not in {technique.key for technique in STORED}}
 
 
 @dataclass(frozen=True)
@@ -148,7 +156,8 @@ def _finish_seedlm(model: "nn.Module", origin: str) -> None:
 def _install_quantization(model: "nn.Module", config: dict, tensors: Collection[str] | None) -> None:
     from .quantization import install
 
-    install(model, config["quantization"], tensors)
+    if config["quantization"]:  # null, and an empty entry, are none
+        install(model, config["quantization"], tensors)
 
 
 # KV Prediction
@@ -218,8 +227,8 @@ PRECISION: tuple[Option, ...] = (
     ),
 )
 STORED: Sequence[Stored] = (
-    Stored(lambda config: "seedlm" in config, _install_seedlm, _check_seedlm, _finish_seedlm),
-    Stored(lambda config: bool(config.get("quantization")), _install_quantization, in_foreign_models=False),
+    Stored("seedlm", _install_seedlm, _check_seedlm, _finish_seedlm),
+    Stored("quantization", _install_quantization, in_foreign_models=False),
 )
 SWITCHED: Sequence[Switched] = (
     Switched(

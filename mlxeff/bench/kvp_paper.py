@@ -14,14 +14,13 @@ from pathlib import Path
 import mlx.core as mx
 
 from ..assembly.model import build_model, load_model
-from ..decode import Setup
+from ..decode import Setup, require_seam
 from ..errors import notices
 from ..kernels import arithmetic_dtype
 from ..kvprediction import KvPrediction
 from ..kvprediction.layers import PUBLISHED, kept_layers, pruned_map, spread_map
 from ..models.decoder import DecoderModel
 from ..models.openelm import published_config
-from ..models.parts import require_seam
 from ..ops import native_for
 from .arms import Arm, random_predictor, randomise
 from .ttft import Group, Point

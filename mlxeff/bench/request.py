@@ -13,9 +13,8 @@ import mlx.core as mx
 from .. import hub, kernels
 from ..assembly.model import load_path
 from ..assembly.techniques import Switched
-from ..decode import Setup
+from ..decode import Setup, require_seam
 from ..errors import MlxeffError
-from ..models.parts import require_seam
 from ..running import EXACT, RunOptions
 from . import kvp_paper, machine, ttft
 from .arms import Arm

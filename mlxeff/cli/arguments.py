@@ -5,8 +5,8 @@ technique stand in `assembly.techniques`.
 import argparse
 from collections.abc import Iterable
 
+from ..assembly import techniques
 from ..assembly.options import Option, integer, natural, positive
-from ..assembly.techniques import FITTED, PRECISION, switched_for
 from ..hub.catalog import DEFAULT_MODEL
 
 MAX_TOKENS = 1024
@@ -28,14 +28,14 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="reuse the KV cache in FILE as far as the prompt agrees with it, and write it back with this prompt",
     )
-    _add(parser, (technique.option for technique in switched_for("generate")))
+    _add(parser, (technique.option for technique in techniques.switched_for("generate")))
     parser.add_argument("--json", action="store_true", help="print one JSON document at the end instead of streaming")
     parser.add_argument("--quiet", action="store_true", help="no progress bar, no timings; warnings still show")
 
 
 def add_fit(parser: argparse.ArgumentParser) -> None:
     what = parser.add_subparsers(dest="what", metavar="WHAT", required=True)
-    for fitted in FITTED:
+    for fitted in techniques.FITTED:
         summary = fitted.summary
         sub = what.add_parser(fitted.name, help=summary, description=summary.capitalize() + ".", allow_abbrev=False)
         _add(sub, fitted.options)
@@ -65,7 +65,7 @@ def add_bench(parser: argparse.ArgumentParser) -> None:
     summary = "seconds to the first token: of a model, of its pairs of KV Prediction, or of that paper's models"
     sub = what.add_parser("ttft", help=summary, description=summary.capitalize() + ".", allow_abbrev=False)
     sub.add_argument("model", nargs="?", metavar="MODEL", help="a folder, file, name or hub id")
-    for technique in switched_for("bench ttft"):
+    for technique in techniques.switched_for("bench ttft"):
         again = {"action": "append", "default": [], "help": "measure MODEL with this beside it (repeatable)"}
         _add(sub, [technique.option], **again)
     sub.add_argument(
@@ -100,7 +100,7 @@ def _add_bench_machine(sub: argparse.ArgumentParser) -> None:
         "--device", choices=("auto", "cpu", "gpu"), default="auto", help="default: the GPU if any; the suite: every one"
     )
     sub.add_argument("--threads", metavar="N", type=positive, help="of the CPU kernels (default: one a core)")
-    _add(sub, PRECISION)
+    _add(sub, techniques.PRECISION)
     sub.add_argument(
         "--dtype", choices=("float16", "bfloat16", "float32"), help="of the suite's random weights (default float16)"
     )
@@ -157,7 +157,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--context-limit", metavar="N", type=positive, help="tokens (default: the model's own)")
     group.add_argument("--truncate", action="store_true", help="drop the beginning of what is longer than the context")
-    _add(group, PRECISION)
+    _add(group, techniques.PRECISION)
     group.add_argument("--prefill-step", metavar="N", type=positive, help="prompt tokens a chunk (2048 GPU, 512 CPU)")
 
 

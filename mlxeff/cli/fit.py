@@ -4,7 +4,7 @@ import argparse
 import functools
 import json
 
-from ..assembly.techniques import FITTED
+from ..assembly import techniques
 from . import output
 
 OWN = ("verb", "what", "device", "json", "quiet")  # options that are this verb's and not the fit's
@@ -13,7 +13,7 @@ OWN = ("verb", "what", "device", "json", "quiet")  # options that are this verb'
 def run(options: argparse.Namespace) -> int:
     from .. import kernels
 
-    fitted = next(each for each in FITTED if each.name == options.what)
+    fitted = next(each for each in techniques.FITTED if each.name == options.what)
     values = {name: value for name, value in vars(options).items() if name not in OWN}
     kernels.use_device(options.device)
     with output.show_notices(options.quiet) as lines:

@@ -12,7 +12,7 @@ from .runner import Answer, Runner, start
 
 
 def run(options: argparse.Namespace) -> int:
-    from ..models.parts import require_seam
+    from ..decode import require_seam
 
     cache_file = Path(options.prompt_cache or "")
     with output.show_notices(options.quiet) as lines:

@@ -13,7 +13,6 @@ import mlx.nn as nn
 
 from ..cache import Layer as CacheLayer
 from ..cache import LayerShape
-from ..errors import MlxeffError
 from ..modules import Embedding, Linear, QuantizedEmbedding, QuantizedLinear, RMSNorm, quantized_matrix
 from ..ops import Rope
 from ..running import EXACT, RunOptions
@@ -226,11 +225,3 @@ class DecoderLayer(nn.Module):
 
     def cache_shape(self, window: int | None = None) -> LayerShape:
         return LayerShape(self.attention.groups, self.attention.head_size, window)
-
-
-def require_seam(model, seam: str, technique: str) -> None:
-    """Refuse, in one line, to use `technique` on a model that has no such seam."""
-    if seam not in model.seams:
-        kind = getattr(model, "config", None)
-        kind = kind.get("model_type") if isinstance(kind, dict) else type(model).__module__.rpartition(".")[2]
-        raise MlxeffError(f"{technique} needs the {seam} seam, which {kind!r} (run through mlx-lm) does not have")
