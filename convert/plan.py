@@ -120,9 +120,8 @@ def plan(family: Family, options: Options, encoded: Callable[[str], list[mx.arra
     quantisable = (
         {name for name, module in model.named_modules() if hasattr(module, "to_quantized")} if options.bits else set()
     )
-    dropped = {
-        weight.name: "not used by the model" for weight in family.weights if unused(weight.name, architecture(config))
-    }
+    described = architecture(config)
+    dropped = {weight.name: "not used by the model" for weight in family.weights if unused(weight.name, described)}
     weights = [weight for weight in family.weights if weight.name not in dropped]
     default = DTYPES[options.dtype] if options.dtype else _commonest(weights) if family.uniform else None
     _say_rounding(weights, default)
