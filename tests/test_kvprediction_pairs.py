@@ -23,9 +23,9 @@ from mlxeff.errors import MlxeffError
 from mlxeff.generation import stream_generate
 from mlxeff.kvprediction import Predictor, predict
 from mlxeff.kvprediction.files import PairConfig, read_config, write_pair
-from mlxeff.kvprediction.tuning import Tuned
 from mlxeff.modules import QuantizedLinear
 from mlxeff.running import RunOptions
+from mlxeff.tuning import Tuned
 from test_cli import environment, fails, mlxeff
 from tiny_model import write_byte_tokenizer, write_tiny_model
 
@@ -143,13 +143,12 @@ def test_training_by_the_command_goes_on_where_it_was_killed(base_folder, text, 
     out = tmp_path / "killed"
     killed = f"""
 import sys
-from mlxeff import cli
-from mlxeff.kvprediction import train
-save = train._save
+from mlxeff import cli, training
+save = training._save
 def once(*arguments):
     save(*arguments)
     sys.exit(9)
-train._save = once
+training._save = once
 cli.main({[str(each) for each in (*fit, *steps, "--out", out)]!r})
 """
     run = subprocess.run([sys.executable, "-c", killed], env=environment(), capture_output=True, timeout=120)
