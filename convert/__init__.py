@@ -13,13 +13,13 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from .. import __version__
+from .. import __version__, calibration
 from ..assembly.model import fingerprint
 from ..checkpoint import Source, check_new, open_source, plan_shards, write_folder
 from ..errors import MlxeffError, notices
 from ..seedlm.encode import search_backend
 from ..seedlm.install import metadata
-from . import calibration, folder, gguf, kv_pair, llama, openelm
+from . import folder, gguf, kv_pair, llama, openelm
 from .plan import DTYPES, Conversion, Family, Options, plan, some
 from .report import Report
 from .seedlm import KEEP, Encoder, SeedOptions
@@ -130,7 +130,7 @@ def _encode(
 
     windows = None
     if options.tokens:
-        tokenizer = calibration.tokenizer_of(source, tokens, config)
+        tokenizer = folder.calibration_tokenizer(source, tokens, config)
         windows = calibration.windows(text, tokenizer, options.tokens, str(source.path))
     work = [fingerprint(source, config), options.as_dict(), metadata(), __version__]
     work.append(None if windows is None else hashlib.sha256(windows.tobytes()).hexdigest())

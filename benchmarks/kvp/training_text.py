@@ -12,11 +12,11 @@ from pathlib import Path
 
 from mlxeff import hub
 from mlxeff.assembly.model import Loaded, load_path
+from mlxeff.calibration import TEXT as CALIBRATION
 from mlxeff.kvprediction.text import sample
 
 from .questions import entries, question
 
-CALIBRATION = Path(__file__).resolve().parent.parent.parent / "convert" / "calibration.txt"
 TOKENS, LENGTH, SEED = 98304, 512, 1  # of the whole; of a piece that the base writes; of its choices
 ENTRIES, ASKED = 8, 6  # of a glossary
 MARK = "<|prompt ends|>"

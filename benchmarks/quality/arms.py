@@ -8,9 +8,10 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
-from mlxeff.convert import calibration, convert
+from mlxeff.convert import convert
 from mlxeff.convert.seedlm import dense
 
+from mlxeff import calibration
 from mlxeff.assembly.model import load_path
 from mlxeff.errors import MlxeffError
 from mlxeff.modules import QuantizedLinear
