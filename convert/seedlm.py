@@ -19,6 +19,7 @@ from mlx.utils import tree_unflatten
 from ..assembly.model import build_model
 from ..calibration import LayerStream
 from ..errors import MlxeffError
+from ..modules import dense
 from ..ops import linear
 from ..seedlm import install
 from ..seedlm.encode import Inputs, encode
@@ -240,17 +241,6 @@ class Encoder:
         if "bias" in module:
             seeded.bias = module.bias
         return seeded
-
-
-def dense(module: nn.Module) -> mx.array:
-    """The float32 matrix of a linear layer or embedding, dequantised where it is quantised."""
-    weight = module["weight"]
-    if "scales" not in module:
-        return weight.astype(mx.float32)
-    parts = [module.get(kind) for kind in ("scales", "biases")]
-    if module.mode == "affine":
-        parts = [part.astype(mx.float32) for part in parts]
-    return mx.dequantize(weight, *parts, module.group_size, module.bits, module.mode).astype(mx.float32)
 
 
 def _input_grams(stream: LayerStream, names: Iterable[str]) -> dict[str, np.ndarray]:

@@ -20,7 +20,7 @@ import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
 from .errors import MlxeffError
-from .modules import Linear, QuantizedLinear, RMSNorm
+from .modules import Linear, QuantizedLinear, RMSNorm, dense, is_matrix
 from .ops import GROUPS, linear
 
 METHODS = ("lora", "full")
@@ -123,21 +123,6 @@ def own_layers(model: nn.Module) -> None:
     for i, layer in enumerate(layers):
         layers[i] = _twin(layer)
     model.native = None  # it would read the layers that were there before
-
-
-def is_matrix(module: nn.Module) -> bool:
-    """Whether it is a linear layer: dense, quantised or seed-encoded."""
-    return isinstance(module, (nn.Linear, nn.QuantizedLinear)) or hasattr(module, "to_dense")
-
-
-def dense(module: nn.Module) -> mx.array:
-    """The matrix (N, K) of a linear layer in float32."""
-    if hasattr(module, "to_dense"):
-        return module.dense(mx.float32)
-    if isinstance(module, nn.QuantizedLinear):
-        scheme = module.group_size, module.bits, module.mode
-        return mx.dequantize(module.weight, module.scales, module.get("biases"), *scheme).astype(mx.float32)
-    return module.weight.astype(mx.float32)
 
 
 def stored_like(whole: nn.Module, merged: nn.Module) -> nn.Module:

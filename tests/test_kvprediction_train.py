@@ -15,7 +15,8 @@ from mlxeff.kvprediction.fit import fit
 from mlxeff.kvprediction.losses import LOSSES, loss, predicted_logits, truth
 from mlxeff.kvprediction.predictor import INPUTS, identity
 from mlxeff.kvprediction.train import ANSWER, Trained, Training, _batch, train
-from mlxeff.tuning import METHODS, LoraLinear, Tuned, dense, is_matrix
+from mlxeff.modules import dense, is_matrix
+from mlxeff.tuning import METHODS, LoraLinear, Tuned
 from test_kvprediction import FAMILIES, PROMPT, SMALLER, random_model, random_pair, randomise
 from test_kvprediction_fit import SEQUENCES
 from test_tuning import model_of

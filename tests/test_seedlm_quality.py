@@ -13,13 +13,13 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from mlxeff.convert.seedlm import dense
 
 import saving
 import seedlm_quality
 from mlxeff import kernels
 from mlxeff.assembly.model import load_path
 from mlxeff.errors import MlxeffError
+from mlxeff.modules import dense
 from peers import checkpoints
 from quality import arms, llama_quant, mlx_lm_quant, mlx_on_native, process, report
 from test_cpu_peers import TINY, VOCABULARY, tokenizer_file  # noqa: F401 - a fixture

@@ -9,12 +9,11 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 from mlxeff.convert import convert
-from mlxeff.convert.seedlm import dense
 
 from mlxeff import calibration
 from mlxeff.assembly.model import load_path
 from mlxeff.errors import MlxeffError
-from mlxeff.modules import QuantizedLinear
+from mlxeff.modules import QuantizedLinear, dense
 from mlxeff.seedlm.format import FORMATS
 from mlxeff.seedlm.linear import SeedLinear
 from peers import checkpoints, install
