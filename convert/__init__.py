@@ -17,6 +17,7 @@ from .. import __version__, calibration
 from ..assembly.model import fingerprint
 from ..checkpoint import Source, check_new, open_source, plan_shards, write_folder
 from ..errors import MlxeffError, notices
+from ..ops import BITS, GROUPS
 from ..seedlm.encode import search_backend
 from ..seedlm.install import metadata
 from . import folder, gguf, kv_pair, llama, openelm
@@ -26,7 +27,6 @@ from .seedlm import KEEP, Encoder, SeedOptions
 from .store import Store
 
 __all__ = ["Report", "convert"]
-QUANTIZE_BITS, QUANTIZE_GROUPS = (2, 3, 4, 5, 6, 8), (32, 64, 128)
 FAMILIES = (gguf, openelm, llama)  # the first whose `recognises(source)` is true
 
 
@@ -93,10 +93,8 @@ def _options(dtype: str | None, quantize: tuple[int, int] | None) -> Options:
     if dtype is not None and dtype not in DTYPES:
         raise MlxeffError(f"convert: dtype: wanted one of {', '.join(DTYPES)}, got {dtype!r}")
     bits, group = quantize or (None, None)
-    if quantize and (bits not in QUANTIZE_BITS or group not in QUANTIZE_GROUPS):
-        raise MlxeffError(
-            f"convert: quantize: wanted bits of {QUANTIZE_BITS} and a group of {QUANTIZE_GROUPS}, got {bits}:{group}"
-        )
+    if quantize and (bits not in BITS or group not in GROUPS):
+        raise MlxeffError(f"convert: quantize: wanted bits of {BITS} and a group of {GROUPS}, got {bits}:{group}")
     return Options(dtype, bits, group)
 
 

@@ -20,7 +20,7 @@ from ..assembly.model import build_model
 from ..calibration import LayerStream
 from ..errors import MlxeffError
 from ..modules import dense
-from ..ops import linear
+from ..ops import BITS, fitting_group, linear
 from ..seedlm import install
 from ..seedlm.encode import Inputs, encode
 from ..seedlm.format import BlockFormat, block_format
@@ -29,7 +29,7 @@ from .plan import Weight
 from .store import Store
 
 KEEP = (("embed", 8), ("lm_head", 8))
-KEEP_BITS, KEEP_GROUPS = (2, 3, 4, 5, 6, 8, 16), (64, 32)  # 16: as stored
+KEEP_BITS = (*BITS, 16)  # 16: as stored
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ def _scheme(weight: Weight, config: dict, bits: int) -> dict | None:
     stored = _stored_scheme(weight, config)
     if stored and stored["bits"] <= bits:
         return stored
-    group = next((group for group in KEEP_GROUPS if weight.shape[-1] % group == 0), None)
+    group = fitting_group(weight.shape[-1])
     if bits == 16 or group is None:
         return stored
     return {"group_size": group, "bits": bits, "mode": "affine"}
