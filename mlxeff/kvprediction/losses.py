@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from ..ops import attention, cross_entropy
+from ..ops import attention, cross_entropy, log_softmax
 from ..running import EXACT, RunOptions, Tally
 from .predictor import Pairs, Predictor, Reading, reading
 
@@ -141,10 +141,9 @@ def language_loss(logits: mx.array, targets: mx.array) -> mx.array:
     return entropy.mean() + Z_LOSS * (z * z).mean()
 
 
-def divergence(wanted: mx.array, logits: mx.array) -> mx.array:
-    """Mean KL divergence, in nats, of the distributions of `logits` (…, V) from those of `wanted`."""
-    logits, wanted = logits.astype(mx.float32), wanted.astype(mx.float32)
-    true, found = (x - mx.logsumexp(x, axis=-1, keepdims=True) for x in (wanted, logits))
+def divergence(true: mx.array, found: mx.array) -> mx.array:
+    """Mean of KL(true ‖ found), in nats, of the distributions that logits (…, V) stand for; float32."""
+    true, found = (log_softmax(logits.astype(mx.float32)) for logits in (true, found))
     return (mx.exp(true) * (true - found)).sum(axis=-1).mean()
 
 

@@ -2,6 +2,7 @@
 
 import mlx.core as mx
 
+from ..ops import log_softmax
 from ..sampling import make_sampler
 
 BATCH = 16  # sequences at once
@@ -26,8 +27,7 @@ def _draw(model, start: int, batch: int, length: int) -> mx.array:
     cache.reserve(length)
     ids = [mx.full((batch, 1), start, mx.uint32)]
     for _ in range(length - 1):
-        logits = model.last_logits(ids[-1], cache)
-        following = sampler(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
+        following = sampler(log_softmax(model.last_logits(ids[-1], cache)))
         ids.append(following[:, None].astype(mx.uint32))
         mx.eval(ids[-1])
     return mx.concatenate(ids, axis=1)
