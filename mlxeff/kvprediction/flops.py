@@ -30,11 +30,6 @@ def _holds_modules(value: object) -> bool:
     return any(isinstance(item, nn.Module) for item in [value, *items])
 
 
-def published_reduction(base: int, auxiliary: int) -> float:
-    """The paper's "FLOPs reduction" from two parameter counts."""
-    return base / auxiliary
-
-
 def ttft_flops(base: int, auxiliary: int, predictor: int, tokens: int, kept: int = 1) -> int:
     """FLOPs to the first token of a prompt of `tokens`, from parameter counts; the base computes `kept` of them.
 
