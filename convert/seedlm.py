@@ -34,12 +34,16 @@ KEEP_BITS = (*BITS, 16)  # 16: as stored
 
 @dataclass(frozen=True)
 class SeedOptions:
-    """`keep`: (part of a module's name, bits). `tokens`: of calibration, 0 for the data-free method."""
+    """How to encode.
+
+    bits: a name of seedlm.format.FORMATS. keep: (part of a module's name, bits) of modules that are not encoded.
+    tokens: how many tokens of text to calibrate on, 0 for the data-free method.
+    """
 
     bits: str
     keep: tuple[tuple[str, int], ...] = KEEP
     tokens: int = 0
-    calibration: str | None = None  # the text's name and hash
+    calibration: str | None = None  # name and hash of the calibration text
 
     def __post_init__(self):
         block_format(self.bits)
@@ -63,19 +67,25 @@ class SeedOptions:
 
 @dataclass(frozen=True)
 class Choice:
-    """Module name → what becomes of its matrix."""
+    """What becomes of each matrix, by the name of its module. A matrix that is named nowhere here stays dense.
+
+    seeded: format, rows and columns of the matrices to encode. kept: the schemes of `mx.quantize` of those that are
+    not encoded but quantised. requantised: of `kept`, those which the source holds in another form, with the scheme
+    that they have there, None for dense ones.
+    """
 
     seeded: dict[str, tuple[BlockFormat, int, int]]
-    kept: dict[str, dict]  # the scheme of `mx.quantize`; none of a matrix that stays dense
-    requantised: dict[str, dict | None]  # those of `kept` that have another scheme in the source: that one
+    kept: dict[str, dict]
+    requantised: dict[str, dict | None]
 
     @property
     def weights(self) -> int:
-        """Weights to encode."""
+        """How many weights are to be encoded."""
         return sum(rows * cols for _, rows, cols in self.seeded.values())
 
     def config(self) -> dict:
-        """What config.json says of it: of the kept modules the commonest scheme, and an entry for every other."""
+        """What config.json says: the encoded modules, the commonest scheme of the kept ones, and an entry for each
+        module that has another scheme."""
         described = {"seedlm": install.entry(self.seeded)} if self.seeded else {}
         if schemes := list(self.kept.values()):
             default = max(schemes, key=schemes.count)
@@ -84,7 +94,7 @@ class Choice:
         return described
 
     def report(self, errors: dict[str, float], encoder: str | None) -> dict:
-        """Sizes, what is kept, what searches, and the encoder's relative errors by module."""
+        """Sizes, the kept modules, what computed the search (`encoder`), and the encoded modules' relative errors."""
         count = self.weights
         nbytes = sum(_nbytes(*each) for each in self.seeded.values())
         return {
@@ -123,7 +133,8 @@ def _choose(model: nn.Module, weights: list[Weight], config: dict, options: Seed
 
 
 def _scheme(weight: Weight, config: dict, bits: int) -> dict | None:
-    """How a kept matrix is stored: as it is where it has no more bits, None for dense."""
+    """How a matrix that is kept in `bits` bits is stored: in the source's own scheme where that has no more bits. None:
+    dense."""
     stored = _stored_scheme(weight, config)
     if stored and stored["bits"] <= bits:
         return stored
@@ -144,7 +155,11 @@ def _stored_scheme(weight: Weight, config: dict) -> dict | None:
 
 
 class Encoder:
-    """Fills a store with the blocks of every layer that is not in it yet."""
+    """Encodes a model layer by layer: fills a store with the blocks of every layer that is not in it yet.
+
+    Of the model's weights only those of one layer are in memory, besides the embedding. `origin` begins the messages;
+    `backend` names what computes the search.
+    """
 
     def __init__(self, config: dict, weights: list[Weight], choice: Choice, store: Store, origin: str, backend: str):
         names = {name for weight in weights for name in ([s[0] for s in weight.packed] or [weight.name])}
@@ -154,7 +169,8 @@ class Encoder:
         self.prefixes = tuple(f"{self.paths[id(layer)]}." for layer in self.model.layers)
 
     def run(self, windows: np.ndarray | None, advance: Callable[[int], None]) -> None:
-        """`windows`: token ids (W, T), None for the data-free method. `advance` gets numbers of weights."""
+        """Encode every layer. `windows`: token ids (W, T) to calibrate on, None for the data-free method. `advance` is
+        called again and again with the number of weights that were encoded since the last call."""
         stream = None if windows is None else self._stream(windows)
         ends = [name for name in self.choice.seeded if not name.startswith(self.prefixes)]
         for index, prefix in enumerate(self.prefixes):
