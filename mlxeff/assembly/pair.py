@@ -12,9 +12,9 @@ from ..kvprediction import KvPrediction, Predictor
 from ..kvprediction.files import AUXILIARY, PairConfig, read_config, read_weights
 from ..kvprediction.layers import PUBLISHED, kept_layers, pruned_map, published_name, spread_map
 from ..kvprediction.predictor import check_map, quantize
-from ..kvprediction.tuning import Tuned
 from ..models.decoder import DecoderModel
 from ..models.openelm import published_config
+from ..tuning import Tuned
 from .model import Loaded, fill, load_model
 
 SEAM = "kv"  # of a model: raw_kv, append_kv
