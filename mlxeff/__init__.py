@@ -1,7 +1,7 @@
-"""mlxeff: LLM inference for Apple silicon on MLX. The version, the public names, and where the package's folders lie.
+"""mlxeff: LLM inference for Apple silicon on MLX. This module has the version and the public names.
 
-`from mlxeff import load, generate, stream_generate` follows mlx-lm's names and shapes. Each public name is imported on
-first use, so that `import mlxeff` itself loads neither mlx nor any model code.
+`from mlxeff import load, generate, stream_generate` follows mlx-lm's names and arguments. Each public name is imported
+on first use, so that `import mlxeff` itself loads neither mlx nor any model code.
 """
 
 import importlib
@@ -11,6 +11,7 @@ from .errors import MlxeffError
 
 __version__ = "0.1.0"
 
+# Public name → the module that defines it.
 _PUBLIC = {
     "GenerationResponse": "generation",
     "RunOptions": "running",
@@ -33,7 +34,8 @@ __all__ = [
     "stream_generate",
 ]
 
-# A wheel holds convert/ as mlxeff/convert. In a checkout that folder lies beside the package: it is found there too.
+# In a wheel, the folders convert/ and metal/ are mlxeff/convert and mlxeff/metal. In a checkout they stand beside the
+# package, so the checkout's root is searched for submodules too.
 _root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 if os.path.isfile(os.path.join(_root, "pyproject.toml")):
     __path__.append(_root)

@@ -1,9 +1,11 @@
-"""KV cache: what attention remembers of the tokens seen so far. The protocols, the plain kind of a layer's cache
-(`LayerCache`), which keeps every key and value in one float type, and the cache of a whole model (`KVCache`).
+"""The KV cache: the keys and values of the tokens that a model has processed.
 
-The cache attends: a model hands over rotated queries, keys and values and gets the attention output, so mask and
-storage are the cache's own business. Knows nothing about models or text. Shapes: B batch, H query heads, G KV heads,
-S new tokens, T tokens held, E head size.
+Protocols for the cache of one layer (`Layer`) and of a whole model (`Cache`), and their members: `LayerCache` keeps
+every key and value of a layer in one float type, `KVCache` has one layer cache for each layer of a model. Attention is
+computed here: a model passes rotated queries, keys and values and gets the attention output, so the causal mask and the
+storage format are private to the cache. This module knows nothing about models or text.
+
+Shapes: B batch, H query heads, G KV heads, S new tokens, T cached tokens, E head size.
 """
 
 import contextlib
@@ -20,114 +22,123 @@ from .errors import MlxeffError
 from .ops import attention
 from .running import EXACT, FULL_VIEW, RunOptions, Tally
 
-FORMAT_VERSION = "1"
+FORMAT_VERSION = "1"  # of the cache files that `KVCache.save` writes
 
 
 class Layer(Protocol):
-    """What a model's layer needs of its part of a cache."""
+    """The cache of one decoder layer."""
 
-    length: int  # tokens held
-    window: int | None  # only the last `window` tokens are attended to (sliding-window attention); None attends to all
+    length: int  # cached tokens
+    window: int | None  # sliding-window attention: a query sees the last `window` tokens only; None for all tokens
 
     def attend(
         self, queries: mx.array, keys: mx.array, values: mx.array, scale: float, options: RunOptions
     ) -> mx.array:
-        """Append `keys`, `values` (B, G, S, E), attend causally with `queries` (B, H, S, E); returns (B, H, S, E)."""
+        """Append `keys` and `values` (B, G, S, E), then compute causal attention of `queries` (B, H, S, E) to all
+        cached tokens; returns the attention output (B, H, S, E)."""
 
     def append(self, keys: mx.array, values: mx.array) -> object:
-        """Store keys and values (B, G, S, E) after the tokens held."""
+        """Store keys and values (B, G, S, E) of the tokens that follow the cached ones. Models ignore the result."""
 
     def rewind(self, length: int) -> int:
-        """Forget the tokens after the first `length`; returns the tokens kept: as many, or fewer where only a shorter
-        beginning can be restored."""
+        """Drop all tokens after the first `length`. Returns the number of tokens kept: `length`, or fewer where the
+        storage can only go back to an earlier token."""
 
     def reserve(self, tokens: int) -> None:
-        """Announce `tokens` more tokens, so that their room is allocated once."""
+        """Announce that `tokens` more tokens will follow, so that their memory is allocated at once."""
 
     def arrays(self) -> list[mx.array]:
-        """What to evaluate after a prefill chunk."""
+        """The arrays to evaluate after a prefill chunk."""
 
     def saved(self) -> dict[str, mx.array]:
-        """What a file keeps of the tokens held, by name."""
+        """The arrays to write to a file, by name: the content of the cache without its unused capacity."""
 
     def restore(self, arrays: dict[str, mx.array], tokens: int) -> None:
-        """Hold the `tokens` tokens that `saved` gave `arrays` of. ValueError, naming what was wanted, for others."""
+        """Take over `arrays` that `saved` gave for `tokens` tokens. Raises ValueError for any other arrays."""
 
-    storage: str  # the form that `saved` has and, where it knows it, the native CPU decoder reads (models/native.py)
+    storage: str  # name of the format of `saved`; the native CPU decoder reads some formats directly (models/native.py)
 
     @property
     def stored_as(self) -> str | None:
-        """The numeric type of what is kept, for people; None while that is open."""
+        """The numeric type of the stored keys and values, for display; None until it is known."""
 
     @property
     def nbytes(self) -> int:
-        """Bytes allocated."""
+        """Bytes allocated, unused capacity included."""
 
 
 class NativeLayer(Layer, Protocol):
-    """A layer whose storage the native CPU decoder can write and read."""
+    """A layer cache whose buffers the native CPU decoder reads and writes."""
 
     def room(self, new: int, shape: tuple[int, int, int], dtype: mx.Dtype) -> dict[str, mx.array]:
-        """The buffers by name, with room for `new` more tokens; `shape` is (B, G, E), `dtype` what a storage without a
-        type of its own takes."""
+        """The buffers by name, grown if needed so that `new` more tokens fit. `shape` is (B, G, E); `dtype` is the type
+        of new buffers where the cache was made without one."""
 
     def replace(self, buffers: dict[str, mx.array], new: int) -> None:
-        """Take over what was made of the buffers of `room`, with `new` more tokens in them."""
+        """Replace the buffers that `room` gave by `buffers`, which contain `new` more tokens."""
 
 
 class Cache(Protocol):
-    """What the decode loop, generation and the measuring tools need of a model's cache."""
+    """The cache of a whole model, as the decode loop, generation and the measuring tools use it."""
 
-    kind: str | None  # the name in KINDS by which it was made, None for the executor's own type
-    tally: Tally  # what computed the tokens that went in
+    kind: str | None  # its name in KINDS; None where the numeric type follows from what computes the model
+    tally: Tally  # counts which backend and arithmetic computed the tokens that were appended
 
     @property
     def length(self) -> int:
-        """Tokens held."""
+        """Cached tokens."""
 
     @property
     def nbytes(self) -> int:
-        """Bytes allocated, capacity included."""
+        """Bytes allocated, unused capacity included."""
+
+    @property
+    def stored_as(self) -> str | None:
+        """The numeric type of the stored keys and values, for display; None where it is not known."""
 
     def rewind(self, length: int) -> int:
-        """Forget the tokens after the first `length`; returns how many are kept: `length`, or fewer where only a
-        shorter beginning can be restored (the caller computes the others again), or all that are held, unchanged,
-        where nothing can be taken back. Raises MlxeffError unless 0 ≤ length ≤ tokens held."""
+        """Drop all tokens after the first `length`. Returns the number of tokens kept: `length`, or fewer where the
+        storage can only go back to an earlier token (the caller then computes the missing ones again), or all of them,
+        with nothing changed, where tokens cannot be dropped. Raises MlxeffError unless 0 ≤ length ≤ self.length."""
 
     def reserve(self, tokens: int) -> None:
-        """Announce `tokens` more tokens, so that a known prompt is allocated once."""
+        """Announce that `tokens` more tokens will follow, so that memory for a known prompt is allocated at once."""
 
     def arrays(self) -> list:
-        """What to evaluate after a prefill chunk."""
+        """The arrays to evaluate after a prefill chunk."""
 
 
 class LayerCache:
-    """Keys and values of one layer, in buffers (B, G, capacity, E) that grow by `step` tokens.
+    """Keys and values of one layer in two buffers (B, G, capacity, E). It has the methods of `NativeLayer`.
 
-    `dtype`: the type of the buffers, None for that of the first keys. Attention computes in the type of the queries.
+    `window` is the sliding window in tokens, None for full attention. `dtype` is the type of the buffers; None takes
+    the type of the first keys. Attention is computed in the type of the queries.
     """
 
-    step = 256
+    step = 256  # tokens; the capacity of the buffers is a multiple of this
     storage = "dense"
 
     def __init__(self, window: int | None = None, dtype: mx.Dtype | None = None):
         self.keys: mx.array | None = None
         self.values: mx.array | None = None
-        self.length = 0  # tokens held; the buffers may be longer
+        self.length = 0  # cached tokens; the capacity of the buffers may be larger
         self.window, self.dtype = window, dtype
-        self._reserved = 0
+        self._reserved = 0  # tokens that the next growth of the buffers has to provide for
 
     def attend(
         self, queries: mx.array, keys: mx.array, values: mx.array, scale: float, _options: RunOptions = EXACT
     ) -> mx.array:
-        """As `Layer.attend`; the options change nothing here."""
-        held = self.append(keys, values)
-        if self.length == keys.shape[2] and held[0].dtype == keys.dtype:
-            held = keys, values  # nothing was held before: no detour, of gradients either, over the buffers
-        return attention(queries, *(each.astype(queries.dtype) for each in held), scale, self.window)
+        """See `Layer.attend`. No option changes the result."""
+        all_keys, all_values = self.append(keys, values)
+        if self.length == keys.shape[2] and all_keys.dtype == keys.dtype:
+            # The cache was empty, so the new keys and values are all there are. Attention reads them directly, which
+            # spares the forward pass and the gradients the detour through the buffers.
+            all_keys, all_values = keys, values
+        all_keys, all_values = all_keys.astype(queries.dtype), all_values.astype(queries.dtype)
+        return attention(queries, all_keys, all_values, scale, self.window)
 
     def append(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """Store (B, G, S, E) after the tokens held; returns all keys and values held, (B, G, T, E)."""
+        """Store keys and values (B, G, S, E) of new tokens; returns those of all cached tokens, (B, G, T, E)."""
         batch, heads, new, size = keys.shape
         start, end = self.length, self.length + new
         self.room(new, (batch, heads, size), keys.dtype)
@@ -137,121 +148,128 @@ class LayerCache:
         return self.state()
 
     def room(self, new: int, shape: tuple[int, int, int], dtype: mx.Dtype) -> dict[str, mx.array]:
-        """As `NativeLayer.room`: "keys" and "values"."""
+        """See `NativeLayer.room`. The buffers are called "keys" and "values"."""
         if self.keys is None or self.length + new > self.keys.shape[2]:
             self._grow(self.length + new, shape, self.dtype or dtype)
         return {"keys": self.keys, "values": self.values}
 
     def replace(self, buffers: dict[str, mx.array], new: int) -> None:
-        """As `NativeLayer.replace`."""
+        """See `NativeLayer.replace`."""
         self.keys, self.values, self.length = buffers["keys"], buffers["values"], self.length + new
 
     def state(self) -> tuple[mx.array, mx.array]:
-        """The keys and values held, (B, G, T, E)."""
+        """The keys and values of all cached tokens, (B, G, T, E)."""
         return self.keys[:, :, : self.length], self.values[:, :, : self.length]
 
     def reserve(self, tokens: int) -> None:
-        """Make the next growth large enough for `tokens` more tokens."""
+        """Make the next growth of the buffers large enough for `tokens` more tokens."""
         self._reserved = self.length + tokens
 
     def rewind(self, length: int) -> int:
-        """Forget the tokens after the first `length`; any number can be taken back."""
+        """Drop all tokens after the first `length`; returns the number of tokens kept, always the wanted one."""
         self.length = min(self.length, length)
         return self.length
 
     def saved(self) -> dict[str, mx.array]:
-        """As `Layer.saved`: "keys" and "values", (B, G, T, E)."""
+        """See `Layer.saved`. The arrays are "keys" and "values", (B, G, T, E)."""
         return dict(zip(("keys", "values"), self.state(), strict=True))
 
     def restore(self, arrays: dict[str, mx.array], tokens: int) -> None:
-        """As `Layer.restore`."""
+        """See `Layer.restore`."""
         if set(arrays) != {"keys", "values"} or any(a.ndim != 4 or a.shape[2] != tokens for a in arrays.values()):
             raise ValueError(f"keys and values of {tokens} tokens")
         self.keys, self.values, self.length = arrays["keys"], arrays["values"], tokens
 
     def arrays(self) -> list[mx.array]:
+        """The two buffers, or nothing before the first token."""
         return [] if self.keys is None else [self.keys, self.values]
 
     @property
     def stored_as(self) -> str | None:
-        """The type of the buffers, the one to come where there is none."""
+        """The type of the buffers, or of those to be allocated; None where the first keys will decide."""
         dtype = self.dtype if self.keys is None else self.keys.dtype
         return dtype and str(dtype).removeprefix("mlx.core.")
 
     @property
     def nbytes(self) -> int:
+        """Bytes of the two buffers, unused capacity included."""
         return sum(buffer.nbytes for buffer in self.arrays())
 
     def _grow(self, length: int, shape: tuple[int, int, int], dtype: mx.Dtype) -> None:
+        """Replace the buffers by copies with a capacity of at least `length` tokens; `shape` is (B, G, E)."""
         batch, heads, size = shape
         capacity = -(-max(length, self._reserved) // self.step) * self.step
 
         def extend(old: mx.array | None) -> mx.array:
-            held = 0 if old is None else self.length
-            room = mx.zeros((batch, heads, capacity - held, size), dtype if old is None else old.dtype)
-            return room if old is None else mx.concatenate([old[:, :, :held], room], axis=2)
+            if old is None:
+                return mx.zeros((batch, heads, capacity, size), dtype)
+            free = mx.zeros((batch, heads, capacity - self.length, size), old.dtype)
+            return mx.concatenate([old[:, :, : self.length], free], axis=2)
 
         self.keys, self.values = extend(self.keys), extend(self.values)
 
 
 @dataclass(frozen=True)
 class LayerShape:
-    """What a layer's cache is made for: KV heads G, head size E, sliding window in tokens (None: all)."""
+    """The sizes of a decoder layer that its cache depends on."""
 
-    groups: int
-    head_size: int
-    window: int | None = None
+    groups: int  # G, KV heads
+    head_size: int  # E
+    window: int | None = None  # sliding window in tokens, None for full attention
 
 
 LayerMaker = Callable[[LayerShape], Layer]
 FLOAT_KINDS = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
-KINDS: dict[str, LayerMaker] = {  # a technique's own kinds are entered by `assembly.techniques`
+# Kind of cache → function that makes the cache of one layer. `assembly.techniques` adds the kinds of the techniques.
+KINDS: dict[str, LayerMaker] = {
     name: lambda shape, dtype=dtype: LayerCache(shape.window, dtype) for name, dtype in FLOAT_KINDS.items()
 }
 
 
 class KVCache:
-    """The cache of one model: a layer's cache a layer, all of one length."""
+    """The cache of one model: one layer cache for each layer, all of the same length. It has the methods of `Cache`."""
 
-    views: tuple[str, ...] = (FULL_VIEW,)
+    views: tuple[str, ...] = (FULL_VIEW,)  # the values of `RunOptions.view` that this cache can serve
 
     def __init__(self, layers: Sequence[Layer], kind: str | None = None):
         self.layers, self.kind, self.tally = list(layers), kind, Tally()
 
     @classmethod
     def of(cls, shapes: Sequence[LayerShape], kind: str) -> "KVCache":
-        """A new cache of `kind`, for layers of these shapes. Raises MlxeffError for a kind that is not in KINDS."""
+        """A new cache of `kind` for layers of these shapes. Raises MlxeffError for a kind that is not in KINDS."""
         if kind not in KINDS:
             raise MlxeffError(f"KV cache: wanted one of {', '.join(KINDS)}, got {kind!r}")
         return cls([KINDS[kind](shape) for shape in shapes], kind)
 
     @property
     def length(self) -> int:
-        """Tokens held."""
+        """Cached tokens."""
         return self.layers[0].length
 
     @property
     def nbytes(self) -> int:
-        """Bytes allocated, capacity included."""
+        """Bytes allocated, unused capacity included."""
         return sum(layer.nbytes for layer in self.layers)
 
     @property
     def stored_as(self) -> str | None:
-        """The numeric types of what the layers keep, joined by " + "; None while they are open."""
+        """The distinct numeric types of the layers' caches, joined by " + "; None until one is known."""
         return " + ".join(dict.fromkeys(filter(None, (layer.stored_as for layer in self.layers)))) or None
 
     def rewind(self, length: int) -> int:
-        """As `Cache.rewind`: the shortest beginning that any layer can restore."""
+        """See `Cache.rewind`. All layers keep as many tokens as the layer that keeps the fewest."""
         if not 0 <= length <= self.length:
             raise MlxeffError(f"KV cache: wanted to rewind to 0 to {self.length} tokens, got {length}")
+        # A layer that kept fewer tokens shortens the others, and rewinding those may in turn keep fewer still.
         while (kept := min(layer.rewind(length) for layer in self.layers)) < length:
             length = kept
         return length
 
     @contextlib.contextmanager
     def rewound(self, length: int) -> Iterator[None]:
-        """Inside the block the cache holds its first `length` tokens only. What is appended there replaces those that
-        stood in its place; the others are back at the end. For layers that can take back any number of tokens."""
+        """Inside the block the cache consists of its first `length` tokens. At the end of the block it has its former
+        length again: tokens appended inside have overwritten the former ones at their positions, all other former
+        tokens are intact. Only for layers whose `rewind` keeps exactly the wanted number of tokens."""
         before = self.length
         self.rewind(length)
         try:
@@ -261,16 +279,21 @@ class KVCache:
                 layer.length = before
 
     def reserve(self, tokens: int) -> None:
-        """Announce `tokens` more tokens."""
+        """See `Cache.reserve`."""
         for layer in self.layers:
             layer.reserve(tokens)
 
     def arrays(self) -> list[mx.array]:
-        """The buffers, to be evaluated after a prefill chunk."""
+        """See `Cache.arrays`."""
         return [buffer for layer in self.layers for buffer in layer.arrays()]
 
     def save(self, path: str | os.PathLike, tokens: Sequence[int], model: str) -> None:
-        """Write keys, values and the `tokens` they stand for to a safetensors file, by a temporary name beside it."""
+        """Write the cache and the ids of its tokens to the safetensors file `path`.
+
+        `model` is the fingerprint of the model, which `restore` compares. An existing file is replaced only by a
+        complete one. Raises MlxeffError for an empty cache, for a number of token ids other than `length`, and for a
+        file that cannot be written.
+        """
         if self.length == 0 or len(tokens) != self.length:
             raise MlxeffError(f"{path}: cannot save a KV cache of {self.length} tokens with {len(tokens)} token ids")
         arrays = {"tokens": mx.array(list(tokens), dtype=mx.uint32)}
@@ -280,9 +303,10 @@ class KVCache:
         save_arrays(Path(path), arrays, metadata, "the prompt cache")
 
     def restore(self, path: str | os.PathLike, model: str) -> list[int]:
-        """Fill this (new) cache from a file that `save` wrote for the same `model`; returns the token ids it holds.
+        """Fill this cache, which must be empty, from a file that `save` wrote; returns the ids of its tokens.
 
-        Raises MlxeffError for any other file; the cache is then as it was.
+        Raises MlxeffError for a file of another model (fingerprint `model`), of other layers or of another storage
+        format, and for a damaged or foreign file. The cache is then still empty.
         """
         arrays, storage = _read(Path(path), model)
         if storage != self._storage:
@@ -307,14 +331,14 @@ class KVCache:
 
     @property
     def _storage(self) -> str:
-        """The forms that the layers have in a file, joined."""
+        """The names of the layers' storage formats, joined, for the metadata of a cache file."""
         return "+".join(dict.fromkeys(layer.storage for layer in self.layers))
 
 
-def common_prefix(held: Sequence[int], wanted: Sequence[int]) -> int:
+def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
     """Length of the common prefix of two token lists."""
     length = 0
-    for a, b in zip(held, wanted, strict=False):
+    for a, b in zip(first, second, strict=False):
         if a != b:
             break
         length += 1
@@ -322,7 +346,7 @@ def common_prefix(held: Sequence[int], wanted: Sequence[int]) -> int:
 
 
 def _read(path: Path, model: str) -> tuple[dict[str, mx.array], str]:
-    """(the arrays, the form that they have) of a cache file of `model`."""
+    """Read a cache file of the model with fingerprint `model`: its arrays by name, and their storage format."""
     from safetensors import SafetensorError, safe_open
 
     try:

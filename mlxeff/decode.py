@@ -1,11 +1,13 @@
-"""The decode loop: `prefill` fills a cache from prompt tokens, `decode` yields one `Step` a token; and the protocols by
-which a technique takes the place of either, `Reading` and `Following`. Knows nothing about text.
+"""The decode loop: `prefill` fills a KV cache from the prompt, `decode` yields one `Step` for each new token.
 
-On the way from prompt to text only this module evaluates, and a technique's own reading or following. One token is
-always in flight: the next step is launched before the present one is read, so the host never holds up the device beyond
-the token itself. On a CPU it is launched when the present one is complete: a step in flight holds the cache's buffers,
-and the next one would have to copy them. A cache may change its storage at any append: a step in flight keeps what it
-was given.
+A technique can replace either part: an object with the protocol `Reading` stands in for `prefill`, one with the
+protocol `Following` for `decode`. A `Setup` joins a model with both parts. This module knows nothing about text.
+
+MLX builds graphs lazily. Between prompt and text, the only code that evaluates them is here or in a technique's own
+reading or following. `decode` launches the step for the next token before it reads the current token, so that the GPU
+never waits for Python. On a CPU it waits for the current token first, because a step that still runs refers to the
+cache's buffers, and the next step would have to copy them before writing to them. A cache may replace its buffers at
+any append: a step that was launched earlier keeps the buffers that it was built on.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -21,31 +23,31 @@ from .ops import log_softmax
 from .running import EXACT, RunOptions
 from .sampling import LogitsProcessor, Sampler
 
-Progress = Callable[[int, int], None]  # (prompt tokens done, prompt tokens in all)
+Progress = Callable[[int, int], None]  # called with (prompt tokens done, prompt tokens in total)
 
 
 class Model(Protocol):
-    """What the decode loop and generation need of a model."""
+    """A language model, as the decode loop and generation use it. B batch, S tokens, V vocabulary."""
 
-    seams: frozenset[str]  # where a technique can plug in (models/__init__.py)
-    vocab_size: int | None  # rows of the embedding table, where known
-    context_length: int | None  # tokens, where known
+    seams: frozenset[str]  # names of the places where a technique can plug in, explained in models/__init__.py
+    vocab_size: int | None  # rows of the embedding table; None where unknown
+    context_length: int | None  # tokens; None where unknown
 
     def new_cache(self, kind: str | None = None) -> Cache:
         """An empty cache; `kind` as in `RunOptions.kv`."""
 
     def __call__(self, tokens: mx.array, cache: Cache, options: RunOptions = EXACT) -> mx.array:
-        """Token ids (B, S) that follow what `cache` holds → logits (B, S, V)."""
+        """Ids (B, S) of the tokens that follow the cached ones → logits (B, S, V). Appends the tokens to `cache`."""
 
     def last_logits(self, tokens: mx.array, cache: Cache, options: RunOptions = EXACT) -> mx.array:
-        """The same for the last position only, (B, V)."""
+        """As `__call__`, but the logits of the last position only, (B, V)."""
 
     def check(self, options: RunOptions) -> None:
-        """Raises MlxeffError for options that this model does not have here."""
+        """Raises MlxeffError for options that this model does not support on this machine."""
 
 
 def require_seam(model: Model, seam: str, technique: str) -> None:
-    """Refuse, in one line, to use `technique` on a model that has no such seam."""
+    """Raises MlxeffError where `model` lacks the place `seam` at which `technique` plugs in."""
     if seam not in model.seams:
         kind = getattr(model, "config", None)
         kind = kind.get("model_type") if isinstance(kind, dict) else type(model).__module__.rpartition(".")[2]
@@ -54,25 +56,25 @@ def require_seam(model: Model, seam: str, technique: str) -> None:
 
 @dataclass
 class Step:
-    """One decoded token; `logprobs` (V,) are lazy, after the logits processors, before the sampler."""
+    """One decoded token."""
 
     token: int
-    logprobs: mx.array
-    from_draft: bool = False
+    logprobs: mx.array  # (V,), not yet evaluated: log-probabilities after the logits processors, before the sampler
+    from_draft: bool = False  # whether a draft model proposed the token (speculative decoding)
 
 
 class Part(Protocol):
-    """What a reading and a following tell of themselves."""
+    """The statistics that a `Reading` and a `Following` give of the last prompt and its answer."""
 
     def report(self) -> dict:
-        """{name of the technique: what it did to the last prompt and answer}, for `--json`; {} of the plain parts."""
+        """{name of the technique: its statistics} for `--json`; {} where no technique takes part."""
 
     def summary(self) -> str:
-        """The same in a few words, "" where there is nothing to say."""
+        """The statistics in a few words; "" where there is nothing to say."""
 
 
 class Reading(Part, Protocol):
-    """How a prompt gets into the cache."""
+    """The way in which a prompt is read into the cache."""
 
     def read(
         self,
@@ -83,14 +85,14 @@ class Reading(Part, Protocol):
         progress: Progress | None = None,
         options: RunOptions = EXACT,
     ) -> mx.array:
-        """As `prefill`."""
+        """As `prefill`: same arguments, same result."""
 
     def accompany(self, steps: Iterator[Step], prompt: Sequence[int]) -> Iterator[Step]:
-        """The same steps, which follow `prompt`, with what the reading has left to do between them."""
+        """Pass on the steps of the answer to `prompt` unchanged. A reading that has work left does it between them."""
 
 
 class Following(Part, Protocol):
-    """How tokens follow what the cache holds."""
+    """The way in which the tokens of the answer are decoded, once the prompt is in the cache."""
 
     def follow(
         self,
@@ -103,7 +105,7 @@ class Following(Part, Protocol):
         max_tokens: int = -1,
         options: RunOptions = EXACT,
     ) -> Iterator[Step]:
-        """As `decode`."""
+        """As `decode`: same arguments, same result."""
 
 
 def prefill(
@@ -114,10 +116,10 @@ def prefill(
     progress: Progress | None = None,
     options: RunOptions = EXACT,
 ) -> mx.array:
-    """Run `tokens` (N,) or (B, N), N ≥ 1, through the model in chunks of `step_size`; returns the last token's logits
-    (1, V) or (B, V), lazy.
+    """Run the prompt `tokens`, ids (N,) or (B, N) with N ≥ 1, through the model in chunks of `step_size` tokens.
 
-    Chunks but the last evaluate only the cache: their logits are never computed.
+    Returns the logits of the last position, (1, V) or (B, V), not yet evaluated. Of all chunks but the last only the
+    cache is evaluated, so their logits are never computed. `progress` is called before each chunk.
     """
     tokens = tokens if tokens.ndim == 2 else tokens[None]
     total = tokens.shape[1]
@@ -142,14 +144,15 @@ def decode(
     max_tokens: int = -1,
     options: RunOptions = EXACT,
 ) -> Iterator[Step]:
-    """Yield up to `max_tokens` steps (-1: without end) that follow `logits` (1, V).
+    """Yield up to `max_tokens` steps (-1: without end). The first token is drawn from `logits` (1, V), the prompt's.
 
-    `history` (N,) are the tokens before, for the processors. Whenever the consumer stops, the cache holds the prompt
-    and every yielded token but the last: a step in flight is taken back, where the cache can.
+    `history` are the ids (N,) of all tokens so far, for the logits processors. When the consumer stops, early or at the
+    end, the cache contains the prompt and every yielded token but the last: the token of a step that was launched ahead
+    is dropped again, where the cache can drop tokens. Raises MlxeffError where a native kernel refuses its input.
     """
     start, yielded, on_cpu = cache.length, 0, device() == "cpu"
     try:
-        token, logprobs = _pick(logits, sampler, processors, history)
+        token, logprobs = _next_token(logits, sampler, processors, history)
         mx.async_eval(token, logprobs)
         while yielded != max_tokens:
             if yielded + 1 != max_tokens:
@@ -158,23 +161,26 @@ def decode(
                 if on_cpu:
                     mx.eval(token)
                 logits = model.last_logits(token[:, None], cache, options)
-                following = _pick(logits, sampler, processors, history)
-                mx.async_eval(*following)
+                next_token, next_logprobs = _next_token(logits, sampler, processors, history)
+                mx.async_eval(next_token, next_logprobs)
             yielded += 1
             yield Step(token.item(), logprobs[0])
             if yielded != max_tokens:
-                token, logprobs = following
-    except RuntimeError as error:  # what a kernel refuses, such as logits that are not numbers, is known when it runs
+                token, logprobs = next_token, next_logprobs
+    except RuntimeError as error:  # raised at evaluation where a kernel refuses its input, such as logits that are NaN
         if not str(error).startswith("native kernel: "):
             raise
         raise MlxeffError(f"decoding: {error}") from error
     finally:
-        wanted = start + max(0, yielded - 1)
-        if cache.length > wanted:
-            cache.rewind(wanted)
+        length = start + max(0, yielded - 1)
+        if cache.length > length:
+            cache.rewind(length)
 
 
-def _pick(logits: mx.array, sampler: Sampler, processors: Sequence[LogitsProcessor], history: mx.array | None):
+def _next_token(
+    logits: mx.array, sampler: Sampler, processors: Sequence[LogitsProcessor], history: mx.array | None
+) -> tuple[mx.array, mx.array]:
+    """Logits (1, V) → (the sampled token (1,), the log-probabilities (1, V) that it was drawn from)."""
     for process in processors:
         logits = process(history, logits)
     logprobs = log_softmax(logits)
@@ -182,7 +188,7 @@ def _pick(logits: mx.array, sampler: Sampler, processors: Sequence[LogitsProcess
 
 
 class PlainPart:
-    """Has nothing to tell."""
+    """A part without statistics."""
 
     def report(self) -> dict:
         return {}
@@ -192,26 +198,26 @@ class PlainPart:
 
 
 class PlainReading(PlainPart):
-    """The model computes every token of the prompt."""
+    """The reading without a technique: the model computes every token of the prompt (`prefill`)."""
 
     read = staticmethod(prefill)
 
     def accompany(self, steps: Iterator[Step], _prompt: Sequence[int]) -> Iterator[Step]:
-        """The steps as they are: nothing is left to do."""
+        """The steps unchanged: this reading leaves no work for later."""
         return steps
 
 
 class PlainFollowing(PlainPart):
-    """One token a pass of the model."""
+    """The following without a technique: each forward pass decodes one token (`decode`)."""
 
     follow = staticmethod(decode)
 
 
 @dataclass
 class Setup:
-    """A model and how it is run: what generation, the benchmarks and the measures of quality take.
+    """A model and the way in which it is run, for generation, benchmarks and measurements of quality.
 
-    The parts keep counts of the last prompt: one setup serves one generation at a time.
+    Reading and following keep statistics of the last prompt, so one setup serves one generation at a time.
     """
 
     model: Model
@@ -224,13 +230,13 @@ class Setup:
         return self.model.new_cache(self.options.kv)
 
     def read(self, tokens: mx.array, cache: Cache, step_size: int, progress: Progress | None = None) -> mx.array:
-        """Fill `cache` from the prompt `tokens` (N,) or (B, N); returns the last logits (1, V) or (B, V), lazy."""
+        """Read the prompt `tokens` into `cache` by the setup's reading; arguments and result as in `prefill`."""
         return self.reading.read(self.model, cache, tokens, step_size, progress, self.options)
 
     def report(self) -> dict:
-        """What both parts tell."""
+        """The statistics of reading and following, see `Part.report`."""
         return self.reading.report() | self.following.report()
 
     def summary(self) -> list[str]:
-        """What both parts tell in a few words."""
+        """The summaries of reading and following, without empty ones."""
         return [text for part in (self.reading, self.following) if (text := part.summary())]

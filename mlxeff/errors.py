@@ -1,10 +1,10 @@
-"""The one error type a user sees, and the one channel for visible notices. Every module may import this; it imports
-nothing of ours.
+"""`MlxeffError`, the one error type that users see, and `notices`, the one channel for messages that are no errors.
 
-A message is one line that names the origin, what was wanted and what was got: `model.safetensors: tensor 'x': wanted
-shape (2, 3), got (3, 2)`. A notice (a fallback, a truncation, an approximate mode) goes through `notices`, the
-standard logger named "mlxeff": the command line prints it to stderr and lists it in `--json`; a Python caller sees it
-by the rules of `logging`.
+An error message is one line that names the origin, the wanted value and the actual one: `model.safetensors: tensor 'x':
+wanted shape (2, 3), got (3, 2)`. A notice (of a fallback, a truncation, an approximate mode) goes through `notices`,
+the standard logger named "mlxeff": the command line prints it to standard error and lists it in the `--json` document,
+and for a Python caller the rules of `logging` apply. Every module may import this one; it imports no other module of
+the package.
 """
 
 import contextlib
@@ -15,12 +15,12 @@ notices = logging.getLogger("mlxeff")
 
 
 class MlxeffError(ValueError):
-    """Bad input or a situation the user can mend; `str(error)` is the one line to show."""
+    """Bad input, or a situation that the user can correct; `str(error)` is the line to show."""
 
 
 @contextlib.contextmanager
 def no_notices() -> Iterator[None]:
-    """Inside the block no notice is given: for work that is repeated only to be timed."""
+    """Suppress all notices inside the block, for work that is repeated only to be timed."""
     before, notices.disabled = notices.disabled, True
     try:
         yield

@@ -1,8 +1,9 @@
-"""Prompt → text: `stream_generate` and `generate` in mlx-lm's shapes, and `Session`, which keeps a cache between
-prompts.
+"""Prompt → text: `stream_generate` and `generate` with mlx-lm's arguments, and `Session`, which keeps a KV cache
+between prompts.
 
-Joins how a prompt is read and how tokens follow (`decode.Reading`, `decode.Following`) with a tokenizer: stop strings,
-the context limit, timings. Knows no technique, no flags, and of files only the one that a session's cache goes to.
+Adds to the decode loop (`decode.Reading`, `decode.Following`) what concerns text: the tokenizer, stop strings, the
+context limit and timings. This module knows no technique by name and no option of the command line. The only file that
+it reads or writes is the one for a session's cache.
 """
 
 import time
@@ -18,33 +19,29 @@ from .decode import Following, Model, PlainFollowing, PlainReading, Progress, Re
 from .errors import MlxeffError, notices
 from .running import EXACT, RunOptions, Tally
 from .sampling import LogitsProcessor, Sampler, make_sampler
+from .tokenizer import Tokenizer
 
 
 @dataclass
 class GenerationResponse:
-    """One decoded token and the state of the generation; mlx-lm's fields and `ttft`.
+    """One decoded token and the state of the generation: the fields of mlx-lm's response, and `ttft`."""
 
-    `text` is what became final with this token. `prompt_tokens` counts those computed (not those a cache already
-    held); `prompt_tps` is that count by `ttft`, the seconds to the first token; `generation_tps` is (N-1)/Δt from the
-    first token on (0 for the first); `peak_memory` is MLX's, in GB. `finish_reason`: None, "stop" (end token or stop
-    string) or "length" (`max_tokens` or the context limit).
-    """
-
-    text: str
+    text: str  # text that became final with this token
     token: int
-    logprobs: mx.array
-    from_draft: bool
-    prompt_tokens: int
-    prompt_tps: float
-    generation_tokens: int
-    generation_tps: float
-    peak_memory: float
-    finish_reason: str | None = None
-    ttft: float = 0.0
+    logprobs: mx.array  # (V,), as in `decode.Step`
+    from_draft: bool  # whether a draft model proposed the token
+    prompt_tokens: int  # prompt tokens that were computed, without those that the cache already contained
+    prompt_tps: float  # tokens a second: prompt_tokens / ttft
+    generation_tokens: int  # tokens generated so far, N
+    generation_tps: float  # tokens a second: (N - 1) / (seconds since the first token); 0 at the first token
+    peak_memory: float  # of MLX's allocator, in GB (10^9 bytes)
+    finish_reason: str | None = None  # "stop": end token or stop string; "length": max_tokens or the context limit
+    ttft: float = 0.0  # seconds from the call to the first token
 
 
-def generate(model: Model, tokenizer, prompt: str | list[int], verbose: bool = False, **more) -> str:
-    """The whole answer as one string; `more` as in `stream_generate`, `verbose` prints it as it comes."""
+def generate(model: Model, tokenizer: Tokenizer, prompt: str | list[int], verbose: bool = False, **more) -> str:
+    """The whole answer as one string. `verbose` also prints it while it is generated; `more`: arguments of
+    `stream_generate`, which also names the errors."""
     pieces, response = [], None
     for response in stream_generate(model, tokenizer, prompt, **more):
         pieces.append(response.text)
@@ -59,7 +56,7 @@ def generate(model: Model, tokenizer, prompt: str | list[int], verbose: bool = F
 
 def stream_generate(
     model: Model,
-    tokenizer,
+    tokenizer: Tokenizer,
     prompt: str | mx.array | list[int],
     max_tokens: int = 256,
     draft_model=None,
@@ -77,15 +74,27 @@ def stream_generate(
     following: Following | None = None,
     options: RunOptions = EXACT,
 ) -> Iterator[GenerationResponse]:
-    """Yield a `GenerationResponse` a token; the last one has a `finish_reason`.
+    """Yield one `GenerationResponse` for each token; the last one has a `finish_reason`.
 
-    `prompt`: text (a BOS is added unless it is there) or token ids. `max_tokens` -1 is unlimited up to the context.
-    `prompt_cache`: a cache from `model.new_cache()` that may already hold a prefix of the conversation; `prompt` is
-    what comes after it. `stop`: strings that end the text and are not part of it. `context_limit`: tokens, the
-    model's own by default; a longer prompt is an error, or with `truncate` loses its beginning, with a notice.
-    `history`: the tokens that `prompt_cache` stands for, for the logits processors. `reading`: how the prompt gets into
-    the cache, such as the pair of KV Prediction that `load_pair` gives; None: the model computes every token.
-    `following`: how tokens follow, None: one a pass. `options`: arithmetic and kind of KV cache, valid for this call.
+    prompt                    text (a BOS token is added unless the text begins with it) or token ids
+    max_tokens                -1: up to the end of the context
+    sampler                   log-probabilities → token, see `sampling.make_sampler`; None: greedy
+    logits_processors         see `sampling.make_logits_processors`
+    prompt_cache              a cache from `model.new_cache()`; `prompt` continues the tokens that it contains
+    prefill_step_size         prompt tokens in one forward pass; None: kernels.PREFILL_STEP of the device
+    prompt_progress_callback  called with (prompt tokens done, prompt tokens in total)
+    stop                      strings that end the text; they are not part of it
+    context_limit             tokens; None: the model's own limit
+    truncate                  drop the beginning of a prompt that is too long, with a notice, instead of raising
+    history                   ids of the tokens in `prompt_cache`, for the logits processors
+    reading                   how the prompt is read into the cache, such as the KV Prediction that `load_pair` gives;
+                              None: the model computes every token
+    following                 how the answer is decoded; None: one token in each forward pass
+    options                   arithmetic and kind of KV cache, for this call
+    draft_model               exists only for mlx-lm's signature, and is refused
+
+    Raises MlxeffError for an empty or too long prompt, for ids outside of the vocabulary, and for arguments that the
+    model does not support.
     """
     if draft_model is not None:
         raise MlxeffError("stream_generate: draft_model is not supported")
@@ -108,7 +117,8 @@ def stream_generate(
     mx.reset_peak_memory()
     step_size = prefill_step_size or kernels.PREFILL_STEP[kernels.device()]
     logits = reading.read(model, cache, mx.array(ids), step_size, prompt_progress_callback, options)
-    seen, sampler = mx.array([*history, *ids]) if logits_processors else None, sampler or make_sampler()
+    seen = mx.array([*history, *ids]) if logits_processors else None
+    sampler = sampler or make_sampler()
     steps = following.follow(model, cache, logits, sampler, logits_processors or (), seen, budget, options)
     steps = reading.accompany(steps, ids)
     finisher = _Finisher(tokenizer, stop, budget, cut_by_context=budget != max_tokens)
@@ -118,7 +128,10 @@ def stream_generate(
         steps.close()
 
 
-def _respond(steps: Iterator[Step], finisher: "_Finisher", began: float, prompt_tokens: int, progress: Progress | None):
+def _respond(
+    steps: Iterator[Step], finisher: "_Finisher", began: float, prompt_tokens: int, progress: Progress | None
+) -> Iterator[GenerationResponse]:
+    """The response to each step. `began` is the `time.perf_counter()` of the call."""
     ttft, first = 0.0, 0.0
     for count, step in enumerate(steps, start=1):
         now = time.perf_counter()
@@ -144,8 +157,9 @@ def _respond(steps: Iterator[Step], finisher: "_Finisher", began: float, prompt_
             return
 
 
-def prompt_ids(tokenizer, prompt: str | mx.array | list[int]) -> list[int]:
-    """Token ids of a prompt; refuses an empty one."""
+def prompt_ids(tokenizer: Tokenizer, prompt: str | mx.array | list[int]) -> list[int]:
+    """Token ids of a prompt: with a BOS token before text, unless the text begins with it. Raises MlxeffError for an
+    empty prompt."""
     if isinstance(prompt, str):
         bos = getattr(tokenizer, "bos_token", None)
         ids = tokenizer.encode(prompt, add_special_tokens=not (bos and prompt.startswith(bos)))
@@ -159,22 +173,24 @@ def prompt_ids(tokenizer, prompt: str | mx.array | list[int]) -> list[int]:
 
 
 def _check_ids(ids: list[int], rows: int | None) -> None:
-    """Refuse ids that have no row in the embedding table of `rows`: MLX would read outside of it."""
+    """Raises MlxeffError for ids without a row in the embedding table, which has `rows` rows (None: unknown). MLX would
+    read memory outside of the table."""
     for token in ids:
         if not isinstance(token, int) or not 0 <= token < (rows or 1 << 31):
             raise MlxeffError(f"prompt: wanted token ids from 0 to {(rows or 1 << 31) - 1}, got {token!r:.60}")
 
 
-def fit_context(ids: list[int], held: int, limit: int | None, max_tokens: int, truncate: bool) -> list[int]:
-    """`ids` if they fit into `limit` after `held` tokens, else an error or, with `truncate`, their end, with a notice.
+def fit_context(ids: list[int], cached: int, limit: int | None, max_tokens: int, truncate: bool) -> list[int]:
+    """The prompt `ids` if they fit into the context of `limit` tokens after `cached` cached tokens.
 
-    Truncation leaves room for `max_tokens`, at most half of the context; a leading token is dropped like any other.
+    Of longer prompts `truncate` keeps the end, with a notice, where nothing is cached: it leaves room for `max_tokens`,
+    at most half of the context. A BOS token at the beginning is dropped like any other. Raises MlxeffError otherwise.
     """
-    if not limit or held + len(ids) <= limit:
+    if not limit or cached + len(ids) <= limit:
         return ids
-    if not truncate or held:
+    if not truncate or cached:
         raise MlxeffError(
-            f"prompt: {held + len(ids)} tokens, but the context is {limit} tokens (--truncate drops its beginning)"
+            f"prompt: {cached + len(ids)} tokens, but the context is {limit} tokens (--truncate drops its beginning)"
         )
     room = limit // 2 if max_tokens < 0 else min(max_tokens, limit // 2)
     kept = max(1, limit - room)
@@ -184,18 +200,22 @@ def fit_context(ids: list[int], held: int, limit: int | None, max_tokens: int, t
 
 
 class _Finisher:
-    """Token → text that is final, and why to finish: holds text back while it may turn out to be a stop string."""
+    """Turns tokens into final text, and decides when the generation ends.
 
-    def __init__(self, tokenizer, stop: str | Sequence[str], budget: int, cut_by_context: bool):
+    Text that may be the beginning of a stop string is kept in `pending` until the following text decides. `budget` is
+    the largest number of tokens; `cut_by_context` says that the context limits it rather than the caller.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop: str | Sequence[str], budget: int, cut_by_context: bool):
         stop = [stop] if isinstance(stop, str) else list(stop)
         if any(not text for text in stop):
             raise MlxeffError("stop: wanted non-empty strings, got an empty one")
         self.detokenizer, self.eos, self.stop = tokenizer.detokenizer, tokenizer.eos_token_ids, stop
         self.budget, self.cut_by_context = budget, cut_by_context
-        self.held = ""
+        self.pending = ""
 
     def take(self, token: int, count: int) -> tuple[str, str | None]:
-        """(final text, finish reason or None) after the `count`-th token."""
+        """Add the `count`-th token; returns (text that is now final, finish reason or None)."""
         reason = "stop" if token in self.eos else None
         if reason is None:
             self.detokenizer.add_token(token)
@@ -205,30 +225,32 @@ class _Finisher:
                     notices.warning("stopped: the context is full")
         if reason:
             self.detokenizer.finalize()
-        self.held += self.detokenizer.last_segment
-        found = [at for text in self.stop if (at := self.held.find(text)) >= 0]
-        if found:
-            return self.held[: min(found)], "stop"
-        keep = 0 if reason else self._possible_stop()
-        text, self.held = self.held[: len(self.held) - keep], self.held[len(self.held) - keep :]
+        self.pending += self.detokenizer.last_segment
+        places = [self.pending.find(text) for text in self.stop]
+        stops = [place for place in places if place >= 0]
+        if stops:
+            return self.pending[: min(stops)], "stop"
+        final = len(self.pending) - (0 if reason else self._possible_stop())
+        text, self.pending = self.pending[:final], self.pending[final:]
         return text, reason
 
     def _possible_stop(self) -> int:
-        """Length of the longest end of the held text that a stop string begins with."""
-        lengths = (n for text in self.stop for n in range(1, len(text)) if self.held.endswith(text[:n]))
+        """Length of the longest end of the pending text that is the beginning of a stop string."""
+        lengths = (n for text in self.stop for n in range(1, len(text)) if self.pending.endswith(text[:n]))
         return max(lengths, default=0)
 
 
 @dataclass
 class Session:
-    """A model with a cache that lives on between prompts: each prompt computes only what the cache does not hold."""
+    """A model with a KV cache that is kept between prompts: of each prompt only the tokens after the longest common
+    prefix with the cache are computed."""
 
     model: Model
-    tokenizer: object
+    tokenizer: Tokenizer
     cache: Cache | None = None
-    tokens: list[int] = field(default_factory=list)  # what the cache holds
-    prompt: list[int] = field(default_factory=list)  # the last one, as it was computed
-    reused: int = 0  # how many of its tokens the cache already held
+    tokens: list[int] = field(default_factory=list)  # ids of the tokens in the cache
+    prompt: list[int] = field(default_factory=list)  # ids of the last prompt, after truncation
+    reused: int = 0  # how many tokens of the last prompt were taken from the cache
     ran: Tally = field(default_factory=Tally)  # what computed the last prompt and its answer
 
     def stream(
@@ -240,7 +262,8 @@ class Session:
         options: RunOptions = EXACT,
         **more,
     ) -> Iterator[GenerationResponse]:
-        """`stream_generate` on the whole conversation `ids`; reuses the longest common prefix with the last one."""
+        """`stream_generate` for the prompt `ids`, which is the whole conversation: tokens in the cache are reused.
+        `more`: arguments of `stream_generate`, which also names the errors."""
         if self.cache is None:
             self.cache = self.model.new_cache(options.kv)
         self.prompt = fit_context(ids, 0, context_limit or self.model.context_length, max_tokens, truncate)
@@ -260,32 +283,34 @@ class Session:
             self._settle(self.prompt + generated, bool(generated))
 
     def restore(self, path: Path, fingerprint: str, ids: Sequence[int], options: RunOptions = EXACT) -> None:
-        """Go on with the cache that `save` wrote to `path`, for the prompt `ids`; says when none of it is of use.
+        """Continue with the cache that `save` wrote to `path`. Nothing happens where the file does not exist yet.
 
-        Raises MlxeffError for a file of another model (`fingerprint`) or kind, and for a folder that is not there; a
-        file that is not there yet is none.
+        A notice says when the file has no token in common with the prompt `ids`. Raises MlxeffError for a file of
+        another model (`fingerprint`) or of another kind of cache, and for a folder that does not exist.
         """
         if not path.exists():
             if not path.absolute().parent.is_dir():
                 raise MlxeffError(f"{path}: wanted an existing folder for the prompt cache, got none")
             return
         cache = self.model.new_cache(options.kv)
-        held = cache.restore(path, fingerprint)
-        if not common_prefix(held, ids[:-1]):
-            notices.warning("%s: none of its %d tokens fit this prompt: computed anew", path, len(held))
-        self.cache, self.tokens = cache, held
+        tokens = cache.restore(path, fingerprint)
+        if not common_prefix(tokens, ids[:-1]):
+            notices.warning("%s: none of its %d tokens fit this prompt: computed anew", path, len(tokens))
+        self.cache, self.tokens = cache, tokens
 
     def save(self, path: Path, fingerprint: str) -> None:
-        """Write the cache to `path`; says so where there is nothing to write."""
+        """Write the cache of the model with this `fingerprint` to `path`. A notice says when the cache is empty. Raises
+        MlxeffError where the file cannot be written."""
         if self.cache is None or not self.tokens:
             notices.warning("%s: not written: the prompt was interrupted", path)
             return
         self.cache.save(path, self.tokens, fingerprint)
 
     def _rewind(self, shared: int, options: RunOptions) -> int:
-        """Take the cache back to its first `shared` tokens, or to fewer where it cannot; returns how many it holds."""
+        """Drop all cached tokens after the first `shared`; returns how many are left: fewer, with a notice, where the
+        cache cannot go back to exactly that token."""
         kept = self.cache.rewind(shared) if shared < self.cache.length else shared
-        if kept > shared:  # nothing can be taken back
+        if kept > shared:  # the cache cannot drop tokens: start with an empty one
             self.cache, kept = self.model.new_cache(options.kv), 0
         if kept < shared:
             notices.warning("KV cache: %d tokens recomputed, this model's cache cannot be taken back", shared - kept)
@@ -293,7 +318,8 @@ class Session:
         return kept
 
     def _settle(self, tokens: list[int], complete: bool) -> None:
-        """Note what the cache holds; forget all after an interrupted prefill, whose state is unknown."""
+        """Note the ids of the cached tokens, which are the first of `tokens`. After an interrupted prefill (`complete`
+        is false) the state of the cache is unknown, and the cache is dropped."""
         if complete and self.cache.length <= len(tokens):
             self.tokens = tokens[: self.cache.length]
         else:

@@ -1,7 +1,7 @@
-"""Which device backends exist here, and what follows from that: the device, the arithmetic type, fusion, the
-buffer-cache bound.
+"""The backends of this machine, Metal and the native CPU extension, and what depends on them: the default device, the
+type to compute in, graph fusion, the limit of MLX's buffer cache.
 
-The one place that asks "Metal or CPU?". It knows nothing about models.
+Every question of "Metal or CPU?" is answered here. This module knows nothing about models.
 """
 
 import functools
@@ -14,8 +14,10 @@ import mlx.core as mx
 
 from .errors import MlxeffError
 
-BUFFER_CACHE_BYTES = 1 << 30  # freed buffers that MLX may keep; its own default is unbounded on small machines
-PREFILL_STEP = {"gpu": 2048, "cpu": 512}  # prompt tokens a chunk; a CPU holds (heads, chunk, length) attention scores
+BUFFER_CACHE_BYTES = 1 << 30  # of freed buffers that MLX keeps for reuse; by default they can fill a small machine
+# Prompt tokens in one forward pass. MLX's attention on a CPU allocates (heads, chunk, length) scores, so chunks are
+# smaller there.
+PREFILL_STEP = {"gpu": 2048, "cpu": 512}
 
 
 @functools.cache
@@ -26,7 +28,7 @@ def has_metal() -> bool:
 
 @functools.cache
 def native() -> tuple[ModuleType | None, str]:
-    """The CPU extension and "", or None and the reason why it cannot be used."""
+    """(The extension module of native CPU kernels, ""), or (None, the reason why it cannot be used)."""
     if os.environ.get("MLXEFF_NATIVE") == "0":
         return None, "switched off by MLXEFF_NATIVE=0"
     try:
@@ -45,9 +47,11 @@ def native() -> tuple[ModuleType | None, str]:
 
 @functools.cache
 def metal_kernel(family: str, name: str, inputs: tuple[str, ...], outputs: tuple[str, ...], body: str) -> Callable:
-    """The kernel `name` of metal/`family`.metal, built once: MLX's callable, which takes the launch's shapes and grid.
+    """The kernel `name` of the source file metal/`family`.metal, built once. Call the result as the documentation of
+    `mx.fast.metal_kernel` says, with arrays, grid and output shapes.
 
-    body: a few lines that call a function of that file; MLX gives it `inputs`, `outputs` and the thread's position.
+    body: a few lines of Metal that call a function of that file. MLX wraps them into a kernel whose arguments are the
+    arrays named in `inputs` and `outputs`, and the thread positions that the body mentions.
     """
     header = importlib.resources.files(f"{__package__}.metal").joinpath(f"{family}.metal").read_text(encoding="utf-8")
     return mx.fast.metal_kernel(
@@ -56,7 +60,8 @@ def metal_kernel(family: str, name: str, inputs: tuple[str, ...], outputs: tuple
 
 
 def use_device(name: str) -> str:
-    """Make `name` ("auto", "cpu" or "gpu") MLX's default device; returns the device in use, "cpu" or "gpu"."""
+    """Make `name` MLX's default device: "cpu", "gpu" or "auto", which leaves the default as it is. Returns the device
+    in use, "cpu" or "gpu". Raises MlxeffError for "gpu" without Metal."""
     if name == "gpu" and not has_metal():
         raise MlxeffError("--device gpu: wanted a Metal GPU, this MLX has none (use --device cpu)")
     if name != "auto":
@@ -65,21 +70,22 @@ def use_device(name: str) -> str:
 
 
 def device() -> str:
-    """The default device's kind, "cpu" or "gpu"."""
+    """The kind of MLX's default device, "cpu" or "gpu"."""
     return "gpu" if mx.default_device().type == mx.DeviceType.gpu else "cpu"
 
 
 def bound_buffer_cache() -> None:
-    """Bound MLX's cache of freed buffers. No wired-memory limit is set: it can panic small Macs (mlx issue 3186)."""
+    """Limit MLX's cache of freed buffers to BUFFER_CACHE_BYTES. No limit of wired memory is set, because that can make
+    small Macs panic (issue 3186 of MLX)."""
     mx.set_cache_limit(BUFFER_CACHE_BYTES)
 
 
 def arithmetic_dtype(stored: mx.Dtype, quantized: bool) -> mx.Dtype:
-    """The type to compute in, for weights (or quantisation scales) stored as `stored`.
+    """The type in which MLX's own operations should compute, for dense weights or quantisation scales of type `stored`.
 
-    On a GPU the stored type. (The native CPU kernels read weights of any type.) MLX's CPU kernels without Metal have
-    no half-precision SIMD: float16 anywhere, and half-precision scales in quantised layers, run several times slower
-    than float32, so those are widened (which loses nothing). Dense bfloat16 stays: there it is the faster one.
+    On a Mac this is the stored type. Without Metal, MLX's CPU kernels have no SIMD code for half precision: float16,
+    and half-precision scales of quantised layers, run several times slower than float32. They are widened to float32,
+    which is exact. Dense bfloat16 is kept, since it is faster than float32 there.
     """
     if has_metal() or stored == mx.float32:
         return stored
@@ -89,8 +95,8 @@ def arithmetic_dtype(stored: mx.Dtype, quantized: bool) -> mx.Dtype:
 def fused(function: Callable) -> Callable:
     """`mx.compile(function, shapeless=True)` on a GPU, `function` itself on a CPU.
 
-    Compilation on a CPU calls the C++ compiler at run time and was measured to gain nothing there. The choice is made
-    at each call, since the default device may change after import.
+    On a CPU, MLX compiles with the C++ compiler at run time, which measurements show to gain nothing. The device is
+    looked up at each call, since the default device may change after import.
     """
     compiled = mx.compile(function, shapeless=True)
 

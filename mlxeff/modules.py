@@ -1,6 +1,7 @@
-"""MLX's modules with the operations of `ops.py`: the same parameters, names and initial values, another `__call__`.
+"""MLX's layers, computed by the operations of `ops.py`.
 
-Each is a subclass of MLX's, so what replaces or wraps an `nn.Linear` (quantisation, LoRA, the linear seam) finds one.
+Each class is a subclass of the layer of the same name in `mlx.nn`, with the same parameters and initial values, and
+overrides `__call__`. So code that looks for an `nn.Linear` to quantise, wrap or replace finds these too.
 """
 
 import mlx.core as mx
@@ -8,11 +9,11 @@ import mlx.nn as nn
 
 from . import ops
 
-PARTS = ("weight", "scales", "biases")  # of a quantised module
+PARTS = ("weight", "scales", "biases")  # parameters of a quantised layer
 
 
 def quantized_matrix(module: nn.Module) -> ops.Quantized:
-    """The matrix of a quantised layer or embedding."""
+    """The matrix of a quantised linear layer or embedding."""
     return ops.Quantized(
         module["weight"], module["scales"], module.get("biases"), module.group_size, module.bits, module.mode
     )
@@ -41,23 +42,31 @@ def dense(module: nn.Module) -> mx.array:
 
 
 class QuantizedLinear(nn.QuantizedLinear):
+    """x (…, K) → x Wᵀ + bias (…, N) with a quantised W."""
+
     def __call__(self, x: mx.array, compute: str = "exact") -> mx.array:
+        """`compute` as in `ops.quantized_linear`."""
         y = ops.quantized_linear(x, quantized_matrix(self), compute)
         return y + self["bias"] if "bias" in self else y
 
 
 class Linear(nn.Linear):
+    """x (…, K) → x Wᵀ + bias (…, N)."""
+
     def __call__(self, x: mx.array) -> mx.array:
         return ops.linear(x, self["weight"], self.get("bias"))
 
     def to_quantized(self, group_size=None, bits=None, mode="affine", quantize_input=False) -> nn.Module:
-        """The quantised layer; one that quantises its input too is MLX's."""
+        """The layer with its weight quantised, as in MLX. With `quantize_input` it is MLX's own class, which quantises
+        the activations too."""
         if quantize_input:
             return super().to_quantized(group_size, bits, mode, quantize_input)
         return QuantizedLinear.from_linear(self, group_size, bits, mode)
 
 
 class QuantizedEmbedding(nn.QuantizedEmbedding):
+    """An embedding table (rows, dims), quantised."""
+
     def __call__(self, tokens: mx.array) -> mx.array:
         """Token ids (…) → rows (…, dims)."""
         packed, scales, biases = (None if part is None else part[tokens] for part in map(self.get, PARTS))
@@ -71,6 +80,8 @@ class QuantizedEmbedding(nn.QuantizedEmbedding):
 
 
 class Embedding(nn.Embedding):
+    """An embedding table (rows, dims)."""
+
     def __call__(self, tokens: mx.array) -> mx.array:
         """Token ids (…) → rows (…, dims)."""
         return ops.activations(super().__call__(tokens))
@@ -80,11 +91,14 @@ class Embedding(nn.Embedding):
         return ops.linear(x, self["weight"])
 
     def to_quantized(self, group_size=None, bits=None, mode="affine", quantize_input=False) -> nn.Module:
+        """The embedding with its table quantised, as in MLX."""
         if quantize_input:
-            return super().to_quantized(group_size, bits, mode, quantize_input)  # refuses
+            return super().to_quantized(group_size, bits, mode, quantize_input)  # raises: MLX has no such embedding
         return QuantizedEmbedding.from_embedding(self, group_size, bits, mode)
 
 
 class RMSNorm(nn.RMSNorm):
+    """x (…, n) → x / √(mean x² + eps) · weight."""
+
     def __call__(self, x: mx.array) -> mx.array:
         return ops.rms_norm(x, self["weight"], self.eps)

@@ -1,10 +1,14 @@
-"""The operations that decoders are made of, each as up to three functions of the same arguments: `x_ops` in MLX's own
-operations (any device), `x_cpu` by a native kernel of `cpu/` (launch only), and `x`, which chooses.
+"""The operations of decoder models: linear layers, normalisation, SwiGLU, attention, rotary embedding, losses.
 
-The native kernels are chosen on a CPU where the extension is there (`MLXEFF_NATIVE=0` switches it off), for float32,
-float16 and bfloat16. They accumulate in float32 and have first derivatives in reverse mode; `jvp`, `vmap` and second
-derivatives they refuse. `with mlx_only():` chooses MLX's operations inside the block, for those or for a comparison.
-Knows nothing about models. Shapes: B batch, H query heads, G KV heads, S new tokens, T tokens held, E head size.
+Each operation is up to three functions with the same arguments: `x_ops` computes with MLX's own operations on any
+device, `x_cpu` launches a native kernel of `cpu/`, and `x` chooses between the two. The native kernels are chosen on a
+CPU where the extension is installed (MLXEFF_NATIVE=0 switches it off), for float32, float16 and bfloat16. They
+accumulate in float32. They support gradients (first derivatives in reverse mode) and raise for `jvp`, `vmap` and second
+derivatives: inside `with mlx_only():` MLX's operations are chosen, which support these. This module knows nothing about
+models.
+
+Shapes: B batch, H query heads, G KV heads, S new tokens, T cached tokens with the new ones, E head size, K inputs and
+N outputs of a linear layer, V vocabulary.
 """
 
 import contextlib
@@ -25,18 +29,19 @@ FLOATS = (mx.float32, mx.float16, mx.bfloat16)
 BITS, GROUPS = (2, 3, 4, 5, 6, 8), (32, 64, 128)  # bits and group sizes of affine quantisation
 CHOSEN_GROUPS = (64, 32)  # of these, where no group size is asked for: the first one that fits
 COMPUTE = ("exact", "bf16", "int8")  # arithmetic of the native products (models/fused.py)
-ACCELERATE = sys.platform == "darwin"  # MLX multiplies float32 matrices by Apple's BLAS there, on the matrix units
-SMALLEST_TABLE = 256  # positions; larger tables of angles are powers of two
+ACCELERATE = sys.platform == "darwin"  # on macOS, MLX multiplies float32 matrices with Apple's BLAS (matrix units)
+SMALLEST_TABLE = 256  # positions in a table of rotary angles; larger tables have a power of two of them
 
 _mlx_only: ContextVar[bool] = ContextVar("mlx_only", default=False)
 
 
 @contextlib.contextmanager
 def mlx_only() -> Iterator[None]:
-    """Choose MLX's own operations inside the block, in this thread: it matters where the graph is built, not evaluated.
+    """Choose MLX's own operations for all graphs that are built inside the block by this thread. Where a graph is
+    evaluated makes no difference.
 
-    A model loaded inside the block has no fused form (models/fused.py) and the weights that MLX's operations need; the
-    fused form of one loaded before is not an operation of this module and stays.
+    A model loaded inside the block has no native executor (models/native.py), and its weights have the type that MLX's
+    operations compute in. A model that was loaded before keeps its native executor, which does not use this module.
     """
     token = _mlx_only.set(True)
     try:
@@ -46,7 +51,7 @@ def mlx_only() -> Iterator[None]:
 
 
 def native_for(*arrays: mx.array) -> bool:
-    """Whether the native kernels compute on these arrays here and now; without arrays, whether they compute at all."""
+    """Whether the native kernels are chosen for these arrays; without arrays, whether they are chosen at all."""
     if _mlx_only.get() or kernels.device() != "cpu" or kernels.native()[0] is None:
         return False
     return all(array.dtype in FLOATS for array in arrays)
@@ -58,13 +63,13 @@ def _native() -> ModuleType:
 
 @functools.cache
 def native_modes(native: ModuleType) -> dict[str, int]:
-    """What the native products call each of COMPUTE."""
+    """Name in COMPUTE → the number by which the extension module `native` knows that arithmetic."""
     return dict(zip(COMPUTE, (native.EXACT, native.COMPUTE_BF16, native.COMPUTE_INT8), strict=True))
 
 
 def activations(rows: mx.array) -> mx.array:
-    """Rows of an embedding, or the numbers they are made of, in the type that activations have from there on: float32
-    for the native kernels, which read weights of any type, else the weights' own."""
+    """`rows`, which were read from an embedding table, in the type of the model's activations: float32 where the native
+    kernels are chosen, whatever the type of the weights, else unchanged."""
     return rows.astype(mx.float32) if native_for(rows) else rows
 
 
@@ -76,30 +81,31 @@ def linear_ops(x: mx.array, weight: mx.array, bias: mx.array | None = None) -> m
 def linear_cpu(x: mx.array, weight: mx.array, bias: mx.array | None = None) -> mx.array:
     if bias is None:
         return _native().linear(x, weight)
-    dtype = mx.result_type(x, weight, bias)  # rounded once, after the bias
+    dtype = mx.result_type(x, weight, bias)  # the sum is float32 and rounded once, after the bias was added
     return (_native().linear(x.astype(mx.float32), weight) + bias).astype(dtype)
 
 
 def linear(x: mx.array, weight: mx.array, bias: mx.array | None = None) -> mx.array:
-    """x (…, K) · weight (N, K)ᵀ + bias (N) → (…, N). On macOS float32 products are MLX's, which are Accelerate's."""
+    """x (…, K) · weight (N, K)ᵀ + bias (N) → (…, N). On macOS, float32 products are left to MLX, which calls Apple's
+    Accelerate library."""
     accelerated = ACCELERATE and x.dtype == weight.dtype == mx.float32
     return (linear_cpu if native_for(x, weight) and not accelerated else linear_ops)(x, weight, bias)
 
 
 @dataclass(frozen=True)
 class Quantized:
-    """A quantised matrix (N, K) as `mx.quantize` packs it, with the scheme that reads it."""
+    """A matrix (N, K) as `mx.quantize` packs it, with the parameters of that packing."""
 
-    weight: mx.array
-    scales: mx.array
-    biases: mx.array | None
+    weight: mx.array  # uint32 (N, K · bits / 32)
+    scales: mx.array  # (N, K / group_size)
+    biases: mx.array | None  # as the scales; None in modes that have none
     group_size: int
     bits: int
-    mode: str = "affine"
+    mode: str = "affine"  # one of MLX's
 
     @property
     def native(self) -> bool:
-        """Whether the native kernels know the scheme."""
+        """Whether the native kernels can read this packing."""
         return self.mode == "affine" and self.bits in BITS and self.group_size in GROUPS
 
 
@@ -122,8 +128,8 @@ def quantized_linear_cpu(x: mx.array, w: Quantized, compute: str = "exact") -> m
 
 
 def quantized_linear(x: mx.array, w: Quantized, compute: str = "exact") -> mx.array:
-    """x (…, K) · Wᵀ → (…, N); W has no gradient. `compute`, one of COMPUTE, is for the native kernels: MLX's operation
-    is always exact."""
+    """x (…, K) · Wᵀ → (…, N). There is no gradient for W. `compute`, one of COMPUTE, is the arithmetic of the native
+    kernels; MLX's operation always computes exactly."""
     if w.native and native_for(x, w.scales, w.biases):
         return quantized_linear_cpu(x, w, compute)
     return quantized_linear_ops(x, w)
@@ -161,11 +167,11 @@ def swiglu(gate: mx.array, up: mx.array) -> mx.array:
 def attention_ops(
     queries: mx.array, keys: mx.array, values: mx.array, scale: float, window: int | None = None
 ) -> mx.array:
-    """softmax(scale · q kᵀ) v, causal and aligned at the end: the last query sees all keys; see `attention`."""
-    new, held = queries.shape[2], keys.shape[2]
+    """softmax(scale · q kᵀ) v with the causal mask of `attention`."""
+    new, total = queries.shape[2], keys.shape[2]
     mask: str | mx.array | None = None if new == 1 else "causal"
-    if window is not None and held > window:
-        first = max(0, held - new - window + 1)  # the oldest token that the first query still sees
+    if window is not None and total > window:
+        first = max(0, total - new - window + 1)  # the oldest token that the first query sees
         keys, values = keys[:, :, first:], values[:, :, first:]
         mask = None if new == 1 else _window_mask(new, keys.shape[2], window)
     return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask)
@@ -178,38 +184,41 @@ def attention_cpu(
 
 
 def attention(queries: mx.array, keys: mx.array, values: mx.array, scale: float, window: int | None = None) -> mx.array:
-    """Causal attention of queries (B, H, S, E) to keys and values (B, G, T, E), T ≥ S → (B, H, S, E).
+    """softmax(scale · q kᵀ) v: causal attention of queries (B, H, S, E) to keys and values (B, G, T, E), T ≥ S; returns
+    (B, H, S, E). Query heads share KV heads in groups of H / G (grouped-query attention, arXiv 2305.13245).
 
-    The queries are those of the last S of T tokens; each sees its own token and those before it, with a `window` only
-    the last `window` of these.
+    The queries belong to the last S of the T tokens. Each sees its own token and all earlier ones; with a sliding
+    `window`, only the last `window` of these tokens.
     """
     native = native_for(queries, keys, values)
     return (attention_cpu if native else attention_ops)(queries, keys, values, scale, window)
 
 
-def _window_mask(new: int, held: int, window: int) -> mx.array:
-    """True where a query may look: causal and fewer than `window` tokens back; (new, held)."""
-    rows, columns = mx.arange(held - new, held)[:, None], mx.arange(held)[None]
+def _window_mask(new: int, total: int, window: int) -> mx.array:
+    """bool (new, total): True where the query of a row sees the key of a column, which belongs to its own token or one
+    of the `window` - 1 tokens before it."""
+    rows, columns = mx.arange(total - new, total)[:, None], mx.arange(total)[None]
     return (columns <= rows) & (rows < columns + window)
 
 
 @dataclass(frozen=True)
 class Rope:
-    """Rotary embedding in half-rotation pairing, for heads of `size`; `base` or `wavelengths` sets the angles."""
+    """Rotary position embedding (Su et al., arXiv 2104.09864). Dimension i of a head is rotated together with dimension
+    i + size / 2. The angles follow from `base` as in the paper, or are given by `wavelengths`."""
 
-    size: int
+    size: int  # E, head size
     base: float | None
-    scale: float = 1.0  # positions are multiplied by it
-    wavelengths: mx.array | None = None  # (size / 2), positions a radian
-    magnitude: float = 1.0  # x is multiplied by it
+    scale: float = 1.0  # factor of the positions
+    wavelengths: mx.array | None = None  # (size / 2), positions per radian; takes the place of `base`
+    magnitude: float = 1.0  # factor of x (YaRN, arXiv 2309.00071)
 
     def __call__(self, x: mx.array, offset: int) -> mx.array:
-        """x (B, H, S, size), its first token at position `offset` → x rotated by its positions."""
+        """x (B, H, S, size) → the same shape, rotated; the first token is at position `offset`."""
         return rope(x, self, offset)
 
     @property
     def frequencies(self) -> mx.array:
-        """Radians a position, (size / 2)."""
+        """Radians per position, (size / 2)."""
         if self.wavelengths is not None:
             return self.scale / self.wavelengths
         exponents = mx.arange(0, self.size, 2, dtype=mx.float32) / self.size
@@ -217,12 +226,12 @@ class Rope:
 
     @functools.cached_property
     def inverse_frequencies(self) -> tuple[float, ...]:
-        """`frequencies` as numbers."""
+        """`frequencies` as Python numbers."""
         return tuple(self.frequencies.tolist())
 
 
 def rope_ops(x: mx.array, angles: Rope, offset: int) -> mx.array:
-    """x (B, H, S, E) rotated by `angles` of positions `offset`, `offset` + 1, … (Su et al., arXiv 2104.09864)."""
+    """x (B, H, S, E) → the same shape, rotated by `angles`; the tokens are at positions `offset`, `offset` + 1, …"""
     x = x if angles.magnitude == 1 else x * angles.magnitude
     return mx.fast.rope(
         x,
@@ -241,18 +250,18 @@ def rope_cpu(x: mx.array, angles: Rope, offset: int) -> mx.array:
 
 
 def rope(x: mx.array, angles: Rope, offset: int) -> mx.array:
-    """x (B, H, S, E) rotated by `angles` of positions `offset`, `offset` + 1, … (Su et al., arXiv 2104.09864)."""
+    """x (B, H, S, E) → the same shape, rotated by `angles`; the tokens are at positions `offset`, `offset` + 1, …"""
     return (rope_cpu if native_for(x) else rope_ops)(x, angles, offset)
 
 
 @functools.lru_cache(maxsize=16)
 def _table(inverse_frequencies: tuple[float, ...], positions: int, magnitude: float) -> tuple[mx.array, mx.array]:
-    """cos and sin (positions, half), shared by all layers of a model."""
+    """cos and sin of the angles, (positions, size / 2) each. All layers of a model share one table."""
     return _native().rope_table(inverse_frequencies, positions, magnitude)
 
 
 def cross_entropy_ops(logits: mx.array, targets: mx.array) -> mx.array:
-    """logsumexp(logits) - logits[target] of each row, float32; 0 where the target is negative."""
+    """logsumexp(logits) - logits[target] for each row, float32; 0 where the target is negative."""
     losses = nn.losses.cross_entropy(logits.astype(mx.float32), mx.maximum(targets, 0))
     return mx.where(targets < 0, 0.0, losses)
 
@@ -262,10 +271,10 @@ def cross_entropy_cpu(logits: mx.array, targets: mx.array) -> mx.array:
 
 
 def cross_entropy(logits: mx.array, targets: mx.array) -> mx.array:
-    """logits (…, V), whole-number targets (…) → float32 losses (…): logsumexp(logits) - logits[target].
+    """logits (…, V), integer targets (…) → float32 losses (…): logsumexp(logits) - logits[target].
 
-    A row with a negative target does not count: its loss and gradient are 0. On a CPU a target of V or more is an error
-    when the loss is evaluated. No array of the logits' size is kept for the gradient but the logits.
+    A row with a negative target is ignored: its loss and gradient are 0. The native kernel raises at evaluation for a
+    target of V or more, and keeps no other array of the logits' size for the gradient than the logits.
     """
     return (cross_entropy_cpu if native_for(logits) else cross_entropy_ops)(logits, targets)
 

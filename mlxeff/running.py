@@ -1,7 +1,7 @@
-"""How a model is run: a value that travels with every call of it; and what ran: a count that every cache keeps.
+"""`RunOptions`, which say how a forward pass computes, and `Tally`, which counts what has computed.
 
-Both are plain values. Which options a model or a cache can follow is theirs to say: `DecoderModel.check` refuses in one
-line what this machine or this model does not have.
+Options are passed with each call of a model; every cache has a tally of the tokens that were appended to it. Both are
+plain values that know no model: `DecoderModel.check` refuses options that a model or this machine does not support.
 """
 
 from collections import Counter
@@ -11,21 +11,21 @@ from typing import NamedTuple
 from .errors import MlxeffError
 from .ops import COMPUTE
 
-FULL_VIEW = "full"  # attention reads all that a cache keeps of a token
+FULL_VIEW = "full"  # attention reads keys and values in the highest precision that the cache keeps
 
 
 @dataclass(frozen=True)
 class RunOptions:
     """How a forward pass computes. The defaults are exact.
 
-    compute   the arithmetic of the native CPU products, one of ops.COMPUTE (see models/native.py).
-    kv        the kind of storage of a new KV cache, one of cache.KINDS; None for the executor's own type.
-    view      what attention reads of a cache that keeps each token in several precisions: "full", or a name that the
-              kind of cache defines.
-    fraction  the share of each feed-forward's neurons to compute, above 0, at most 1, of a model that can leave some
-              out.
+    compute   arithmetic of the matrix products in the native CPU kernels, one of ops.COMPUTE (see models/native.py).
+    kv        kind of a new KV cache, one of cache.KINDS; None for keys and values in the type that the model computes.
+    view      the precision in which attention reads a cache that keeps each token in several precisions: "full" for
+              the highest, or another name that the kind of cache defines.
+    fraction  share of the neurons of each feed-forward network to compute, above 0 and at most 1. Less than 1 needs a
+              model that can leave neurons out.
 
-    Raises MlxeffError for values that no model has.
+    Raises MlxeffError for values that no model supports.
     """
 
     compute: str = "exact"
@@ -44,22 +44,24 @@ EXACT = RunOptions()
 
 
 class Ran(NamedTuple):
-    """What computed some tokens: the backend ("mlx", "native avx512", with ", unfused" where operator by operator) and
-    the arithmetic of its products, one of ops.COMPUTE."""
+    """What computed a forward pass."""
 
+    # "mlx", or "native" and the instruction set of the CPU kernels, as in "native avx512". ", unfused" follows where
+    # they were called operator by operator instead of once for the whole pass.
     backend: str
-    compute: str
+    compute: str  # arithmetic of the matrix products, one of ops.COMPUTE
 
 
 class Tally(Counter):
-    """`Ran` → tokens that it computed. A cache keeps one; the difference of two is what ran in between."""
+    """`Ran` → number of tokens that it computed."""
 
     def since(self, before: "Tally") -> "Tally":
-        """What was added after the copy `before` was made."""
+        """The tokens that were counted after `before`, an earlier copy of this tally, was made."""
         return Tally({ran: count - before[ran] for ran, count in self.items() if count > before[ran]})
 
     def report(self) -> dict:
-        """{"backend": …, "compute": …}: what ran, most tokens first, joined by " + "; None where nothing ran."""
+        """{"backend": …, "compute": …}, each the distinct values joined by " + ", those of most tokens first; None
+        where no token was computed."""
         ordered = [ran for ran, _ in self.most_common()]
         return {
             field: " + ".join(dict.fromkeys(getattr(ran, field) for ran in ordered)) or None for field in Ran._fields

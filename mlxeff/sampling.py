@@ -1,8 +1,8 @@
-"""Logits → probabilities → token: pure functions on the last axis, free of models, caches and text.
+"""Logits → probabilities → token. Pure functions on the last axis, which know nothing about models, caches or text.
 
-The makers have mlx-lm's names and arguments, so its users keep their calls. Sources: temperature, top-k, nucleus top-p
+`make_sampler` and `make_logits_processors` have mlx-lm's names and arguments. Sources: nucleus sampling, top-p
 (Holtzman et al., arXiv 1904.09751), min-p (Nguyen et al., arXiv 2407.01082), repetition penalty (Keskar et al.,
-arXiv 1909.05858).
+arXiv 1909.05858). Shapes: B batch, V vocabulary, N tokens so far.
 """
 
 import math
@@ -18,23 +18,23 @@ from .ops import argmax, log_softmax, native_for
 
 LogitsProcessor = Callable[[mx.array, mx.array], mx.array]  # tokens so far (N,), logits (B, V) → logits (B, V)
 
-COLDEST = 1e-6  # temperatures below are greedy: dividing by them leaves float32's range
+COLDEST = 1e-6  # lower temperatures are treated as 0 (greedy), since a division by them leaves float32's range
 
 
 class Sampler(Protocol):
-    """Log-probabilities (B, V) → tokens (B,). Any function of that shape serves plain decoding, as in mlx-lm; what
-    accepts and rejects drafted tokens asks for the distribution too."""
+    """Log-probabilities (B, V) → tokens (B,). Plain decoding accepts any function with these shapes, as in mlx-lm.
+    Speculative decoding, which accepts or rejects drafted tokens, also needs `distribution`."""
 
     def __call__(self, logprobs: mx.array) -> mx.array: ...
 
     def distribution(self, logprobs: mx.array) -> mx.array:
-        """Log-probabilities (…, V), after the logits processors → those of the distribution that the tokens are drawn
-        from, (…, V) float32, -inf for what is never drawn."""
+        """Log-probabilities (…, V) after the logits processors → log-probabilities (…, V) of the distribution that the
+        sampler draws from, float32; -inf for tokens that are never drawn."""
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """The sampler of `make_sampler`."""
+    """The sampler that `make_sampler` makes; the fields are its arguments."""
 
     temp: float
     top_p: float
@@ -56,7 +56,8 @@ class Sampling:
         return sample_ops(logprobs, self.temp, min_tokens_to_keep=self.min_tokens_to_keep, **filters)
 
     def distribution(self, logprobs: mx.array) -> mx.array:
-        """As `Sampler.distribution`: filtered, divided by the temperature, normalised; if greedy, one certain token."""
+        """See `Sampler.distribution`: log-probabilities filtered, divided by the temperature and normalised. A greedy
+        sampler gives its token the probability 1."""
         logprobs = logprobs.astype(mx.float32)
         if self.greedy:
             return mx.where(mx.arange(logprobs.shape[-1]) == argmax(logprobs)[..., None], 0.0, -mx.inf)
@@ -67,11 +68,17 @@ class Sampling:
 def make_sampler(
     temp: float = 0.0, top_p: float = 0.0, min_p: float = 0.0, min_tokens_to_keep: int = 1, top_k: int = 0
 ) -> Sampling:
-    """A sampler: call it with log-probabilities (B, V) for tokens (B,).
+    """A sampler: a callable from log-probabilities (B, V) to tokens (B,).
 
-    `temp` 0 (or below COLDEST) is greedy. `top_p`, `min_p`, `top_k` of 0 are off; they filter in that order, before
-    the temperature. Draws come from MLX's global random state, so `mx.random.seed` makes them repeatable (on a CPU,
-    with the native kernels and without them each).
+    temp                temperature; 0 (or less than COLDEST) is greedy
+    top_p               keep the most probable tokens up to this total probability; 0: off
+    min_p               drop tokens less probable than this share of the most probable one; 0: off
+    min_tokens_to_keep  number of tokens that min_p keeps in any case
+    top_k               keep so many of the most probable tokens; 0: off
+
+    The filters are applied in the order top_p, min_p, top_k, before the temperature. Random numbers come from MLX's
+    global state, so `mx.random.seed` makes the tokens repeatable; with one seed, the native CPU kernel and MLX's
+    operations draw different tokens. Raises MlxeffError for values out of range.
     """
     _check("temperature", temp, 0 <= temp < math.inf, "0 or more")
     _check("top-p", top_p, 0 <= top_p <= 1, "0 to 1")
@@ -82,7 +89,7 @@ def make_sampler(
 
 
 def filtered(logprobs: mx.array, top_p: float, min_p: float, top_k: int, min_tokens_to_keep: int = 1) -> mx.array:
-    """Log-probabilities (…, V) with -inf for the tokens that the filters drop."""
+    """Log-probabilities (…, V) with -inf for the tokens that a filter drops; arguments as in `make_sampler`."""
     if 0 < top_p < 1:
         logprobs = keep_top_p(logprobs, top_p)
     if min_p > 0:
@@ -95,27 +102,27 @@ def filtered(logprobs: mx.array, top_p: float, min_p: float, top_k: int, min_tok
 def sample_ops(
     logprobs: mx.array, temp: float, top_p: float, min_p: float, top_k: int, min_tokens_to_keep: int = 1
 ) -> mx.array:
-    """Tokens (B,) of log-probabilities (B, V) after the filters, by MLX's operations on whole rows."""
+    """Log-probabilities (B, V) → tokens (B,), with MLX's operations; arguments as in `make_sampler`."""
     return mx.random.categorical(filtered(logprobs, top_p, min_p, top_k, min_tokens_to_keep) * (1 / temp))
 
 
 def sample_cpu(logprobs: mx.array, temp: float, top_p: float, min_p: float, top_k: int) -> mx.array:
-    """The same distribution by the native kernel (cpu/rows/sampling.cpp), which sorts no row.
-
-    It inverts the distribution function at one uniform number a row: one seed draws other tokens than in `sample_ops`.
-    """
+    """Draw from the same distribution as `sample_ops` with the native kernel (cpu/rows/sampling.cpp), which sorts no
+    row. It inverts the cumulative distribution at one uniform random number per row, so with one seed its tokens differ
+    from those of `sample_ops`."""
     native, _ = kernels.native()
     return native.sample(logprobs, mx.random.uniform(shape=logprobs.shape[:-1]), temp, top_k, top_p, min_p)
 
 
 def keep_top_k(logprobs: mx.array, top_k: int) -> mx.array:
-    """Set all but exactly the `top_k` largest of the last axis to -inf."""
+    """Log-probabilities (…, V) with -inf for all tokens but the `top_k` most probable ones, exactly so many."""
     dropped = mx.argpartition(-logprobs, kth=top_k - 1, axis=-1)[..., top_k:]
     return mx.put_along_axis(logprobs, dropped, mx.array(-mx.inf, logprobs.dtype), axis=-1)
 
 
 def keep_top_p(logprobs: mx.array, top_p: float) -> mx.array:
-    """Keep the smallest set of most probable tokens whose mass reaches `top_p`; always at least one."""
+    """Log-probabilities (…, V) with -inf for all tokens but the smallest set of most probable ones whose total
+    probability reaches `top_p`; at least one token is kept."""
     order = mx.argsort(-logprobs, axis=-1)
     probabilities = mx.softmax(mx.take_along_axis(logprobs, order, axis=-1).astype(mx.float32), axis=-1)
     mass_before = mx.cumsum(probabilities, axis=-1) - probabilities
@@ -125,12 +132,13 @@ def keep_top_p(logprobs: mx.array, top_p: float) -> mx.array:
 
 
 def keep_min_p(logprobs: mx.array, min_p: float, min_tokens_to_keep: int = 1) -> mx.array:
-    """Drop tokens less probable than `min_p` times the most probable one, but keep `min_tokens_to_keep`."""
-    floor = logprobs.max(axis=-1, keepdims=True) + mx.log(mx.array(min_p, mx.float32))
+    """Log-probabilities (…, V) with -inf for tokens less probable than `min_p` times the most probable one; the
+    `min_tokens_to_keep` most probable tokens are kept in any case."""
+    lowest = logprobs.max(axis=-1, keepdims=True) + mx.log(mx.array(min_p, mx.float32))
     if min_tokens_to_keep > 1:
         kth = mx.topk(logprobs, min(min_tokens_to_keep, logprobs.shape[-1]), axis=-1).min(axis=-1, keepdims=True)
-        floor = mx.minimum(floor, kth)
-    return mx.where(logprobs < floor, -mx.inf, logprobs)
+        lowest = mx.minimum(lowest, kth)
+    return mx.where(logprobs < lowest, -mx.inf, logprobs)
 
 
 def make_logits_processors(
@@ -142,7 +150,16 @@ def make_logits_processors(
     frequency_penalty: float | None = None,
     frequency_context_size: int | None = 20,
 ) -> list[LogitsProcessor]:
-    """The functions `(tokens, logits) → logits` that the options ask for, in the order of the arguments."""
+    """Functions (ids of the tokens so far (N,), logits (B, V)) → logits (B, V), to be applied in the order given.
+
+    logit_bias           token id → number to add to its logit
+    repetition_penalty   positive logits of recent tokens are divided by it, negative ones multiplied
+    presence_penalty     subtracted from the logits of recent tokens, once for each token
+    frequency_penalty    subtracted from the logits of recent tokens, once for each occurrence
+    …_context_size       how many of the last tokens count as recent; None: all
+
+    Penalties that are None or 0 are off. Raises MlxeffError for values out of range.
+    """
     for count in (repetition_context_size, presence_context_size, frequency_context_size):
         _check("context size", count, count is None or count > 0, "1 or more, or None")
     processors: list[LogitsProcessor] = []
@@ -163,13 +180,13 @@ def _last(tokens: mx.array, count: int | None) -> mx.array:
 
 
 def _change(logits: mx.array, tokens: mx.array, change: Callable[[mx.array], mx.array]) -> mx.array:
-    """Logits (B, V) with those of `tokens` (N,) put through `change`, once a token however often it occurs."""
+    """Logits (B, V) with `change` applied to the logits of `tokens` (N,), once however often a token occurs."""
     columns = mx.broadcast_to(tokens, (logits.shape[0], tokens.shape[0]))
     return mx.put_along_axis(logits, columns, change(mx.take_along_axis(logits, columns, axis=-1)), axis=-1)
 
 
 def _repetition(penalty: float, context: int | None) -> LogitsProcessor:
-    """Divide positive, multiply negative logits of recent tokens by `penalty`."""
+    """See `make_logits_processors`; source: arXiv 1909.05858, section 4.1."""
     _check("repetition penalty", penalty, penalty > 0, "more than 0")
 
     def soften(chosen: mx.array) -> mx.array:
@@ -179,12 +196,12 @@ def _repetition(penalty: float, context: int | None) -> LogitsProcessor:
 
 
 def _presence(penalty: float, context: int | None) -> LogitsProcessor:
-    """Subtract `penalty` once from every recent token (OpenAI's presence penalty)."""
+    """See `make_logits_processors`; OpenAI's presence penalty."""
     return lambda tokens, logits: _change(logits, _last(tokens, context), lambda chosen: chosen - penalty)
 
 
 def _frequency(penalty: float, context: int | None) -> LogitsProcessor:
-    """Subtract `penalty` for every time a recent token occurred (OpenAI's frequency penalty)."""
+    """See `make_logits_processors`; OpenAI's frequency penalty."""
     return lambda tokens, logits: logits.at[:, _last(tokens, context)].subtract(penalty)
 
 

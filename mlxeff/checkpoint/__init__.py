@@ -1,8 +1,8 @@
-"""Checkpoint files on disk <-> named tensors that are read one at a time; knows no model.
+"""Checkpoint files on disk ↔ named tensors, which are read and written one at a time.
 
-Read: safetensors (one file or shards with an index), GGUF v2/v3, PyTorch zip archives (without torch). Write:
-safetensors folders. Every header is checked against the file's size before anything is allocated, and every complaint
-is an `MlxeffError`.
+Reads safetensors (one file, or shards with an index), GGUF versions 2 and 3, and PyTorch zip archives (without torch).
+Writes folders of safetensors. Every header is checked against the size of its file before memory is allocated, and all
+errors are `MlxeffError`s. This package knows nothing about models.
 """
 
 from .source import Source, open_source, read_json

@@ -1,7 +1,7 @@
-"""A GGUF file (version 2 or 3, little-endian) -> its key/values and tensors.
+"""A GGUF file (version 2 or 3, little-endian) → its metadata and its tensors.
 
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Every count, length and offset is checked against the
-file's size before anything is allocated. What the blocks hold is the business of `gguf_blocks`.
+size of the file before memory is allocated. `gguf_blocks` reads the content of the tensors.
 """
 
 import math
@@ -15,8 +15,8 @@ from ..errors import MlxeffError
 from .gguf_blocks import BLOCKS, make_tensor
 from .tensor import Tensor, check_shape
 
-STRING, ARRAY, BOOL = 8, 9, 7
-SCALARS = {
+STRING, ARRAY, BOOL = 8, 9, 7  # numbers of the value types that are no plain numbers
+SCALARS = {  # number of a value type → NumPy type
     0: "<u1",
     1: "<i1",
     2: "<u2",
@@ -32,42 +32,48 @@ SCALARS = {
 UNPACK = {code: struct.Struct("<" + letter) for code, letter in zip(SCALARS, "BbHhIifBQqd", strict=True)}
 UINT32, UINT64 = struct.Struct("<I"), struct.Struct("<Q")
 MAX_DIMENSIONS = 4  # of a ggml tensor
-MAX_NESTING = 3  # arrays of arrays
-SMALLEST_KEY, SMALLEST_TENSOR = 8 + 4 + 1, 8 + 4 + 8 + 4 + 8  # bytes of the shortest possible entries
+MAX_NESTING = 3  # levels of arrays in arrays
+SMALLEST_KEY, SMALLEST_TENSOR = 8 + 4 + 1, 8 + 4 + 8 + 4 + 8  # bytes of the shortest possible entries of the header
 
 
 class _Cursor:
-    """A position in the file's bytes that refuses to leave them."""
+    """Reads the bytes `data` of the file `origin` from a position on, and raises MlxeffError instead of reading past
+    their end."""
 
-    def __init__(self, data, origin: Path):
+    def __init__(self, data: mmap.mmap, origin: Path):
         self.data, self.size, self.origin, self.position = data, len(data), origin, 0
 
     def fail(self, what: str) -> MlxeffError:
+        """The error to raise where the header is damaged."""
         return MlxeffError(f"{self.origin.name}: damaged GGUF header at byte {self.position}: {what}")
 
     def advance(self, nbytes: int) -> int:
-        """The present position, after moving past `nbytes`."""
+        """Move past `nbytes` bytes; returns the position before them."""
         start, left = self.position, self.size - self.position
         if nbytes > left:
             raise self.fail(f"wanted {nbytes} bytes, got {left} to the end of the file")
         self.position += nbytes
         return start
 
-    def unpack(self, form: struct.Struct):
+    def unpack(self, form: struct.Struct) -> int | float:
+        """The next number."""
         return form.unpack_from(self.data, self.advance(form.size))[0]
 
     def count(self, what: str, smallest: int) -> int:
-        """A count of entries of at least `smallest` bytes each, no more than the rest of the file can hold."""
+        """The next number, which counts entries (`what`) of at least `smallest` bytes each. Raises MlxeffError for more
+        entries than the rest of the file has room for."""
         count, left = self.unpack(UINT64), self.size - self.position
         if count * smallest > left:
             raise self.fail(f"wanted {count} {what}, got {left} bytes to the end of the file")
         return count
 
     def string(self) -> str:
+        """The next string."""
         return self.strings(1)[0]
 
     def strings(self, count: int) -> list[str]:
-        """`count` strings of 8-byte length and UTF-8; one loop without calls, as vocabularies have 10^5 of them."""
+        """The next `count` strings, each an 8-byte length and UTF-8. The loop calls no method, because a vocabulary has
+        some 10^5 strings."""
         data, size, position, result = self.data, self.size, self.position, []
         unpack, append = UINT64.unpack_from, result.append
         try:
@@ -86,7 +92,8 @@ class _Cursor:
 
 
 def read_gguf(path: Path) -> tuple[dict[str, Tensor], dict]:
-    """The tensors by name, and the key/values: str, int, float, bool, list of str, or a numpy array of numbers."""
+    """(The tensors by name, the metadata: key → str, int, float, bool, list of str, or NumPy array of numbers). Raises
+    MlxeffError for a damaged file and for one part of a split file."""
     with open(path, "rb") as file:
         if path.stat().st_size < 24:
             raise MlxeffError(f"{path.name}: incomplete: wanted at least 24 bytes, got {path.stat().st_size}")
@@ -122,7 +129,8 @@ def _check_version(cursor: _Cursor) -> None:
         raise MlxeffError(f"{cursor.origin.name}: wanted GGUF version 2 or 3, got {version}")
 
 
-def _value(cursor: _Cursor, code: int, depth: int = 0):
+def _value(cursor: _Cursor, code: int, depth: int = 0) -> object:
+    """The next value of the metadata, of type number `code`."""
     if code == STRING:
         return cursor.string()
     if code == ARRAY:
@@ -133,7 +141,8 @@ def _value(cursor: _Cursor, code: int, depth: int = 0):
     return bool(value) if code == BOOL else value
 
 
-def _array(cursor: _Cursor, depth: int):
+def _array(cursor: _Cursor, depth: int) -> list | np.ndarray:
+    """The next array of the metadata, which is nested in `depth` other arrays."""
     code = cursor.unpack(UINT32)
     if code == STRING:
         return cursor.strings(cursor.count("strings", 8))
@@ -150,7 +159,8 @@ def _array(cursor: _Cursor, depth: int):
 
 
 def _entry(cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:
-    """Name, row-major shape (GGUF writes the fastest dimension first), block type and offset of one tensor."""
+    """The next entry of the table of tensors: (name, row-major shape, number of the block type, offset in the data).
+    GGUF writes the dimensions of a shape in the opposite order."""
     name, dimensions = cursor.string(), cursor.unpack(UINT32)
     if not 1 <= dimensions <= MAX_DIMENSIONS:
         raise cursor.fail(f"tensor {name!r}: wanted 1 to {MAX_DIMENSIONS} dimensions, got {dimensions}")
@@ -162,6 +172,7 @@ def _entry(cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:
 
 
 def _alignment(cursor: _Cursor, metadata: dict) -> int:
+    """The alignment in bytes of the data and of each tensor."""
     alignment = metadata.get("general.alignment", 32)
     if type(alignment) is not int or not 1 <= alignment <= 1 << 20 or alignment & (alignment - 1):
         raise cursor.fail(f"general.alignment: wanted a power of two, got {alignment!r}")
@@ -169,7 +180,8 @@ def _alignment(cursor: _Cursor, metadata: dict) -> int:
 
 
 def _place(cursor: _Cursor, entries: list, alignment: int) -> dict[str, Tensor]:
-    """Tensors with their absolute offsets; none may leave the file or reach into the next."""
+    """The tensors of all entries, in the order of the file's table. Raises MlxeffError where one reaches past the end
+    of the file or into another."""
     data_start = -(-cursor.position // alignment) * alignment
     tensors, previous_end, dequantised = {}, data_start, {}
     for name, shape, code, offset in sorted(entries, key=lambda entry: entry[3]):
@@ -186,6 +198,7 @@ def _place(cursor: _Cursor, entries: list, alignment: int) -> dict[str, Tensor]:
 
 
 def _nbytes(cursor: _Cursor, name: str, shape: tuple[int, ...], code: int) -> int:
+    """Bytes of a tensor in the file."""
     if code not in BLOCKS:
         raise MlxeffError(f"{cursor.origin.name}: tensor {name!r}: unknown GGUF type number {code}")
     kind, elements, block_bytes = BLOCKS[code]

@@ -1,7 +1,8 @@
-"""A safetensors file -> its tensors, read lazily by MLX. Format: https://huggingface.co/docs/safetensors/index#format.
+"""A safetensors file → its tensors, which MLX reads lazily.
 
-The header is checked here for completeness, doubled names and what MLX can hold, then by the safetensors library (gaps,
-overlaps, sizes), before `mx.load` sees the file.
+Format: https://huggingface.co/docs/safetensors/index#format. Before `mx.load` opens the file, its header is checked
+twice: here for completeness, names that appear twice, and types and dimensions that MLX does not have, and by the
+safetensors library for gaps, overlaps and sizes.
 """
 
 import json
@@ -17,12 +18,13 @@ MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
 
 
 class _Arrays:
-    """The file's arrays, each handed out once, so that nothing but its reader keeps a tensor alive."""
+    """The arrays of a file. Each is kept here only until it is taken, so that its memory can be freed afterwards."""
 
     def __init__(self, path: Path):
         self.path, self.waiting = path, {}
 
     def take(self, name: str) -> mx.array:
+        """The lazy array called `name`. Raises MlxeffError where the file is not the one whose header was read."""
         if name not in self.waiting:
             try:
                 self.waiting = mx.load(str(self.path), format="safetensors")
@@ -34,7 +36,7 @@ class _Arrays:
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict]:
-    """The tensors by name, and the header's `__metadata__`."""
+    """(The tensors by name, the header's `__metadata__`). Raises MlxeffError for a damaged file."""
     header, data_start = _header(path)
     metadata = header.pop("__metadata__", None) or {}
     _refuse_incomplete(path, header, data_start)
@@ -44,7 +46,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict]:
 
 
 def _header(path: Path) -> tuple[dict, int]:
-    """The parsed header and the offset of the data that follows it."""
+    """(The parsed header, the byte offset of the data that follow it)."""
     size = path.stat().st_size
     with open(path, "rb") as file:
         prefix = file.read(8)
@@ -70,7 +72,8 @@ def _header(path: Path) -> tuple[dict, int]:
 
 
 def _unique(pairs: list) -> dict:
-    """Doubled names are read differently by different parsers, so no parser may see them."""
+    """The dict of a JSON object; raises ValueError for a name that appears twice. Of such names, this parser and the
+    safetensors library could take different entries."""
     result = dict(pairs)
     if len(result) != len(pairs):
         raise ValueError("a name appears twice")
@@ -78,6 +81,7 @@ def _unique(pairs: list) -> dict:
 
 
 def _refuse_incomplete(path: Path, header: dict, data_start: int) -> None:
+    """Raises MlxeffError where the file is shorter than its header says."""
     try:
         wanted = data_start + max((int(entry["data_offsets"][1]) for entry in header.values()), default=0)
     except (TypeError, KeyError, IndexError, ValueError, OverflowError) as error:
@@ -88,6 +92,7 @@ def _refuse_incomplete(path: Path, header: dict, data_start: int) -> None:
 
 
 def _check_with_library(path: Path) -> None:
+    """Raises MlxeffError where the safetensors library refuses the file."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -98,6 +103,7 @@ def _check_with_library(path: Path) -> None:
 
 
 def _tensor(path: Path, name: str, entry: dict, arrays: _Arrays) -> Tensor:
+    """The tensor of one entry of the header. Raises MlxeffError for a type or shape that MLX does not have."""
     dtype, shape = entry["dtype"], tuple(entry["shape"])
     if dtype not in DTYPES:
         raise MlxeffError(

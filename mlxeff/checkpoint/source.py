@@ -1,8 +1,7 @@
-"""A path -> the checkpoint that stands there: which files belong to it, whether they are all present, and their tensors
-by name.
+"""A path → the checkpoint there: its files, whether all of them are present, and its tensors by name.
 
-Knows the file names that Hugging Face, mlx-lm, PyTorch and llama.cpp use; knows nothing of models or of what is inside
-a tensor.
+This module knows the file names that Hugging Face, mlx-lm, PyTorch and llama.cpp use. It knows nothing about models or
+the content of tensors.
 """
 
 import json
@@ -18,34 +17,36 @@ from .tensor import Tensor
 from .torch_file import read_torch
 
 READERS = {"safetensors": read_safetensors, "gguf": read_gguf, "torch": read_torch}
+# File suffix → format, for files that their first bytes do not identify.
 SUFFIXES = {".safetensors": "safetensors", ".gguf": "gguf", ".bin": "torch", ".pt": "torch", ".pth": "torch"}
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-# The first pattern that matches anything names the weights of a folder without an index.
+# In a folder without an index, the weights are the files that match the first of these patterns with any match.
 PATTERNS = ("model*.safetensors", "*.safetensors", "pytorch_model*.bin", "*.pt", "*.pth", "*.gguf")
-SINGLE = (".pt", ".pth", ".gguf")  # several of these in one folder are several checkpoints, not shards of one
+SINGLE = (".pt", ".pth", ".gguf")  # several such files in one folder are different checkpoints, not shards of one
 SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})(\.\w+)")
-FLOATS = {"Infinity": math.inf, "-Infinity": -math.inf, "NaN": math.nan}
+FLOATS = {"Infinity": math.inf, "-Infinity": -math.inf, "NaN": math.nan}  # transformers' tags for these floats
 
 
 @dataclass(frozen=True)
 class Source:
-    """One checkpoint; `config` is its folder's config.json, `metadata` GGUF's key/values or safetensors' own."""
+    """One checkpoint."""
 
-    path: Path
-    format: str
-    files: tuple[Path, ...]
-    config: dict | None
+    path: Path  # the folder or file that was opened
+    format: str  # a key of READERS
+    files: tuple[Path, ...]  # the files of weights
+    config: dict | None  # config.json beside the weights; None where there is none, and for GGUF
     tensors: dict[str, Tensor] = field(repr=False)
-    metadata: dict = field(repr=False)
+    metadata: dict = field(repr=False)  # GGUF's metadata, or the `__metadata__` of the safetensors headers
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors in the files."""
+        """Bytes of all tensors, as stored in the files."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
 
 def open_source(path: str | Path) -> Source:
-    """Open a model folder or one .safetensors/.bin/.pt/.pth/.gguf file; only headers are read. Raises MlxeffError."""
+    """Open a model folder or one .safetensors, .bin, .pt, .pth or .gguf file. Only headers are read. Raises MlxeffError
+    for missing, incomplete or damaged files."""
     path = Path(path)
     try:
         if path.is_dir():
@@ -58,7 +59,8 @@ def open_source(path: str | Path) -> Source:
 
 
 def read_json(path: str | Path) -> dict:
-    """A JSON object from a file. Floats tagged by transformers, `{"__float__": "Infinity"}`, become floats."""
+    """The JSON object in a file. transformers writes infinite floats as `{"__float__": "Infinity"}`; they become
+    floats. Raises MlxeffError for a file that cannot be read or is no JSON object."""
     path = Path(path)
     try:
         value = json.loads(path.read_text(encoding="utf-8"), object_hook=_untag)
@@ -71,7 +73,8 @@ def read_json(path: str | Path) -> dict:
     return value
 
 
-def _untag(value: dict):
+def _untag(value: dict) -> dict | float:
+    """The float for a dict that is transformers' tag of one, otherwise the dict itself."""
     tag = value.get("__float__")
     return FLOATS[tag] if len(value) == 1 and isinstance(tag, str) and tag in FLOATS else value
 
@@ -89,10 +92,10 @@ def _open_folder(folder: Path) -> Source:
     kind = _format(files[0])
     tensors, metadata = {}, {}
     for file in files:
-        found, file_metadata = READERS[kind](file)
-        if doubled := sorted(tensors.keys() & found.keys()):
+        file_tensors, file_metadata = READERS[kind](file)
+        if doubled := sorted(tensors.keys() & file_tensors.keys()):
             raise MlxeffError(f"{file.name}: tensor {doubled[0]!r} is already in {tensors[doubled[0]].origin.name}")
-        tensors.update(found)
+        tensors.update(file_tensors)
         metadata.update(file_metadata)
     if index:
         _check_index(index, weight_map, tensors)
@@ -100,11 +103,12 @@ def _open_folder(folder: Path) -> Source:
 
 
 def _config(folder: Path) -> dict | None:
+    """The folder's config.json, None where there is none."""
     return read_json(folder / "config.json") if (folder / "config.json").is_file() else None
 
 
 def _format(path: Path) -> str:
-    """The format by the first bytes, else by the file's suffix."""
+    """The format (a key of READERS) of a file: by its first bytes, or else by its suffix."""
     with open(path, "rb") as file:
         head = file.read(9)
     if head[:4] == b"GGUF":
@@ -121,7 +125,8 @@ def _format(path: Path) -> str:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """The weight files of a folder without an index, with every shard that the names promise."""
+    """The files of weights in a folder without an index. Raises MlxeffError where there are none, where they are
+    several checkpoints, and where a shard is missing that the other names announce."""
     for pattern in PATTERNS:
         files = sorted(file for file in folder.glob(pattern) if file.is_file() and not file.name.startswith("."))
         if not files:
@@ -136,6 +141,7 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def _check_shards(folder: Path, files: list[Path]) -> None:
+    """Raises MlxeffError where a file is named as one of N shards and not all of them are there."""
     names = {file.name for file in files}
     for file in files:
         if match := SHARD.fullmatch(file.name):
@@ -148,7 +154,7 @@ def _check_shards(folder: Path, files: list[Path]) -> None:
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    """Tensor name -> file name, with every file present and inside the index's folder."""
+    """The index's table tensor name → file name. Raises MlxeffError where a file is missing or in another folder."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise MlxeffError(f"{index}: wanted a weight_map of tensor to file names, got {type(weight_map).__name__}")
@@ -158,14 +164,15 @@ def _weight_map(index: Path) -> dict[str, str]:
     shards = sorted(set(weight_map.values()))
     missing = [name for name in shards if not (index.parent / name).is_file()]
     if missing:
-        found = len(shards) - len(missing)
+        present = len(shards) - len(missing)
         raise MlxeffError(
-            f"{index.parent}: incomplete: wanted {len(shards)} shards, got {found}: {', '.join(missing)} missing"
+            f"{index.parent}: incomplete: wanted {len(shards)} shards, got {present}: {', '.join(missing)} missing"
         )
     return weight_map
 
 
 def _check_index(index: Path, weight_map: dict[str, str], tensors: dict[str, Tensor]) -> None:
+    """Raises MlxeffError where a tensor is not in the file that the index names."""
     for name, file in weight_map.items():
         if name not in tensors or tensors[name].origin.name != file:
             where = f"in {tensors[name].origin.name}" if name in tensors else "nowhere"

@@ -1,8 +1,7 @@
-"""One tensor of a file: its name, type and place, and how to read it. Also the table of number types and the two ways
-to read bytes.
+"""`Tensor`, a tensor in a checkpoint file that is not read yet, and the table of number types.
 
-Type names are those of safetensors ("F16", "BF16", "U32"): https://huggingface.co/docs/safetensors. Knows no file
-format.
+Type names are those of safetensors ("F16", "BF16", "U32"): https://huggingface.co/docs/safetensors. This module knows
+nothing about file formats.
 """
 
 import math
@@ -15,7 +14,7 @@ import numpy as np
 
 from ..errors import MlxeffError
 
-# name: (MLX dtype, bytes per element). MLX holds the 8-bit floats as their bit patterns.
+# Name → (MLX dtype, bytes per element). MLX has no 8-bit floats, so these are loaded as uint8 with the same bits.
 DTYPES = {
     "BOOL": (mx.bool_, 1),
     "U8": (mx.uint8, 1),
@@ -33,27 +32,23 @@ DTYPES = {
     "F8_E4M3": (mx.uint8, 1),
     "F8_E8M0": (mx.uint8, 1),
 }
-NAMES = {mlx_type: name for name, (mlx_type, _) in reversed(DTYPES.items())}
-MAX_DIMENSION = 2**31 - 1  # MLX holds a dimension as int32
+NAMES = {mlx_type: name for name, (mlx_type, _) in reversed(DTYPES.items())}  # uint8 → "U8"
+MAX_DIMENSION = 2**31 - 1  # MLX stores a dimension as int32
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """A tensor that is still on disk, of row-major `shape` and `nbytes` in the file.
-
-    `read()` gives the dense array of type `dtype`. A GGUF tensor has its block type in `kind`; where MLX can hold those
-    blocks as they are, `bits` and `group_size` are set and `read_packed()` gives `(weight uint32, scales, biases)` for
-    `mx.quantized_matmul`. Both raise MlxeffError if the file has changed since it was opened.
-    """
+    """A tensor that is still on disk. `read` and `read_packed` raise MlxeffError if the file has changed since it was
+    opened."""
 
     name: str
-    dtype: str
-    shape: tuple[int, ...]
-    nbytes: int
-    origin: Path
+    dtype: str  # type of the array that `read` gives, a name in DTYPES
+    shape: tuple[int, ...]  # row-major
+    nbytes: int  # size in the file
+    origin: Path  # the file
     reader: Callable[[], mx.array] = field(repr=False, compare=False)
-    kind: str | None = None
-    bits: int | None = None
+    kind: str | None = None  # GGUF: its block type, such as "Q4_0"
+    bits: int | None = None  # GGUF: bits and group size where MLX has an equivalent of the block type, otherwise None
     group_size: int | None = None
     packed_reader: Callable[[], tuple[mx.array, mx.array, mx.array]] | None = field(
         default=None, repr=False, compare=False
@@ -65,9 +60,11 @@ class Tensor:
         return math.prod(self.shape)
 
     def read(self) -> mx.array:
+        """The dense array, of type `dtype`."""
         return self.reader()
 
     def read_packed(self) -> tuple[mx.array, mx.array, mx.array]:
+        """(weight uint32, scales, biases) for `mx.quantized_matmul`. Raises MlxeffError where `bits` is None."""
         if self.packed_reader is None:
             raise MlxeffError(
                 f"{self.origin.name}: tensor {self.name!r}: wanted packed weights, got {self.kind or self.dtype}"
@@ -76,13 +73,14 @@ class Tensor:
 
 
 def check_shape(shape: tuple[int, ...], origin: Path, name: str) -> None:
-    """Refuse dimensions that MLX would wrap around."""
+    """Raises MlxeffError for dimensions that overflow in MLX."""
     if any(dimension > MAX_DIMENSION for dimension in shape):
         raise MlxeffError(f"{origin.name}: tensor {name!r}: wanted dimensions up to {MAX_DIMENSION}, got {shape}")
 
 
 def read_bytes(path: Path, offset: int, nbytes: int) -> np.ndarray:
-    """(nbytes,) uint8 from `offset` of the file; an error if the file has become shorter since its header was read."""
+    """The bytes of the file from `offset` on, uint8 (nbytes,). Raises MlxeffError where the file has become shorter
+    since its header was read."""
     try:
         data = np.fromfile(path, np.uint8, nbytes, offset=offset)
     except OSError as error:
@@ -93,7 +91,8 @@ def read_bytes(path: Path, offset: int, nbytes: int) -> np.ndarray:
 
 
 def to_array(data: np.ndarray, dtype: str, shape: tuple[int, ...]) -> mx.array:
-    """Little-endian bytes -> array. Two-byte floats go through uint16, since numpy has no bfloat16."""
+    """Little-endian bytes → array of the type `dtype` (a key of NUMPY). bfloat16 is read as uint16 first, because NumPy
+    does not have it."""
     if dtype == "BOOL":
         return mx.array(data != 0).reshape(shape)
     if dtype == "BF16":
@@ -101,7 +100,7 @@ def to_array(data: np.ndarray, dtype: str, shape: tuple[int, ...]) -> mx.array:
     return mx.array(data.view(NUMPY[dtype])).reshape(shape)
 
 
-NUMPY = {
+NUMPY = {  # name of a number type → the NumPy type that reads its bytes
     "U8": np.uint8,
     "I8": np.int8,
     "U16": np.dtype("<u2"),

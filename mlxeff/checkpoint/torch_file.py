@@ -1,7 +1,8 @@
-"""A PyTorch zip archive (.bin, .pt, .pth) -> its tensors, without torch.
+"""A PyTorch zip archive (.bin, .pt, .pth) → its tensors, without torch.
 
-Layout: torch/serialization.py, `<name>/data.pkl` describes the tensors, `<name>/data/<key>` is a storage. Every entry
-must be stored uncompressed inside the file and every tensor inside its entry. The pickle is read by `torch_pickle`.
+Layout (torch/serialization.py): the entry `<name>/data.pkl` is a pickle that describes the tensors, read by
+`torch_pickle`. Each entry `<name>/data/<key>` is a storage, the memory that one or more tensors are views of. Entries
+must be stored uncompressed, every entry must lie inside of the file and every tensor inside of its storage.
 """
 
 import math
@@ -9,6 +10,7 @@ import struct
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import mlx.core as mx
 import numpy as np
@@ -17,22 +19,26 @@ from ..errors import MlxeffError, notices
 from .tensor import NUMPY, Tensor, check_shape, read_bytes, to_array
 from .torch_pickle import StoredTensor, read_pickle
 
-MAX_PICKLE = 32 << 20  # bytes; a state dict needs about 150 a tensor
-LOCAL_HEADER = struct.Struct("<4s22xHH")  # of a zip entry: signature, name length, extra length
-# Keys under which training programs keep the weights among other state.
+MAX_PICKLE = 32 << 20  # bytes; a state dict needs about 150 for each tensor
+LOCAL_HEADER = struct.Struct("<4s22xHH")  # of a zip entry: signature, length of the name, length of the extra field
+# Keys under which training programs store the weights beside other state.
 MODEL_KEYS = ("model_state_dict", "state_dict", "model", "module", "weights", "params")
 RESAVE = "re-save it with torch.save(torch.load(path, weights_only=True), new_path) or as safetensors"
+# Name of a number type → bytes per element.
 BYTES = {"F64": 8} | {name: np.dtype(dtype).itemsize for name, dtype in NUMPY.items()}
 
 
 @dataclass(frozen=True)
 class _Entry:
+    """The place of an entry's bytes in the file."""
+
     start: int
     nbytes: int
 
 
 def read_torch(path: Path) -> tuple[dict[str, Tensor], dict]:
-    """The tensors of the archive's state dict by name; no metadata."""
+    """(The tensors of the archive's state dict by name, {}: there is no metadata). Raises MlxeffError for a damaged
+    archive and for one with anything but plain weights."""
     entries = _entries(path)
     prefix = _prefix(path, entries)
     pickled = entries[prefix + "data.pkl"]
@@ -50,7 +56,8 @@ def read_torch(path: Path) -> tuple[dict[str, Tensor], dict]:
 
 
 def _entries(path: Path) -> dict[str, _Entry]:
-    """Name -> place of every entry; all must be stored as they are, inside the file, and apart from each other."""
+    """Name → place of every entry of the archive. Raises MlxeffError for compressed and overlapping entries and for
+    entries outside of the file."""
     with open(path, "rb") as file:
         head = file.read(4)
         if head != b"PK\x03\x04":
@@ -84,6 +91,7 @@ def _entries(path: Path) -> dict[str, _Entry]:
 
 
 def _guess(head: bytes, path: Path) -> str:
+    """A name for the format of a file that is no zip archive, for the error message."""
     if head[:1] == b"\x80":
         return "bare pickle (legacy PyTorch)"
     with open(path, "rb") as file:
@@ -91,7 +99,8 @@ def _guess(head: bytes, path: Path) -> str:
         return "tar (legacy PyTorch)" if file.read(5) == b"ustar" else "different"
 
 
-def _entry(file, path: Path, info: zipfile.ZipInfo) -> _Entry:
+def _entry(file: BinaryIO, path: Path, info: zipfile.ZipInfo) -> _Entry:
+    """The place of one entry, from the header in front of its bytes."""
     what, size = f"{path.name}: entry {info.filename[:80]!r}", path.stat().st_size
     if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size or info.flag_bits & 1:
         got = f"{info.file_size} bytes compressed or encrypted to {info.compress_size}"
@@ -107,7 +116,7 @@ def _entry(file, path: Path, info: zipfile.ZipInfo) -> _Entry:
 
 
 def _prefix(path: Path, entries: dict[str, _Entry]) -> str:
-    """The folder inside the archive, with its slash."""
+    """The name of the folder inside of the archive that contains data.pkl, with a slash at its end."""
     pickles = [name for name in entries if name == "data.pkl" or name.endswith("/data.pkl")]
     if len(pickles) != 1:
         raise MlxeffError(f"{path.name}: wanted a PyTorch archive with one data.pkl, got {len(pickles)}")
@@ -117,9 +126,10 @@ def _prefix(path: Path, entries: dict[str, _Entry]) -> str:
     return prefix
 
 
-def _model_tensors(value, path: Path) -> dict[str, StoredTensor]:
-    """The state dict in a checkpoint: itself, or under one of MODEL_KEYS beside the optimizer and other state."""
-    place = []
+def _model_tensors(value: object, path: Path) -> dict[str, StoredTensor]:
+    """The state dict in the unpickled `value`: the value itself, or below one of MODEL_KEYS where optimiser state and
+    others are stored beside it. Notices say what is ignored."""
+    place = []  # the keys that lead to it
     while isinstance(value, dict) and not any(isinstance(item, StoredTensor) for item in value.values()):
         key = next((key for key in MODEL_KEYS if isinstance(value.get(key), dict) and len(place) < 3), None)
         if key is None:
@@ -147,8 +157,8 @@ def _some(names: list[str]) -> str:
     return f"{shown} and {len(names) - 5} more" if len(names) > 5 else shown or "nothing"
 
 
-def _tensor(path: Path, name, stored: StoredTensor, entries: dict[str, _Entry], prefix: str) -> Tensor:
-    """Check the view against its storage's bytes."""
+def _tensor(path: Path, name: object, stored: StoredTensor, entries: dict[str, _Entry], prefix: str) -> Tensor:
+    """The tensor for one entry of the state dict. Raises MlxeffError where it reaches outside of its storage."""
     if not isinstance(name, str) or not name.isprintable():
         raise MlxeffError(f"{path.name}: wanted printable tensor names, got {name!r:.80}")
     storage, what = stored.storage, f"{path.name}: tensor {name!r}"
@@ -169,13 +179,14 @@ def _tensor(path: Path, name, stored: StoredTensor, entries: dict[str, _Entry], 
 
 
 def _span(stored: StoredTensor) -> int:
-    """Elements between the view's first and last, both included."""
+    """Number of elements in the storage from the view's first to its last, both included."""
     if 0 in stored.shape:
         return 0
     return 1 + sum((length - 1) * stride for length, stride in zip(stored.shape, stored.strides, strict=True))
 
 
 def _read(path: Path, start: int, span: int, stored: StoredTensor) -> mx.array:
+    """The array of a view, whose elements lie in the `span` elements from byte `start` on; float64 becomes float32."""
     kind = stored.storage.dtype
     item = BYTES[kind]
     numbers = read_bytes(path, start, span * item).view("<f8" if kind == "F64" else NUMPY[kind])

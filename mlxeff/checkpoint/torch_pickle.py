@@ -1,16 +1,18 @@
-"""The pickle inside a PyTorch archive -> plain dicts, lists, numbers and `StoredTensor`s, without unpickling anything.
+"""The pickle in a PyTorch archive → plain dicts, lists, numbers and `StoredTensor`s, without Python's unpickler.
 
-A small stack machine over `pickletools.genops`: it knows the instructions that state dicts need, calls nothing, imports
-nothing, and refuses the rest by name. Instructions: CPython's pickletools. What torch writes: torch/_utils.py
-(`_rebuild_tensor_v2`). Knows nothing of zip files.
+Unpickling runs code that the file chooses. This is a small stack machine over `pickletools.genops` instead: it knows
+the pickle instructions that state dicts consist of, never imports or calls what the file names, and raises for all
+other instructions. Sources: CPython's pickletools for the instructions, torch/_utils.py (`_rebuild_tensor_v2`) for the
+calls that torch writes. This module knows nothing about zip files.
 """
 
 import pickletools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..errors import MlxeffError
 
-STORAGES = {
+STORAGES = {  # torch's storage classes → number type of their elements
     "FloatStorage": "F32",
     "DoubleStorage": "F64",
     "HalfStorage": "F16",
@@ -40,6 +42,7 @@ DTYPE_NAMES = (
     "int",
     "short",
 )
+# Names that a pickle may mention. Calls of PLAIN give values that a state dict does not need.
 PLAIN = {"torch.Size", "torch.device"} | {f"torch.{name}" for name in DTYPE_NAMES}
 DICTS = {"collections.OrderedDict"}
 REBUILD, PARAMETER = "torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_parameter"
@@ -50,14 +53,14 @@ MAX_DIMENSIONS = 8
 
 @dataclass(frozen=True)
 class Global:
-    """An allowed name that the pickle mentions; only a name, never the object."""
+    """A class or function that the pickle mentions, one of ALLOWED: only its name, never the object."""
 
     name: str
 
 
 @dataclass(frozen=True)
 class Storage:
-    """Persistent id of a storage: the archive entry `data/<key>` of `count` elements."""
+    """A storage: the archive's entry `data/<key>`, with `count` elements of the number type `dtype`."""
 
     key: str
     dtype: str
@@ -66,7 +69,7 @@ class Storage:
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A strided view of a storage; offset and strides count elements."""
+    """A tensor: a strided view of a storage. Offset and strides are in elements."""
 
     storage: Storage
     offset: int
@@ -75,11 +78,12 @@ class StoredTensor:
 
 
 class Opaque:
-    """A value of an allowed kind that a state dict does not need (a torch.Size, a dtype, a device)."""
+    """Stands for a value that a state dict does not need: a torch.Size, a dtype or a device."""
 
 
-def read_pickle(data: bytes, origin: str):
-    """The value: dict, list, tuple, str, bytes, int, float, bool, None, StoredTensor, Opaque. Raises MlxeffError."""
+def read_pickle(data: bytes, origin: str) -> object:
+    """The pickled value: dict, list, tuple, str, bytes, int, float, bool, None, StoredTensor or Opaque. `origin` names
+    the file in errors. Raises MlxeffError for a damaged pickle and for anything that is not plain weights."""
     machine = _Machine(origin, len(data))
     try:
         for operation, argument, _ in pickletools.genops(data):
@@ -97,11 +101,18 @@ def read_pickle(data: bytes, origin: str):
 
 
 class _Machine:
+    """The state of the stack machine; each method but `refuse`, `push` and the helpers is a pickle instruction.
+
+    `stack` are the values since the last mark, `outer` the stacks below the marks, `memo` the values that later
+    instructions refer to by number. `length` is the size of the pickle in bytes.
+    """
+
     def __init__(self, origin: str, length: int):
         self.origin, self.length = origin, length
         self.stack, self.outer, self.memo = [], [], {}
 
     def refuse(self, what: str) -> MlxeffError:
+        """The error to raise for something that a state dict does not contain."""
         return MlxeffError(
             f"{self.origin}: refused, nothing was executed: wanted a pickle of plain weights, got {what}"
         )
@@ -117,6 +128,7 @@ class _Machine:
         self.stack = []
 
     def pop_mark(self) -> list:
+        """The values since the last mark, which are removed with it."""
         items, self.stack = self.stack, self.outer.pop()
         return items
 
@@ -176,7 +188,7 @@ class _Machine:
         target.update(zip(keys, items[1::2], strict=True))
 
     def build(self, _) -> None:
-        """Attributes of an OrderedDict (torch keeps `_metadata` there): not needed."""
+        """Set attributes of an OrderedDict: ignored. torch writes `_metadata`, which is not needed."""
         self.stack.pop()
         if type(self.stack[-1]) is not dict:
             raise self.refuse(f"attributes for a {type(self.stack[-1]).__name__}")
@@ -191,8 +203,8 @@ class _Machine:
         self.push(_call(self, what.name, arguments))
 
 
-def _call(machine: _Machine, name: str, arguments: tuple):
-    """What an allowed call would have made, as a description."""
+def _call(machine: _Machine, name: str, arguments: tuple) -> StoredTensor | dict | Opaque:
+    """A description of the value that a call of `name` would have returned."""
     if name == REBUILD and len(arguments) >= 4:
         return _tensor(machine, *arguments[:4])
     if name == PARAMETER and arguments and isinstance(arguments[0], StoredTensor):
@@ -204,7 +216,8 @@ def _call(machine: _Machine, name: str, arguments: tuple):
     raise machine.refuse(f"a call of {name} with {len(arguments)} arguments")
 
 
-def _storage(machine: _Machine, value) -> Storage:
+def _storage(machine: _Machine, value: object) -> Storage:
+    """The storage that a persistent id of torch names."""
     if not isinstance(value, tuple) or len(value) != 5 or value[0] != "storage":
         raise machine.refuse("a persistent id that is not a storage")
     _, kind, key, _, count = value
@@ -218,7 +231,8 @@ def _storage(machine: _Machine, value) -> Storage:
     return Storage(key, STORAGE_NAMES[kind.name], count)
 
 
-def _tensor(machine: _Machine, storage, offset, shape, strides) -> StoredTensor:
+def _tensor(machine: _Machine, storage: object, offset: object, shape: object, strides: object) -> StoredTensor:
+    """The tensor that `_rebuild_tensor_v2` makes of these arguments."""
     if not isinstance(storage, Storage) or not _natural(offset):
         raise machine.refuse("a tensor without a storage")
     if not isinstance(shape, tuple) or not isinstance(strides, tuple) or len(shape) != len(strides):
@@ -230,19 +244,27 @@ def _tensor(machine: _Machine, storage, offset, shape, strides) -> StoredTensor:
     return StoredTensor(storage, offset, shape, strides)
 
 
-def _natural(value) -> bool:
+def _natural(value: object) -> bool:
+    """Whether a value is an integer from 0 to 2^63 - 1."""
     return type(value) is int and 0 <= value < 1 << 63
 
 
-def _constant(value):
+Step = Callable[[_Machine, object], None]  # (the machine, the argument of the instruction)
+
+
+def _constant(value: bool | None) -> Step:
+    """The instruction that pushes a constant."""
     return lambda machine, _: machine.push(value)
 
 
-def _fresh(kind):
+def _fresh(kind: type) -> Step:
+    """The instruction that pushes an empty collection."""
     return lambda machine, _: machine.push(kind())
 
 
-def _tuple_of(count):
+def _tuple_of(count: int) -> Step:
+    """The instruction that replaces the last `count` values by their tuple."""
+
     def step(machine, _):
         if len(machine.stack) < count:
             raise IndexError("too few values for a tuple")
@@ -251,7 +273,8 @@ def _tuple_of(count):
     return step
 
 
-STEPS = {
+# Name of a pickle instruction → what it does.
+STEPS: dict[str, Step] = {
     **dict.fromkeys(("PROTO", "FRAME", "STOP"), _Machine.ignore),
     **dict.fromkeys(("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT"), _Machine.push),
     **dict.fromkeys(("BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"), _Machine.push),

@@ -1,7 +1,8 @@
-"""Named arrays -> a folder of safetensors shards, one tensor in memory at a time, all or nothing.
+"""Named arrays → a folder of safetensors shards, with one tensor in memory at a time.
 
-The folder is written beside its place under a hidden name and renamed when it is complete. File names and index: as
-mlx-lm writes them. Format: https://huggingface.co/docs/safetensors/index#format. Knows nothing of models.
+The folder is written under a hidden name beside its destination and renamed when it is complete, so an interrupted
+write leaves nothing behind. File names and index are those that mlx-lm writes. Format:
+https://huggingface.co/docs/safetensors/index#format. This module knows nothing about models.
 """
 
 import contextlib
@@ -9,7 +10,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,25 +20,28 @@ import numpy as np
 from ..errors import MlxeffError
 from .tensor import DTYPES, NAMES
 
-SHARD_BYTES = 5 << 30  # as in mlx-lm
-FLOATS = {"F16": mx.float16, "BF16": mx.bfloat16, "F32": mx.float32}
-CARRIER = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32, 8: mx.uint64}
+SHARD_BYTES = 5 << 30  # largest size of a shard, as in mlx-lm
+FLOATS = {"F16": mx.float16, "BF16": mx.bfloat16, "F32": mx.float32}  # types that `cast` converts to
+CARRIER = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32, 8: mx.uint64}  # bytes per element → type to pass bytes to NumPy
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Tensors that one `read` makes in the order of `specs`: (name, dtype as in safetensors, shape)."""
+    """Tensors that are made together, by one call of `read`. `specs` has (name, safetensors' name of the dtype, shape)
+    of each, in the order of the arrays that `read` returns."""
 
     specs: tuple[tuple[str, str, tuple[int, ...]], ...]
     read: Callable[[], list[mx.array]]
 
     @property
     def nbytes(self) -> int:
+        """Bytes of all its tensors."""
         return sum(_nbytes(dtype, shape) for _, dtype, shape in self.specs)
 
 
 def cast(array: mx.array, spec: tuple[str, str, tuple[int, ...]]) -> mx.array:
-    """The array in the float type of `spec` (name, dtype, shape); an error where that is too narrow."""
+    """The array in the dtype of `spec` (name, dtype, shape) where that is a float type, otherwise unchanged. Raises
+    MlxeffError where a value overflows in float16."""
     name, dtype, _ = spec
     if dtype not in FLOATS or array.dtype == FLOATS[dtype]:
         return array
@@ -49,7 +53,8 @@ def cast(array: mx.array, spec: tuple[str, str, tuple[int, ...]]) -> mx.array:
 
 
 def save_arrays(path: Path, arrays: dict[str, mx.array], metadata: dict[str, str], what: str) -> None:
-    """Write one safetensors file in place of `path`, all or nothing; `what` names it in the error."""
+    """Write one safetensors file. An existing file at `path` is replaced only by a complete one. `what` says in errors
+    what the file is. Raises MlxeffError where it cannot be written."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.safetensors")
     try:
         mx.eval(arrays)
@@ -66,7 +71,8 @@ def save_arrays(path: Path, arrays: dict[str, mx.array], metadata: dict[str, str
 
 
 def plan_shards(pieces: list[Piece], shard_bytes: int = SHARD_BYTES) -> list[list[Piece]]:
-    """Pieces in order, cut where a shard would pass `shard_bytes`; one piece is never cut."""
+    """The pieces of each shard, in order. A new shard begins where the next piece would make it larger than
+    `shard_bytes`; the tensors of one piece stay together."""
     shards, filled = [[]], 0
     for piece in pieces:
         if shards[-1] and filled + piece.nbytes > shard_bytes:
@@ -78,7 +84,7 @@ def plan_shards(pieces: list[Piece], shard_bytes: int = SHARD_BYTES) -> list[lis
 
 
 def check_new(destination: Path) -> None:
-    """Refuse a destination that exists or whose parent does not."""
+    """Raises MlxeffError where the destination exists or its parent folder does not."""
     if destination.exists() or destination.is_symlink():
         raise MlxeffError(f"{destination}: wanted a new folder, got a path that exists")
     if not destination.absolute().parent.is_dir():
@@ -95,12 +101,16 @@ def write_folder(
     progress: Callable[[int, int], None] | None = None,
     metadata: dict[str, str] | None = None,
 ) -> list[Path]:
-    """Write shards and index, and by `files(folder)` the rest; returns the weight files. Raises MlxeffError.
+    """Write the new folder `destination` with the tensors of `pieces`; returns the paths of the weight files.
 
-    `metadata` stands in the header of each shard.
+    files        called with the unfinished folder, to write other files into it
+    parameters   number of parameters, for the index
+    shard_bytes  largest size of a shard
+    progress     called with (bytes done, bytes in total)
+    metadata     entries for the header of each shard
 
-    Memory: the largest piece's arrays. `progress(done, total)` counts bytes. If anything goes wrong,
-    `destination` is not made.
+    Needs memory for the arrays of the largest piece. Raises MlxeffError where the folder cannot be written; nothing is
+    left at `destination` then.
     """
     destination = Path(destination).absolute()
     check_new(destination)
@@ -128,7 +138,7 @@ def _check_space(parent: Path, wanted: int) -> None:
 
 
 def _partial(destination: Path) -> Path:
-    """The hidden name to write under; removes what killed processes left there."""
+    """The hidden path to write to. Unfinished folders of processes that no longer run are removed."""
     stem = f".{destination.name}.partial-"
     for left in destination.parent.glob(stem.replace("[", "[[]") + "*"):
         if left.name[len(stem) :].isdigit() and not _alive(int(left.name[len(stem) :])):
@@ -137,6 +147,7 @@ def _partial(destination: Path) -> Path:
 
 
 def _alive(process: int) -> bool:
+    """Whether a process with this id runs."""
     try:
         os.kill(process, 0)
     except ProcessLookupError:
@@ -149,6 +160,7 @@ def _alive(process: int) -> bool:
 def _write_shards(
     folder: Path, shards: list[list[Piece]], parameters: int | None, progress: Callable, metadata: dict[str, str]
 ) -> list[str]:
+    """Write all shards and the index; returns the shards' file names."""
     count = len(shards)
     names = (
         ["model.safetensors"] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
@@ -166,8 +178,8 @@ def _write_shards(
     return names
 
 
-def _write_shard(path: Path, pieces: list[Piece], metadata: dict[str, str]):
-    """Write one file, yielding the bytes of each piece as it is done."""
+def _write_shard(path: Path, pieces: list[Piece], metadata: dict[str, str]) -> Iterator[int]:
+    """Write one shard; yields the number of bytes of each piece after it was written."""
     header = _header(pieces, metadata)
     with open(path, "wb") as file:
         file.write(header)
@@ -185,7 +197,7 @@ def _write_shard(path: Path, pieces: list[Piece], metadata: dict[str, str]):
 
 
 def _header(pieces: list[Piece], metadata: dict[str, str]) -> bytes:
-    """Length and JSON, padded with spaces to a multiple of 8."""
+    """The header of a shard: its length in 8 bytes, and JSON that is padded with spaces to a multiple of 8 bytes."""
     entries, offset = {"__metadata__": {"format": "mlx"} | metadata}, 0
     for name, dtype, shape in (spec for piece in pieces for spec in piece.specs):
         end = offset + _nbytes(dtype, shape)
@@ -199,7 +211,8 @@ def _header(pieces: list[Piece], metadata: dict[str, str]) -> bytes:
 
 
 def _bytes(path: Path, spec: tuple, array: mx.array) -> memoryview:
-    """The array's own memory, row-major, after a check that it is what the header says."""
+    """The bytes of the array in row-major order, without a copy. Raises MlxeffError where the array is not what the
+    header says (`spec`)."""
     name, dtype, shape = spec
     if NAMES[array.dtype] != dtype or array.shape != shape:
         got = f"{NAMES[array.dtype]} {array.shape}"
@@ -211,4 +224,5 @@ def _bytes(path: Path, spec: tuple, array: mx.array) -> memoryview:
 
 
 def _nbytes(dtype: str, shape: tuple[int, ...]) -> int:
+    """Bytes of a tensor with this safetensors dtype."""
     return math.prod(shape) * DTYPES[dtype][1]

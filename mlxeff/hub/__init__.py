@@ -1,7 +1,7 @@
-"""A model's name -> a path on disk. Downloads, resumes and verifies; knows nothing about what the files mean.
+"""The name of a model → its path on disk. What is not there yet is downloaded, with resume and verification.
 
-A name is a folder, a checkpoint file, a built-in alias (`BUILTIN`), a Hugging Face id `org/name`, or one GGUF file in
-such a repository, `org/name/file.gguf`.
+A name is a folder, a checkpoint file, a built-in alias (`BUILTIN`), a Hugging Face id `org/name`, or one GGUF file of
+such a repository, `org/name/file.gguf`. This package knows nothing about the content of the files.
 """
 
 from __future__ import annotations
@@ -18,17 +18,20 @@ from .catalog import BUILTIN, DEFAULT_MODEL, PAIRS, OnHub, Packaged, cache_dir
 
 __all__ = ["BUILTIN", "DEFAULT_MODEL", "OnHub", "Packaged", "cache_dir", "models", "pairs", "resolve", "resolve_pair"]
 
-Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
+Progress = Callable[[int, int], None]  # called with (bytes done, bytes in total)
 CHECKPOINT_SUFFIXES = (".gguf", ".safetensors", ".pt", ".pth", ".bin")
 _HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95})(?:/(.+\.gguf))?")
 _FORMS = "a folder, a .gguf, .safetensors or .pt file, a Hugging Face id (org/name), or one of: {}"
 
 
 def resolve(name: str, *, offline: bool = False, progress: Progress | None = None, revision: str | None = None) -> Path:
-    """Where the model called `name` lies on disk; fetched first when it is not there yet.
+    """The path of the model called `name`, which is downloaded first when it is not on this machine.
 
-    `offline`: never touch the network (the same by the environment: HF_HUB_OFFLINE=1). `progress`: called with bytes
-    done and bytes in all. `revision`: branch, tag or commit of a Hugging Face repository. MlxeffError says what helps.
+    offline   never use the network, as with the environment variable HF_HUB_OFFLINE=1
+    progress  called with (bytes done, bytes in total)
+    revision  branch, tag or commit of a Hugging Face repository
+
+    Raises MlxeffError for an unknown name and for a failed download; its message says what the user can do.
     """
     path = Path(name).expanduser()
     if name and path.exists():
@@ -53,13 +56,14 @@ def resolve(name: str, *, offline: bool = False, progress: Progress | None = Non
 
 
 def _local(path: Path) -> Path:
+    """The path itself; raises MlxeffError for a file that is no checkpoint by its suffix."""
     if path.is_dir() or path.suffix in CHECKPOINT_SUFFIXES:
         return path
     raise MlxeffError(f"{path}: wanted a folder or a file ending in {', '.join(CHECKPOINT_SUFFIXES)}")
 
 
 def close_names(name: str) -> str:
-    """`; did you mean a, b?` for a name that is almost one we know, else nothing."""
+    """The text "; did you mean a, b?" with known names that are similar to `name`; "" where there are none."""
     known = {alias.lower(): alias for alias in BUILTIN}
     known |= {entry.repository.lower(): entry.repository for entry in BUILTIN.values() if isinstance(entry, OnHub)}
     close = difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.6)
@@ -67,12 +71,12 @@ def close_names(name: str) -> str:
 
 
 def pairs() -> list[str]:
-    """The names of the pairs of KV Prediction that come with the package."""
+    """Names of the KV Prediction pairs that come with the package (a predictor and its auxiliary model)."""
     return sorted(path.parent.name for path in PAIRS.glob("*/config.json"))
 
 
 def resolve_pair(name: str | Path) -> Path:
-    """The folder of a pair: `name` itself, or one of `pairs()`."""
+    """The folder of a KV Prediction pair: `name` itself, or the folder of one of `pairs()`. Raises MlxeffError."""
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder
@@ -82,22 +86,24 @@ def resolve_pair(name: str | Path) -> Path:
 
 
 def models() -> list[dict[str, Any]]:
-    """Built-in aliases and every model in the Hugging Face cache, for display.
+    """The built-in models and every model in the Hugging Face cache, for display: a list of dicts.
 
-    Each: {"alias", "source", "bytes", "cached"}; `alias` is None for a model that is only cached, `bytes` None when the
-    size is not known before the download, `cached` None or {"path", "bytes"}.
+    alias   built-in name, None for a model that is only in the cache
+    source  where the model comes from
+    bytes   size, None where it is not known before the download
+    cached  None, or {"path", "bytes"} of the copy on this machine
     """
     from .huggingface import cached_repositories
 
-    cached = cached_repositories()
+    repositories = cached_repositories()
     rows = []
     for alias, entry in BUILTIN.items():
         if isinstance(entry, Packaged):
-            place = entry.place()
-            here = {"path": str(place), "bytes": entry.size} if entry.is_present() else None
-            rows.append({"alias": alias, "source": entry.source, "bytes": entry.size, "cached": here})
+            cached = {"path": str(entry.place()), "bytes": entry.size} if entry.is_present() else None
+            rows.append({"alias": alias, "source": entry.source, "bytes": entry.size, "cached": cached})
         else:
-            here = cached.pop(entry.repository, None)
-            rows.append({"alias": alias, "source": entry.repository, "bytes": None, "cached": here})
-    others = [{"alias": None, "source": name, "bytes": None, "cached": here} for name, here in sorted(cached.items())]
-    return rows + others
+            cached = repositories.pop(entry.repository, None)
+            rows.append({"alias": alias, "source": entry.repository, "bytes": None, "cached": cached})
+    for name, cached in sorted(repositories.items()):
+        rows.append({"alias": None, "source": name, "bytes": None, "cached": cached})
+    return rows

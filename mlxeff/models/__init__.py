@@ -1,9 +1,16 @@
-"""Models: one file a family (`llama`, `openelm`), each with `Model(config)`; `adapter` for those that mlx-lm owns.
+"""Decoder models: one module for each family (`llama`, `openelm`), each with a class `Model(config)`.
 
-`decoder` has the call protocol, `parts` what a family says of itself, `plain` and `native` the executors, `config` and
-`rope` what the families share in reading a config, `gguf` the names and keys of GGUF files.
+decoder         the base class of the families' models: how they are called
+parts           how a model describes itself: its modules by the role that they have
+plain, native   two executors: operator by operator, or a whole forward pass as one native CPU call
+config, rope    reading config.json, and the rotary embedding that it describes
+gguf            GGUF's names and keys → those of the Llama family
+adapter         models of other families, built by mlx-lm
 
-`seams` on a model names the places where a technique can plug in: "cache" (attention goes through `cache.attend`),
-"linear" (projections are `nn.Linear`, replaceable), "feed-forward" (each layer's feed-forward is one module) and "kv"
-(keys and values are read out, and given ones appended).
+The attribute `seams` of a model names the places where a technique can plug in:
+
+"cache"         attention is computed by the cache (`cache.attend`), so another kind of cache can take over
+"linear"        the projections are modules of type `nn.Linear`, which can be replaced
+"feed-forward"  the feed-forward network of each layer is one module, which can be replaced
+"kv"            keys and values of chosen layers can be read, and keys and values from elsewhere appended to the cache
 """

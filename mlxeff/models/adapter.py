@@ -1,45 +1,48 @@
-"""Any other model that mlx-lm can load (Gemma 3, Phi, …), for plain decoding.
+"""Models of all other families (Gemma 3, Phi, …), built and computed by mlx-lm, for plain decoding.
 
-mlx-lm builds and owns the model and its caches; here they get the call protocol of our own models. There are no
-seams, so a technique that needs one says so. Importing mlx-lm brings `transformers`: only this path pays for it.
+`AdapterModel` and `AdapterCache` wrap mlx-lm's model and caches so that they can be used like `decoder.DecoderModel`
+and `cache.KVCache`. Techniques cannot plug into these models, since mlx-lm's code computes them: `seams` is empty.
+Importing mlx-lm also imports `transformers`, which is slow, so it happens inside of the functions that need it.
 """
 
 import contextlib
 import inspect
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
 
 import mlx.core as mx
+import mlx.nn as nn
 
 from ..errors import MlxeffError
 from ..running import EXACT, Ran, RunOptions, Tally
 
-RAN = Ran("mlx", EXACT.compute)
+RAN = Ran("mlx", EXACT.compute)  # what computes all calls of these models
 
 
 class AdapterCache:
-    """mlx-lm's list of layer caches, whatever their kinds, under the protocol `cache.Cache`."""
+    """A list of mlx-lm's layer caches, of whatever kinds, with the methods of `cache.Cache`."""
 
     kind = None
 
     def __init__(self, layers: list):
         self.layers, self.tally = layers, Tally()
-        self.length = 0  # tokens fed so far
+        self.length = 0  # cached tokens
 
     @property
     def nbytes(self) -> int:
+        """Bytes allocated."""
         return sum(layer.nbytes for layer in self.layers)
 
     @property
     def stored_as(self) -> None:
-        """mlx-lm's caches do not say."""
+        """None: mlx-lm's caches do not tell their type."""
         return None
 
     def rewind(self, length: int) -> int:
-        """As `Cache.rewind`; all tokens are kept where a layer has a state that cannot be taken back (recurrent layers,
-        full rotating caches)."""
+        """See `Cache.rewind`. All tokens are kept where the cache of a layer cannot drop tokens: the state of a
+        recurrent layer, or a rotating cache that is full."""
         if not 0 <= length <= self.length:
             raise MlxeffError(f"KV cache: wanted to rewind to 0 to {self.length} tokens, got {length}")
         if all(layer.is_trimmable() for layer in self.layers):
@@ -49,46 +52,51 @@ class AdapterCache:
         return self.length
 
     def reserve(self, tokens: int) -> None:
-        """mlx-lm's caches grow by themselves."""
+        """Does nothing: mlx-lm's caches decide themselves how to grow."""
 
     def arrays(self) -> list:
-        """The state to be evaluated after a prefill chunk."""
+        """See `Cache.arrays`."""
         return [layer.state for layer in self.layers]
 
 
 class AdapterModel:
-    """An mlx-lm model: `model(tokens, cache) → logits`; token ids (B, S) → (B, S, V)."""
+    """A model of mlx-lm with the methods of `decode.Model`. `config` is the dict of its config.json.
+
+    Shapes: B batch, S tokens, V vocabulary.
+    """
 
     seams: frozenset[str] = frozenset()
 
-    def __init__(self, model, config: dict):
+    def __init__(self, model: nn.Module, config: dict):
         self.model = model
         self.config = config
 
     @property
     def context_length(self) -> int | None:
-        """Tokens of context by the model's config, None if it does not say."""
+        """Tokens of context, from the model's config; None where the config has no such entry."""
         return self._key("max_position_embeddings")
 
     @property
     def vocab_size(self) -> int | None:
-        """Rows of the embedding table by the model's config, None if it does not say."""
+        """Rows of the embedding table, from the model's config; None where the config has no such entry."""
         return self._key("vocab_size")
 
-    def _key(self, name: str):
+    def _key(self, name: str) -> int | None:
+        """An entry of the config; multimodal models have those of their language model under "text_config"."""
         return self.config.get(name) or (self.config.get("text_config") or {}).get(name)
 
     def check(self, options: RunOptions) -> None:
-        """Refuse, in one line, all options but the defaults: mlx-lm's models have none of them."""
-        if options != EXACT:
-            given = ", ".join(
-                f"{f.name} {getattr(options, f.name)}" for f in fields(options) if getattr(options, f.name) != f.default
-            )
-            kind = self.config.get("model_type")
-            raise MlxeffError(f"{given}: wanted a model of our own families, {kind!r} runs through mlx-lm")
+        """Raises MlxeffError for all options but the defaults: mlx-lm's models support none of them."""
+        if options == EXACT:
+            return
+        changed = {f.name: getattr(options, f.name) for f in fields(options) if getattr(options, f.name) != f.default}
+        got = ", ".join(f"{name} {value}" for name, value in changed.items())
+        kind = self.config.get("model_type")
+        raise MlxeffError(f"{got}: wanted a model of our own families, {kind!r} runs through mlx-lm")
 
     def new_cache(self, kind: str | None = None) -> AdapterCache:
-        """An empty cache of the kinds that mlx-lm gives the model's layers."""
+        """An empty cache, of the kinds that mlx-lm makes for the model's layers. Raises MlxeffError for any `kind` but
+        None."""
         from mlx_lm.models.cache import make_prompt_cache
 
         if kind is not None:
@@ -96,6 +104,7 @@ class AdapterModel:
         return AdapterCache(make_prompt_cache(self.model))
 
     def __call__(self, tokens: mx.array, cache: AdapterCache, options: RunOptions = EXACT) -> mx.array:
+        """Ids (B, S) of the tokens that follow the cached ones → logits (B, S, V). Appends the tokens to `cache`."""
         self.check(options)
         logits = self.model(tokens, cache=cache.layers)
         cache.length += tokens.shape[1]
@@ -103,17 +112,20 @@ class AdapterModel:
         return logits
 
     def last_logits(self, tokens: mx.array, cache: AdapterCache, options: RunOptions = EXACT) -> mx.array:
-        """Logits of the last position, (B, V). The others are never computed: their head has no consumer."""
+        """As `__call__`, but the logits of the last position only, (B, V). The graph of the other logits is built and
+        never evaluated."""
         if tokens.shape[1] > 1:
             self(tokens[:, :-1], cache, options)
         return self(tokens[:, -1:], cache, options)[:, -1]
 
     def parameters(self) -> dict:
+        """The weights, as `mlx.nn.Module.parameters`."""
         return self.model.parameters()
 
 
 def _refuse_code(folder: Path, overrides: dict) -> None:
-    """For mlx-lm before 0.32, the newest on Python 3.10: it runs a checkpoint's own code without asking."""
+    """Raises MlxeffError where a checkpoint brings its own Python code. For versions of mlx-lm before 0.32 (the newest
+    for Python 3.10), which run such code without asking."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8")) | overrides
     if config.get("model_file") is not None:
         raise MlxeffError(
@@ -128,11 +140,17 @@ def load_adapter(
     overrides: dict,
     lazy: bool = False,
     trust_remote_code: bool = False,
-    prepare: Callable | None = None,
+    prepare: Callable[[nn.Module], object] | None = None,
 ) -> AdapterModel:
-    """The model of an mlx-lm or Hugging Face folder, built by mlx-lm; `overrides` are laid over its config.json.
+    """Load the model in a folder of mlx-lm or Hugging Face with mlx-lm.
 
-    `prepare(model)` may replace modules before the weights are put in.
+    kind               its model_type, for errors
+    overrides          entries that replace those of its config.json
+    lazy               leave the weights unevaluated
+    trust_remote_code  let mlx-lm run Python code that the folder brings
+    prepare            called with the new model before its weights are loaded; it may replace modules
+
+    Raises MlxeffError where mlx-lm cannot load the model.
     """
     with _keep_file_limit():
         from mlx_lm.utils import load_model
@@ -153,8 +171,9 @@ def load_adapter(
     return AdapterModel(model, config)
 
 
-def _prepared(prepare: Callable) -> Callable:
-    """mlx-lm's choice of classes, with a model class that builds and then prepares."""
+def _prepared(prepare: Callable[[nn.Module], object]) -> Callable[[dict], tuple]:
+    """A replacement for mlx-lm's function config → (model class, arguments class): its model class calls `prepare` on
+    each new model."""
     from mlx_lm.utils import _get_classes
 
     def choose(config: dict) -> tuple:
@@ -171,8 +190,9 @@ def _prepared(prepare: Callable) -> Callable:
 
 
 @contextlib.contextmanager
-def _keep_file_limit():
-    """mlx-lm lowers the process's limit of open files when imported, hard limit included: hold it off meanwhile."""
+def _keep_file_limit() -> Iterator[None]:
+    """Keep the process's limit of open files unchanged inside the block: importing mlx-lm lowers it, and the hard limit
+    too."""
     try:
         import resource
     except ImportError:  # no such module on Windows

@@ -1,12 +1,12 @@
-"""Reading a config.json strictly into a dataclass: unknown, missing and mistyped keys are errors of one line."""
+"""Strict reading of a config.json into a dataclass: unknown and missing keys and values of a wrong type are errors."""
 
 from dataclasses import MISSING, fields
 from types import UnionType
-from typing import get_args, get_origin
+from typing import TypeVar, get_args, get_origin
 
 from ..errors import MlxeffError
 
-# Keys that Hugging Face and mlx-lm write into config.json and that change nothing in a forward pass.
+# Keys that Hugging Face's and mlx-lm's programs write into config.json and that do not affect a forward pass.
 IGNORED_KEYS = frozenset(
     """
     _attn_implementation _attn_implementation_autoset _commit_hash _name_or_path add_cross_attention architectures
@@ -25,33 +25,39 @@ IGNORED_KEYS = frozenset(
 )
 
 
-def read_config(cls: type, config: dict, ignored: frozenset[str] = frozenset()):
-    """The dataclass `cls` filled from a config.json dict; refuses unknown and missing keys and types not annotated."""
+T = TypeVar("T")
+
+
+def read_config(cls: type[T], config: dict, ignored: frozenset[str] = frozenset()) -> T:
+    """The dataclass `cls`, filled from the dict of a config.json. `ignored` are keys that may be there and are not
+    read. Raises MlxeffError for unknown and missing keys, and for values that are not of the annotated type."""
     known = {field.name: field for field in fields(cls)}
     kind = config.get("model_type", cls.__name__)
     if unknown := sorted(set(config) - set(known) - IGNORED_KEYS - ignored):
         raise MlxeffError(
             f"{kind} config: unknown keys {unknown}; if they change nothing in the model, delete them from config.json"
         )
-    missing = sorted(n for n, f in known.items() if n not in config and f.default is MISSING)
+    missing = sorted(name for name, field in known.items() if name not in config and field.default is MISSING)
     if missing:
         raise MlxeffError(f"{kind} config: missing keys {missing}")
     for name in sorted(set(known) & set(config)):
-        wanted, value = known[name].type, config[name]
-        require(fits(value, wanted), kind, name, str(wanted) if get_args(wanted) else wanted.__name__, value)
+        annotated, value = known[name].type, config[name]
+        shown = str(annotated) if get_args(annotated) else annotated.__name__
+        require(fits(value, annotated), kind, name, shown, value)
     return cls(**{name: config[name] for name in known if name in config})
 
 
 def require(condition: bool, kind: str, key: str, wanted: str, got: object) -> None:
-    """Refuse a config value with one line."""
+    """Raises MlxeffError unless `condition`: in the config of a model `kind`, the value of `key` should have been
+    `wanted` (in words), and is `got`."""
     if not condition:
         raise MlxeffError(f"{kind} config: {key}: wanted {wanted}, got {got!r}")
 
 
-def fits(value: object, wanted: type) -> bool:
-    """Whether a JSON value is of an annotated type; a whole number is a float too, true and false are no numbers."""
-    if isinstance(wanted, UnionType):
-        return any(fits(value, each) for each in get_args(wanted))
-    if get_origin(wanted) is list:
-        return isinstance(value, list) and all(fits(each, get_args(wanted)[0]) for each in value)
-    return type(value) is wanted or (wanted is float and type(value) is int)
+def fits(value: object, annotated: type | UnionType) -> bool:
+    """Whether a JSON value is of an annotated type. Integers are accepted as floats; true and false are no numbers."""
+    if isinstance(annotated, UnionType):
+        return any(fits(value, member) for member in get_args(annotated))
+    if get_origin(annotated) is list:
+        return isinstance(value, list) and all(fits(item, get_args(annotated)[0]) for item in value)
+    return type(value) is annotated or (annotated is float and type(value) is int)

@@ -1,7 +1,10 @@
-"""The call protocol of a decoder model, whatever its family: logits, states of its layers, keys and values that are
-given, a new cache. What computes is an executor (`plain`, `native`), chosen anew for each call.
+"""`DecoderModel`, the base class of the models of all families: how a model is called.
 
-Shapes: B batch, S tokens, D hidden, G KV heads, E head size, V vocabulary.
+It gives logits, the hidden states, keys and values of chosen layers, and new caches, and appends keys and values from
+elsewhere to a cache. The computation is the work of an executor (`plain`, `native`), which is chosen for each call.
+
+Shapes: B batch, S tokens, D hidden size, G KV heads, E head size, V vocabulary. Keys are raw until they are normalised
+(where the model normalises keys) and rotated; a cache stores them normalised and rotated.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,12 +22,13 @@ from .plain import KvPairs, Plain
 
 
 class Executor(Protocol):
-    """What runs a model. Each call notes in the cache's tally what computed how many tokens."""
+    """Computes the calls of a model. Each call adds its tokens to the cache's tally."""
 
-    backend: str  # as in `running.Ran`
+    backend: str  # its name, as in `running.Ran`
 
     def forward(self, tokens: mx.array, cache: KVCache, options: RunOptions, last: bool) -> mx.array:
-        """Token ids (B, S) that follow what `cache` holds → logits (B, S, V), or (B, V) of the last position."""
+        """Ids (B, S) of the tokens that follow the cached ones → logits (B, S, V), or with `last` those of the last
+        position only, (B, V)."""
 
     def states(
         self, tokens: mx.array, cache: KVCache, inputs: Sequence[int], pairs: Sequence[int], options: RunOptions
@@ -36,13 +40,14 @@ class Executor(Protocol):
 
 
 class DecoderModel(nn.Module):
-    """A subclass gives `config`, `layers`, `window(layer)`, `context_length`, `pruned(layers)` and `end_parts()`.
+    """A decoder-only language model.
 
-    `native` is the executor that runs whole passes natively; None where it does not apply or was not asked for.
+    A subclass defines `config`, `layers`, `window(layer)`, `context_length` (tokens), `end_parts()` and
+    `pruned(layers)`, which is the model of some of the layers.
     """
 
-    seams = frozenset({"cache", "linear", "feed-forward", "kv"})
-    native: Native | None = None
+    seams = frozenset({"cache", "linear", "feed-forward", "kv"})  # see models/__init__.py
+    native: Native | None = None  # the native executor; None where `use_native` was not called or found it impossible
     layers: list[DecoderLayer]
 
     @property
@@ -51,24 +56,24 @@ class DecoderModel(nn.Module):
         return self.config.vocab_size
 
     def use_native(self) -> bool:
-        """Run whole passes by the native CPU kernels if they are here and know all of this model, as it stands; returns
-        whether they do. Call it again when modules were replaced."""
+        """Run forward passes with the native executor from now on, if the native kernels are installed and support
+        every module of this model; returns whether they do. Call it again after modules were replaced."""
         self.native = native_executor(self)
         return self.native is not None
 
     @property
     def plain(self) -> Plain:
-        """The executor that computes operator by operator, with gradients."""
+        """The executor that computes operator by operator, and supports gradients."""
         return Plain(self)
 
     def executor(self, cache: KVCache, options: RunOptions = EXACT) -> Executor:
-        """What runs a call with this cache and these options. Raises MlxeffError for options that nothing here has."""
+        """The executor for a call with this cache and these options. Raises MlxeffError for unsupported options."""
         if options is not EXACT:
             self.check(options, cache)
         return self.native if self.native is not None and self.native.applies(cache) else self.plain
 
     def check(self, options: RunOptions, cache: KVCache | None = None) -> None:
-        """Refuse, in one line, options that this model does not have here, or that `cache` does not."""
+        """Raises MlxeffError for options that this model, this machine or `cache` does not support."""
         if options.compute != EXACT.compute and self.native is None:
             text = f"compute: wanted exact products, got {options.compute}"
             raise MlxeffError(f"{text}: rounded ones: only the native CPU kernels have them (see doctor)")
@@ -78,17 +83,18 @@ class DecoderModel(nn.Module):
             raise MlxeffError(f"KV cache: wanted a view of {', '.join(cache.views)}, got {options.view!r}")
 
     def new_cache(self, kind: str | None = None) -> KVCache:
-        """An empty cache of `kind`, one of cache.KINDS; None: keys and values in the type that the executor gives."""
+        """An empty cache of `kind`, one of cache.KINDS; None: keys and values are stored in the type that the executor
+        computes. Raises MlxeffError for an unknown kind."""
         if kind is None:
             return KVCache([LayerCache(self.window(i)) for i in range(len(self.layers))])
         return KVCache.of([layer.cache_shape(self.window(i)) for i, layer in enumerate(self.layers)], kind)
 
     def __call__(self, tokens: mx.array, cache: KVCache, options: RunOptions = EXACT) -> mx.array:
-        """Token ids (B, S) that follow what `cache` holds → logits (B, S, V)."""
+        """Ids (B, S) of the tokens that follow the cached ones → logits (B, S, V). Appends the tokens to `cache`."""
         return self.executor(cache, options).forward(tokens, cache, options, last=False)
 
     def last_logits(self, tokens: mx.array, cache: KVCache, options: RunOptions = EXACT) -> mx.array:
-        """The same for the last position only, (B, V): the head runs on one row."""
+        """As `__call__`, but the logits of the last position only, (B, V): the output head is computed for one row."""
         return self.executor(cache, options).forward(tokens, cache, options, last=True)
 
     def layer_states(
@@ -99,40 +105,42 @@ class DecoderModel(nn.Module):
         pairs: Sequence[int] = (),
         options: RunOptions = EXACT,
     ) -> tuple[list[mx.array], KvPairs]:
-        """For token ids (B, S): the normed hidden states (B, S, D) that each of the layers `inputs` projects, and keys
-        and values (B, G, S, E) of each of the layers `pairs`, keys before norm and rotation. Both rise, one may be
-        empty.
+        """Read states of chosen layers for token ids (B, S): (the input of the projections of each layer in `inputs`,
+        (B, S, D), which is the normalised hidden state; the keys and values of each layer in `pairs`, (B, G, S, E),
+        keys raw). `inputs` and `pairs` are layer numbers in rising order, and may be empty.
 
-        Appends to `cache`, but of the last layer only the keys and values are computed and nothing is appended: with
-        the head, that work has no consumer here.
+        Appends to the cache of all layers but the last. Of the last layer only the projections are computed: nothing
+        here needs its attention or the output head.
         """
         return self.executor(cache, options).states(tokens, cache, inputs, pairs, options)
 
     def raw_kv(self, tokens: mx.array, cache: KVCache) -> KvPairs:
-        """Keys and values of all layers, see `layer_states`."""
+        """Keys (raw) and values of all layers for token ids (B, S), see `layer_states`."""
         return self.layer_states(tokens, cache, pairs=range(len(self.layers)))[1]
 
     def states_and_logits(
         self, tokens: mx.array, cache: KVCache, inputs: Sequence[int] = (), pairs: Sequence[int] = ()
     ) -> tuple[tuple[list[mx.array], KvPairs], mx.array]:
-        """(`layer_states`, logits (B, S, V)) of one pass, operator by operator and with gradients. Arrays are lazy: the
-        logits cost nothing where they are not evaluated."""
+        """(The result of `layer_states`, logits (B, S, V)) of one forward pass, operator by operator and with
+        gradients. Appends to the cache of all layers. The logits cost nothing unless they are evaluated."""
         return self.plain.states_and_logits(tokens, cache, inputs, pairs)
 
     def hidden(self, tokens: mx.array, cache: KVCache, options: RunOptions = EXACT) -> mx.array:
-        """Token ids (B, S) → what the head reads, (B, S, D), operator by operator."""
+        """Token ids (B, S) → the input of the output head (B, S, D), computed operator by operator. Appends to
+        `cache`."""
         return self.plain.hidden(tokens, cache, options)
 
     def append_kv(self, pairs: KvPairs, cache: KVCache, options: RunOptions = EXACT) -> None:
-        """Append raw keys and values (B, G, S, E) of each layer to `cache`: the keys are normed and rotated here."""
+        """Append raw keys and values (B, G, S, E) of each layer to `cache`, which normalises and rotates the keys."""
         self.executor(cache, options).append(pairs, cache, options)
 
     def normed_kv(self, pairs: KvPairs) -> KvPairs:
-        """Raw keys and values of each layer → the same with the keys normed, where the model norms them."""
+        """Raw keys and values of each layer → the same with the keys normalised, where the model normalises keys."""
         return [(layer.attention.normed(k), v) for layer, (k, v) in zip(self.layers, pairs, strict=True)]
 
     def placed_kv(self, pairs: KvPairs, position: int) -> KvPairs:
-        """Raw keys and values of each layer → as a cache holds them from `position` on: keys normed and rotated."""
+        """Raw keys and values of each layer → the same with the keys normalised and rotated for the positions
+        `position`, `position` + 1, …: as a cache stores them."""
         return [(layer.attention.place(k, position), v) for layer, (k, v) in zip(self.layers, pairs, strict=True)]
 
     def embed(self, tokens: mx.array) -> mx.array:
@@ -145,11 +153,11 @@ class DecoderModel(nn.Module):
         return module.as_linear(hidden) if hasattr(module, "as_linear") else module(hidden)
 
     def layer_parts(self) -> Iterator[LayerParts]:
-        """The modules of each layer by their role."""
+        """Each layer by its parts."""
         return (layer.parts(self.window(i)) for i, layer in enumerate(self.layers))
 
     def end_parts(self) -> EndParts:
-        """The modules before and after the layers."""
+        """The parts before and after the layers."""
         raise NotImplementedError
 
     def window(self, layer: int) -> int | None:

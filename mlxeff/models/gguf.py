@@ -1,8 +1,9 @@
-"""GGUF's names, keys and row order -> a Hugging Face config.json dict and parameters, for the family of `llama`.
+"""GGUF files of the Llama family: their metadata → the dict of a Hugging Face config.json, their tensors → parameters
+with Hugging Face's names.
 
-Sources: the key and tensor names of https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, the row permutation and
-the `rope_freqs` rule of llama.cpp's converter, the `quantization` dict of mlx-lm. Knows nothing of block formats: those
-are `checkpoint`'s.
+Sources: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md for the names of keys and tensors, llama.cpp's
+converter for the permutation of rows and for `rope_freqs`, mlx-lm for the entry `quantization`. This module knows
+nothing about the block formats inside the tensors; `checkpoint` reads those.
 """
 
 import math
@@ -16,7 +17,8 @@ import numpy as np
 from ..checkpoint import Source, Tensor
 from ..errors import MlxeffError, notices
 
-FAMILIES = ("llama", "qwen2", "qwen3")
+FAMILIES = ("llama", "qwen2", "qwen3")  # values of general.architecture
+# GGUF's names → Hugging Face's, of the modules outside and inside of the layers.
 TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 LAYER = {
     "attn_norm": "input_layernorm",
@@ -31,41 +33,44 @@ LAYER = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-FREQUENCIES = "rope_freqs.weight"
-# (low_freq_factor, high_freq_factor, original_max_position_embeddings) that Llama 3.x releases use.
+FREQUENCIES = "rope_freqs.weight"  # tensor (head size / 2): divisors of the rotary frequencies (Llama 3.1 and later)
+# (low_freq_factor, high_freq_factor, original_max_position_embeddings) of the known Llama 3 rope_scaling entries.
 LLAMA3_RULES = [(1.0, 4.0, context) for context in (8192, 4096, 2048, 16384, 32768, 131072)]
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """A tensor under its Hugging Face name; `rows` is the order that undoes the permutation (None: as stored)."""
+    """A tensor of a GGUF file and its Hugging Face name."""
 
     name: str
     tensor: Tensor
-    rows: mx.array | None
+    rows: mx.array | None  # order of the tensor's rows in the parameter, see `_rows`; None: as stored
 
     @property
     def module(self) -> str:
+        """The name without ".weight" or ".bias"."""
         return self.name.rpartition(".")[0]
 
     @property
     def packed(self) -> bool:
-        """Stays quantised: MLX can hold the blocks, and the module can be a quantised one."""
+        """Whether the parameter stays quantised: MLX has an equivalent of the block type, and it is a matrix."""
         return self.tensor.bits is not None and len(self.tensor.shape) == 2
 
     def read(self) -> mx.array:
+        """The dense array."""
         value = self.tensor.read()
         return value if self.rows is None else value[self.rows]
 
     def read_packed(self) -> dict[str, mx.array]:
-        """`weight`, `scales` and `biases` under their full names."""
+        """The arrays of a quantised module by their full names, which end in "weight", "scales" and "biases"."""
         parts = self.tensor.read_packed()
         names = [self.name, f"{self.module}.scales", f"{self.module}.biases"]
         return dict(zip(names, parts if self.rows is None else [part[self.rows] for part in parts], strict=True))
 
 
 def config_from_gguf(source: Source) -> dict:
-    """config.json of the model in a GGUF file: Hugging Face's keys, mlx-lm's `quantization`. Raises MlxeffError."""
+    """The dict of a config.json for the model in a GGUF file: Hugging Face's keys, and mlx-lm's `quantization`. Raises
+    MlxeffError for missing or invalid keys, and for architectures and variants that are not supported."""
     keys = _Keys(source)
     _refuse_variants(keys)
     hidden, heads = keys.integer("embedding_length"), keys.integer("attention.head_count")
@@ -100,7 +105,7 @@ def config_from_gguf(source: Source) -> dict:
 
 
 def weights_from_gguf(source: Source) -> dict[str, mx.array]:
-    """All parameters under Hugging Face names; quantised modules have `.weight` uint32, `.scales` and `.biases`."""
+    """All parameters by their Hugging Face names. Quantised modules have ".weight" (uint32), ".scales", ".biases"."""
     keys, weights = _Keys(source), {}
     heads = keys.integer("attention.head_count")
     for parameter in parameters(source, heads, keys.integer("attention.head_count_kv", heads)):
@@ -109,7 +114,8 @@ def weights_from_gguf(source: Source) -> dict[str, mx.array]:
 
 
 def parameters(source: Source, heads: int, groups: int) -> list[Parameter]:
-    """Every tensor of the model under its new name. Raises MlxeffError for names that the family does not have."""
+    """The parameter for each tensor of the file, except the rotary frequencies. `heads` and `groups` are the numbers of
+    query and KV heads. Raises MlxeffError for tensors that the family does not have."""
     permuted = {"attn_q": heads, "attn_k": groups} if _Keys(source).architecture == "llama" else {}
     result, unknown = [], []
     for name, tensor in source.tensors.items():
@@ -131,7 +137,7 @@ def parameters(source: Source, heads: int, groups: int) -> list[Parameter]:
 
 
 class _Keys:
-    """The architecture's own key/values, typed."""
+    """Typed access to the metadata keys that begin with the name of the architecture, as in "llama.block_count"."""
 
     def __init__(self, source: Source):
         self.origin, self.metadata, self.tensors = source.path.name, source.metadata, source.tensors
@@ -141,10 +147,12 @@ class _Keys:
                 f"{self.origin}: architecture: wanted one of {', '.join(FAMILIES)}, got {self.architecture!r}"
             )
 
-    def get(self, key: str, default=None):
+    def get(self, key: str, default: object = None) -> object:
+        """The value of "ARCHITECTURE.key"."""
         return self.metadata.get(f"{self.architecture}.{key}", default)
 
     def integer(self, key: str, default: int | None = None) -> int:
+        """A positive integer, also from a list with one number for each layer, if all are equal. Raises MlxeffError."""
         value = self.get(key, default)
         if isinstance(value, np.ndarray) and value.size and (value == value[0]).all():
             value = int(value[0])
@@ -155,7 +163,8 @@ class _Keys:
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
-        """A float as its shortest decimal: the file's float32 9.9999997e-06 was written as 1e-05."""
+        """A positive float, as the shortest decimal of its float32: 1e-05 rather than 9.9999997e-06. Raises
+        MlxeffError."""
         value = self.get(key, default)
         if not isinstance(value, float) or not math.isfinite(value) or value <= 0:
             raise MlxeffError(f"{self.origin}: {self.architecture}.{key}: wanted a positive number, got {value!r:.60}")
@@ -163,7 +172,8 @@ class _Keys:
 
 
 def _refuse_variants(keys: _Keys) -> None:
-    """What the dense family cannot represent, by the keys that announce it."""
+    """Raises MlxeffError for keys that announce something that the dense decoder does not have; a notice says that a
+    sliding window is ignored."""
     if type(experts := keys.get("expert_count", 0)) is not int or experts:
         raise MlxeffError(f"{keys.origin}: wanted a dense model, got a mixture of {experts!r:.60} experts")
     heads = keys.integer("attention.head_count")
@@ -176,7 +186,8 @@ def _refuse_variants(keys: _Keys) -> None:
 
 
 def _check_sizes(keys: _Keys, queries: int, hidden: int) -> None:
-    """The counts that size the model must be those of its tensors, before a model of that size is built."""
+    """Raises MlxeffError where the sizes in the metadata are not those of the tensors, before a model of these sizes is
+    built. `queries` is the number of rows of the query projection, `hidden` the hidden size."""
     layers = {name.split(".")[1] for name in keys.tensors if name.startswith("blk.")}
     if len(layers) != keys.integer("block_count"):
         raise MlxeffError(
@@ -194,6 +205,7 @@ def _check_sizes(keys: _Keys, queries: int, hidden: int) -> None:
 
 
 def _rope_scaling(keys: _Keys, head_dim: int) -> dict | None:
+    """The config entry `rope_scaling`. Raises MlxeffError for a rule that is not supported."""
     rule = str(keys.get("rope.scaling.type", "none"))
     if FREQUENCIES in keys.tensors:
         return _llama3_rule(keys, head_dim)
@@ -208,7 +220,8 @@ def _rope_scaling(keys: _Keys, head_dim: int) -> dict | None:
 
 
 def _llama3_rule(keys: _Keys, head_dim: int) -> dict | None:
-    """The llama3 `rope_scaling` whose frequency divisors are those in the file; an error if none is."""
+    """The `rope_scaling` of type llama3 that gives the frequency divisors in the file; None where all are 1. Raises
+    MlxeffError where no known entry gives them."""
     tensor = keys.tensors[FREQUENCIES]
     if tensor.kind != "F32" or tensor.shape != (head_dim // 2,):
         raise MlxeffError(
@@ -228,16 +241,18 @@ def _llama3_rule(keys: _Keys, head_dim: int) -> dict | None:
 
 
 def _rows(source: Source, tensor: Tensor, heads: int) -> mx.array:
-    """llama.cpp interleaves the two halves of each head's rows for its own RoPE pairing; this order puts them back."""
+    """The order of rows that undoes llama.cpp's permutation of a query or key projection: its rotary embedding pairs
+    neighbouring dimensions, so its converter interleaves the two halves of each head's rows."""
     count = tensor.shape[0]
     if count % (2 * heads):
         raise MlxeffError(f"{source.path.name}: tensor {tensor.name!r}: wanted rows for {heads} heads, got {count}")
     return mx.arange(count).reshape(heads, count // heads // 2, 2).swapaxes(1, 2).reshape(-1)
 
 
-def _quantization(found: list[Parameter]) -> dict:
-    """mlx-lm's `quantization`: the commonest kind as the default, an entry for every module that differs."""
-    matrices = {p.module: p.tensor.bits if p.packed else None for p in found if len(p.tensor.shape) == 2}
+def _quantization(all_parameters: list[Parameter]) -> dict:
+    """mlx-lm's config entry `quantization` for these parameters: the most frequent number of bits is the default, and
+    every matrix that differs has an entry of its own (false: not quantised)."""
+    matrices = {p.module: p.tensor.bits if p.packed else None for p in all_parameters if len(p.tensor.shape) == 2}
     counts = Counter(bits for bits in matrices.values() if bits)
     if not counts:
         return {}
@@ -247,4 +262,5 @@ def _quantization(found: list[Parameter]) -> dict:
 
 
 def _affine(bits: int) -> dict:
+    """MLX's parameters for a matrix packed from GGUF blocks."""
     return {"group_size": 32, "bits": bits, "mode": "affine"}

@@ -1,9 +1,10 @@
-"""The dense decoder family: Llama 2/3.x, SmolLM/SmolLM2, Mistral, Qwen2, Qwen3. Their differences are fields of the
-config.
+"""The family of dense decoders: Llama 2 and 3.x, SmolLM and SmolLM2, Mistral, Qwen2, Qwen3.
 
-Sources: Llama (arXiv 2302.13971, 2407.21783), Mistral (2310.06825), Qwen2 (2407.10671), Qwen3 (2505.09388) and the
-config.json of their releases. Parameter names are Hugging Face's. Pre-norm, RMSNorm, RoPE in half-rotation pairing,
-GQA, SwiGLU. Shapes: B batch, S tokens, D hidden, H query heads, G KV heads, E head size, V vocabulary.
+All are the same architecture: pre-norm layers with RMSNorm, rotary embedding, grouped-query attention and SwiGLU. What
+differs between them is a field of the config. Parameter names are Hugging Face's. Sources: Llama (arXiv 2302.13971,
+2407.21783), Mistral (2310.06825), Qwen2 (2407.10671), Qwen3 (2505.09388) and the config.json of their releases.
+
+Shapes: B batch, S tokens, D hidden size, H query heads, G KV heads, E head size, V vocabulary.
 """
 
 from collections.abc import Sequence
@@ -19,20 +20,21 @@ from .decoder import DecoderModel
 from .parts import AttentionParts, DecoderLayer, EndParts, GatedParts, Heads, RotaryAttention, Rows
 from .rope import make_rope
 
-# What a family fixes that its config.json does not say.
+# model_type → fields of `LlamaConfig` that are fixed for it and not written in its config.json.
 FAMILIES: dict[str, dict] = {
     "llama": {},
     "mistral": {},
     "qwen2": {"qkv_bias": True},
     "qwen3": {"qk_norm": True},
 }
-MAX_LAYERS = 1000  # of a config that is believed; the largest model of the family has 126
-QWEN2_IGNORED = frozenset({"max_window_layers", "use_sliding_window"})
+MAX_LAYERS = 1000  # a config with more is refused as damaged; the largest model of the family has 126
+QWEN2_IGNORED = frozenset({"max_window_layers", "use_sliding_window"})  # `from_dict` turns them into `layer_types`
 
 
 @dataclass(frozen=True)
 class LlamaConfig:
-    """config.json of a dense decoder; sizes in elements, `sliding_window` and `max_position_embeddings` in tokens."""
+    """The config.json of a dense decoder, with Hugging Face's names. `max_position_embeddings` and `sliding_window` are
+    in tokens. Raises MlxeffError for values that contradict each other or that this architecture does not cover."""
 
     model_type: str
     hidden_size: int
@@ -59,7 +61,8 @@ class LlamaConfig:
 
     @classmethod
     def from_dict(cls, config: dict) -> "LlamaConfig":
-        """Read a config.json dict, Hugging Face's (transformers 4 and 5) or mlx-lm's; refuses what it does not know."""
+        """Read the dict of a config.json in the form of Hugging Face (transformers 4 and 5) or mlx-lm. Raises
+        MlxeffError for unknown or missing keys and invalid values."""
         config = dict(config)
         kind = config["model_type"]
         if parameters := config.pop("rope_parameters", None):
@@ -104,13 +107,15 @@ class LlamaConfig:
         require(valid, kind, "layer_types", f"{self.num_hidden_layers} of full_attention or sliding_attention", types)
 
     def window(self, layer: int) -> int | None:
-        """Sliding window of a layer in tokens, None for full attention."""
+        """Sliding window of the layer with this number in tokens; None for full attention."""
         if self.layer_types and self.layer_types[layer] == "full_attention":
             return None
         return self.sliding_window
 
 
 class Attention(RotaryAttention):
+    """Attention with separate projections for queries, keys and values."""
+
     def __init__(self, config: LlamaConfig):
         super().__init__()
         hidden, size = config.hidden_size, config.head_dim
@@ -127,22 +132,24 @@ class Attention(RotaryAttention):
         self.rope = make_rope(size, config.rope_theta, config.rope_scaling, config.model_type)
 
     def project(self, x: mx.array) -> Heads:
-        """Normed hidden states (B, S, D) → raw queries (B, H, S, E), keys and values (B, G, S, E)."""
+        """Normalised hidden states (B, S, D) → raw queries (B, H, S, E), keys and values (B, G, S, E)."""
         batch, new, _ = x.shape
         parts = (self.q_proj, self.heads), (self.k_proj, self.groups), (self.v_proj, self.groups)
         return tuple(linear(x).reshape(batch, new, count, -1).transpose(0, 2, 1, 3) for linear, count in parts)
 
     def output(self, x: mx.array) -> mx.array:
-        """Attended heads (B, S, H·E) → (B, S, D)."""
+        """The attention output of all heads (B, S, H·E) → (B, S, D)."""
         return self.o_proj(x)
 
     def parts(self, window: int | None) -> AttentionParts:
-        """The matrices, norms and sizes by their role."""
-        matrices = (Rows(each) for each in (self.q_proj, self.k_proj, self.v_proj, self.o_proj))
+        """The attention by its parts; `window`: sliding window in tokens, None for full attention."""
+        matrices = (Rows(linear) for linear in (self.q_proj, self.k_proj, self.v_proj, self.o_proj))
         return AttentionParts(*matrices, self.q_norm, self.k_norm, self.rope, self.heads, self.groups, window)
 
 
 class FeedForward(nn.Module):
+    """down(silu(gate(x)) · up(x)) (Shazeer, arXiv 2002.05202)."""
+
     def __init__(self, config: LlamaConfig):
         super().__init__()
         hidden, inner = config.hidden_size, config.intermediate_size
@@ -151,14 +158,17 @@ class FeedForward(nn.Module):
         self.down_proj = Linear(inner, hidden, bias=config.mlp_bias)
 
     def __call__(self, x: mx.array) -> mx.array:
-        """Normed hidden states (B, S, D) → what is added to them, (B, S, D)."""
+        """Normalised hidden states (B, S, D) → the (B, S, D) that is added to the hidden states."""
         return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
 
     def parts(self) -> GatedParts:
+        """The feed-forward network by its matrices."""
         return GatedParts(Rows(self.gate_proj), Rows(self.up_proj), Rows(self.down_proj))
 
 
 class Layer(DecoderLayer):
+    """One layer, under Hugging Face's parameter names."""
+
     ATTENTION, FEED_FORWARD = "self_attn", "mlp"
     ATTENTION_NORM, FEED_FORWARD_NORM = "input_layernorm", "post_attention_layernorm"
 
@@ -171,7 +181,7 @@ class Layer(DecoderLayer):
 
 
 class Decoder(nn.Module):
-    """The parameters that Hugging Face's names begin with `model.`; `DecoderModel` runs them."""
+    """Holds the modules whose parameter names begin with `model.` in Hugging Face's checkpoints."""
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
@@ -181,7 +191,7 @@ class Decoder(nn.Module):
 
 
 class Model(DecoderModel):
-    """A dense decoder: token ids (B, S) and a cache → logits (B, S, V)."""
+    """A dense decoder, called as `DecoderModel` says."""
 
     Config = LlamaConfig
 
@@ -194,10 +204,12 @@ class Model(DecoderModel):
 
     @property
     def layers(self) -> list[Layer]:
+        """The decoder layers, first to last."""
         return self.model.layers
 
     def pruned(self, layers: Sequence[int]) -> "Model":
-        """The model of these layers alone, in the order given; the modules are shared with this one."""
+        """A model of the layers with these numbers, in this order, with the embedding and head of this model. The
+        modules are shared with this model, not copied."""
         types = self.config.layer_types and [self.config.layer_types[i] for i in layers]
         model = Model(replace(self.config, num_hidden_layers=len(layers), layer_types=types))
         model.model.embed_tokens, model.model.norm = self.model.embed_tokens, self.model.norm
@@ -208,21 +220,22 @@ class Model(DecoderModel):
 
     @property
     def context_length(self) -> int:
-        """Tokens of context the model was trained for."""
+        """Tokens of context that the model was trained for."""
         return self.config.max_position_embeddings
 
     def window(self, layer: int) -> int | None:
-        """Sliding window of a layer in tokens, None for full attention."""
+        """Sliding window of the layer with this number in tokens; None for full attention."""
         return self.config.window(layer)
 
     def end_parts(self) -> EndParts:
-        """The modules before and after the layers."""
+        """The parts before and after the layers."""
         embedding = self.model.embed_tokens
         head = embedding if self.config.tie_word_embeddings else self.lm_head
         return EndParts(Rows(embedding), self.model.norm, Rows(head))
 
     @staticmethod
     def unused(name: str, config: dict) -> bool:
-        """True for tensors that some checkpoints carry although this model derives them: rotary tables, a tied head."""
+        """Whether the tensor called `name` may be in a checkpoint with this config and is not read: a table of rotary
+        frequencies, which are computed, or an output head that is tied to the embedding."""
         tied = LlamaConfig.from_dict(config).tie_word_embeddings
         return name.endswith("rotary_emb.inv_freq") or (tied and name.startswith("lm_head."))

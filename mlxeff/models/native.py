@@ -1,18 +1,24 @@
-"""The executor that runs a decoder's whole forward pass as one native CPU call (`cpu/decoder/`).
+"""The native executor: it computes a decoder's whole forward pass as one call of the CPU extension (`cpu/decoder/`).
 
-It is made from the parts by which a model describes itself (`parts`), and applies on a CPU where every matrix is dense,
-affine-quantised or of a module that has `native_arrays` (seed-encoded ones), every feed-forward of a kind of
-FEED_FORWARDS, and every layer of the cache of a storage of STORES. Activations are float32; `RunOptions.compute` says
-how the products treat them:
+It is made from the description that a model gives of itself (`parts`). It applies on a CPU where every matrix is dense,
+affine-quantised or in a module with the method `native_arrays` (seed-encoded matrices), every feed-forward network is
+of a kind in FEED_FORWARDS, and every layer of the cache has a storage format in STORES. Activations are float32.
+`RunOptions.compute` is the arithmetic of the matrix products:
 
-exact   float32 products: equals the plain executor in float32 to rounding (the default).
-bf16    operands of the large products are rounded to bfloat16 where the CPU multiplies it faster (AMX); else as exact.
-int8    as bf16, and activations that meet affine-quantised weights are rounded to int8, one scale for each group of
-        weights. So are those of up to eight tokens that meet seed-encoded weights, one scale for each block, where the
-        CPU has AVX-512 VBMI; the states of the weights' register are rounded to 8 bits there.
+exact   float32 (the default). The results are those of the plain executor in float32, up to rounding.
+bf16    The operands of large products are rounded to bfloat16 where the CPU multiplies that type faster (AMX);
+        otherwise as exact.
+int8    As bf16, and the activations in products with affine-quantised weights are rounded to int8, with one scale for
+        each quantisation group. In products with seed-encoded weights and at most eight tokens, the activations are
+        rounded to int8 too, with one scale for each block, and the weights' register states to 8 bits; this needs
+        AVX-512 VBMI.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 import mlx.core as mx
 
@@ -24,22 +30,26 @@ from ..running import Ran, RunOptions
 from .parts import matrices
 from .plain import KvPairs
 
-STORES = ("dense",)  # `storage` of the cache's layers
-FEED_FORWARDS = ("gated",)  # `kind` of the feed-forwards
+if TYPE_CHECKING:
+    from .decoder import DecoderModel
+
+STORES = ("dense",)  # storage formats of a layer's cache (`cache.Layer.storage`) that the native decoder knows
+FEED_FORWARDS = ("gated",)  # kinds of feed-forward network (`parts.FeedForwardParts.kind`) that it knows
 
 
 class Native:
-    """Runs a model that `native_executor` accepted."""
+    """Computes the calls of a model that `native_executor` accepted, see `decoder.Executor`."""
 
-    def __init__(self, native, model):
+    def __init__(self, native: ModuleType, model: DecoderModel):
         layers, ends = list(model.layer_parts()), model.end_parts()
         rope = layers[0].attention.rope
         self._native, self._model, self._size = native, model, rope.size
         self._modes = native_modes(native)
         norms = [ends.norm, *(norm for layer in layers for norm in layer.norms.values() if norm is not None)]
-        modules = {id(module): module for module in norms + [matrix.module for matrix in matrices(model)]}  # each once
-        self._given = [(m, name, array) for m in modules.values() for name, array in m.parameters().items()]
-        self._told = False
+        modules = {id(module): module for module in norms + [matrix.module for matrix in matrices(model)]}
+        # The arrays that the native decoder refers to: (module, name of the parameter, array).
+        self._weights = [(m, name, array) for m in modules.values() for name, array in m.parameters().items()]
+        self._warned = False  # whether a notice said that weights have changed
         self._groups = [layer.attention.groups for layer in layers]
         self._decoder = native.Decoder(
             ends.norm.weight.shape[0], rope.size, ends.norm.eps, rope.frequencies, rope.magnitude, ends.norm.weight,
@@ -57,39 +67,42 @@ class Native:
 
     @property
     def backend(self) -> str:
+        """Its name, as in `running.Ran`."""
         return f"native {self._native.isa()}"
 
     def applies(self, cache: KVCache) -> bool:
-        """Whether a call can run here: a CPU, known storage, not in training, the weights that were given."""
+        """Whether this executor can compute a call with `cache`: on a CPU, with known storage formats, not in training,
+        and with the weights that the native decoder was made with."""
         known = all(getattr(layer, "storage", None) in STORES for layer in cache.layers)
         return known and kernels.device() == "cpu" and not self._model.training and self._current()
 
     def _current(self) -> bool:
-        """Whether the model still has the arrays that the native decoder holds; updates and gradients replace them."""
-        current = all(module.get(name) is array for module, name, array in self._given)
-        if not current and not self._told:
+        """Whether the model still has the arrays that the native decoder refers to. An optimiser's update and
+        `mx.value_and_grad` put others in their place."""
+        current = all(module.get(name) is array for module, name, array in self._weights)
+        if not current and not self._warned:
             notices.warning("weights have changed since the model was loaded: it computes operator by operator, slower")
-            self._told = True
+            self._warned = True
         return current
 
     def forward(self, tokens: mx.array, cache: KVCache, options: RunOptions, last: bool) -> mx.array:
-        """Token ids (B, S) → logits (B, S, V), or (B, V) of the last position; float32."""
+        """See `decoder.Executor.forward`; logits are float32."""
         logits = self._run(self._native.forward, tokens, cache, cache.layers, options, not last)[0]
         return logits[:, 0] if last else logits
 
     def states(
         self, tokens: mx.array, cache: KVCache, inputs: Sequence[int], pairs: Sequence[int], options: RunOptions
     ) -> tuple[list[mx.array], KvPairs]:
-        """As `DecoderModel.layer_states`, float32."""
+        """See `DecoderModel.layer_states`; all arrays are float32."""
         rows = self._run(self._native.read, tokens, cache, cache.layers[:-1], options, list(inputs), list(pairs))
         heads = [
-            each.reshape(*each.shape[:2], self._groups[i], self._size).transpose(0, 2, 1, 3)
-            for each, i in zip(rows[len(inputs) :], [*pairs, *pairs], strict=True)
+            row.reshape(*row.shape[:2], self._groups[i], self._size).transpose(0, 2, 1, 3)
+            for row, i in zip(rows[len(inputs) :], [*pairs, *pairs], strict=True)
         ]
         return rows[: len(inputs)], list(zip(heads[: len(pairs)], heads[len(pairs) :], strict=True))
 
     def append(self, pairs: KvPairs, cache: KVCache, _options: RunOptions) -> None:
-        """As `DecoderModel.append_kv`."""
+        """See `DecoderModel.append_kv`."""
         keys, values = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
         batch, _, new, _ = keys[0].shape
         buffers = self._room(cache.layers, batch, new)
@@ -98,7 +111,8 @@ class Native:
     def _run(
         self, native: Callable, tokens: mx.array, cache: KVCache, layers: list[NativeLayer], options: RunOptions, *what
     ) -> list:
-        """What a native pass gives beside the buffers of `layers`, which it appends to; `what` it is asked for."""
+        """Call a function of the native decoder that appends to the caches `layers`. `what` are its arguments after the
+        length of the cache. Returns its results without the buffers, which replace those of `layers`."""
         buffers, mode = self._room(layers, *tokens.shape), self._modes[options.compute]
         outputs = native(self._decoder, tokens, *buffers, cache.length, *what, mode)
         results = len(outputs) - 2 * len(layers)
@@ -107,28 +121,29 @@ class Native:
         return outputs[:results]
 
     def _room(self, layers: list[NativeLayer], batch: int, new: int) -> tuple[list[mx.array], list[mx.array]]:
-        """The buffers of keys and of values, with room for `new` tokens more."""
-        groups = self._groups[: len(layers)]
-        shapes = [(batch, each, self._size) for each in groups]
-        found = [layer.room(new, shape, mx.float32) for layer, shape in zip(layers, shapes, strict=True)]
-        return [buffers["keys"] for buffers in found], [buffers["values"] for buffers in found]
+        """(The key buffer of each layer, its value buffer), with room for `new` more tokens."""
+        shapes = [(batch, groups, self._size) for groups in self._groups[: len(layers)]]
+        buffers = [layer.room(new, shape, mx.float32) for layer, shape in zip(layers, shapes, strict=True)]
+        return [by_name["keys"] for by_name in buffers], [by_name["values"] for by_name in buffers]
 
     def _replace(self, layers: list[NativeLayer], written: list[mx.array], new: int) -> None:
-        """Give `layers` what was made of their buffers: those of keys, then those of values."""
+        """Replace the buffers of `layers` by `written`, the key buffers of all layers and then their value buffers,
+        which contain `new` more tokens."""
         for layer, keys, values in zip(layers, written[: len(layers)], written[len(layers) :], strict=True):
             layer.replace({"keys": keys, "values": values}, new)
 
 
-def native_executor(model) -> Native | None:
-    """The native executor of `model`, None where the native kernels are missing or do not know all of it."""
+def native_executor(model: DecoderModel) -> Native | None:
+    """The native executor of `model`; None where the native kernels are missing or do not support the whole model."""
     native, _ = kernels.native()
     if native is None or not all(matrix.native for matrix in matrices(model)) or not _known(model):
         return None
     return Native(native, model)
 
 
-def _known(model) -> bool:
-    """Feed-forwards of a known kind, one norm epsilon, one head size."""
+def _known(model: DecoderModel) -> bool:
+    """Whether the native decoder can compute the model: feed-forward networks of a known kind, and all layers with the
+    same epsilon of the norms and the same head size."""
     ends, layers = model.end_parts(), list(model.layer_parts())
     if any(part.feed_forward is None or part.feed_forward.kind not in FEED_FORWARDS for part in layers):
         return False

@@ -1,9 +1,11 @@
-"""OpenELM (Mehta et al., arXiv 2404.14619): a decoder whose layers grow from the first to the last (layer-wise
-scaling).
+"""OpenELM (Mehta et al., arXiv 2404.14619): a decoder with layer-wise scaling, whose number of heads and width of the
+feed-forward network grow from the first layer to the last.
 
-Parameter names and config keys are those of Apple's Hugging Face release. Query and key heads are RMS-normalised before
-RoPE; `num_gqa_groups` is the number of query heads a KV head serves. Shapes: B batch, S tokens, D model, H query heads,
-G KV heads, E head size, F feed-forward, V vocabulary.
+Parameter names and config keys are those of Apple's release on Hugging Face. Query and key heads are RMS-normalised
+before the rotary embedding. `num_gqa_groups` is the number of query heads that share one KV head.
+
+Shapes: B batch, S tokens, D model_dim, H query heads, G KV heads, E head size, F width of the feed-forward network,
+V vocabulary.
 """
 
 from collections.abc import Sequence
@@ -20,24 +22,26 @@ from .decoder import DecoderModel
 from .parts import AttentionParts, DecoderLayer, EndParts, GatedParts, Heads, RotaryAttention, Rows
 from .rope import make_rope
 
-# size → (layers, D, E) of the published models; all else they share.
+# Name of a published size → (layers, D, E). The rest of their configs is the same for all.
 SIZES = {"270M": (16, 1280, 64), "450M": (20, 1536, 64), "1_1B": (28, 2048, 64), "3B": (36, 3072, 128)}
 
 
 def make_divisible(value: float, divisor: int) -> int:
-    """`value` rounded to a multiple of `divisor`, at least one, never more than 10 % below `value`."""
+    """The multiple of `divisor` nearest to `value`, but at least `divisor` and not less than 90 % of `value`."""
     rounded = max(divisor, int(value + divisor / 2) // divisor * divisor)
     return rounded + divisor if rounded < 0.9 * value else rounded
 
 
 def multipliers(ends: tuple[float, float], layers: int) -> list[float]:
-    """Layer-wise scaling: `layers` values from the first to the last of `ends`, evenly spaced, to two decimals."""
+    """Layer-wise scaling: one multiplier for each layer, evenly spaced between the two `ends` and rounded to two
+    decimals."""
     first, last = ends
     return [round(first + (last - first) * i / max(1, layers - 1), 2) for i in range(layers)]
 
 
 def published_config(size: str, vocab_size: int = 32000) -> dict:
-    """config.json of a published OpenELM, `size` one of 270M, 450M, 1_1B, 3B, with the per-layer lists expanded."""
+    """The config.json of a published OpenELM of `size` 270M, 450M, 1_1B or 3B, with the lists that have one entry for
+    each layer. Raises MlxeffError for another size."""
     if size not in SIZES:
         raise MlxeffError(f"OpenELM: wanted a size of {', '.join(SIZES)}, got {size!r}")
     layers, model_dim, head_dim = SIZES[size]
@@ -71,7 +75,8 @@ def published_config(size: str, vocab_size: int = 32000) -> dict:
 
 @dataclass(frozen=True)
 class OpenELMConfig:
-    """config.json of an OpenELM; the three lists have one entry a layer, `max_context_length` is in tokens."""
+    """The config.json of an OpenELM. The first three lists have one entry for each layer; `max_context_length` is in
+    tokens. Raises MlxeffError for values that contradict each other or that the architecture does not cover."""
 
     num_transformer_layers: int
     model_dim: int
@@ -95,7 +100,7 @@ class OpenELMConfig:
 
     @classmethod
     def from_dict(cls, config: dict) -> "OpenELMConfig":
-        """Read a config.json dict; refuses unknown and missing keys."""
+        """Read the dict of a config.json. Raises MlxeffError for unknown or missing keys and invalid values."""
         return read_config(cls, config)
 
     def __post_init__(self):
@@ -116,11 +121,13 @@ class OpenELMConfig:
         require(norm == "rms_norm", "openelm", "normalization_layer_name", "rms_norm", norm)
 
     def ffn_dim(self, layer: int) -> int:
-        """Width of a layer's feed-forward."""
+        """Width F of the feed-forward network of the layer with this number."""
         return make_divisible(self.ffn_multipliers[layer] * self.model_dim, self.ffn_dim_divisor)
 
 
 class Attention(RotaryAttention):
+    """Attention with one projection for queries, keys and values."""
+
     def __init__(self, config: OpenELMConfig, layer: int):
         super().__init__()
         size, self.heads, self.groups = config.head_dim, config.num_query_heads[layer], config.num_kv_heads[layer]
@@ -134,17 +141,18 @@ class Attention(RotaryAttention):
         self.rope = make_rope(size, config.rope_freq_constant, None, "openelm")
 
     def project(self, x: mx.array) -> Heads:
-        """Normed hidden states (B, S, D) → raw queries (B, H, S, E), keys and values (B, G, S, E)."""
+        """Normalised hidden states (B, S, D) → raw queries (B, H, S, E), keys and values (B, G, S, E)."""
         batch, new, _ = x.shape
         qkv = self.qkv_proj(x).reshape(batch, new, self.heads + 2 * self.groups, -1).transpose(0, 2, 1, 3)
         return tuple(mx.split(qkv, [self.heads, self.heads + self.groups], axis=1))
 
     def output(self, x: mx.array) -> mx.array:
-        """Attended heads (B, S, H·E) → (B, S, D)."""
+        """The attention output of all heads (B, S, H·E) → (B, S, D)."""
         return self.out_proj(x)
 
     def parts(self, window: int | None) -> AttentionParts:
-        """The matrices, norms and sizes by their role: query, key and value rows lie together."""
+        """The attention by its parts: query, key and value matrices are rows of one weight. `window`: sliding window in
+        tokens, None for full attention."""
         keys, values = self.heads * self.rope.size, (self.heads + self.groups) * self.rope.size
         rows = [Rows(self.qkv_proj, 0, keys), Rows(self.qkv_proj, keys, values), Rows(self.qkv_proj, values)]
         matrices = (*rows, Rows(self.out_proj))
@@ -152,7 +160,7 @@ class Attention(RotaryAttention):
 
 
 class FeedForward(nn.Module):
-    """proj_2(silu(gate) · up) with gate | up = proj_1(x), or proj_2(silu(proj_1(x))) without GLU."""
+    """proj_2(silu(gate) · up), where proj_1(x) is gate and up side by side; proj_2(silu(proj_1(x))) without GLU."""
 
     def __init__(self, config: OpenELMConfig, layer: int):
         super().__init__()
@@ -161,20 +169,22 @@ class FeedForward(nn.Module):
         self.proj_2 = Linear(self.width, config.model_dim, bias=False)
 
     def __call__(self, x: mx.array) -> mx.array:
-        """Normed hidden states (B, S, D) → what is added to them, (B, S, D)."""
+        """Normalised hidden states (B, S, D) → the (B, S, D) that is added to the hidden states."""
         inner = self.proj_1(x)
         if self.glu:
             return self.proj_2(swiglu(*mx.split(inner, 2, axis=-1)))
         return self.proj_2(inner * mx.sigmoid(inner))
 
     def parts(self) -> GatedParts | None:
-        """The matrices by their role, gate and up rows of one; None without GLU."""
+        """The feed-forward network by its matrices, gate and up being rows of one weight; None without GLU."""
         if not self.glu:
             return None
         return GatedParts(Rows(self.proj_1, 0, self.width), Rows(self.proj_1, self.width), Rows(self.proj_2))
 
 
 class Layer(DecoderLayer):
+    """One layer, under Apple's parameter names."""
+
     ATTENTION, FEED_FORWARD = "attn", "ffn"
     ATTENTION_NORM, FEED_FORWARD_NORM = "attn_norm", "ffn_norm"
 
@@ -187,7 +197,7 @@ class Layer(DecoderLayer):
 
 
 class Decoder(nn.Module):
-    """The parameters that Apple's names begin with `transformer.`; `DecoderModel` runs them."""
+    """Holds the modules whose parameter names begin with `transformer.` in Apple's checkpoints."""
 
     def __init__(self, config: OpenELMConfig):
         super().__init__()
@@ -197,7 +207,7 @@ class Decoder(nn.Module):
 
 
 class Model(DecoderModel):
-    """OpenELM: token ids (B, S) and a cache → logits (B, S, V)."""
+    """An OpenELM, called as `DecoderModel` says."""
 
     Config = OpenELMConfig
 
@@ -210,10 +220,12 @@ class Model(DecoderModel):
 
     @property
     def layers(self) -> list[Layer]:
+        """The decoder layers, first to last."""
         return self.transformer.layers
 
     def pruned(self, layers: Sequence[int]) -> "Model":
-        """The model of these layers alone, in the order given; the modules are shared with this one."""
+        """A model of the layers with these numbers, in this order, with the embedding and head of this model. The
+        modules are shared with this model, not copied."""
         lists = ("num_query_heads", "num_kv_heads", "ffn_multipliers")
         shapes = {name: [getattr(self.config, name)[i] for i in layers] for name in lists}
         model = Model(replace(self.config, num_transformer_layers=len(layers), **shapes))
@@ -226,20 +238,21 @@ class Model(DecoderModel):
 
     @property
     def context_length(self) -> int:
-        """Tokens of context the model was trained for."""
+        """Tokens of context that the model was trained for."""
         return self.config.max_context_length
 
     def window(self, _layer: int) -> None:
-        """None: attention is full in every layer."""
+        """None: every layer has full attention."""
         return
 
     def end_parts(self) -> EndParts:
-        """The modules before and after the layers."""
+        """The parts before and after the layers."""
         embedding = self.transformer.token_embeddings
         head = embedding if self.config.share_input_output_layers else self.lm_head
         return EndParts(Rows(embedding), self.transformer.norm, Rows(head))
 
     @staticmethod
     def unused(name: str, config: dict) -> bool:
-        """True for a head tensor beside shared embeddings."""
+        """Whether the tensor called `name` may be in a checkpoint with this config and is not read: an output head that
+        is tied to the embedding."""
         return config.get("share_input_output_layers", True) and name.startswith("lm_head.")

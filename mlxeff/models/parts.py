@@ -1,7 +1,9 @@
-"""What a family says of itself: the modules of each layer and of both ends by their role. They are references: there is
-no second copy of a model's code or weights. Executors (`plain`, `native`) and techniques read them.
+"""How a decoder model describes itself: its modules by their role, and the base classes of layers and attention.
 
-Shapes: B batch, S tokens, D hidden, H query heads, G KV heads, E head size, F feed-forward.
+Executors (`plain`, `native`) and techniques work on these descriptions and need no knowledge of the model's family.
+A description refers to the model's own modules, so weights exist once.
+
+Shapes: B batch, S tokens, D hidden size, H query heads, G KV heads, E head size, F width of the feed-forward network.
 """
 
 from collections.abc import Iterator, Mapping
@@ -17,12 +19,14 @@ from ..modules import Embedding, Linear, QuantizedEmbedding, QuantizedLinear, RM
 from ..ops import Rope
 from ..running import EXACT, RunOptions
 
-Heads = tuple[mx.array, mx.array, mx.array]  # raw queries (B, H, S, E), keys and values (B, G, S, E)
+# Queries (B, H, S, E), keys and values (B, G, S, E). Queries and keys are raw: not yet normalised and rotated.
+Heads = tuple[mx.array, mx.array, mx.array]
 
 
 @dataclass(frozen=True)
 class Rows:
-    """A matrix: the rows [start, stop) of a linear layer or an embedding, all of them by default."""
+    """A matrix that is some rows of a linear layer's weight or of an embedding table: rows `start` up to, but without,
+    `stop`. By default it is the whole weight."""
 
     module: nn.Module
     start: int = 0
@@ -30,7 +34,7 @@ class Rows:
 
     @property
     def native(self) -> bool:
-        """Whether the native kernels can multiply by it."""
+        """Whether the native kernels can multiply by this matrix."""
         module = self.module
         if hasattr(module, "native_arrays"):
             return True
@@ -39,8 +43,13 @@ class Rows:
         return type(module) in (Linear, Embedding)
 
     def arrays(self) -> tuple:
-        """Three arrays or None, the numbers that tell how to read them, bias or None, as the native decoder takes them:
-        (weight, None, None, (), …), (packed, scales, biases, (group size, bits), …), or what the module says itself."""
+        """The matrix as the native decoder takes it, five values: three arrays (None where there are fewer), a tuple of
+        numbers that say how to read them, and the bias or None.
+
+        dense              weight, None, None, (), bias
+        affine-quantised   packed weight, scales, biases, (group size, bits), bias
+        other modules      what their method `native_arrays(rows)` returns, then the bias
+        """
         module, part = self.module, slice(self.start, self.stop)
         bias = module.bias[part] if "bias" in module else None
         if hasattr(module, "native_arrays"):
@@ -51,8 +60,8 @@ class Rows:
 
 
 class FeedForwardParts(Protocol):
-    """A feed-forward by its matrices. `kind` names the form in which they are put together: the native decoder has one
-    member for each kind that it knows."""
+    """A feed-forward network by its matrices. `kind` names the formula that combines them, as the native decoder knows
+    it."""
 
     kind: str
     matrices: Mapping[str, Rows]
@@ -60,7 +69,7 @@ class FeedForwardParts(Protocol):
 
 @dataclass(frozen=True)
 class GatedParts:
-    """down(silu(gate) · up); gate and up have F rows, down F columns."""
+    """A gated feed-forward network: down(silu(gate(x)) · up(x)). Gate and up have F rows, down has F columns."""
 
     gate: Rows
     up: Rows
@@ -74,7 +83,7 @@ class GatedParts:
 
 @dataclass(frozen=True)
 class AttentionParts:
-    """Attention by its matrices; the norms of query and key heads are None where the model has none."""
+    """Attention by its matrices, the norms of query and key heads (None where the model has none) and its sizes."""
 
     query: Rows
     key: Rows
@@ -83,9 +92,9 @@ class AttentionParts:
     query_norm: RMSNorm | None
     key_norm: RMSNorm | None
     rope: Rope
-    heads: int
-    groups: int
-    window: int | None = None  # tokens, None for full attention
+    heads: int  # H
+    groups: int  # G
+    window: int | None = None  # sliding window in tokens, None for full attention
 
     @property
     def matrices(self) -> dict[str, Rows]:
@@ -96,7 +105,8 @@ class AttentionParts:
 class LayerParts:
     """One decoder layer: x += attention(attention_norm(x)), x += feed_forward(feed_forward_norm(x)).
 
-    `feed_forward` is None where the module has a form that only it can compute.
+    `feed_forward` is None where the module cannot be described by matrices, so that only the module itself can
+    compute it.
     """
 
     attention_norm: RMSNorm
@@ -106,11 +116,13 @@ class LayerParts:
 
     @property
     def matrices(self) -> list[Rows]:
-        of_feed_forward = self.feed_forward.matrices if self.feed_forward else {}
-        return [*self.attention.matrices.values(), *of_feed_forward.values()]
+        """All described matrices of the layer."""
+        feed_forward = self.feed_forward.matrices if self.feed_forward else {}
+        return [*self.attention.matrices.values(), *feed_forward.values()]
 
     @property
     def norms(self) -> dict[str, RMSNorm | None]:
+        """The norms by what they normalise; None for one that the model does not have."""
         return {
             "attention": self.attention_norm,
             "feed_forward": self.feed_forward_norm,
@@ -121,7 +133,7 @@ class LayerParts:
 
 @dataclass(frozen=True)
 class EndParts:
-    """What stands before and after the layers."""
+    """The parts of a model before and after its layers: embedding table, last norm, output head (logits)."""
 
     embedding: Rows
     norm: RMSNorm
@@ -129,7 +141,7 @@ class EndParts:
 
 
 def matrices(model: "Described") -> Iterator[Rows]:
-    """All matrices of a model."""
+    """All described matrices of a model."""
     ends = model.end_parts()
     yield from (ends.embedding, ends.head)
     for layer in model.layer_parts():
@@ -139,16 +151,19 @@ def matrices(model: "Described") -> Iterator[Rows]:
 class Described(Protocol):
     """A model that describes itself."""
 
-    def layer_parts(self) -> Iterator[LayerParts]: ...
+    def layer_parts(self) -> Iterator[LayerParts]:
+        """Each layer by its parts."""
 
-    def end_parts(self) -> EndParts: ...
+    def end_parts(self) -> EndParts:
+        """The parts before and after the layers."""
 
 
 class RotaryAttention(nn.Module):
-    """What the families' attention shares: optional norms of query and key heads, rotation, the call of the cache.
+    """The attention that all families share: optional norms of query and key heads, rotary embedding, the KV cache.
 
-    A subclass gives `heads`, `groups`, `q_norm` and `k_norm` (or None), `rope`, `scale`, `project(x)` → raw heads,
-    `output(attended)` and `parts(window)`.
+    A subclass defines the attributes `heads`, `groups`, `q_norm` and `k_norm` (None where the model has no such norm),
+    `rope` and `scale` (of the scores), and the methods `project(x)` → raw heads, `output(attended)` → (B, S, D) and
+    `parts(window)` → `AttentionParts`.
     """
 
     @property
@@ -163,7 +178,8 @@ class RotaryAttention(nn.Module):
         cache: CacheLayer,
         options: RunOptions = EXACT,
     ) -> mx.array:
-        """Raw queries (B, H, S, E), keys and values (B, G, S, E) of the tokens that follow `cache` → (B, S, D)."""
+        """Raw queries (B, H, S, E), keys and values (B, G, S, E) of the tokens that follow the cached ones → the output
+        of attention, (B, S, D). Appends the keys and values to `cache`."""
         batch, _, new, _ = queries.shape
         queries = queries if self.q_norm is None else self.q_norm(queries)
         queries, keys = self.rope(queries, cache.length), self.place(keys, cache.length)
@@ -171,16 +187,17 @@ class RotaryAttention(nn.Module):
         return self.output(attended.transpose(0, 2, 1, 3).reshape(batch, new, -1))
 
     def normed(self, keys: mx.array) -> mx.array:
-        """Raw keys (…, E) → normed, where the model norms them."""
+        """Raw keys (…, E) → the same, normalised where the model normalises keys."""
         return keys if self.k_norm is None else self.k_norm(keys)
 
     def place(self, keys: mx.array, position: int) -> mx.array:
-        """Raw keys (B, G, S, E) → as the cache holds them, normed and rotated to `position`, `position` + 1, …"""
+        """Raw keys (B, G, S, E) → keys as a cache stores them: normalised, and rotated for the positions `position`,
+        `position` + 1, …"""
         return self.rope(self.normed(keys), position)
 
 
 class DecoderLayer(nn.Module):
-    """One decoder layer. A subclass names the parameters that stand for its four parts."""
+    """One decoder layer. A subclass sets the names of the attributes that hold its four modules."""
 
     ATTENTION: str
     FEED_FORWARD: str
@@ -193,28 +210,34 @@ class DecoderLayer(nn.Module):
 
     @property
     def feed_forward(self) -> nn.Module:
-        """`feed_forward(x)` → what is added to x, (B, S, D); it stands at `self[FEED_FORWARD]`.
+        """The feed-forward network: a module from normalised hidden states (B, S, D) to the (B, S, D) that is added to
+        the hidden states.
 
-        One that can compute a part of itself says so by an attribute `fractions`, and is called with the options too.
+        A module that can compute with a part of its neurons has an attribute `fractions`. It is called with
+        (x, options), all others with (x).
         """
         return self[self.FEED_FORWARD]
 
     def project(self, x: mx.array) -> Heads:
-        """Hidden states (B, S, D) → raw queries, keys and values."""
+        """Hidden states (B, S, D) → raw queries, keys and values, see `Heads`."""
         return self.attention.project(self[self.ATTENTION_NORM](x))
 
     def finish(self, x: mx.array, projected: Heads, cache: CacheLayer, options: RunOptions) -> mx.array:
-        """The rest of the layer for hidden states `x` and what `project` made of them."""
+        """The rest of the layer after `project`: hidden states `x` (B, S, D) and `projected`, which `project` made of
+        them → the hidden states after the layer. Appends to `cache`."""
         x = x + self.attention.attend(*projected, cache, options)
         normed, feed_forward = self[self.FEED_FORWARD_NORM](x), self.feed_forward
-        return x + (feed_forward(normed, options) if hasattr(feed_forward, "fractions") else feed_forward(normed))
+        if hasattr(feed_forward, "fractions"):
+            return x + feed_forward(normed, options)
+        return x + feed_forward(normed)
 
     def __call__(self, x: mx.array, cache: CacheLayer, options: RunOptions = EXACT) -> mx.array:
-        """Hidden states (B, S, D) of the tokens that follow `cache` → those after the layer."""
+        """Hidden states (B, S, D) of the tokens that follow the cached ones → the hidden states after the layer.
+        Appends to `cache`."""
         return self.finish(x, self.project(x), cache, options)
 
     def parts(self, window: int | None = None) -> LayerParts:
-        """The layer by its modules; `window`: of its attention, in tokens."""
+        """The layer by its parts. `window`: sliding window of its attention in tokens, None for full attention."""
         describe = getattr(self.feed_forward, "parts", None)
         return LayerParts(
             self[self.ATTENTION_NORM],
@@ -224,4 +247,5 @@ class DecoderLayer(nn.Module):
         )
 
     def cache_shape(self, window: int | None = None) -> LayerShape:
+        """The sizes that the layer's KV cache depends on; `window` as in `parts`."""
         return LayerShape(self.attention.groups, self.attention.head_size, window)

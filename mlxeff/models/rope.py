@@ -1,7 +1,7 @@
-"""The angles of rotary embedding, from Hugging Face's `rope_scaling`.
+"""Rotary position embedding from the entry `rope_scaling` of a Hugging Face config.json.
 
-Sources: RoPE (arXiv 2104.09864) with position interpolation (2306.15595), YaRN (2309.00071) and the frequency rule of
-Llama 3.1's release.
+Sources: RoPE (arXiv 2104.09864), position interpolation ("linear", arXiv 2306.15595), YaRN (arXiv 2309.00071) and the
+rule of the Llama 3.1 release ("llama3").
 """
 
 import math
@@ -16,7 +16,7 @@ ROPE_KEYS = frozenset(
     "rope_type type factor rope_theta original_max_position_embeddings low_freq_factor high_freq_factor "
     "beta_fast beta_slow attention_factor".split()
 )
-RULES = {  # rope_type: the keys it needs
+RULES = {  # rope_type → the keys that it needs
     "default": (),
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
@@ -25,7 +25,8 @@ RULES = {  # rope_type: the keys it needs
 
 
 def make_rope(size: int, base: float, scaling: dict | None, kind: str) -> Rope:
-    """The rotary embedding of Hugging Face's `rope_scaling` dict."""
+    """The rotary embedding for heads of `size` dimensions, with the base `base` and Hugging Face's `rope_scaling` dict.
+    `kind` names the model in errors. Raises MlxeffError for unknown, missing or invalid keys."""
     scaling = scaling or {}
     rule = scaling.get("rope_type") or scaling.get("type") or "default"
     if unknown := sorted(set(scaling) - ROPE_KEYS):
@@ -45,21 +46,25 @@ def make_rope(size: int, base: float, scaling: dict | None, kind: str) -> Rope:
 
 
 def _llama3(size: int, base: float, scaling: dict) -> tuple[mx.array, float]:
-    """Long wavelengths are stretched by `factor`, short ones kept, those between blended."""
+    """(Wavelengths in positions per radian, (size / 2), magnitude 1). Long wavelengths are multiplied by `factor`,
+    short ones are unchanged, and those between are blended."""
     factor, context = scaling["factor"], scaling["original_max_position_embeddings"]
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
     periods = base ** (mx.arange(0, size, 2) / size)
-    turns = context / (2 * mx.pi * periods)  # full turns over the original context
+    turns = context / (2 * mx.pi * periods)  # full turns within the original context
     smooth = (turns - low) / (high - low)
     blended = periods / ((1 - smooth) / factor + smooth)
     return mx.where(turns < low, periods * factor, mx.where(turns < high, blended, periods)), 1.0
 
 
 def _yarn(size: int, base: float, scaling: dict) -> tuple[mx.array, float]:
-    """Interpolate dimensions that turn seldom, keep those that turn often, ramp between; scale x by ~ln(factor)."""
+    """(Wavelengths in positions per radian, (size / 2), magnitude). Dimensions that make few turns within the original
+    context are interpolated by `factor`, those that make many are unchanged, with a linear ramp between (sections 3.2
+    and 3.4)."""
     factor, context = scaling["factor"], scaling["original_max_position_embeddings"]
 
     def dimension(turns: float) -> float:
+        """The dimension that makes this number of turns within the original context."""
         return size * math.log(context / (turns * 2 * math.pi)) / (2 * math.log(base))
 
     low = max(math.floor(dimension(scaling.get("beta_fast", 32))), 0)

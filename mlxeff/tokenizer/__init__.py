@@ -1,7 +1,8 @@
-"""Text <-> token ids, chat template, ids -> text piece by piece.
+"""Text ↔ token ids, chat templates, and the streaming conversion of ids to text.
 
-`from_folder` reads what a Hugging Face or MLX folder ships (`tokenizer.json` or `tokenizer.model`, and side files),
-`from_gguf` builds the same from a GGUF file's metadata. Both give a `Tokenizer`. Knows nothing about models or weights.
+`from_folder` reads the tokenizer of a Hugging Face or MLX folder (`tokenizer.json` or `tokenizer.model`, with their
+side files), `from_gguf` builds it from the metadata of a GGUF file. Both return a `Tokenizer`. This package knows
+nothing about models or weights.
 """
 
 from .core import Tokenizer

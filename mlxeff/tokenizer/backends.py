@@ -1,12 +1,14 @@
-"""The two engines under a Tokenizer, the libraries `tokenizers` and `sentencepiece`, behind one small interface.
+"""The two backends of a `Tokenizer`: the libraries `tokenizers` and `sentencepiece` behind the same small interface.
 
-    vocab_size            number of ids, added tokens included (largest id + 1)
-    encode(text, special) ids; `special` asks for the BOS/EOS that the vocabulary's own rules add
-    piece(id)             what the id contributes to the text (streaming.Piece)
-    detokenizer(skip)     a fresh streaming detokenizer
-    token_to_id, id_to_token, is_special, save(folder)
+    vocab_size                        number of ids, added tokens included (largest id + 1)
+    encode(text, special)             token ids; with `special`, BOS and EOS are added where the vocabulary's rules do
+    piece(token)                      what a token id contributes to the text (streaming.Piece)
+    detokenizer(skip_special_tokens)  a new streaming detokenizer
+    token_to_id, id_to_token          between the spelling of a token in the vocabulary and its id
+    is_special(token)                 whether the id is a control token, such as BOS or the mark of a chat turn
+    save(folder)                      write the vocabulary's file
 
-Nothing here knows about chat, models or where the files came from.
+This module knows nothing about chats, models or the origin of the files.
 """
 
 from __future__ import annotations
@@ -20,20 +22,22 @@ from typing import Any
 from ..errors import MlxeffError
 from .streaming import DecodeRules, OpaqueDetokenizer, Piece, StreamingDetokenizer
 
-SPACE = "\u2581"  # SentencePiece's visible space
+SPACE = "\u2581"  # stands for a space in SentencePiece vocabularies
 BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 @functools.cache
 def byte_of_char() -> dict[str, int]:
-    """GPT-2's printable stand-ins for bytes: printable Latin-1 stands for itself, the other 68 follow from U+0100."""
+    """Character → byte in GPT-2's byte-level vocabularies: printable Latin-1 characters stand for their own byte, the
+    characters from U+0100 on for the other 68 bytes."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
 
 
 class TokenizersBackend:
-    """A `tokenizers.Tokenizer`: tokenizer.json, or BPE built from GGUF metadata."""
+    """A `tokenizers.Tokenizer`, read from tokenizer.json or built from GGUF metadata. `vocab_size` overrides the size
+    that the library reports."""
 
     file_name = "tokenizer.json"
 
@@ -65,10 +69,10 @@ class TokenizersBackend:
         return StreamingDetokenizer(self.piece, self._rules, skip_special_tokens)
 
     def piece(self, token: int) -> Piece:
-        known = self._pieces.get(token)
-        if known is None:
-            known = self._pieces[token] = self._make_piece(token)
-        return known
+        piece = self._pieces.get(token)
+        if piece is None:
+            piece = self._pieces[token] = self._make_piece(token)
+        return piece
 
     def _make_piece(self, token: int) -> Piece:
         text = self.tokenizer.id_to_token(token)
@@ -86,6 +90,7 @@ class TokenizersBackend:
 
 
 def _byte_level(text: str) -> bytes:
+    """The bytes of a token of a byte-level vocabulary; its UTF-8 where it has a character that stands for no byte."""
     table = byte_of_char()
     try:
         return bytes([table[char] for char in text])
@@ -94,7 +99,8 @@ def _byte_level(text: str) -> bytes:
 
 
 def _decode_rules(decoder: Any) -> tuple[str, DecodeRules]:
-    """("bytes" | "spaces" | "opaque", rules) of a `tokenizers` decoder: what its tokens are made of."""
+    """What the tokens of a `tokenizers` decoder are made of, and the rules to join them: "bytes" for a byte-level
+    vocabulary, "spaces" for text with SentencePiece's visible spaces, "opaque" for anything else."""
     spec = json.loads(decoder.__getstate__()) if decoder is not None else {"type": None}
     steps = spec["decoders"] if spec["type"] == "Sequence" else [spec]
     kinds = [step["type"] for step in steps]
@@ -110,11 +116,16 @@ def _decode_rules(decoder: Any) -> tuple[str, DecodeRules]:
 
 
 class SentencePieceBackend:
-    """A SentencePiece model, from its serialised ModelProto.
+    """A SentencePiece model, from its serialised protobuf message ModelProto.
 
-    Special tokens inside the text (`</s>` written by a chat template) become their ids, as in `transformers`; the
-    library alone would spell them out. `bos`/`eos`: ids that `encode(…, special=True)` adds. `prefix_each`: the space
-    that SentencePiece puts before a text comes after every special token too ("legacy"), not only at the start.
+    Special tokens in the text (such as `</s>`, written by a chat template) become their ids, as in `transformers`; the
+    library alone would split them into ordinary pieces.
+
+    origin       names the file in errors
+    bos, eos     ids that `encode(…, special=True)` adds; None for none
+    added        id → text of tokens that are not part of the model
+    prefix_each  put the space that SentencePiece adds before a text also after every special token (`transformers`'
+                 "legacy" behaviour), not only at the beginning
     """
 
     file_name = "tokenizer.model"
@@ -132,28 +143,31 @@ class SentencePieceBackend:
         self._pieces: dict[int, Piece] = {}
 
     def surround(self, bos: int | None, eos: int | None) -> None:
-        """The ids that `encode(…, special=True)` puts around a text; None for none."""
+        """Set the ids that `encode(…, special=True)` puts before and after a text; None for none."""
         self._bos, self._eos = bos, eos
 
     def default_special(self) -> dict[str, str]:
-        """The special tokens that the model itself names, as in tokenizer_config.json."""
+        """The special tokens that the model defines: name as in tokenizer_config.json → text."""
         model = self._model
         ids = {"bos_token": model.bos_id(), "eos_token": model.eos_id(), "unk_token": model.unk_id()}
         return {name: model.id_to_piece(token) for name, token in ids.items() if token >= 0}
 
     def _find_specials(self) -> dict[str, int]:
+        """Text → id of the tokens that `encode` finds in the text before the library splits the rest."""
         model = self._model
         control = (i for i in range(self._size) if model.is_control(i) or model.is_unknown(i))
         return {model.id_to_piece(i): i for i in control} | {text: token for token, text in self._added.items()}
 
     @functools.cached_property
     def _model_without_prefix(self) -> Any:
-        # A repeated protobuf submessage is merged into the first: this sets normalizer_spec.add_dummy_prefix = false.
+        """The same model without the space that it puts before a text."""
+        # Protobuf merges a repeated submessage into the first, so these bytes set normalizer_spec.add_dummy_prefix to
+        # false.
         return _load_sentencepiece(self._proto + b"\x1a\x02\x18\x00", self._origin)
 
     @functools.cached_property
     def adds_prefix(self) -> bool:
-        """Whether the model puts a space before the text."""
+        """Whether the model puts a space before a text."""
         return self._model.encode("a") != self._model_without_prefix.encode("a")
 
     @functools.cached_property
@@ -176,7 +190,7 @@ class SentencePieceBackend:
     def token_to_id(self, token: str) -> int | None:
         if token in self._specials:
             return self._specials[token]
-        found = self._model.piece_to_id(token)
+        found = self._model.piece_to_id(token)  # the id of the unknown token where the model has no such piece
         return found if self._model.id_to_piece(found) == token else None
 
     def id_to_token(self, token: int) -> str | None:
@@ -191,10 +205,10 @@ class SentencePieceBackend:
         return StreamingDetokenizer(self.piece, self._rules, skip_special_tokens)
 
     def piece(self, token: int) -> Piece:
-        known = self._pieces.get(token)
-        if known is None:
-            known = self._pieces[token] = self._make_piece(token)
-        return known
+        piece = self._pieces.get(token)
+        if piece is None:
+            piece = self._pieces[token] = self._make_piece(token)
+        return piece
 
     def _make_piece(self, token: int) -> Piece:
         text = self.id_to_token(token)

@@ -1,4 +1,5 @@
-"""`Tokenizer`: one interface over both engines. Knows BOS, EOS and the chat template; not where files come from."""
+"""`Tokenizer`, the same interface for both backends, with BOS, EOS and chat templates. It does not know the origin of
+the files."""
 
 from __future__ import annotations
 
@@ -19,10 +20,16 @@ _SAVED_CONFIG = {"clean_up_tokenization_spaces": False, "model_max_length": 10**
 
 
 class Tokenizer:
-    """Text <-> ids. Made by `from_folder` or `from_gguf`.
+    """Text ↔ token ids. Made by `from_folder` or `from_gguf`.
 
-    `special`: names as in tokenizer_config.json ("bos_token", "eos_token", …) to the token's text. `templates`: Jinja
-    chat templates by name, the ordinary one under "default". `force_bos`: the model wants BOS before every text.
+    origin         names the tokenizer in errors
+    special        name of a special token as in tokenizer_config.json ("bos_token", "eos_token", …) → its text
+    eos_token_ids  ids that end a generation, in addition to that of the EOS token
+    templates      Jinja chat templates by name; the usual one is called "default"
+    force_bos      put BOS before every text, whatever the vocabulary's rules say
+    config         entries for the tokenizer_config.json that `save` writes
+
+    Raises MlxeffError where a special token is not in the vocabulary.
     """
 
     def __init__(self, backend: TokenizersBackend | SentencePieceBackend, origin: str, *, special: dict[str, str],
@@ -41,14 +48,14 @@ class Tokenizer:
 
     def _id_of(self, name: str) -> int | None:
         token = self._special.get(name)
-        found = None if token is None else self._backend.token_to_id(token)
-        if token is not None and found is None:
+        token_id = None if token is None else self._backend.token_to_id(token)
+        if token is not None and token_id is None:
             raise MlxeffError(f"{self._origin}: {name} is {token!r}, which is not in the vocabulary")
-        return found
+        return token_id
 
     @property
     def eos_token_ids(self) -> set[int]:
-        """Ids that end a generation."""
+        """Ids of the tokens that end a generation."""
         return self._eos_token_ids
 
     @eos_token_ids.setter
@@ -56,23 +63,26 @@ class Tokenizer:
         self._eos_token_ids = {ids} if isinstance(ids, int) else set(ids)
 
     def add_eos_token(self, token: str | int) -> None:
-        """Let this token (its text or id) end a generation too. MlxeffError when the vocabulary lacks it."""
-        found = token if isinstance(token, int) else self._backend.token_to_id(token)
-        if found is None or not 0 <= found < self.vocab_size:
+        """Let a token, given by its text or its id, end a generation too. Raises MlxeffError where the vocabulary lacks
+        it."""
+        token_id = token if isinstance(token, int) else self._backend.token_to_id(token)
+        if token_id is None or not 0 <= token_id < self.vocab_size:
             raise MlxeffError(f"{self._origin}: end token {token!r} is not among the {self.vocab_size:,} tokens")
-        self._eos_token_ids.add(found)
+        self._eos_token_ids.add(token_id)
 
     @property
     def bos_token(self) -> str | None:
+        """The text of the token that begins a text."""
         return self._special.get("bos_token")
 
     @property
     def eos_token(self) -> str | None:
+        """The text of the token that ends a text."""
         return self._special.get("eos_token")
 
     @property
     def chat_template(self) -> str | None:
-        """The ordinary chat template, a Jinja text."""
+        """The usual chat template (the one called "default"), a Jinja text; None where there is none."""
         return self._templates.get("default")
 
     @chat_template.setter
@@ -83,18 +93,20 @@ class Tokenizer:
 
     @property
     def has_chat_template(self) -> bool:
+        """Whether there is a usual chat template."""
         return "default" in self._templates
 
     def token_to_id(self, token: str) -> int | None:
-        """The id of a token's exact text as the vocabulary spells it, or None."""
+        """The id of a token, given by its exact spelling in the vocabulary; None where there is no such token."""
         return self._backend.token_to_id(token)
 
     def id_to_token(self, token: int) -> str | None:
-        """The vocabulary's spelling of an id, or None."""
+        """The spelling of a token in the vocabulary; None where there is no such id."""
         return self._backend.id_to_token(token)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Ids of `text`, special tokens in it included; with the BOS (and EOS) that the model's rules put around it."""
+        """Token ids of `text`. Special tokens in the text become their ids. With `add_special_tokens`, BOS and EOS are
+        added where the vocabulary's rules or `force_bos` say so. Raises MlxeffError for text with lone surrogates."""
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
@@ -106,7 +118,8 @@ class Tokenizer:
         return [self.bos_token_id, *ids] if self._force_bos and ids[:1] != [self.bos_token_id] else ids
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
-        """Text of `ids`. Bytes that form no character become U+FFFD; ids beyond the vocabulary give nothing."""
+        """The text of token ids. Bytes that form no character become U+FFFD; ids beyond the vocabulary are ignored.
+        Raises MlxeffError for negative ids."""
         stream = self._backend.detokenizer(skip_special_tokens)
         for token in ids:
             if token < 0:
@@ -117,14 +130,17 @@ class Tokenizer:
 
     @property
     def detokenizer(self) -> StreamingDetokenizer:
-        """A fresh streaming detokenizer at each access; special tokens show as their text."""
+        """A new streaming detokenizer at each access, which shows special tokens as their text."""
         return self._backend.detokenizer()
 
     def apply_chat_template(self, messages: list[dict], tokenize: bool = True, add_generation_prompt: bool = True,
                             **kwargs: Any) -> list[int] | str:  # fmt: skip
-        """Prompt of a conversation: ids, or text with `tokenize=False`. `kwargs` (tools, …) go to the template.
+        """The prompt of a conversation: token ids, or text with `tokenize=False`.
 
-        No BOS is added to what the template writes, except where the model wants one before every text (OpenELM).
+        `messages` are dicts with "role" and "content". `add_generation_prompt` ends the prompt with the beginning of an
+        answer. `kwargs` are variables for the template (tools, …), and `chat_template` among them replaces the template
+        itself. The text of the template gets no BOS of its own, except with `force_bos` (OpenELM). Raises MlxeffError
+        where there is no template or the template fails.
         """
         name = "tool_use" if kwargs.get("tools") and "tool_use" in self._templates else "default"
         source = kwargs.pop("chat_template", None) or self._templates.get(name)
@@ -137,7 +153,8 @@ class Tokenizer:
     def save(self, folder: Path | str) -> None:
         """Write tokenizer.json or tokenizer.model, and tokenizer_config.json with the chat template, into `folder`.
 
-        `transformers.AutoTokenizer` and mlx-lm load the result and give the same ids.
+        `transformers.AutoTokenizer` and mlx-lm can load the result and give the same ids. Raises MlxeffError where a
+        file cannot be written.
         """
         folder = Path(folder)
         try:
@@ -153,6 +170,7 @@ class Tokenizer:
             raise MlxeffError(f"{folder}: the tokenizer could not be written: {error.strerror or error}") from error
 
     def _saved_config(self) -> dict[str, Any]:
+        """The content of tokenizer_config.json."""
         kept = {key: value for key, value in self._config.items() if key not in ("auto_map", "chat_template")}
         config = _SAVED_CONFIG | kept | self._special
         named = [{"name": name, "template": text} for name, text in self._templates.items()]

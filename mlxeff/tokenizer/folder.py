@@ -1,8 +1,8 @@
-"""A model folder's tokenizer files -> Tokenizer.
+"""The tokenizer files of a model folder → `Tokenizer`.
 
-Reads tokenizer.json (preferred) or tokenizer.model, with tokenizer_config.json, special_tokens_map.json,
-added_tokens.json, generation_config.json, config.json and the chat template in any of its four places. Python code in a
-folder is never run.
+Reads tokenizer.json or, where there is none, tokenizer.model. Further files that are read: tokenizer_config.json,
+special_tokens_map.json, added_tokens.json, generation_config.json, config.json, and for chat templates
+chat_template.jinja, chat_template.json and additional_chat_templates/. Python code in the folder is never run.
 """
 
 from __future__ import annotations
@@ -29,10 +29,14 @@ def from_folder(folder: Path | str, model_type: str | None = None, eos_token_ids
                 instruct: bool = False, force_bos: bool | None = None) -> Tokenizer:  # fmt: skip
     """The tokenizer in `folder`.
 
-    `model_type`: as in config.json (read from there when None). `eos_token_ids`: end-of-text ids in addition to the
-    tokenizer's own; when None, those of generation_config.json or config.json. `force_bos`: BOS before every text
-    whatever the files say (default: for OpenELM). `instruct`: an OpenELM tuned on conversations; also concluded from
-    the word "instruct" in the folder's name. It gets OPENELM_INSTRUCT_TEMPLATE when the folder has no template.
+    model_type     as in config.json; None: read from there
+    eos_token_ids  ids that end a generation, in addition to the tokenizer's EOS; None: those of generation_config.json
+                   or config.json
+    instruct       the model is an OpenELM that was tuned on conversations: it gets OPENELM_INSTRUCT_TEMPLATE where the
+                   folder has no chat template. The word "instruct" in the folder's name says the same.
+    force_bos      put BOS before every text, whatever the files say; None: for OpenELM only
+
+    Raises MlxeffError for missing and damaged files.
     """
     folder = Path(folder)
     config, model_config = _read_json(folder / "tokenizer_config.json"), _read_json(folder / "config.json")
@@ -58,7 +62,7 @@ def from_folder(folder: Path | str, model_type: str | None = None, eos_token_ids
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; {} when there is no such file."""
+    """The object in a JSON file; {} where there is no such file. Raises MlxeffError for a damaged file."""
     try:
         value = json.loads(path.read_bytes())
     except FileNotFoundError:
@@ -73,19 +77,20 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _text_of(token: Any) -> str | None:
-    """A special token is written as its text or as {"content": text, …}."""
+    """The text of a special token in a JSON file, where it is written as a string or as {"content": string, …}."""
     token = token.get("content") if isinstance(token, dict) else token
     return token if isinstance(token, str) and token else None
 
 
 def _special_tokens(folder: Path, config: dict) -> dict[str, str]:
-    found = _read_json(folder / "special_tokens_map.json") | {k: v for k, v in config.items() if v is not None}
-    texts = {name: _text_of(value) for name, value in found.items() if name.endswith("_token")}
+    """Name ("bos_token", …) → text of the special tokens, from tokenizer_config.json or special_tokens_map.json."""
+    entries = _read_json(folder / "special_tokens_map.json") | {k: v for k, v in config.items() if v is not None}
+    texts = {name: _text_of(value) for name, value in entries.items() if name.endswith("_token")}
     return {name: text for name, text in texts.items() if text}
 
 
 def _added_tokens(folder: Path, config: dict) -> dict[int, dict[str, Any]]:
-    """id -> {"content", "special", …} from tokenizer_config.json, else from added_tokens.json."""
+    """Id → {"content", "special", …} of the added tokens, from tokenizer_config.json and added_tokens.json."""
     try:
         declared = config.get("added_tokens_decoder") or {}
         added = {int(token): dict(entry) for token, entry in declared.items() if _text_of(entry)}
@@ -97,6 +102,7 @@ def _added_tokens(folder: Path, config: dict) -> dict[int, dict[str, Any]]:
 
 
 def _backend(folder: Path, config: dict, special: dict, openelm: bool) -> TokenizersBackend | SentencePieceBackend:
+    """The backend for the folder's vocabulary. A SentencePiece model adds its own special tokens to `special`."""
     added = _added_tokens(folder, config)
     if (folder / "tokenizer.json").is_file():
         return TokenizersBackend(_open_json(folder, added))
@@ -106,7 +112,8 @@ def _backend(folder: Path, config: dict, special: dict, openelm: bool) -> Tokeni
 
 
 def _open_json(folder: Path, added: dict) -> Any:
-    """tokenizer.json decides on BOS and EOS; tokenizer_config.json's `add_bos_token` is void (as in transformers 5)."""
+    """A `tokenizers.Tokenizer` with the added tokens. tokenizer.json decides whether BOS and EOS are added to a text;
+    `add_bos_token` in tokenizer_config.json has no effect, as in transformers 5."""
     from tokenizers import AddedToken
     from tokenizers import Tokenizer as Library
 
@@ -120,8 +127,8 @@ def _open_json(folder: Path, added: dict) -> Any:
     flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
     for token, entry in sorted(added.items()):
         if tokenizer.token_to_id(entry["content"]) is None:
-            given = {flag: bool(entry[flag]) for flag in flags if flag in entry}
-            tokenizer.add_tokens([AddedToken(entry["content"], **given)])
+            options = {flag: bool(entry[flag]) for flag in flags if flag in entry}
+            tokenizer.add_tokens([AddedToken(entry["content"], **options)])
         if tokenizer.token_to_id(entry["content"]) != token:
             found = tokenizer.token_to_id(entry["content"])
             raise MlxeffError(f"{path}: token {entry['content']!r}: tokenizer_config.json says id {token}, got {found}")
@@ -129,6 +136,7 @@ def _open_json(folder: Path, added: dict) -> Any:
 
 
 def _open_sentencepiece(path: Path, config: dict, special: dict, added: dict) -> SentencePieceBackend:
+    """The SentencePiece model with the added tokens. Adds special tokens that only the model names to `special`."""
     try:
         proto = path.read_bytes()
     except OSError as error:
@@ -144,21 +152,22 @@ def _open_sentencepiece(path: Path, config: dict, special: dict, added: dict) ->
 
 
 def _templates(folder: Path, config: dict) -> dict[str, str]:
-    """Chat templates by name; a file of its own wins over the entry in tokenizer_config.json."""
-    found = _named(config.get("chat_template")) | _named(_read_json(folder / "chat_template.json").get("chat_template"))
+    """Chat templates by name. A template in its own file takes precedence over an entry of tokenizer_config.json."""
+    by_name = _named(config.get("chat_template"))
+    by_name |= _named(_read_json(folder / "chat_template.json").get("chat_template"))
     files = [("default", folder / "chat_template.jinja")]
     files += [(path.stem, path) for path in sorted((folder / "additional_chat_templates").glob("*.jinja"))]
     for name, path in files:
         if path.is_file():
             try:
-                found[name] = path.read_text(encoding="utf-8")
+                by_name[name] = path.read_text(encoding="utf-8")
             except (OSError, UnicodeDecodeError) as error:
                 raise MlxeffError(f"{path}: cannot be read as text: {error}") from None
-    return found
+    return by_name
 
 
 def _named(value: Any) -> dict[str, str]:
-    """A template is one text, or a list of {"name", "template"}, or a dict by name."""
+    """The chat templates by name, from a JSON value: one text, a list of {"name", "template"}, or a dict by name."""
     if isinstance(value, str):
         return {"default": value}
     if isinstance(value, list):
@@ -168,12 +177,14 @@ def _named(value: Any) -> dict[str, str]:
 
 
 def _eos_ids(folder: Path, model_config: dict) -> list[int]:
+    """The ids that end a generation, from generation_config.json or config.json."""
     value = _read_json(folder / "generation_config.json").get("eos_token_id", model_config.get("eos_token_id"))
     values = value if isinstance(value, list) else [value]
     return [token for token in values if isinstance(token, int) and not isinstance(token, bool)]
 
 
 def _named_instruct(folder: Path, model_config: dict) -> bool:
+    """Whether a name of the model contains the word "instruct"."""
     names = [folder.name, folder.resolve().name, str(model_config.get("_name_or_path", ""))]
     if folder.parent.name == "snapshots":  # the Hugging Face cache: models--org--name/snapshots/commit
         names.append(folder.parent.parent.name)
@@ -181,6 +192,7 @@ def _named_instruct(folder: Path, model_config: dict) -> bool:
 
 
 def _config_to_save(config: dict, backend: TokenizersBackend | SentencePieceBackend) -> dict[str, Any]:
+    """tokenizer_config.json with the entries that `transformers` needs to load the tokenizer."""
     if isinstance(backend, SentencePieceBackend):
         rules = {"add_bos_token": True, "add_eos_token": False, "legacy": False}
         return {"tokenizer_class": "LlamaTokenizer"} | rules | config

@@ -1,8 +1,10 @@
-"""The tokenizer inside a GGUF file's metadata -> Tokenizer. Reads a dict of keys, knows nothing about the file itself.
+"""The tokenizer in the metadata of a GGUF file → `Tokenizer`. This module gets the metadata as a dict and knows nothing
+about the file.
 
 Source: the `tokenizer.*` keys of the GGUF specification (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md).
-`tokenizer.ggml.model` "gpt2" is byte-level BPE, "llama" is SentencePiece. A byte-level vocabulary's split of text into
-words is not in the file, only its name (`tokenizer.ggml.pre`): `SPLITS` says what each name stands for.
+`tokenizer.ggml.model` is "gpt2" for byte-level BPE and "llama" for SentencePiece. Byte-level BPE first splits a text
+into words. The file has no rules for that split, only a name for them (`tokenizer.ggml.pre`); SPLITS has the rules of
+each name.
 """
 
 from __future__ import annotations
@@ -14,15 +16,16 @@ from ..errors import MlxeffError, notices
 from .backends import SentencePieceBackend, TokenizersBackend
 from .core import Tokenizer
 
-# tokenizer.ggml.token_type; SentencePiece numbers its piece types alike.
+# Values of tokenizer.ggml.token_type, which are also SentencePiece's piece types.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 
-# Tokens that end a turn or a text, for files that name only one of several.
+# Tokens that end a turn or a text. Many files name only one of those that their vocabulary has.
 END_TOKENS = (
     "<|endoftext|>", "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<|end|>", "<end_of_turn>",
     "<|end_of_turn|>", "<|endofturn|>", "<|return|>", "<|call|>", "<EOT>", "[EOT]", "[EOS]",
 )  # fmt: skip
 
+# Parts of the regular expressions that split a text into words.
 _CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
 _TAIL = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -33,13 +36,13 @@ _START = r"[^\r\n\p{L}\p{N}]?"
 
 
 class Split(NamedTuple):
-    """How text is cut into words before BPE."""
+    """How a text is split into words before BPE merges their bytes."""
 
-    patterns: tuple[str, ...] = ()  # regular expressions, each cutting what the one before left
-    gpt2: bool = False  # then GPT-2's own expression
-    whole_words: bool = False  # a word that is a token stays one, whatever the merges say
-    nfc: bool = False  # Unicode NFC first
-    bos: bool = False  # BOS before a text when the file does not say
+    patterns: tuple[str, ...] = ()  # regular expressions; each splits the parts that the one before left
+    gpt2: bool = False  # split by GPT-2's regular expression after these patterns
+    whole_words: bool = False  # a word that is a token becomes that token, whatever the merges say
+    nfc: bool = False  # normalise the text to Unicode NFC first
+    bos: bool = False  # put BOS before a text where the file does not say whether to do so
 
 
 _GPT2 = Split(gpt2=True)
@@ -53,6 +56,7 @@ _GPT4O = Split(
 )  # fmt: skip
 _DEFAULT = Split((r"[\p{P}\$\+<=>\^~\|]+", r"\p{N}+", r"[0-9][0-9][0-9]"), gpt2=True)
 
+# Value of tokenizer.ggml.pre → rules.
 SPLITS = {
     "default": _DEFAULT,
     **dict.fromkeys(("gpt-2", "phi-2", "mpt", "olmo", "jais", "exaone4", "trillion", "granite-docling"), _GPT2),
@@ -66,7 +70,8 @@ SPLITS = {
 
 
 def from_gguf(metadata: dict[str, Any], origin: str) -> Tokenizer:
-    """The tokenizer in GGUF metadata (key -> plain Python or numpy value). `origin` names the file in errors."""
+    """The tokenizer in GGUF metadata (key → Python value or NumPy array). `origin` names the file in errors. Raises
+    MlxeffError for missing or damaged entries and for kinds of tokenizers that are not supported."""
     kind = metadata.get("tokenizer.ggml.model")
     if kind not in ("gpt2", "llama"):
         raise MlxeffError(f"{origin}: tokenizer.ggml.model: wanted 'gpt2' or 'llama', got {kind!r}")
@@ -88,6 +93,7 @@ def from_gguf(metadata: dict[str, Any], origin: str) -> Tokenizer:
 
 
 def _strings(metadata: dict, key: str, origin: str) -> list[str]:
+    """The list of strings under `key`. Raises MlxeffError for anything else."""
     values = metadata.get(key)
     if not isinstance(values, (list, tuple)) or not values or not all(isinstance(value, str) for value in values):
         raise MlxeffError(f"{origin}: {key}: wanted a list of texts, got {_describe(values)}")
@@ -95,6 +101,7 @@ def _strings(metadata: dict, key: str, origin: str) -> list[str]:
 
 
 def _numbers(metadata: dict, key: str, kind: type, count: int, origin: str) -> list | None:
+    """The `count` numbers under `key`, as ints or floats (`kind`); None where there is no such key."""
     values = metadata.get(key)
     if values is None:
         return None
@@ -108,12 +115,15 @@ def _numbers(metadata: dict, key: str, kind: type, count: int, origin: str) -> l
 
 
 def _describe(value: Any) -> str:
+    """A value in a few words, for error messages."""
     if isinstance(value, (list, tuple)):
         return f"a list of {len(value):,}, first {value[0]!r:.40}" if value else "an empty list"
     return "nothing" if value is None else f"{type(value).__name__} {value!r:.40}"
 
 
 def _token_id(metadata: dict, name: str, count: int, origin: str) -> int | None:
+    """The id of the special token `name` ("bos", "eos", …) in a vocabulary of `count` tokens; None where the file has
+    none."""
     key = f"tokenizer.ggml.{name}_token_id"
     value = metadata.get(key)
     if value is None:
@@ -122,7 +132,7 @@ def _token_id(metadata: dict, name: str, count: int, origin: str) -> int | None:
         token = int(value)
     except (TypeError, ValueError):
         raise MlxeffError(f"{origin}: {key}: wanted a number, got {_describe(value)}") from None
-    if token == 0xFFFFFFFF:  # -1 stored unsigned: none
+    if token == 0xFFFFFFFF:  # -1 as an unsigned number: there is no such token
         return None
     if not 0 <= token < count:
         raise MlxeffError(f"{origin}: {key}: wanted an id below {count:,}, got {token}")
@@ -130,18 +140,21 @@ def _token_id(metadata: dict, name: str, count: int, origin: str) -> int | None:
 
 
 def _end_ids(metadata: dict, tokens: list[str], types: list[int], origin: str) -> set[int]:
+    """Ids that end a generation: those that the file names, and tokens of END_TOKENS."""
     named = {_token_id(metadata, name, len(tokens), origin) for name in ("eos", "eot", "eom")}
     known = {i for i, kind in enumerate(types) if kind in (CONTROL, USER_DEFINED) and tokens[i] in END_TOKENS}
     return (named | known) - {None}
 
 
 def _templates(metadata: dict) -> dict[str, str]:
+    """Chat templates by name, "default" for the usual one."""
     key = "tokenizer.chat_template"
     named = {k[len(key) + 1 :] or "default": v for k, v in metadata.items() if k == key or k.startswith(key + ".")}
     return {name: text for name, text in named.items() if isinstance(text, str) and text}
 
 
 def _split_of(metadata: dict, origin: str) -> Split:
+    """The rules by which this vocabulary splits a text into words. Raises MlxeffError for an unknown name."""
     name = metadata.get("tokenizer.ggml.pre")
     if name in (None, "", "default"):
         notices.warning("%s: names no word split (tokenizer.ggml.pre); a general one is used, ids may differ", origin)
@@ -152,7 +165,7 @@ def _split_of(metadata: dict, origin: str) -> Split:
 
 
 def _byte_level(metadata: dict, tokens: list[str], types: list[int], ids: dict, origin: str) -> tuple:
-    """Byte-level BPE from tokens and merges. Returns (backend, what tokenizer_config.json should say)."""
+    """Byte-level BPE from tokens and merges: (backend, entries for tokenizer_config.json)."""
     from tokenizers import AddedToken, decoders, models, normalizers
     from tokenizers import Tokenizer as Library
 
@@ -174,24 +187,27 @@ def _byte_level(metadata: dict, tokens: list[str], types: list[int], ids: dict, 
 
 
 def _pre_tokenizer(split: Split) -> Any:
+    """The `tokenizers` object that splits a text into words."""
     from tokenizers import Regex, pre_tokenizers
 
     steps = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in split.patterns]
     if split is _DIGITS:
-        steps = [pre_tokenizers.Digits(individual_digits=True)]  # the same cut, without a regular expression
+        steps = [pre_tokenizers.Digits(individual_digits=True)]  # the same split, without a regular expression
     return pre_tokenizers.Sequence([*steps, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split.gpt2)])
 
 
-def _wants(metadata: dict, key: str, default: bool) -> bool:
+def _flag(metadata: dict, key: str, default: bool) -> bool:
+    """The truth value of a key, `default` where there is no such key."""
     value = metadata.get(f"tokenizer.ggml.{key}")
     return default if value is None else bool(value)
 
 
 def _add_bos_eos(library: Any, metadata: dict, bos_default: bool, tokens: list[str], ids: dict) -> None:
+    """Let the `tokenizers` object put BOS and EOS around a text where the file says so."""
     from tokenizers.processors import TemplateProcessing
 
-    bos = ids["bos"] if _wants(metadata, "add_bos_token", bos_default) else None
-    eos = ids["eos"] if _wants(metadata, "add_eos_token", False) else None
+    bos = ids["bos"] if _flag(metadata, "add_bos_token", bos_default) else None
+    eos = ids["eos"] if _flag(metadata, "add_eos_token", False) else None
     used = {tokens[token]: token for token in (bos, eos) if token is not None}
     if used:
         single = [None if bos is None else tokens[bos], "$A", None if eos is None else tokens[eos]]
@@ -201,27 +217,32 @@ def _add_bos_eos(library: Any, metadata: dict, bos_default: bool, tokens: list[s
 
 
 def _sentencepiece(metadata: dict, tokens: list[str], types: list[int], ids: dict, origin: str) -> tuple:
-    """A SentencePiece model from tokens and scores. Returns (backend, what tokenizer_config.json should say)."""
+    """A SentencePiece model from tokens and scores: (backend, entries for tokenizer_config.json)."""
     scores = _numbers(metadata, "tokenizer.ggml.scores", float, len(tokens), origin)
     if scores is None:
         raise MlxeffError(f"{origin}: tokenizer.ggml.scores: wanted a number for each token, got nothing")
-    bos, eos = _wants(metadata, "add_bos_token", True), _wants(metadata, "add_eos_token", False)
-    prefix = _wants(metadata, "add_space_prefix", True)
+    bos, eos = _flag(metadata, "add_bos_token", True), _flag(metadata, "add_eos_token", False)
+    prefix = _flag(metadata, "add_space_prefix", True)
     backend = SentencePieceBackend(
         model_proto(tokens, scores, types, ids, add_prefix=prefix),
         origin,
         bos=ids["bos"] if bos else None,
         eos=ids["eos"] if eos else None,
-        prefix_each=True,  # the convention of GGUF engines: a space after every special token
+        prefix_each=True,  # engines that read GGUF put the space after every special token
     )
     config = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": bos, "add_eos_token": eos, "legacy": True}
     return backend, config | {"add_prefix_space": prefix}
 
 
 def model_proto(tokens: list[str], scores: list[float], types: list[int], ids: dict, *, add_prefix: bool) -> bytes:
-    """A serialised sentencepiece.ModelProto (BPE), written field by field so that no protobuf library is needed.
+    """A serialised sentencepiece.ModelProto of type BPE, written field by field, so that no protobuf library is needed.
 
-    Field numbers: sentencepiece_model.proto (ModelProto: pieces 1, trainer_spec 2, normalizer_spec 3).
+    tokens, scores, types  text, score and piece type of each token
+    ids                    id of the "unknown", "bos", "eos" and "padding" token; None for none
+    add_prefix             let the model put a space before a text
+
+    Source of the field numbers: sentencepiece_model.proto (in ModelProto, pieces are 1, trainer_spec is 2 and
+    normalizer_spec is 3).
     """
     types = list(types)
     if UNKNOWN not in types:
@@ -240,6 +261,7 @@ def model_proto(tokens: list[str], scores: list[float], types: list[int], ids: d
 
 
 def _varint(value: int) -> bytes:
+    """A number in protobuf's variable-length encoding."""
     out = bytearray()
     while value > 0x7F:
         out.append(value & 0x7F | 0x80)
@@ -248,8 +270,10 @@ def _varint(value: int) -> bytes:
 
 
 def _number(field: int, value: int) -> bytes:
+    """A protobuf field that is a number."""
     return _varint(field << 3) + _varint(value)
 
 
 def _field(field: int, data: bytes) -> bytes:
+    """A protobuf field that is a string or a message."""
     return _varint(field << 3 | 2) + _varint(len(data)) + data

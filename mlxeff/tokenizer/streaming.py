@@ -1,9 +1,10 @@
-"""Token ids -> text, one token at a time, never emitting half a character. Knows bytes, nothing about vocabularies.
+"""Token ids → text, one token at a time and always whole characters.
 
-Every id is a run of bytes (a byte-level BPE token, a SentencePiece piece, a `<0xE2>` byte token) or literal text (a
-special token). Bytes go through an incremental UTF-8 decoder, which holds an unfinished character back, so the cost is
-linear. Bytes that form no character become U+FFFD: one for each maximal broken run in byte-level vocabularies (as
-`tokenizers` does), one for each byte in byte-fallback vocabularies (as SentencePiece does).
+A token is a run of bytes (a byte-level BPE token, a SentencePiece piece, a byte token such as `<0xE2>`) or, if it is
+special, a text. The bytes pass an incremental UTF-8 decoder, which keeps the beginning of a character until the rest
+comes, so each token is processed once. Bytes that form no character become U+FFFD: one for each maximal invalid
+sequence in byte-level vocabularies, as in `tokenizers`, and one for each byte in vocabularies with byte tokens, as in
+SentencePiece. This module knows nothing about vocabularies.
 """
 
 from __future__ import annotations
@@ -14,14 +15,15 @@ from typing import Any, NamedTuple
 
 
 class Piece(NamedTuple):
-    """What one id contributes to the text."""
+    """What one token contributes to the text."""
 
-    data: bytes  # UTF-8, possibly a part of a character
-    special: bool = False  # a control token: dropped by skip_special_tokens, flushes an unfinished character
-    literal: bool = False  # text starts here: a space in it is the text's own
+    data: bytes  # UTF-8, which may begin or end inside of a character
+    special: bool = False  # a control token: skip_special_tokens drops it, and an unfinished character ends before it
+    literal: bool = False  # a space at its beginning belongs to the text, and is not SentencePiece's added space
 
 
 def _replace_each_byte(error: UnicodeError) -> tuple[str, int]:
+    """An error handler for `codecs`: U+FFFD for each byte that is no part of a character."""
     if not isinstance(error, UnicodeDecodeError):
         raise error
     return "\ufffd" * (error.end - error.start), error.end
@@ -31,7 +33,11 @@ codecs.register_error("mlxeff-each-byte", _replace_each_byte)
 
 
 class StreamingDetokenizer:
-    """`add_token(id)`, read `last_segment`; after `finalize()` the segments joined equal `Tokenizer.decode(ids)`."""
+    """Call `add_token` with each token id and read `last_segment` for the text that became final. After `finalize`, all
+    segments together are the same text as `Tokenizer.decode(ids)`.
+
+    `piece` gives what a token id contributes, `rules` say how the vocabulary joins tokens.
+    """
 
     def __init__(self, piece: Callable[[int], Piece], rules: DecodeRules, skip_special_tokens: bool = False):
         self._piece = piece
@@ -44,12 +50,12 @@ class StreamingDetokenizer:
         errors = "mlxeff-each-byte" if self._rules.replace_each_byte else "replace"
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors)
         self._segments: list[str] = []
-        self._read = 0  # segments already handed out by last_segment
+        self._read = 0  # number of segments that `last_segment` has already returned
         self._strip = self._rules.strip_leading_space
         self.tokens: list[int] = []
 
     def add_token(self, token: int) -> None:
-        """Take one id. Text that is now certain becomes part of `text` and of the next `last_segment`."""
+        """Add one token id. Text that is now final becomes part of `text` and of the next `last_segment`."""
         self.tokens.append(token)
         piece = self._piece(token)
         if not piece.special:
@@ -62,17 +68,17 @@ class StreamingDetokenizer:
             self._emit(piece.data.decode("utf-8"), special=True)
 
     def finalize(self) -> None:
-        """No more tokens: an unfinished character becomes U+FFFD."""
+        """End the text: an unfinished character becomes U+FFFD."""
         self._flush()
 
     @property
     def text(self) -> str:
-        """All text so far."""
+        """All final text."""
         return "".join(self._segments)
 
     @property
     def last_segment(self) -> str:
-        """Text that became final since this was last read."""
+        """The text that became final since this property was last read."""
         segment = "".join(self._segments[self._read :])
         self._read = len(self._segments)
         return segment
@@ -92,7 +98,8 @@ class StreamingDetokenizer:
             self._segments.append(text)
 
     def _strip_start(self, text: str) -> tuple[str, bool]:
-        """Drop the space that SentencePiece put before the text. Returns the rest and whether to go on stripping."""
+        """Drop the space that SentencePiece put before the text: (the rest of `text`, whether the next text has to be
+        stripped too)."""
         if self._rules.strip_all_leading:
             rest = text.lstrip(" ")
             return rest, not rest
@@ -100,16 +107,19 @@ class StreamingDetokenizer:
 
 
 class DecodeRules(NamedTuple):
-    """How bytes become text in one vocabulary."""
+    """How the tokens of a vocabulary become text."""
 
-    strip_leading_space: bool = False  # one space before the text belongs to the encoding, not to the text
-    strip_all_leading: bool = False  # every space before the text does (SentencePiece's remove_extra_whitespaces)
-    sentencepiece: bool = False  # control tokens are not the text's start, and end a character even when skipped
-    replace_each_byte: bool = False  # U+FFFD for each broken byte instead of each broken run
+    strip_leading_space: bool = False  # one space before the text was added by the encoding and is dropped
+    strip_all_leading: bool = False  # all spaces before the text are dropped (SentencePiece: remove_extra_whitespaces)
+    sentencepiece: bool = (
+        False  # after a control token the text still counts as not begun; a skipped one ends a character
+    )
+    replace_each_byte: bool = False  # U+FFFD for each invalid byte instead of each invalid sequence
 
 
 class OpaqueDetokenizer(StreamingDetokenizer):
-    """For a `tokenizers` decoder whose tokens are not bytes (WordPiece and the like): the library does the joining."""
+    """The detokenizer for vocabularies whose tokens are not bytes (such as WordPiece): the library `tokenizers` joins
+    them."""
 
     def __init__(self, tokenizer: Any, skip_special_tokens: bool = False):
         self._tokenizer = tokenizer
@@ -124,14 +134,14 @@ class OpaqueDetokenizer(StreamingDetokenizer):
         self._segments, self._read, self.tokens = [], 0, []
 
     def add_token(self, token: int) -> None:
-        """Take one id."""
+        """Add one token id."""
         self.tokens.append(token)
         text = self._stream.step(self._tokenizer, token)
         if text:
             self._segments.append(text)
 
     def finalize(self) -> None:
-        """Add what the library still held back."""
+        """End the text: add what the library has not returned yet."""
         whole = self._tokenizer.decode(self.tokens, skip_special_tokens=self._skip_special)
         text = self.text
         if whole.startswith(text) and len(whole) > len(text):

@@ -1,8 +1,8 @@
-"""Chat messages -> prompt text, by the model's own Jinja template, in a sandbox. Knows nothing about ids.
+"""Chat messages → prompt text, by the model's own Jinja template, which runs in a sandbox.
 
-Follows the conventions of Hugging Face chat templates (https://huggingface.co/docs/transformers/chat_templating):
-trimmed blocks, `raise_exception`, `strftime_now`, a `tojson` that does not escape HTML, `{% generation %}` marks,
-`{% break %}`.
+Supports what Hugging Face chat templates use (https://huggingface.co/docs/transformers/chat_templating): trimmed
+blocks, `raise_exception`, `strftime_now`, a filter `tojson` that does not escape HTML, `{% generation %}` blocks,
+`{% break %}` and `{% continue %}`. This module knows nothing about token ids.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from typing import Any
 
 from ..errors import MlxeffError
 
-# The template of CoreNet's OpenELM recipe (projects/openelm/instruction_tuning/openelm-instruct.yaml). Whether the
-# released Instruct weights were tuned with exactly this text is not verified. Role marks are plain text, not special.
+# The template in CoreNet's OpenELM recipe (projects/openelm/instruction_tuning/openelm-instruct.yaml). It is not
+# verified that the released Instruct weights were tuned with exactly this text. The marks of roles are plain text, not
+# special tokens.
 OPENELM_INSTRUCT_TEMPLATE = (
     "{% for message in messages %}"
     "{% if message['role'] not in ['user', 'system', 'assistant'] %}"
@@ -28,7 +29,8 @@ OPENELM_INSTRUCT_TEMPLATE = (
 
 
 def render(template: str, origin: str, messages: list[dict], variables: dict[str, Any]) -> str:
-    """The prompt text of `messages` (dicts with "role" and "content"). MlxeffError names the template's complaint."""
+    """The prompt text of `messages`, dicts with "role" and "content". `variables` are passed to the template, `origin`
+    names the tokenizer in errors. Raises MlxeffError where the template is invalid, fails or refuses the messages."""
     import jinja2
 
     try:
@@ -47,6 +49,7 @@ def _one_line(error: Exception) -> str:
 
 @functools.lru_cache(maxsize=8)
 def _compile(template: str) -> Any:
+    """The compiled `jinja2.Template`."""
     import jinja2.ext
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -69,7 +72,8 @@ def _tojson(value: Any, ensure_ascii: bool = False, indent: Any = None, separato
 
 @functools.cache
 def _generation_extension() -> type:
-    """`{% generation %}…{% endgeneration %}` marks the assistant's words for training; here it is plain output."""
+    """The Jinja extension for `{% generation %}…{% endgeneration %}`, which marks the assistant's text for training.
+    Here the marked text is output like any other."""
     from jinja2 import nodes
     from jinja2.ext import Extension
 
