@@ -19,11 +19,11 @@ from mlxeff.hub.catalog import cache_dir
 from peers import checkpoints
 from peers.install import install
 from peers.measure import Measurer, reason
-from peers.table import FOUR, GENERATED
+from peers.table import EXACT_FLOAT32, FOUR, GENERATED, INT8_FLOAT16
 
 DEPTH = 512  # tokens of the prompt: time to the first token, decoded tokens a second after it
 LIMIT = 240.0  # seconds a process
-OWN = {"exact": {"compute": "exact", "kv_dtype": "float32"}, "int8": {"compute": "int8", "kv_dtype": "float16"}}
+OWN = {"exact": EXACT_FLOAT32, "int8": INT8_FLOAT16}
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,9 @@ Knows nothing of how it is measured.
 from dataclasses import dataclass, field
 
 GENERATED = 32  # tokens decoded after each prompt
+EXACT_FLOAT32 = {"compute": "exact", "kv": "float32"}  # options of our own engine, `RunOptions`
+EXACT_FLOAT16 = {"compute": "exact", "kv": "float16"}
+INT8_FLOAT16 = {"compute": "int8", "kv": "float16"}
 FOUR, EIGHT, SIXTEEN, LARGE = "4-bit", "8-bit", "16-bit", "1B random"
 SMALL = (FOUR, EIGHT, SIXTEEN)
 REPACKED = (FOUR, LARGE)  # models that there is a Q4_0 file of
@@ -34,9 +37,9 @@ class Arm:
 
 
 ARMS = [
-    Arm("mlxeff exact", "mlxeff", {"compute": "exact", "kv_dtype": "float32"}, kv_bytes=4),
-    Arm("mlxeff exact, fp16 KV", "mlxeff", {"compute": "exact", "kv_dtype": "float16"}),
-    Arm("mlxeff int8, fp16 KV", "mlxeff", {"compute": "int8", "kv_dtype": "float16"}, models=(FOUR, EIGHT, LARGE)),
+    Arm("mlxeff exact", "mlxeff", EXACT_FLOAT32, kv_bytes=4),
+    Arm("mlxeff exact, fp16 KV", "mlxeff", EXACT_FLOAT16),
+    Arm("mlxeff int8, fp16 KV", "mlxeff", INT8_FLOAT16, models=(FOUR, EIGHT, LARGE)),
     Arm("llama.cpp, flash attention", "llama.cpp", {"flash_attention": True}, peer="llama.cpp"),
     Arm("llama.cpp, plain attention", "llama.cpp", {"flash_attention": False}, peer="llama.cpp"),
     # On CPUs without AMX, Q4_0 (4.5 bits a weight, not 5) has repacked kernels in llama.cpp, Q4_1 has not.

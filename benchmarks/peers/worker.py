@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from .engines import ENGINES, Mlxeff, MlxLm
+from .table import EXACT_FLOAT32
 
 SEED = 0
 REPEATS, SECONDS = 3, 10.0
@@ -92,7 +93,7 @@ def quality(job: dict) -> dict:
 def reference(job: dict) -> dict:
     """Write the reference: mlx-lm's greedy tokens in float32; logits of our model by MLX's own kernels over both."""
     oracle = MlxLm(job)
-    model = Mlxeff({"path": job["own"], "options": {"compute": "exact", "kv_dtype": "float32"}})
+    model = Mlxeff({"path": job["own"], "options": EXACT_FLOAT32})
     if model.note != "mlx":
         raise SystemExit(f"reference: wanted MLX's own kernels, got {model.note}")
     arrays = {}
