@@ -17,7 +17,7 @@ from ..checkpoint import Source, check_new, open_source, plan_shards, write_fold
 from ..errors import MlxeffError, notices
 from ..kvprediction import Predictor
 from ..kvprediction.files import PairConfig, pieces, write_pair
-from ..kvprediction.layers import kept_layers, pruned_map, spread_map
+from ..kvprediction.layers import FRACTIONS, kept_layers, pruned_map, spread_map
 from . import folder, openelm
 from .plan import Conversion, Options, plan, some
 from .report import Report
@@ -25,7 +25,6 @@ from .report import Report
 PREDICTOR = "predicter.auxkv_to_basekv."
 TENSOR = re.compile(r"(key|value)_transforms\.(\d+)\.(weight|bias)")
 PARTS = ("base", "auxiliary")
-FRACTIONS = ("0.25", "0.50", "0.75")  # of the base's layers that a published pruned auxiliary keeps
 
 
 def recognises(source: Source) -> bool:

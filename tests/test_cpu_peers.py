@@ -14,9 +14,9 @@ import pytest
 
 import saving
 from checkpoint_files import write_gguf
-from cpu_peers import selected
 from mlxeff import kernels
 from mlxeff.assembly.model import load_path
+from mlxeff.bench.selection import selected
 from mlxeff.errors import MlxeffError
 from peers import checkpoints, engines, install, measure, report, table
 from peers.table import FOUR, LARGE, Job
@@ -158,7 +158,7 @@ def test_jobs_take_turns():
 
 
 def test_only_selects_by_key():
-    job = Job("speed", "llama.cpp, flash attention", FOUR, 2, 512, 0)
+    job = asdict(Job("speed", "llama.cpp, flash attention", FOUR, 2, 512, 0))
     assert selected(job, [])
     assert selected(job, ["arm=mlxeff", "arm=llama.cpp", "depth=512"])
     assert not selected(job, ["depth=51"])

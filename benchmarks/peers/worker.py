@@ -83,9 +83,9 @@ def quality(job: dict) -> dict:
         for number, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
             equal += list(engine.generate(prompt, len(answer))) == answer
             got = engine.logits([prompt, *([token] for token in answer[:-1])]).astype(np.float64)
-            wanted = reference[f"logits{number}"].astype(np.float64)
+            want = reference[f"logits{number}"].astype(np.float64)
             for part, rows in enumerate((slice(0, len(prompt)), slice(len(prompt), None))):
-                sums[part] += np.sum((got[rows] - wanted[rows]) ** 2), np.sum(wanted[rows] ** 2)
+                sums[part] += np.sum((got[rows] - want[rows]) ** 2), np.sum(want[rows] ** 2)
     errors = np.sqrt(sums[:, 0] / sums[:, 1])
     return {"equal": equal, "prompts": len(prompts), "prefill_error": errors[0], "decode_error": errors[1]}
 

@@ -9,8 +9,16 @@ As a worker in the peers' interpreter: `python -m quality.llama_quant`, the task
 import json
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    import mlx.core as mx
+    import mlx.nn as nn
+
+    from mlxeff.checkpoint import Tensor
+    from mlxeff.models.llama import Model
 
 TYPES = {f"llama.cpp {name}": name for name in ("Q3_K_M", "Q4_0", "IQ4_NL", "Q4_K_M")}
 FILE, IMPORTANCE = "model.gguf", "importance.npz"
@@ -26,15 +34,9 @@ def make(name: str, source: Path, importance: Path, folder: Path, python: str, l
     return place / FILE, note
 
 
-def write_importance(path: Path, model, windows: np.ndarray) -> None:
-    """Write the importance matrix of a model of the Llama family."""
-    partial = path.with_name(f"partial-{path.name}")
-    np.savez(partial, **importance(model, windows))
-    partial.rename(path)
-
-
-def importance(model, windows: np.ndarray) -> dict[str, np.ndarray]:
-    """GGUF's tensor name → mean square of each input column, float32 (columns), over windows (W, T) of tokens.
+def importance(model: "Model", windows: np.ndarray) -> dict[str, np.ndarray]:
+    """The importance matrix of a model: GGUF's tensor name → mean square of each input column, float32 (columns), over
+    windows (W, T) of tokens.
 
     `model` computes operator by operator from then on.
     """
@@ -54,7 +56,7 @@ def importance(model, windows: np.ndarray) -> dict[str, np.ndarray]:
     return {gguf_name(name): np.array(total) / windows.size for name, total in sums.items()}
 
 
-def _watched(module, name: str, sums: dict):
+def _watched(module: "nn.Module", name: str, sums: dict[str, "mx.array"]) -> "nn.Module":
     """`module` that adds the squares of its inputs to `sums`."""
     import mlx.core as mx
     import mlx.nn as nn
@@ -77,7 +79,7 @@ def gguf_name(module: str) -> str:
     return f"blk.{number}.{next(ours for ours, theirs in LAYER.items() if theirs == part)}.weight"
 
 
-def matrices(path: Path) -> list:
+def matrices(path: Path) -> list["Tensor"]:
     """The decoder's matrices in a GGUF file: `shape`, `kind` (the block type), `nbytes`."""
     from mlxeff.checkpoint import open_source
 
