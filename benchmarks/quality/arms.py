@@ -14,7 +14,7 @@ from mlxeff import calibration
 from mlxeff.assembly.model import load_path
 from mlxeff.errors import MlxeffError
 from mlxeff.models.decoder import DecoderModel
-from mlxeff.modules import QuantizedLinear, dense
+from mlxeff.modules import QuantizedLinear, dense, is_matrix
 from mlxeff.seedlm.format import FORMATS
 from mlxeff.seedlm.linear import SeedLinear
 from peers import install
@@ -48,8 +48,7 @@ class QuantisedModel:
 
 def linears(model: DecoderModel) -> list[tuple[str, nn.Module]]:
     """(name, module) of the decoder's linear layers, the head left out."""
-    kinds = (nn.Linear, nn.QuantizedLinear, SeedLinear)
-    return [(name, m) for name, m in model.named_modules() if isinstance(m, kinds) and ".layers." in name]
+    return [(name, module) for name, module in model.named_modules() if is_matrix(module) and ".layers." in name]
 
 
 class Workshop:

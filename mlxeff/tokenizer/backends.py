@@ -4,7 +4,7 @@
     encode(text, special) ids; `special` asks for the BOS/EOS that the vocabulary's own rules add
     piece(id)             what the id contributes to the text (streaming.Piece)
     detokenizer(skip)     a fresh streaming detokenizer
-    token_to_id, id_to_token, is_special, save(folder)
+    token_to_id, id_to_token, save(folder)
 
 Nothing here knows about chat, models or where the files came from.
 """
@@ -55,9 +55,6 @@ class TokenizersBackend:
 
     def id_to_token(self, token: int) -> str | None:
         return self.tokenizer.id_to_token(token)
-
-    def is_special(self, token: int) -> bool:
-        return token in self._added and self._added[token].special
 
     def detokenizer(self, skip_special_tokens: bool = False) -> StreamingDetokenizer:
         if self._kind == "opaque":
@@ -183,9 +180,6 @@ class SentencePieceBackend:
         if 0 <= token < self._size:
             return self._model.id_to_piece(token)
         return self._added.get(token)
-
-    def is_special(self, token: int) -> bool:
-        return self.id_to_token(token) in self._specials
 
     def detokenizer(self, skip_special_tokens: bool = False) -> StreamingDetokenizer:
         return StreamingDetokenizer(self.piece, self._rules, skip_special_tokens)
