@@ -10,6 +10,7 @@ import random
 from collections.abc import Iterator
 from pathlib import Path
 
+import saving
 from mlxeff import hub
 from mlxeff.assembly.model import Loaded, load_path
 from mlxeff.calibration import TEXT as CALIBRATION
@@ -40,15 +41,13 @@ def write(base: Loaded, path: Path, tokens: int) -> None:
     own = "\n\n".join(decode(piece[1:]) for piece in drawn)
     read = decode(encode(calibration, add_special_tokens=False)[:third])
     parts, count = [], 0
-    wanted = tokens - sum(len(encode(text, add_special_tokens=False)) for text in (own, read))
+    left = tokens - sum(len(encode(text, add_special_tokens=False)) for text in (own, read))
     for glossary in glossaries(entries(calibration), SEED):
-        if count >= wanted:
+        if count >= left:
             break
         parts.append(glossary)
         count += len(encode(glossary.replace(MARK, ""), add_special_tokens=False))
-    partial = path.with_suffix(".partial")
-    partial.write_text("\n\n".join([own, read, "".join(parts)]), encoding="utf-8")
-    partial.replace(path)
+    saving.write_text("\n\n".join([own, read, "".join(parts)]), path)
 
 
 def main() -> None:
