@@ -20,7 +20,7 @@ from mlxeff.kvprediction.predict import SINKS
 from mlxeff.models.openelm import multipliers, published_config
 from mlxeff.ops import native_for
 from test_cli import fails, mlxeff
-from tiny_model import random_model, write_byte_tokenizer, write_tiny_model
+from tiny_model import write_random_model, write_tiny_model
 
 KEYS = {"device", "batch", "tokens", "arm", "round", "ttft_s", "step_s", "load_average"}
 
@@ -54,12 +54,7 @@ def checkpoints(tmp_path_factory):
     place = tmp_path_factory.mktemp("openelm")
     found = []
     for size, layers in (("270M", 2), ("450M", 3), ("1_1B", 4), ("3B", 8)):
-        config, path = openelm(size, layers), place / size
-        path.mkdir()
-        (path / "config.json").write_text(json.dumps(config))
-        weights = dict(tree_flatten(random_model(config).parameters()))
-        mx.save_safetensors(str(path / "model.safetensors"), weights, {"format": "mlx"})
-        write_byte_tokenizer(path)
+        path = write_random_model(place / size, openelm(size, layers))
         found += ["--checkpoint", f"{size.replace('_', '.')}={path}"]
     return found
 

@@ -25,7 +25,7 @@ from mlxeff.assembly.model import load_path
 from mlxeff.models import openelm
 from mlxeff.ops import mlx_only
 from mlxeff.tokenizer import Tokenizer
-from tiny_model import CONFIG, quantise_folder, random_model, write_byte_tokenizer, write_tiny_model
+from tiny_model import CONFIG, quantise_folder, write_random_model, write_tiny_model
 
 ROOT = Path(__file__).resolve().parent.parent
 native, _ = kernels.native()
@@ -235,12 +235,7 @@ def write_openelm(folder):
         "ffn_multipliers": [0.5, 4.0],
         "ffn_dim_divisor": 32,
     }
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(config))
-    weights = dict(tree_flatten(random_model(config).parameters()))
-    mx.save_safetensors(str(folder / "model.safetensors"), weights, {"format": "mlx"})
-    write_byte_tokenizer(folder)
-    return folder
+    return write_random_model(folder, config)
 
 
 def test_openelm_folder(tmp_path):
