@@ -238,6 +238,16 @@ def write_openelm(folder):
     return write_random_model(folder, config)
 
 
+@pytest.mark.parametrize(("name", "expected"), [("OpenELM-270M-Instruct", True), ("OpenELM-270M", False)])
+def test_an_openelm_is_instruct_by_the_name_of_its_own_folder(tmp_path, name, expected):
+    """Not by the names of the folders above it, of which one here has the word of this test's name."""
+    folder = write_openelm(tmp_path / name)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    del config["chat_template"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    assert load_path(folder).tokenizer.has_chat_template is expected
+
+
 def test_openelm_folder(tmp_path):
     """Layer-wise scaling, names and lists as in Apple's release; an output head beside shared embeddings is unused."""
     folder = write_openelm(tmp_path / "OpenELM")

@@ -23,6 +23,7 @@ from ..kvprediction.predictor import Predictor, quantization, quantize, read_wid
 from ..kvprediction.text import sample
 from ..kvprediction.train import Training, check, train
 from ..models.decoder import DecoderModel
+from ..tokenizer import Tokenizer
 from ..tuning import Tuned
 from .model import Loaded, load_path
 from .pair import SEAM, Auxiliary, make_auxiliary
@@ -313,11 +314,11 @@ def _read(path: str | Path) -> str:
         raise MlxeffError(f"{path}: wanted UTF-8 text: {error}") from error
 
 
-def _tokens(text: str, tokenizer) -> list[int]:
+def _tokens(text: str, tokenizer: Tokenizer) -> list[int]:
     return tokenizer.encode(text, add_special_tokens=False)
 
 
-def _pieces(ids: list[int], length: int, tokenizer) -> tuple[list[list[int]], int]:
+def _pieces(ids: list[int], length: int, tokenizer: Tokenizer) -> tuple[list[list[int]], int]:
     """(pieces of at most `length` tokens; how many of these the tokenizer puts before each)."""
     start = tokenizer.encode("", add_special_tokens=True)
     step = max(1, length - len(start))

@@ -241,7 +241,7 @@ def _arithmetic_dtype(weights: dict[str, mx.array], quantized: bool) -> mx.Dtype
     return kernels.arithmetic_dtype(sizes.most_common(1)[0][0], quantized)
 
 
-def _dtype_name(model) -> str:
+def _dtype_name(model: Model) -> str:
     sizes = Counter()
     for _, value in tree_flatten(model.parameters()):
         if _is_float(value):
