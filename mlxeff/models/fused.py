@@ -1,4 +1,4 @@
-"""A decoder's whole forward pass as one native CPU call (`cpu/decoder/decoder.cpp`), from the modules of an ordinary model.
+"""A decoder's whole forward pass as one native CPU call (`cpu/decoder/`), from the modules of an ordinary model.
 
 A family describes its layers as `LayerParts`, by reference to its own modules, so there is no second copy of a model's
 code or weights. The fused form applies on a CPU where every matrix is dense, affine-quantised or of a module that has
@@ -44,16 +44,16 @@ class Rows:
             return quantized_matrix(module).native
         return type(module) in (Linear, Embedding)
 
-    def arrays(self) -> tuple:
-        """Three arrays or None, the numbers that tell how to read them, bias or None, as the native decoder takes them:
-        (weight, None, None, (), …), (packed, scales, biases, (group size, bits), …), or what the module says itself."""
+    def matrix(self) -> dict:
+        """The matrix by name, as the native decoder takes it (`cpu/python/weights.h`)."""
         module, part = self.module, slice(self.start, self.stop)
         bias = module.bias[part] if "bias" in module else None
         if hasattr(module, "native_arrays"):
-            return (*module.native_arrays(part), bias)
+            return {**module.native_arrays(part), "bias": bias}
         if type(module) in (Linear, Embedding):
-            return (module.weight[part], None, None, (), bias)
-        return (module.weight[part], module.scales[part], module.biases[part], (module.group_size, module.bits), bias)
+            return {"kind": "dense", "weight": module.weight[part], "bias": bias}
+        arrays = {name: module[name][part] for name in ("weight", "scales", "biases")}
+        return {"kind": "affine", **arrays, "group_size": module.group_size, "bits": module.bits, "bias": bias}
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,21 @@ class LayerParts:
     def norms(self) -> list[nn.RMSNorm | None]:
         return [self.attention_norm, self.ffn_norm, self.q_norm, self.k_norm]
 
+    def native(self) -> dict:
+        """The layer by name, as the native decoder takes it."""
+        names = ("attention", "feed_forward", "query", "key")
+        weights = (None if norm is None else norm.weight for norm in self.norms)
+        attention = {"query": self.q, "key": self.k, "value": self.v, "output": self.o}
+        gated = {"gate": self.gate, "up": self.up, "down": self.down}
+        return {
+            "norms": dict(zip(names, weights, strict=True)),
+            "attention": {name: rows.matrix() for name, rows in attention.items()},
+            "heads": self.heads,
+            "groups": self.groups,
+            "window": self.window or 0,
+            "feed_forward": {"kind": "gated", **{name: rows.matrix() for name, rows in gated.items()}},
+        }
+
 
 class FusedDecoder:
     """`fused(tokens, cache, all_rows)` → logits of a model that `fuse` accepted.
@@ -106,17 +121,16 @@ class FusedDecoder:
         self._groups = [layer.groups for layer in layers]
         self._size = size
         self._decoder = native.Decoder(
-            ends.norm.weight.shape[0], size, ends.norm.eps, rope.frequencies, rope.magnitude, ends.norm.weight,
-            ends.embedding.arrays(), ends.head.arrays(),
-        )  # fmt: skip
+            dim=ends.norm.weight.shape[0],
+            head_dim=size,
+            eps=ends.norm.eps,
+            rope={"frequencies": rope.frequencies, "magnitude": rope.magnitude},
+            norm=ends.norm.weight,
+            embedding=ends.embedding.matrix(),
+            head=ends.head.matrix(),
+        )
         for layer in layers:
-            self._decoder.add_layer(
-                *(None if norm is None else norm.weight for norm in layer.norms),
-                matrices=[matrix.arrays() for matrix in layer.matrices],
-                heads=layer.heads,
-                groups=layer.groups,
-                window=layer.window or 0,
-            )
+            self._decoder.add_layer(**layer.native())
 
     def applies(self, cache: KVCache) -> bool:
         """Whether this call can be fused: an ordinary cache, a CPU, not in training, the weights that were given."""
@@ -139,39 +153,42 @@ class FusedDecoder:
         self, tokens: mx.array, cache: KVCache, inputs: Sequence[int], pairs: Sequence[int]
     ) -> tuple[list[mx.array], list[tuple[mx.array, mx.array]]]:
         """As `DecoderModel.layer_states`, float32."""
-        rows = self._run(self._native.read, tokens, cache, cache.layers[:-1], list(inputs), list(pairs))
-        heads = [
-            each.reshape(*each.shape[:2], self._groups[i], self._size).transpose(0, 2, 1, 3)
-            for each, i in zip(rows[len(inputs) :], [*pairs, *pairs], strict=True)
-        ]
-        return rows[: len(inputs)], list(zip(heads[: len(pairs)], heads[len(pairs) :], strict=True))
+        rows, *heads = self._run(self._native.read, tokens, cache, cache.layers[:-1], list(inputs), list(pairs))
+        keys, values = (
+            [
+                each.reshape(*each.shape[:2], self._groups[i], self._size).transpose(0, 2, 1, 3)
+                for each, i in zip(given, pairs, strict=True)
+            ]
+            for given in heads
+        )
+        return rows, list(zip(keys, values, strict=True))
 
     def _run(self, native: Callable, tokens: mx.array, cache: KVCache, layers: list[LayerCache], *what) -> list:
-        """What a native pass gives beside the buffers of `layers`, which it appends to; `what` it is asked for."""
-        buffers = self._room(layers, *tokens.shape)
-        outputs = native(self._decoder, tokens, *buffers, cache.length, *what, self._modes[self.compute])
-        results = len(outputs) - 2 * len(layers)
-        self._replace(layers, outputs[results:], tokens.shape[1])
-        return outputs[:results]
+        """What a native pass gives beside the stores of `layers`, which it appends to; `what` it is asked for."""
+        stores = self._stores(layers, *tokens.shape)
+        *results, stores = native(self._decoder, tokens, stores, cache.length, *what, self._modes[self.compute])
+        self._replace(layers, stores, tokens.shape[1])
+        return results
 
     def append_kv(self, pairs: list[tuple[mx.array, mx.array]], cache: KVCache) -> None:
         """As `DecoderModel.append_kv`."""
         keys, values = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
         batch, _, new, _ = keys[0].shape
-        buffers = self._room(cache.layers, batch, new)
-        self._replace(cache.layers, self._native.append(self._decoder, keys, values, *buffers, cache.length), new)
+        stores = self._stores(cache.layers, batch, new)
+        self._replace(cache.layers, self._native.append(self._decoder, keys, values, stores, cache.length), new)
 
-    def _room(self, layers: list[LayerCache], batch: int, new: int) -> tuple[list[mx.array], list[mx.array]]:
-        """The buffers of keys and of values, with room for `new` tokens more."""
-        groups = self._groups[: len(layers)]
-        shapes = [(batch, each, self._size) for each in groups]
-        pairs = [layer.room(new, shape, self.kv_dtype) for layer, shape in zip(layers, shapes, strict=True)]
-        return [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+    def _stores(self, layers: list[LayerCache], batch: int, new: int) -> list[dict]:
+        """The buffers of `layers` by name, with room for `new` tokens more."""
+        stores = []
+        for layer, groups in zip(layers, self._groups, strict=False):
+            keys, values = layer.room(new, (batch, groups, self._size), self.kv_dtype)
+            stores.append({"kind": "dense", "keys": keys, "values": values})
+        return stores
 
-    def _replace(self, layers: list[LayerCache], written: list[mx.array], new: int) -> None:
-        """Give `layers` what was made of their buffers: those of keys, then those of values."""
-        for layer, keys, values in zip(layers, written[: len(layers)], written[len(layers) :], strict=True):
-            layer.replace(keys, values, new)
+    def _replace(self, layers: list[LayerCache], stores: list[dict], new: int) -> None:
+        """Give `layers` what was made of their buffers."""
+        for layer, store in zip(layers, stores, strict=True):
+            layer.replace(store["keys"], store["values"], new)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,11 @@
+#include "python/feed_forwards.h"
+
+namespace mlxeff {
+
+static const FeedForwardKind* const known_kinds[] = {&gated_kind};
+
+std::unique_ptr<FeedForward> make_feed_forward(Named given, Weights& weights, int64_t dim) {
+  return given.kind(known_kinds)->make(given, weights, dim);
+}
+
+}  // namespace mlxeff
