@@ -76,12 +76,12 @@ class SeedModule(nn.Module):
         """The decoded matrix (rows, cols)."""
         return decode(self.block_format, self.cols, self.arrays, dtype)
 
-    def native_arrays(self, part: slice) -> tuple:
-        """Rows `part`, as the native decoder takes them (models/fused.py)."""
-        fmt, arrays = self.block_format, self.arrays
-        *planes, bias = arrays.values()
-        first, second, third = ([plane[part] for plane in planes] + [None, None])[:3]
-        return first, second, third, (self.cols, fmt.columns, fmt.states, int(bias.item()))
+    def native_arrays(self, part: slice) -> dict:
+        """Rows `part` by name, as the native decoder takes them (`cpu/python/weights.h`)."""
+        fmt = self.block_format
+        layout = {"cols": self.cols, "columns": fmt.columns, "states": fmt.states}
+        planes = {name: array[part] for name, array in self.arrays.items() if name != "exponent_bias"}
+        return {"kind": "seedlm", **planes, **layout, "exponent_bias": self["exponent_bias"].item()}
 
     def check(self, origin: str) -> None:
         """Refuse damaged arrays: wrong shapes or types, a seed of 0, an exponent bias out of range."""
