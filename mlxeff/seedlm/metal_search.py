@@ -56,7 +56,8 @@ def _plain_table(fmt: BlockFormat) -> mx.array:
 
 
 def inverse_table(fmt: BlockFormat, metric: np.ndarray) -> mx.array:
-    """The upper triangle of G⁻¹ of each seed (see `search`) for a metric (C), float32 (P (P + 1) / 2, WIDTH)."""
+    """The upper triangle of G⁻¹ of each seed (see `search`) for a metric (C), float32 (P (P + 1) / 2, WIDTH). Elements
+    beside the diagonal are doubled."""
     body = f"write_inverse<{fmt.columns}, {fmt.states}>(states, metric, thread_position_in_grid.x, table);"
     shape = (fmt.states * (fmt.states + 1) // 2, WIDTH)
     inputs = {"states": _registers()[0], "metric": mx.array(metric)}
