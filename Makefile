@@ -14,7 +14,7 @@ PROBE = import platform, sys; \
   print("%d.%d%s" % (sys.version_info[0], sys.version_info[1], " for Intel" if intel else "")); \
   sys.exit(intel or sys.version_info < (3, 10))
 BUILT_FROM = pyproject.toml $(wildcard cpu/*.h cpu/*/*.cpp cpu/*/*.h cpu/CMakeLists.txt)
-CXX_SOURCES = $(wildcard cpu/*.h cpu/*/*.cpp cpu/*/*.h tests/native_driver/*)
+CXX_SOURCES = $(wildcard cpu/*.h cpu/*/*.cpp cpu/*/*.h tests/native_driver/* tests/metal_on_cpu/*.h tests/metal_on_cpu/*.cpp)
 PROMPT = Explain in two sentences why the sky is blue.
 
 .NOTPARALLEL:

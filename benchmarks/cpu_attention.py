@@ -9,29 +9,24 @@ cache that is larger). The FLOPS of prefill count the causal half: 4 E S (S + 1)
 
 import argparse
 import os
-import statistics
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+from places import TESTS
+
+sys.path.insert(0, str(TESTS))
 from cpu_calls import attention, attention_args, attention_backward
-from cpu_library import lib, set_isa, set_threads
+from cpu_library import set_threads
+from kernel_timing import add_isa, median_time, use_isa
 
 SHAPES = {"SmolLM2-135M": (9, 3, 64), "Llama-3.2-1B": (32, 8, 64)}
 
 
 def median_us(call, threads: int, budget: float) -> float:
-    clock = time.process_time_ns if threads == 1 else time.perf_counter_ns
-    call()
-    samples, end = [], time.perf_counter() + budget
-    while len(samples) < 5 or time.perf_counter() < end:
-        start = clock()
-        call()
-        samples.append((clock() - start) / 1e3)
-    return statistics.median(samples)
+    clock = time.process_time if threads == 1 else time.perf_counter
+    return 1e6 * median_time(lambda _: call(), budget, 5, clock)
 
 
 def decode(heads, groups, size, depth, threads, budget, dtype):
@@ -84,13 +79,11 @@ def backward(heads, groups, size, length, threads, budget):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--isa", help="instruction-set level, default the best")
+    add_isa(parser)
     parser.add_argument("--quick", action="store_true", help="short runs")
     options = parser.parse_args()
-    if options.isa:
-        set_isa(options.isa)
     budget = 0.15 if options.quick else 0.6
-    print(f"isa {lib.mlxeff_isa().decode()}, {os.cpu_count()} CPUs, load {os.getloadavg()[0]:.1f}")
+    print(f"isa {use_isa(options.isa)}, {os.cpu_count()} CPUs, load {os.getloadavg()[0]:.1f}")
     for threads in (1, 2):
         set_threads(threads)
         for name, (heads, groups, size) in SHAPES.items():

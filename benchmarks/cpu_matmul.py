@@ -9,37 +9,29 @@ BLAS, one thread of it in each of the given number of Python threads: for one ro
 """
 
 import argparse
-import json
+import ctypes
 import os
 import platform
-import statistics
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 os.environ["OPENBLAS_NUM_THREADS"] = "1"  # read by numpy when it is imported
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-from cpu_library import COMPUTE_BF16, COMPUTE_INT8, EXACT, F16, F32, OK, QuantizedWeight, address, ctypes, lib
+import saving
+from places import TESTS
+
+sys.path.insert(0, str(TESTS))
+from cpu_library import COMPUTE_BF16, COMPUTE_INT8, EXACT, F16, F32, OK, QuantizedWeight, address, lib, set_threads
+from kernel_timing import add_isa, median_time, use_isa
 
 SHAPES = ("1536x576x4", "576x1536x4", "2048x2048x4", "8192x2048x4", "49152x576x8")
 MODES = {"exact": EXACT, "int8": COMPUTE_INT8, "bf16": COMPUTE_BF16}
 
 
-def median_time(call, seconds=0.3, least=7):
-    call(0)
-    times, stop = [], time.perf_counter() + seconds
-    while len(times) < least or time.perf_counter() < stop:
-        start = time.perf_counter()
-        call(len(times) + 1)
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
-
-
 class ColdWeights:
-    """Copies of one random matrix, more than the caches hold."""
+    """Copies of one random quantised matrix, more than the caches hold; `call(i, x, y, mode)` multiplies by one."""
 
     def __init__(self, n, k, bits, group=32, total=256 << 20):
         self.bytes = n * k * bits // 8 + 2 * 2 * n * k // group
@@ -54,8 +46,10 @@ class ColdWeights:
             QuantizedWeight(*(address(a) for a in arrays), n, k, bits, group, F16) for arrays in self.arrays
         ]
 
-    def __getitem__(self, i):
-        return ctypes.byref(self.weights[i % len(self.weights)])
+    def __call__(self, i, x, y, mode):
+        (m, k), n = x.shape, y.shape[1]
+        weight = self.weights[i % len(self.weights)]
+        assert lib.mlxeff_qmm(ctypes.byref(weight), address(x), k, F32, address(y), n, F32, m, mode) == OK
 
 
 def on_each_thread(threads, work):
@@ -79,23 +73,22 @@ def sgemm_rate(threads):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--isa")
+    add_isa(parser)
     parser.add_argument("--shape", nargs="+", default=SHAPES, help="NxKxbits")
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 2, 4, 8, 16, 512])
     parser.add_argument("--modes", nargs="+", default=list(MODES))
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    if options.isa and lib.mlxeff_set_isa(options.isa.encode()) != OK:
-        parser.error(f"{options.isa} is not usable here; there are {lib.mlxeff_isa_available().decode()}")
+    isa = use_isa(options.isa)
     ceilings = {t: (read_bandwidth(t), sgemm_rate(t)) for t in options.threads}
     card = {
         "host": platform.node(),
-        "isa": lib.mlxeff_isa().decode(),
+        "isa": isa,
         "cpus": os.cpu_count(),
         "python": platform.python_version(),
     }
     for t, (bandwidth, peak) in ceilings.items():
-        print(f"{t} thread(s): read {bandwidth:.1f} GB/s, sgemm {peak:.0f} GFLOPS ({card['isa']})")
+        print(f"{t} thread(s): read {bandwidth:.1f} GB/s, sgemm {peak:.0f} GFLOPS ({isa})")
         card[f"ceiling_{t}"] = {"gb_per_s": bandwidth, "gflops": peak}
     print(
         f"{'N x K x bits':>14} {'M':>4} {'mode':>6} {'thr':>3} {'us':>9} {'GB/s':>6} "
@@ -111,10 +104,8 @@ def main():
             x, y = np.random.default_rng(1).standard_normal((m, k), np.float32), np.empty((m, n), np.float32)
             for mode in options.modes:
                 for threads in options.threads:
-                    assert lib.mlxeff_set_num_threads(threads) == OK
-                    seconds = median_time(
-                        lambda i: lib.mlxeff_qmm(weights[i], address(x), k, F32, address(y), n, F32, m, MODES[mode])  # noqa: B023
-                    )
+                    set_threads(threads)
+                    seconds = median_time(lambda i: weights(i, x, y, MODES[mode]))  # noqa: B023
                     rate, flops = weights.bytes / seconds / 1e9, 2 * m * n * k / seconds / 1e9
                     bandwidth, peak = ceilings[threads]
                     rows.append({"shape": shape, "M": m, "mode": mode, "threads": threads, "seconds": seconds})
@@ -122,7 +113,7 @@ def main():
                           f"{rate / bandwidth:7.0%} "
                           f"{flops:7.0f} {flops / peak:8.0%}", flush=True)  # fmt: skip
     if options.json:
-        options.json.write_text(json.dumps({**card, "rows": rows}, indent=1))
+        saving.write_json({**card, "rows": rows}, options.json)
 
 
 if __name__ == "__main__":

@@ -16,15 +16,16 @@ import json
 import signal
 import subprocess
 import sys
+from dataclasses import asdict, fields
 from pathlib import Path
 from statistics import median
 
 import saving
 from mlxeff.bench.machine import cores
+from mlxeff.bench.selection import condition, selected
 from mlxeff.checkpoint import open_source
 from mlxeff.errors import MlxeffError
 from mlxeff.generation import prompt_ids
-from mlxeff.hub.catalog import cache_dir
 from mlxeff.tokenizer import from_gguf
 from peers import checkpoints
 from peers.card import card, current_commit, identity, versions
@@ -32,8 +33,9 @@ from peers.install import PEERS, Peer, install, recorded
 from peers.measure import COLD_PROMPT, Measurer, Samples, environment, last_line, needed, reason, worker_command
 from peers.report import SECTION, Results, report, section
 from peers.table import FOUR, GENERATED, Job, jobs
+from places import work_folder
 
-FILTERS = ("kind", "arm", "model", "threads", "depth", "round")
+FILTERS = tuple(field.name for field in fields(Job))
 QUALITY_PROMPTS = [
     "What is the capital of France?",
     "Explain in two sentences why the sky is blue.",
@@ -50,19 +52,18 @@ def main() -> int:
     options = parse()
     options.cache.mkdir(parents=True, exist_ok=True)
     if options.report is not None:
-        path = Path(options.report or result_path(identity()))
-        kept = json.loads(path.read_text(encoding="utf-8"))["samples"]
+        kept = saving.read_json(Path(options.report or result_path(identity())))["samples"]
         costs = checkpoints.all_costs({s["model"] for s in kept if s["model"]}, options.cache)
         saving.write_section(SECTION, section(Results(kept, costs)))
         return 0
-    chosen = [job for job in jobs(options.rounds, options.threads) if selected(job, options.only)]
+    chosen = [job for job in jobs(options.rounds, options.threads) if selected(asdict(job), options.only)]
     if not chosen:
         raise MlxeffError(f"--only {' '.join(options.only)}: no measurement is left")
     with locked(options.cache):
         results, costs = measure(options, chosen)
     print(report(Results(results["samples"], costs), results["card"]))
     if options.save:
-        save(results)
+        saving.write_json(results, result_path(results["card"]))
     print(json.dumps(results))
     return int(any("error" in sample for sample in results["samples"]))
 
@@ -162,40 +163,20 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--only",
         nargs="+",
+        type=condition(FILTERS),
         default=[],
         metavar="KEY=VALUE",
         help=f"measure a part: {', '.join(FILTERS)}; names by a part of them, one key several times: any of its values",
     )
     parser.add_argument("--resume", action="store_true", help="keep the samples of a run broken off, measure the rest")
     parser.add_argument("--limit", type=float, default=240, metavar="SECONDS", help="a process; default %(default)g")
-    parser.add_argument("--cache", type=Path, default=default_cache(), help="default %(default)s")
+    parser.add_argument("--cache", type=Path, default=work_folder("peers"), help="default %(default)s")
     parser.add_argument("--save", action="store_true", help="write the samples to benchmarks/results/")
     saving.add_report(parser)
     options = parser.parse_args()
-    for text in options.only:
-        if text.partition("=")[0] not in FILTERS or "=" not in text:
-            parser.error(f"--only: wanted KEY=VALUE with a KEY of {', '.join(FILTERS)}, got {text!r}")
     if options.rounds < 1 or min(options.threads) < 1:
         parser.error("--rounds, --threads: wanted numbers above 0")
     return options
-
-
-def selected(job: Job, only: list[str]) -> bool:
-    """Whether a job passes: for every key named, one of its values; names match by a part, numbers whole."""
-    wanted: dict[str, list[str]] = {}
-    for text in only:
-        name, _, value = text.partition("=")
-        wanted.setdefault(name, []).append(value)
-    return all(any(_matches(getattr(job, name), value) for value in values) for name, values in wanted.items())
-
-
-def _matches(got: str | int, wanted: str) -> bool:
-    return wanted in got if isinstance(got, str) else str(got) == wanted
-
-
-def default_cache() -> Path:
-    """`mlxeff-peers` in the user's cache folder."""
-    return cache_dir().with_name("mlxeff-peers")
 
 
 @contextlib.contextmanager
@@ -207,13 +188,6 @@ def locked(folder: Path):
         except BlockingIOError:
             raise MlxeffError(f"{folder}: another run of cpu_peers is using it") from None
         yield
-
-
-def save(results: dict) -> None:
-    """Write benchmarks/results/<cpu>-cpu-peers-mlx-<version>.json."""
-    path = result_path(results["card"])
-    saving.write_json(results, path)
-    print(f"written: {path}", file=sys.stderr)
 
 
 def result_path(machine: dict) -> Path:

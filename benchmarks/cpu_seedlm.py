@@ -28,10 +28,12 @@ import numpy as np
 
 import cpu_seedlm_models
 import saving
-from cpu_matmul import median_time, read_bandwidth, sgemm_rate
+from cpu_matmul import ColdWeights, read_bandwidth, sgemm_rate
+from places import TESTS
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-from cpu_library import COMPUTE_INT8, EXACT, F16, F32, OK, QuantizedWeight, address, lib
+sys.path.insert(0, str(TESTS))
+from cpu_library import COMPUTE_INT8, EXACT, F32, OK, address, lib, set_threads
+from kernel_timing import add_isa, median_time, use_isa
 from mlxeff.bench import machine
 from mlxeff.seedlm.format import FORMATS
 from seedlm_calls import Seeded, SeedWeight, encode
@@ -74,24 +76,6 @@ class ColdSeeds:
         assert lib.mlxeff_seedlm_matmul(ctypes.byref(weight), address(x), k, F32, address(y), n, F32, m, mode) == OK
 
 
-class ColdAffine:
-    """The same for our 4-bit affine product, groups of 64, fp16 scales."""
-
-    def __init__(self, n, k):
-        rng = np.random.default_rng(0)
-        copies = max(2, -(-COLD_BYTES // (n * k * 9 // 16)))
-        one = rng.integers(0, 1 << 32, (n, k // 8), np.uint32)
-        self.held = [
-            (one + np.uint32(i), *rng.uniform(0.01, 0.02, (2, n, k // 64)).astype(np.float16)) for i in range(copies)
-        ]
-        self.weights = [QuantizedWeight(*(address(a) for a in arrays), n, k, 4, 64, F16) for arrays in self.held]
-
-    def __call__(self, i, x, y, mode):
-        (m, k), n = x.shape, y.shape[1]
-        weight = self.weights[i % len(self.weights)]
-        assert lib.mlxeff_qmm(ctypes.byref(weight), address(x), k, F32, address(y), n, F32, m, mode) == OK
-
-
 class ColdMlx:
     """The same for mx.quantized_matmul on the CPU, with float32 scales (its fast case there)."""
 
@@ -111,11 +95,11 @@ def products(options, ceilings):
     for shape in options.shape:
         n, k = map(int, shape.split("x"))
         kernels = {f"seedlm {name}": ColdSeeds(name, n, k) for name in FORMATS}
-        kernels |= {AFFINE: ColdAffine(n, k), MLX: ColdMlx(n, k)}
+        kernels |= {AFFINE: ColdWeights(n, k, 4, 64, COLD_BYTES), MLX: ColdMlx(n, k)}
         for m in options.rows:
             x, y = np.random.default_rng(1).standard_normal((m, k), np.float32), np.empty((m, n), np.float32)
             for threads in options.threads:
-                assert lib.mlxeff_set_num_threads(threads) == OK
+                set_threads(threads)
                 arms = {(kernel, mode): call for kernel, call in kernels.items() for mode in MODES}
                 arms = {key: call for key, call in arms.items() if key[0] != MLX or (key[1], threads) == ("exact", 1)}
                 seconds = interleaved(arms, x, y, options)
@@ -163,7 +147,7 @@ def encoders(options):
     """Millions of weights a second of the encoder."""
     rows = []
     for threads in options.threads:
-        assert lib.mlxeff_set_num_threads(threads) == OK
+        set_threads(threads)
         for name, fmt in FORMATS.items():
             weights = np.random.default_rng(2).standard_normal((256, 16 * fmt.columns)).astype(np.float32)
             for refine in (False, True):
@@ -182,7 +166,7 @@ def encoders(options):
 def parse():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--isa")
+    add_isa(parser)
     parser.add_argument("--shape", nargs="+", default=SHAPES, help="rows x columns of W")
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 4, 8, 64], help="of x")
     parser.add_argument("--seconds", type=float, default=0.05, help="a measurement")
@@ -191,18 +175,16 @@ def parse():
     parser.add_argument("--seeds", type=Path, nargs="+", default=cpu_seedlm_models.default_seeds(),
                         help="folders that convert --seedlm made of the built-in model; %(default)s")  # fmt: skip
     parser.add_argument("--save", action="store_true", help="write results/<processor>-cpu-seedlm-mlx-<version>.json")
-    options = parser.parse_args()
-    if options.isa and lib.mlxeff_set_isa(options.isa.encode()) != OK:
-        parser.error(f"{options.isa} is not usable here; there are {lib.mlxeff_isa_available().decode()}")
-    return options
+    return parser.parse_args()
 
 
 def main():
     options = parse()
+    isa = use_isa(options.isa)
     bandwidth, multiply_adds = ({t: f(t) for t in options.threads} for f in (read_bandwidth, sgemm_rate))
     card = machine.card() | {
-        "isa": lib.mlxeff_isa().decode(),
-        "command": "benchmarks/cpu_seedlm.py " + " ".join(sys.argv[1:]),
+        "isa": isa,
+        "command": saving.command(),
         "read_gb_per_s": bandwidth,
         "multiply_add_gflops": multiply_adds,
     }
@@ -215,13 +197,8 @@ def main():
         document["models"] = cpu_seedlm_models.measure(options.seeds, options.threads, options.rounds)
         print(cpu_seedlm_models.table(document["models"]))
     if options.save:
-        save(document)
+        saving.write_json(document, saving.result_path(document["cpu"], f"cpu-seedlm-mlx-{mx.__version__}.json"))
     print(json.dumps(document))
-
-
-def save(document):
-    """Write results/<processor>-cpu-seedlm-mlx-<version>.json."""
-    saving.write_json(document, saving.result_path(document["cpu"], f"cpu-seedlm-mlx-{mx.__version__}.json"))
 
 
 if __name__ == "__main__":

@@ -12,15 +12,20 @@ import argparse
 import json
 import os
 import resource
-import statistics
 import subprocess
 import sys
 import time
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import saving
+from mlxeff.bench.samples import median_of
+from mlxeff.bench.tables import card_lines, table
+from places import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
+if TYPE_CHECKING:
+    from mlxeff.models.decoder import DecoderModel
+    from mlxeff.tokenizer import Tokenizer
+
 ARMS = {
     "native": {},
     "native, 1 thread": {"MLXEFF_NUM_THREADS": "1"},
@@ -58,10 +63,10 @@ def card() -> dict:
     """What was measured, where."""
     from mlxeff.bench import machine
 
-    return {"command": " ".join(["python", "benchmarks/cpu_training.py", *sys.argv[1:]]), **machine.card()}
+    return {"command": saving.command(), **machine.card()}
 
 
-def measure(options) -> list[dict]:
+def measure(options: argparse.Namespace) -> list[dict]:
     """All samples, the arms interleaved."""
     samples = []
     for _ in range(options.rounds):
@@ -115,7 +120,7 @@ def train(batch: int, tokens: int, passes: int) -> dict:
     }
 
 
-def dense_model():
+def dense_model() -> tuple["DecoderModel", "Tokenizer"]:
     """(the built-in model in training mode, its matrices dequantised to float32; its tokenizer)."""
     import mlx.core as mx
     import mlx.nn as nn
@@ -137,22 +142,20 @@ def dense_model():
 
 
 def print_table(results: dict) -> None:
-    for key, value in results["card"].items():
-        print(f"{key}: {value}")
-    print("\n| operations | batch x tokens | s | CPU s | tokens/s | GFLOP/s | peak RSS MiB | loss |")
-    print("|---|---|---|---|---|---|---|---|")
+    """The card; medians of the passes, and of the processes."""
+    header = ["operations", "batch x tokens", "s", "CPU s", "tokens/s", "GFLOP/s", "peak RSS MiB", "loss"]
+    rows = []
     for shape in dict.fromkeys(sample["shape"] for sample in results["samples"]):
         batch, tokens = size_of(shape)
         for arm in ARMS:
             chosen = [s for s in results["samples"] if (s["arm"], s["shape"]) == (arm, shape)]
             if not chosen:
                 continue
-            seconds = statistics.median(t for sample in chosen for t in sample["seconds"])
-            busy = statistics.median(t for sample in chosen for t in sample["cpu_seconds"])
-            rss = statistics.median(sample["rss_mib"] for sample in chosen)
-            rate, speed = batch * tokens / seconds, chosen[0]["gflop"] / seconds
-            times = f"{seconds:.3f} | {busy:.3f} | {rate:.1f} | {speed:.0f}"
-            print(f"| {arm} | {shape} | {times} | {rss:.0f} | {chosen[0]['loss']:.6f} |")
+            seconds, busy, rss = (median_of(chosen, metric) for metric in ("seconds", "cpu_seconds", "rss_mib"))
+            times = f"{seconds:.3f}", f"{busy:.3f}", f"{batch * tokens / seconds:.1f}"
+            speed = f"{chosen[0]['gflop'] / seconds:.0f}"
+            rows.append([arm, shape, *times, speed, f"{rss:.0f}", f"{chosen[0]['loss']:.6f}"])
+    print(f"{card_lines(results['card'])}\n\n{table(header, rows)}")
 
 
 if __name__ == "__main__":

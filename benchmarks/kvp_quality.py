@@ -20,21 +20,25 @@ import sys
 from pathlib import Path
 
 import mlx.core as mx
+import numpy as np
 
 import saving
+from distributions import compare
 from kvp import measures, pairs, questions, report
 from mlxeff import hub
 from mlxeff.assembly.model import Loaded, load_path
 from mlxeff.bench import ttft
+from mlxeff.bench.arms import Arm
 from mlxeff.bench.machine import card, processor
 from mlxeff.bench.samples import Samples
+from mlxeff.bench.selection import condition
 from mlxeff.cli.output import show_notices
 from mlxeff.decode import Setup
 from mlxeff.errors import MlxeffError
 from mlxeff.kernels import use_device
 from mlxeff.kvprediction.files import digest
+from places import TEXT, work_folder
 
-TEXT = questions.TEXT
 TTFT_POINTS = [ttft.Point(batch, tokens) for batch in (1, 8) for tokens in (128, 512, 2048)]
 QUALITY_KEYS = ("arm", "digest", "item")
 PHASES = ("windows", "questions", "ttft")
@@ -43,13 +47,12 @@ PHASES = ("windows", "questions", "ttft")
 def main() -> None:
     options = parse()
     if options.report is not None:
-        path = Path(options.report or report.result_path(processor(), saving.RESULTS)).resolve()
-        document = json.loads(path.read_text(encoding="utf-8"))
-        text = report.section(document, path.with_suffix(".png"), saving.REPORT.parent)
+        path = Path(options.report or report.result_path(processor())).resolve()
+        text = report.section(saving.read_json(path), path.with_suffix(".png"), saving.REPORT.parent)
         saving.write_section(report.SECTION, text)
         return
     if options.table:
-        print(report.tables(json.loads(options.table.read_text())))
+        print(report.tables(saving.read_json(options.table)))
         return
     use_device("cpu")
     options.work.mkdir(parents=True, exist_ok=True)
@@ -71,33 +74,32 @@ def main() -> None:
     machine = card()
     place = options.work / f"ttft-{machine['threads']}-threads.jsonl"
     times = Samples(place, {"format": "kvp-ttft", "model": base.fingerprint, **machine}, ttft.KEYS)
-    tagged = {name: (arms[name], _digest(name, digests)) for name in names}
+    tagged = {name: (arms[name], digests.get(pairs.pair_of(name), "")) for name in names}
     if "windows" in options.phase:
         measure_windows(base, tagged, windows(base, options), options.prompt, scored)
     if "questions" in options.phase:
         measure_questions(base, tagged, asked)
     if "ttft" in options.phase:
         measure_times(tagged, options, times)
-    document = {"card": machine | {"command": " ".join(sys.argv)}, **what, "tokens fitted on": options.tokens}
+    document = {"card": machine | {"command": saving.command()}, **what, "tokens fitted on": options.tokens}
     answers = {name: samples.all for name, samples in asked.items()}
     document["arms"] = report.summary(arms, digests, scored.all, answers, times.all, options.prompt)
     print(report.tables(document))
     if options.save:
-        report.save(document, saving.RESULTS)
+        report.save(document)
     print(json.dumps(document))
 
 
-def _digest(name: str, digests: dict[str, str]) -> str:
-    """The digest of the pair that an arm is made of; nothing for the base and its untrained pruned forms."""
-    return digests.get(name.partition(",")[0], "")
+Tagged = dict[str, tuple[Arm, str]]  # name → the arm, the digest of its pair or trained baseline, "" of others
 
 
-def windows(base: Loaded, options: argparse.Namespace):
+def windows(base: Loaded, options: argparse.Namespace) -> np.ndarray:
+    """Token ids, see `measures.windows`."""
     ids = base.tokenizer.encode(TEXT.read_text(encoding="utf-8"), add_special_tokens=False)
     return measures.windows(ids, options.windows, options.prompt, options.continuation)
 
 
-def measure_windows(base: Loaded, arms: dict, rows, prompt: int, samples: Samples) -> None:
+def measure_windows(base: Loaded, arms: Tagged, rows: np.ndarray, prompt: int, samples: Samples) -> None:
     """Compare every arm with the base on every window."""
     truth_of = Setup(base.model)
     for item, row in enumerate(rows):
@@ -105,12 +107,12 @@ def measure_windows(base: Loaded, arms: dict, rows, prompt: int, samples: Sample
         truth = measures.log_probabilities(truth_of, row, prompt) if left else None
         for name in left:
             arm, mark = arms[name]
-            found = measures.compare(measures.log_probabilities(arm.setup, row, prompt), truth, row[prompt:])
+            found = compare(measures.log_probabilities(arm.setup, row, prompt), truth, row[prompt:])
             samples.add({"arm": name, "digest": mark, "item": item} | found)
         _show(f"window {item + 1} of {len(rows)}")
 
 
-def measure_questions(base: Loaded, arms: dict, asked: dict[str, Samples]) -> None:
+def measure_questions(base: Loaded, arms: Tagged, asked: dict[str, Samples]) -> None:
     """Ask every arm every question of each set."""
     for (kind, items), samples in zip(questions.sets().items(), asked.values(), strict=True):
         for number, (prompt, answer) in enumerate(items):
@@ -125,7 +127,7 @@ def measure_questions(base: Loaded, arms: dict, asked: dict[str, Samples]) -> No
             _show(f"{kind}: question {number + 1} of {len(items)}")
 
 
-def measure_times(arms: dict, options: argparse.Namespace, samples: Samples) -> None:
+def measure_times(arms: Tagged, options: argparse.Namespace, samples: Samples) -> None:
     """Seconds to the first token; `refine` begins after it."""
     timed = {name: arm for name, (arm, _) in arms.items() if not (arm.pair and arm.pair.refine)}
     group = ttft.Group(list(timed), lambda names: [timed[name] for name in names], TTFT_POINTS, loaded=True)
@@ -161,8 +163,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3, help="of the times")
     parser.add_argument("--warmup", type=int, default=1, help="uncounted rounds of the times")
     of_times = {"nargs": "+", "action": "extend", "default": [], "metavar": "KEY=VALUE"}
-    parser.add_argument("--point", **of_times, help="of the times: batch, tokens, arm")
-    parser.add_argument("--work", type=Path, default=pairs.work_folder(), help="default %(default)s")
+    parser.add_argument("--point", **of_times, type=condition(ttft.FILTERS), help="of the times: batch, tokens, arm")
+    parser.add_argument("--work", type=Path, default=work_folder("kvp"), help="default %(default)s")
     parser.add_argument("--table", type=Path, metavar="FILE", help="print the tables of a saved result")
     saving.add_report(parser)
     parser.add_argument("--save", action="store_true", help="write results/<processor>-kvp-quality.json and .png")

@@ -38,11 +38,14 @@ from pathlib import Path
 
 import numpy as np
 
+import saving
+from mlxeff.bench.machine import first_line
+from mlxeff.bench.tables import table
 from mlxeff.seedlm import search
 from mlxeff.seedlm.format import FORMATS as BLOCK_FORMATS
+from places import ROOT, TESTS
 
-ROOT = Path(__file__).resolve().parent.parent
-HARNESS = ROOT / "tests/metal_on_cpu"
+HARNESS = TESTS / "metal_on_cpu"
 WEIGHTS = 30 * (2 * 576 * 576 + 2 * 576 * 192 + 3 * 576 * 1536)  # of SmolLM2-135M's linear layers
 
 # TFLOPS (2 x lanes x GHz) and GB/s. M1, M2: measured by metal-benchmarks; M3, M4: published clocks and core counts.
@@ -105,7 +108,7 @@ KIND = {name: kind for kind, names in KINDS.items() for name in names}
 FUNNEL = {"slow": 2, "integer": 1}  # llvm.fshl of two words: two shifts and an OR
 DIVISION = {"float": 8, "slow": 1}  # a reciprocal and the steps to a correctly rounded quotient: assumed
 COPY = 12  # instructions of an entry that a threadgroup copies
-TOGETHER, BLOCKS_A_GROUP, LANES = 4, 32, 32
+TOGETHER, BLOCKS_A_GROUP, LANES = 4, 32, 32  # blocks scanned at once, blocks of a threadgroup, lanes of a simdgroup
 
 
 def find_clang():
@@ -223,7 +226,7 @@ def encoder_counts(clang, name):
     entries = P * (P + 1) // 2
     scan = found["scan"]
     scan["load"] = C + entries  # the others are of registers
-    scan["integer"] += COPY * entries / 8
+    scan["integer"] += COPY * entries * TOGETHER / BLOCKS_A_GROUP
     scan = {kind: scan[kind] / TOGETHER for kind in ("float", "integer", "slow", "load")}
     node = {kind: (found["evaluate"][kind] - found["solve"][kind]) / (2 * P) for kind in KINDS}
     nodes = 2 * sum(3 ** (level + 1) for level in range(P))
@@ -258,7 +261,9 @@ def predict_encoder(clang, name):
         "mflop_a_block": round((search.SEEDS + 1) * 2 * scan["float"] / 1e6, 2),
         "kib_a_block": {
             "maxima": 8,
-            "tables, of 32 blocks": round(4 * 64 * (1 + fmt.states * (fmt.states + 1) / 2) / 32),
+            f"tables, of {BLOCKS_A_GROUP} blocks": round(
+                4 * 64 * (1 + fmt.states * (fmt.states + 1) / 2) / BLOCKS_A_GROUP
+            ),
         },
         "scan_instructions": {kind: round(value, 2) for kind, value in scan.items()},
         "evaluation_instructions": {kind: round(value) for kind, value in evaluation.items()},
@@ -270,14 +275,11 @@ def predict_encoder(clang, name):
 
 
 def print_encoder(samples):
-    print("The encoder\n\n| format | MFLOP a block | classes visited | seeds evaluated |\n|---|---|---|---|")
-    for s in samples:
-        print(f"| {s['format']} | {s['mflop_a_block']} | {s['visited_classes']} | {s['evaluated_seeds']} |")
-    print("\nPREDICTED seconds for SmolLM2-135M, data-free\n")
-    print(f"| format | {' | '.join(CHIPS)} |\n|---|{'---|' * len(CHIPS)}")
-    for s in samples:
-        print(f"| {s['format']} | " + " | ".join(f"{p['predicted_seconds']:.0f}" for p in s["predicted"]) + " |")
-    print()
+    header = ["format", "MFLOP a block", "classes visited", "seeds evaluated"]
+    keys = ("format", "mflop_a_block", "visited_classes", "evaluated_seeds")
+    print(f"The encoder\n\n{table(header, [[str(s[key]) for key in keys] for s in samples])}")
+    rows = [[s["format"], *(f"{p['predicted_seconds']:.0f}" for p in s["predicted"])] for s in samples]
+    print(f"\nPREDICTED seconds for SmolLM2-135M, data-free\n\n{table(['format', *CHIPS], rows)}\n")
 
 
 # ---- The report -----------------------------------------------------------------------------------------------------
@@ -289,12 +291,11 @@ def main():
     parser.add_argument("--save", action="store_true")
     options = parser.parse_args()
     clang = find_clang()
-    version = subprocess.run([clang, "--version"], capture_output=True, text=True).stdout.splitlines()[0]
     results = {
         "card": {
-            "command": " ".join(["python", "benchmarks/metal_seedlm_prediction.py", *sys.argv[1:]]),
+            "command": saving.command(),
             "kind": "predicted: counted instructions and published chip figures, nothing ran on a GPU",
-            "compiler": version,
+            "compiler": first_line([clang, "--version"]),
             "host": f"{platform.system()} {platform.machine()}",
             "rows": options.rows,
         },
@@ -311,29 +312,23 @@ def main():
     print_tables(results)
     print_encoder(results["encoder"])
     if options.save:
-        path = ROOT / "benchmarks/results/predicted-M1-to-M4-metal-seedlm.json"
-        path.write_text(json.dumps(results, indent=1) + "\n")
+        saving.write_json(results, saving.result_path("predicted-M1-to-M4", "metal-seedlm.json"))
     print(json.dumps(results))
 
 
 def print_tables(results):
     card = results["card"]
     print(f"{card['kind']}\n{card['compiler']}, {card['rows']} rows share the work on x\n")
-    print("Instructions a weight, counted\n")
-    print("| format | form | bytes a block | float | integer | slow | loads |")
-    print("|---|---|---|---|---|---|---|")
+    counted, shares = [], []
     for sample in results["samples"]:
-        counts = " | ".join(f"{value:.2f}" for value in sample["instructions_per_weight"].values())
-        print(f"| {sample['format']} | {sample['form']} | {sample['bytes_per_block']} | {counts} |")
-    print("\nPREDICTED share of bandwidth (PREDICTED Gweights/s)\n")
-    print(f"| format | form | {' | '.join(CHIPS)} |\n|---|---|{'---|' * len(CHIPS)}")
-    for sample in results["samples"]:
-        cells = (
-            f"{p['predicted_share_of_bandwidth']:.0%} ({p['predicted_gweights_per_s']:.0f})"
-            for p in sample["predicted"]
-        )
-        print(f"| {sample['format']} | {sample['form']} | {' | '.join(cells)} |")
-    print()
+        name = [sample["format"], sample["form"]]
+        counts = (f"{value:.2f}" for value in sample["instructions_per_weight"].values())
+        counted.append([*name, str(sample["bytes_per_block"]), *counts])
+        predicted = ((p["predicted_share_of_bandwidth"], p["predicted_gweights_per_s"]) for p in sample["predicted"])
+        shares.append([*name, *(f"{share:.0%} ({rate:.0f})" for share, rate in predicted)])
+    header = ["format", "form", "bytes a block", "float", "integer", "slow", "loads"]
+    print(f"Instructions a weight, counted\n\n{table(header, counted)}\n")
+    print(f"PREDICTED share of bandwidth (PREDICTED Gweights/s)\n\n{table(['format', 'form', *CHIPS], shares)}\n")
 
 
 if __name__ == "__main__":

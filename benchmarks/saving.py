@@ -1,28 +1,61 @@
-"""How benchmarks leave their results: the file's name, whole documents only, marked sections of RESULTS.md and of the
+"""How benchmarks leave their results: the file's name, whole files only, marked sections of RESULTS.md and of the
 README, and plots where they can be drawn."""
 
 import argparse
 import json
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
-RESULTS = Path(__file__).resolve().parent / "results"
-REPORT = RESULTS.parent / "RESULTS.md"
-README = RESULTS.parent.parent / "README.md"
+from places import README, REPORT, RESULTS
+
+__all__ = ["README", "REPORT", "RESULTS"]
 
 
-def result_path(cpu: str, name: str, folder: Path = RESULTS) -> Path:
-    """`folder`/<cpu>-<name>; of the processor's name letters, digits and full stops are kept."""
+def command() -> str:
+    """The command that runs, for the card."""
+    return " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+
+
+def result_path(cpu: str, name: str) -> Path:
+    """`results/<cpu>-<name>`; of the processor's name letters, digits and full stops are kept."""
     chip = re.sub(r"[^A-Za-z0-9.]+", "-", cpu.replace("(R)", "")).strip("-")
-    return folder / f"{chip}-{name}"
+    return RESULTS / f"{chip}-{name}"
+
+
+def once(path: Path, write: Callable[[Path], object]) -> Path:
+    """`path`, a file or a folder, written by `write(temporary path)` and renamed when it is missing."""
+    if not path.exists():
+        partial = _partial(path)
+        partial.unlink(missing_ok=True) if not partial.is_dir() else None
+        write(partial)
+        partial.replace(path)
+    return path
+
+
+def write_text(text: str, path: Path) -> None:
+    """Write a UTF-8 file under a temporary name and rename it."""
+    partial = _partial(path)
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
 
 
 def write_json(document: dict, path: Path) -> None:
-    """Written under a temporary name and renamed."""
-    partial = path.with_name(f"partial-{path.name}")
-    partial.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial.replace(path)
+    """Write a result, and say where."""
+    write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", path)
+    print(f"written: {path}", file=sys.stderr)
+
+
+def read_json(path: Path) -> dict:
+    """A saved result."""
+    if not path.exists():
+        raise SystemExit(f"{path}: no results yet: measure with --save")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(f"partial-{path.name}")
 
 
 def add_report(parser: argparse.ArgumentParser) -> None:
@@ -44,9 +77,7 @@ def write_section(section: str, text: str, document: Path = REPORT) -> None:
     if found.count(begin) != 1 or found.count(end) != 1 or found.index(begin) > found.index(end):
         raise SystemExit(f"{document}: wanted one {begin.strip()} and after it one {end.strip()}")
     head, rest = found.split(begin)
-    partial = document.with_name(f"partial-{document.name}")
-    partial.write_text(f"{head}{begin}\n{text}\n\n{end}{rest.split(end)[1]}", encoding="utf-8")
-    partial.replace(document)
+    write_text(f"{head}{begin}\n{text}\n\n{end}{rest.split(end)[1]}", document)
 
 
 def pyplot():

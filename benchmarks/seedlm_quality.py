@@ -19,25 +19,27 @@ document is written after every arm; --add measures only arms that it does not h
 
 import argparse
 import json
-import math
 import sys
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import mlx.core as mx
 import numpy as np
 
 import saving
+from distributions import compare, means
 from mlxeff import hub
 from mlxeff.assembly.model import load_path
 from mlxeff.errors import MlxeffError
+from mlxeff.models.decoder import DecoderModel
 from mlxeff.ops import log_softmax
 from peers import card
+from places import HERE, TEXT, work_folder
 from quality import report
-from quality.arms import NAMES, Arm, Workshop
+from quality.arms import NAMES, QuantisedModel, Workshop
 from quality.layers import single_layers
 
-HERE = Path(__file__).parent
-TEXT = HERE / "data" / "jargon-validation.txt"
 WINDOW = 512
 SAME = 1e-4  # relative difference of perplexities of one model on two machines
 
@@ -45,7 +47,7 @@ SAME = 1e-4  # relative difference of perplexities of one model on two machines
 class Truth:
     """The reference's distributions on windows (W, T) of tokens: of its passes the hidden states are kept."""
 
-    def __init__(self, model, windows):
+    def __init__(self, model: DecoderModel, windows: np.ndarray):
         self.head, self.hidden = model.head, []
         for window in progress(windows):
             self.hidden.append(model.hidden(mx.array(window)[None], model.new_cache())[0, :-1])
@@ -56,25 +58,26 @@ class Truth:
         return log_softmax(self.head(self.hidden[window]))
 
 
-def progress(items):
+Item = TypeVar("Item")
+
+
+def progress(items: Sequence[Item]) -> Iterator[Item]:
+    """The items, with a line that counts them."""
     for number, item in enumerate(items):
         print(f"\r{number + 1} of {len(items)}", end="", file=sys.stderr, flush=True)
         yield item
     print(file=sys.stderr)
 
 
-def measure(truth: Truth, model, windows) -> dict:
+def measure(truth: Truth, model: DecoderModel | None, windows: np.ndarray) -> dict:
     """Perplexity, KL divergence and shared first choices over all predicted tokens; without a model the reference's."""
-    sums = np.zeros(3)
+    compared = []
     for number, window in enumerate(progress(windows)):
-        tokens, wanted = mx.array(window), truth[number]
-        found = wanted if model is None else log_softmax(model(tokens[None], model.new_cache())[0, :-1])
-        nll = -mx.take_along_axis(found, tokens[1:, None], axis=-1).sum()
-        kl = (mx.exp(wanted) * (wanted - found)).sum()
-        same = (mx.argmax(found, axis=-1) == mx.argmax(wanted, axis=-1)).sum()
-        sums += [nll.item(), kl.item(), same.item()]
-    nll, kl, same = (sums / (len(windows) * (windows.shape[1] - 1))).tolist()
-    return {"perplexity": math.exp(nll), "kl": kl, "top1": same}
+        true = truth[number]
+        found = true if model is None else log_softmax(model(mx.array(window)[None], model.new_cache())[0, :-1])
+        compared.append(compare(found, true, window[1:]))
+    mean = means(compared)
+    return {"perplexity": mean["perplexity"], "kl": mean["kl"], "top1": mean["agreement"]}
 
 
 def stem() -> Path:
@@ -82,12 +85,9 @@ def stem() -> Path:
     return saving.result_path(card.machine()["cpu"], "seedlm-quality")
 
 
-def saved(path: Path | None = None) -> dict:
-    """The document in `path`, by default this machine's."""
-    path = path or stem().with_suffix(".json")
-    if not path.exists():
-        raise SystemExit(f"{path}: no results yet: measure with --save")
-    return json.loads(path.read_text())
+def saved() -> dict:
+    """The document of this machine."""
+    return saving.read_json(stem().with_suffix(".json"))
 
 
 def write(document: dict, add: bool) -> None:
@@ -98,13 +98,13 @@ def write(document: dict, add: bool) -> None:
     saving.write_json(document, path)
 
 
-def begun(options, tokens: int) -> dict:
+def begun(options: argparse.Namespace, tokens: int) -> dict:
     """The document that arms are put into: a new one; with --add the saved one, if of these versions and this text."""
     if not options.add or not stem().with_suffix(".json").exists():
-        return {"card": card.identity() | {"command": " ".join(sys.argv)}, "tokens": tokens, "arms": {}}
+        return {"card": card.identity() | {"command": saving.command()}, "tokens": tokens, "arms": {}}
     document = saved()
-    wanted, got = card.versions() | {"tokens": tokens}, document["card"] | {"tokens": document["tokens"]}
-    if other := [key for key, value in wanted.items() if value != got.get(key)]:
+    here, there = card.versions() | {"tokens": tokens}, document["card"] | {"tokens": document["tokens"]}
+    if other := [key for key, value in here.items() if value != there.get(key)]:
         raise SystemExit(f"{stem()}.json: --add: measured with another {', '.join(other)}: measure anew, without --add")
     return document
 
@@ -118,18 +118,20 @@ def origin(document: dict) -> dict:
 def check_reference(document: dict, found: dict) -> None:
     """Arms of several machines stand in one table if the reference is the same on all."""
     if (kept := document["arms"].get("reference")) and abs(found["perplexity"] / kept["perplexity"] - 1) > SAME:
-        wanted, got = kept["perplexity"], found["perplexity"]
-        raise SystemExit(f"{stem()}.json: --add: the reference's perplexity was {wanted}, is {got} here: measure anew")
+        before, now = kept["perplexity"], found["perplexity"]
+        raise SystemExit(f"{stem()}.json: --add: the reference's perplexity was {before}, is {now} here: measure anew")
 
 
-def fill(document: dict, names: list[str], workshop: Workshop, windows: np.ndarray, save) -> None:
+def fill(
+    document: dict, names: list[str], workshop: Workshop, windows: np.ndarray, save: Callable[[dict], None]
+) -> None:
     """Measure the arms that the document lacks, `save(document)` after each; one that cannot be had has the reason."""
     reference = load_path(workshop.path).model
     failed = document.setdefault("not measured", {})
     missing = [name for name in names if name not in document["arms"]]
     if missing:
         truth = Truth(reference, windows)
-        found = Arm(reference).size() | measure(truth, None, windows)
+        found = QuantisedModel(reference).size() | measure(truth, None, windows)
         check_reference(document, found)
         document["arms"].setdefault("reference", found | origin(document))
     for name in missing:
@@ -149,12 +151,11 @@ def fill(document: dict, names: list[str], workshop: Workshop, windows: np.ndarr
 
 
 def arguments() -> argparse.Namespace:
-    cache = Path.home() / ".cache"
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=16384)
     parser.add_argument("--arms", nargs="+", default=NAMES, choices=NAMES, metavar="NAME", help=", ".join(NAMES))
-    parser.add_argument("--work", type=Path, default=cache / "mlxeff-seedlm", help="SeedLM's folders")
-    parser.add_argument("--cache", type=Path, default=cache / "mlxeff-peers", help="the peers and what they made")
+    parser.add_argument("--work", type=Path, default=work_folder("seedlm"), help="SeedLM's folders")
+    parser.add_argument("--cache", type=Path, default=work_folder("peers"), help="the peers and what they made")
     parser.add_argument("--limit", type=float, default=5400, help="CPU seconds that a peer may quantise")
     parser.add_argument("--model", default=hub.DEFAULT_MODEL, help="the reference")
     parser.add_argument("--add", action="store_true", help="only arms that the saved results lack")
@@ -167,9 +168,9 @@ def main():
     options = arguments()
     if options.report is not None:
         path = Path(options.report or stem().with_suffix(".json")).resolve()
-        document, picture = saved(path), path.with_suffix(".png")
+        document, picture = saving.read_json(path), path.with_suffix(".png")
         report.plot(document, picture)
-        saving.write_section(report.SECTION, report.section(document, picture, HERE.resolve()))
+        saving.write_section(report.SECTION, report.section(document, picture, HERE))
         print(report.text(document))
         return
     path = hub.resolve(options.model)

@@ -10,24 +10,25 @@ import argparse
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from statistics import median
 
 import saving
 from kvp.pairs import SHIPPED
+from kvp.report import times
 from mlxeff.bench import kvp_paper
 from mlxeff.bench.report import medians
-from peers.report import LLAMA, LLAMA_Q4_0, SHOWN, Results, short, table
-from peers.table import COLD_START, EXACT, FOUR
+from mlxeff.bench.samples import median_of
+from mlxeff.bench.tables import table
+from peers.report import LLAMA, LLAMA_Q4_0, Results, short
+from peers.table import COLD_START, EXACT, FAST, FOUR
 
 MACHINE = "Intel-Xeon-Processor"
 SUMMARY = "summary"  # of the README
-FAST = SHOWN["mlxeff, fast"]
 SEED_PEERS = {  # bits a weight of SeedLM → a peer's name and its arm; all peers of a row have the same bits
     "4.5": {"MLX affine": "affine 4 g64", "mlx-lm AWQ": "mlx-lm AWQ 4 g64", "llama.cpp IQ4_NL": "llama.cpp IQ4_NL"},
     "3": {"MLX affine": "affine 3 g64", "mlx-lm AWQ": "mlx-lm AWQ 3 g64"},
 }
 TRAINED = "1x32"  # batch x tokens of the training step that the README shows
-FLASH, PLAIN = "llama.cpp Q4_0, flash attention", "llama.cpp Q4_0, plain attention"
+FLASH, PLAIN = LLAMA_Q4_0
 SEED_ARMS = {  # a row of the SeedLM speeds: the arms of which each number is the best
     "mlxeff SeedLM 4": ["mlxeff exact, SeedLM-4-aware"],
     "mlxeff SeedLM 4, int8 products, float16 KV cache": ["mlxeff int8, SeedLM-4-aware"],
@@ -94,11 +95,11 @@ def _speeds(results: Results) -> Iterable[list[str]]:
 
     for depth in (512, 2048):
         fast, exact, q4_0, q4_1, mlx = (
-            best("ttft_s", depth, arms) for arms in (FAST, [EXACT], LLAMA_Q4_0, LLAMA, ["mlx-lm"])
+            best("ttft_s", depth, arms) for arms in ([FAST], [EXACT], LLAMA_Q4_0, LLAMA, ["mlx-lm"])
         )
         others = f"llama.cpp {q4_0} s (Q4_0), {q4_1} s (Q4_1)" + (f"; mlx-lm {mlx} s" if mlx else "")
         yield [f"first token of a prompt of {depth} tokens", f"**{fast} s**, exact {exact} s", others]
-    fast, exact, q4_0, q4_1 = (best("decode_tps", 2048, arms) for arms in (FAST, [EXACT], LLAMA_Q4_0, LLAMA))
+    fast, exact, q4_0, q4_1 = (best("decode_tps", 2048, arms) for arms in ([FAST], [EXACT], LLAMA_Q4_0, LLAMA))
     others = f"llama.cpp {q4_0} (Q4_0), {q4_1} (Q4_1)"
     yield ["decoding after 2048 tokens, tokens/s", f"**{fast}**, exact {exact}", others]
     mine, theirs = (results.get("first_token_s", "cold start", arm, FOUR, threads, 20) for arm in COLD_START)
@@ -116,10 +117,10 @@ def _seeds(arms: dict[str, dict]) -> Iterable[list[str]]:
 
 def _predictions(arms: dict[str, dict]) -> Iterable[list[str]]:
     base = arms["base"]
-    whole = _ttft(base, (1, 2048))
+    whole = times(base)[1, 2048]
     for name, recipe in SHIPPED.items():
         found = arms[f"KVP {recipe}"]
-        gain = f"**{_ttft(found, (1, 2048)) / whole:.2f}** of the model's time"
+        gain = f"**{times(found)[1, 2048] / whole:.2f}** of the model's time"
         cost = (
             f"the model alone answers {base['exact']:.0%} of the questions right, with the pair {found['exact']:.0%}; "
         )
@@ -127,18 +128,9 @@ def _predictions(arms: dict[str, dict]) -> Iterable[list[str]]:
         yield [f"KV Prediction, pair `{name}`: first token of a prompt of 2048 tokens", gain, cost]
 
 
-def _ttft(arm: dict, point: tuple[int, int]) -> float:
-    return next(each["ttft_s"] for each in arm["ttft"] if (each["batch"], each["tokens"]) == point)
-
-
 def _training(samples: list[dict]) -> list[str]:
-    mine, theirs = (_seconds(samples, arm, TRAINED) for arm in ("native", "MLX"))
+    mine, theirs = (median_of(samples, "seconds", arm=arm, shape=TRAINED) for arm in ("native", "MLX"))
     return ["training step, all weights, 32 tokens", f"**{mine:.2f} s**", f"MLX's own operations {theirs:.2f} s"]
-
-
-def _seconds(samples: list[dict], arm: str, shape: str) -> float | None:
-    found = [value for s in samples if (s["arm"], s["shape"]) == (arm, shape) for value in s["seconds"]]
-    return median(found) if found else None
 
 
 def seed_speeds(samples: list[dict]) -> str:
@@ -149,16 +141,11 @@ def seed_speeds(samples: list[dict]) -> str:
         cells = [name]
         for metric, best in (("ttft_s", min), ("decode_tps", max)):
             for threads in counts:
-                found = [_median(samples, metric, arm, threads) for arm in arms]
+                found = [median_of(samples, metric, arm=arm, threads=threads) for arm in arms]
                 cells.append(short(best((value for value in found if value is not None), default=None)))
         rows.append(cells)
     header = [f"{what}, {n} thread{'s' * (n > 1)}" for what in ("TTFT 512, s", "tok/s @512") for n in counts]
     return table(["", *header], rows)
-
-
-def _median(samples: list[dict], metric: str, arm: str, threads: int) -> float | None:
-    found = [v for s in samples if (s["arm"], s["threads"]) == (arm, threads) for v in s.get(metric, [])]
-    return median(found) if found else None
 
 
 def encoder_speeds(samples: list[dict]) -> str:
@@ -198,7 +185,7 @@ def training(samples: list[dict]) -> str:
     rows = []
     for shape, arm in dict.fromkeys((s["shape"], s["arm"]) for s in samples):
         batch, tokens = map(int, shape.split("x"))
-        seconds = _seconds(samples, arm, shape)
+        seconds = median_of(samples, "seconds", arm=arm, shape=shape)
         rows.append([f"{batch} x {tokens}", arm, f"{seconds:.2f}", short(batch * tokens / seconds)])
     return table(["batch x tokens", "operations", "s, forward and backward pass", "tokens/s"], rows)
 

@@ -13,20 +13,20 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from .. import __version__
+from .. import __version__, calibration
 from ..assembly.model import fingerprint
 from ..checkpoint import Source, check_new, open_source, plan_shards, write_folder
-from ..errors import MlxeffError, notices
+from ..errors import MlxeffError, notices, some
+from ..ops import BITS, GROUPS
 from ..seedlm.encode import search_backend
 from ..seedlm.install import metadata
-from . import calibration, folder, gguf, kv_pair, llama, openelm
-from .plan import DTYPES, Conversion, Family, Options, plan, some
+from . import folder, gguf, kv_pair, llama, openelm
+from .plan import DTYPES, Conversion, Family, Options, plan
 from .report import Report
 from .seedlm import KEEP, Encoder, SeedOptions
 from .store import Store
 
 __all__ = ["Report", "convert"]
-QUANTIZE_BITS, QUANTIZE_GROUPS = (2, 3, 4, 5, 6, 8), (32, 64, 128)
 FAMILIES = (gguf, openelm, llama)  # the first whose `recognises(source)` is true
 
 
@@ -93,14 +93,19 @@ def _options(dtype: str | None, quantize: tuple[int, int] | None) -> Options:
     if dtype is not None and dtype not in DTYPES:
         raise MlxeffError(f"convert: dtype: wanted one of {', '.join(DTYPES)}, got {dtype!r}")
     bits, group = quantize or (None, None)
-    if quantize and (bits not in QUANTIZE_BITS or group not in QUANTIZE_GROUPS):
-        raise MlxeffError(
-            f"convert: quantize: wanted bits of {QUANTIZE_BITS} and a group of {QUANTIZE_GROUPS}, got {bits}:{group}"
-        )
+    if quantize and (bits not in BITS or group not in GROUPS):
+        raise MlxeffError(f"convert: quantize: wanted bits of {BITS} and a group of {GROUPS}, got {bits}:{group}")
     return Options(dtype, bits, group)
 
 
-def _seed_options(bits, keep, data_free, calibrate, tokens, options: Options) -> tuple[str | None, SeedOptions]:
+def _seed_options(
+    bits: str,
+    keep: tuple[tuple[str, int], ...] | None,
+    data_free: bool,
+    calibrate: str | Path | None,
+    tokens: int | None,
+    options: Options,
+) -> tuple[str | None, SeedOptions]:
     """(the calibration text, the options)."""
     if options.bits:
         raise MlxeffError("convert: seedlm: wanted it without quantize; `keep` quantises single layers")
@@ -117,7 +122,14 @@ def _seed_options(bits, keep, data_free, calibrate, tokens, options: Options) ->
 
 
 def _encode(
-    source: Source, destination: Path, family: Family, conversion: Conversion, tokens, text, encoding, backend: str
+    source: Source,
+    destination: Path,
+    family: Family,
+    conversion: Conversion,
+    tokens: folder.TokenizerFiles,
+    text: str | None,
+    encoding: Callable[[int, int], None] | None,
+    backend: str,
 ) -> Store:
     """Encode, or go on with encoding, all that the plan wants as blocks. Layers run on the CPU."""
     options, config, total, done = conversion.options.seedlm, family.config, conversion.choice.weights, 0
@@ -130,7 +142,7 @@ def _encode(
 
     windows = None
     if options.tokens:
-        tokenizer = calibration.tokenizer_of(source, tokens, config)
+        tokenizer = folder.calibration_tokenizer(source, tokens, config)
         windows = calibration.windows(text, tokenizer, options.tokens, str(source.path))
     work = [fingerprint(source, config), options.as_dict(), metadata(), __version__]
     work.append(None if windows is None else hashlib.sha256(windows.tobytes()).hexdigest())
@@ -149,7 +161,13 @@ def _encode(
     return store
 
 
-def _write(source: Source, destination: Path, conversion: Conversion, tokens: folder.TokenizerFiles, progress) -> None:
+def _write(
+    source: Source,
+    destination: Path,
+    conversion: Conversion,
+    tokens: folder.TokenizerFiles,
+    progress: Callable[[int, int], None] | None,
+) -> None:
     if not tokens.found:
         notices.warning(f"{source.path}: no tokenizer found, {destination} has none: name one with --tokenizer")
     config = conversion.config | {"mlxeff": folder.provenance(source, conversion.options)}

@@ -13,6 +13,7 @@ from pathlib import Path
 from .. import __version__
 from ..checkpoint import Source
 from ..errors import MlxeffError
+from ..tokenizer import Tokenizer, from_folder, from_gguf
 from .plan import Options
 
 FORMAT_VERSION = 1
@@ -63,14 +64,22 @@ def find_tokenizer(source: Source, tokenizer: str | Path | None) -> TokenizerFil
     return TokenizerFiles(files if found else ())
 
 
+def calibration_tokenizer(source: Source, tokens: TokenizerFiles, config: dict) -> Tokenizer:
+    """The tokenizer that the converted folder will have, to read a calibration text with. Raises MlxeffError where it
+    will have none."""
+    if tokens.metadata:
+        return from_gguf(source.metadata, str(source.path))
+    if not tokens.files:
+        raise MlxeffError(f"{source.path}: calibration needs a tokenizer: name it with --tokenizer, or --data-free")
+    return from_folder(tokens.files[0].parent, config.get("model_type"), config.get("eos_token_id"))
+
+
 def write(folder: Path, config: dict, tokens: TokenizerFiles, source: Source) -> None:
     """config.json, the tokenizer and generation_config.json into `folder`."""
     _write_json(folder / "config.json", config)
     for file in tokens.files:
         shutil.copyfile(file, folder / file.name)
     if tokens.metadata:
-        from ..tokenizer import from_gguf
-
         from_gguf(source.metadata, str(source.path)).save(folder)
     names = {file.name for file in tokens.files}
     if (

@@ -14,18 +14,17 @@ import mlx.core as mx
 
 from ..assembly.model import build_model, fill, fingerprint
 from ..checkpoint import Source, check_new, open_source, plan_shards, write_folder
-from ..errors import MlxeffError, notices
+from ..errors import MlxeffError, notices, some
 from ..kvprediction import Predictor
 from ..kvprediction.files import PairConfig, pieces, write_pair
-from ..kvprediction.layers import kept_layers, pruned_map, spread_map
+from ..kvprediction.layers import FRACTIONS, kept_layers, pruned_map, spread_map
 from . import folder, openelm
-from .plan import Conversion, Options, plan, some
+from .plan import Conversion, Options, plan
 from .report import Report
 
 PREDICTOR = "predicter.auxkv_to_basekv."
 TENSOR = re.compile(r"(key|value)_transforms\.(\d+)\.(weight|bias)")
 PARTS = ("base", "auxiliary")
-FRACTIONS = ("0.25", "0.50", "0.75")  # of the base's layers that a published pruned auxiliary keeps
 
 
 def recognises(source: Source) -> bool:

@@ -7,8 +7,9 @@ mode, written as mlx-lm writes it. Knows no file format and no family.
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
@@ -16,11 +17,13 @@ from mlx.utils import tree_flatten
 from ..assembly.model import MODELS, build_model
 from ..assembly.techniques import architecture
 from ..checkpoint import FLOATS, Piece, cast
-from ..errors import MlxeffError, notices
+from ..checkpoint.tensor import NAMES
+from ..errors import MlxeffError, notices, some
 
-DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
-BLOCK_TYPES = {"uint32": "U32", "uint16": "U16", "uint8": "U8", "int32": "I32"}  # of seed-encoded arrays
-BYTES = {"F16": 2, "BF16": 2, "F32": 4, "U32": 4}
+if TYPE_CHECKING:
+    from .seedlm import Choice, SeedOptions
+
+DTYPES = {name: NAMES[getattr(mx, name)] for name in ("float16", "bfloat16", "float32")}
 Spec = tuple[str, str, tuple[int, ...]]  # name, dtype, shape
 
 
@@ -55,12 +58,12 @@ class Family:
 
 @dataclass(frozen=True)
 class Options:
-    """`seedlm`: a seedlm.SeedOptions."""
+    """The float type, or None as stored; bits and group size of affine quantisation; or how to encode seeds."""
 
     dtype: str | None = None
     bits: int | None = None
     group_size: int | None = None
-    seedlm: object = None
+    seedlm: "SeedOptions | None" = None
 
     def as_dict(self) -> dict:
         quantize = f"{self.bits}:{self.group_size}" if self.bits else None
@@ -84,7 +87,7 @@ class Conversion:
     parameters: int
     peak_bytes: int
     weights: list[Weight]
-    choice: object  # what a seedlm.SeedOptions chose, or None
+    choice: "Choice | None"  # of `options.seedlm`
 
     @property
     def tensors(self) -> int:
@@ -96,8 +99,8 @@ class Conversion:
             raise MlxeffError(f"{origin}: missing {len(self.missing)} tensors: {some(self.missing)}")
         if self.unexpected:
             raise MlxeffError(f"{origin}: {len(self.unexpected)} unknown tensors: {some(self.unexpected)}")
-        for name, wanted, got in self.wrong_shape:
-            raise MlxeffError(f"{origin}: tensor {name}: wanted shape {wanted}, got {got}")
+        for name, own, got in self.wrong_shape:
+            raise MlxeffError(f"{origin}: tensor {name}: wanted shape {own}, got {got}")
 
 
 def plan(family: Family, options: Options, encoded: Callable[[str], list[mx.array]] | None = None) -> Conversion:
@@ -167,7 +170,9 @@ def _say_rounding(weights: list[Weight], default: str | None) -> None:
         notices.warning(f"convert: scales of {len(rounded)} quantised modules are rounded to {default}")
 
 
-def _config(config: dict, weights: list[Weight], default: str | None, options: Options, choice) -> dict:
+def _config(
+    config: dict, weights: list[Weight], default: str | None, options: Options, choice: "Choice | None"
+) -> dict:
     names = {value: key for key, value in DTYPES.items()}
     if (dtype := default or _commonest(weights)) in names:
         config.pop("dtype", None)
@@ -197,8 +202,11 @@ def _job(weight: Weight, default: str | None, options: Options) -> _Job:
         piece = Piece(specs, lambda: [cast(array, spec) for array, spec in zip(weight.read(), specs, strict=True)])
     else:
         dense = (weight.name, _target(weight.dtype, default), weight.shape)
-        before, work = ((weight.name, weight.dtype, weight.shape),), math.prod(weight.shape) * BYTES.get(dense[1], 8)
-        piece = Piece((dense,), lambda: [cast(weight.read()[0], dense)])
+        before, piece = (
+            ((weight.name, weight.dtype, weight.shape),),
+            Piece((dense,), lambda: [cast(weight.read()[0], dense)]),
+        )
+        work = piece.nbytes
         if options.bits and len(weight.shape) == 2 and weight.shape[-1] % options.group_size == 0:
             piece = _quantised(weight, dense, options)
     changes = [
@@ -207,12 +215,14 @@ def _job(weight: Weight, default: str | None, options: Options) -> _Job:
     return _Job(piece, changes, weight.nbytes + work + piece.nbytes)
 
 
-def _chosen_job(weight: Weight, default: str | None, choice, encoded) -> _Job:
+def _chosen_job(
+    weight: Weight, default: str | None, choice: "Choice", encoded: Callable[[str], list[mx.array]]
+) -> _Job:
     """How one weight of a seed-encoded model is written: as blocks, or in the scheme of what is kept."""
     if weight.name == f"{weight.module}.weight" and weight.module in choice.seeded:
         fmt, rows, cols = choice.seeded[weight.module]
         arrays = fmt.arrays(rows, cols).items()
-        specs = tuple((f"{weight.module}.{kind}", BLOCK_TYPES[dtype], shape) for kind, (shape, dtype) in arrays)
+        specs = tuple((f"{weight.module}.{kind}", NAMES[getattr(mx, dtype)], shape) for kind, (shape, dtype) in arrays)
         work = 16 * rows * cols + 24 * cols * cols  # float32 copies of the weights, float64 ones of the Gram matrix
         piece = Piece(specs, lambda: encoded(weight.module))
         return _Job(piece, [(weight.name, weight.shape, weight.dtype, f"SeedLM {fmt.name}")], weight.nbytes + work)
@@ -242,9 +252,3 @@ def _quantised(weight: Weight, dense: Spec, options: Options) -> Piece:
         (f"{weight.module}.biases", dense[1], grouped),
     )
     return Piece(specs, lambda: list(mx.quantize(cast(weight.read()[0], dense), options.group_size, options.bits)))
-
-
-def some(names: Iterable[str]) -> str:
-    """The first of them, for a message."""
-    names = list(names)
-    return ", ".join(names[:4]) + (", …" if len(names) > 4 else "")

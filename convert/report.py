@@ -2,12 +2,15 @@
 
 from dataclasses import asdict, dataclass
 
+from ..errors import some
+
 SHOWN = 20  # differences listed one by one
 
 
 @dataclass
 class Report:
-    """Sizes in bytes. `changes` are (tensor, shape, dtype before, dtype after); `wrong_shape` (tensor, wanted, got)."""
+    """Sizes in bytes. `changes` are (tensor, shape, dtype before, dtype after), `wrong_shape` (tensor, the model's, the
+    source's shape)."""
 
     source: str
     destination: str
@@ -60,7 +63,7 @@ class Report:
     def _differences(self) -> list[str]:
         lines = [f"missing    {name}" for name in self.missing[:SHOWN]]
         lines += [f"unexpected {name}" for name in self.unexpected[:SHOWN]]
-        lines += [f"shape      {name}: wanted {wanted}, got {got}" for name, wanted, got in self.wrong_shape[:SHOWN]]
+        lines += [f"shape      {name}: wanted {own}, got {got}" for name, own, got in self.wrong_shape[:SHOWN]]
         hidden = sum(max(0, len(found) - SHOWN) for found in (self.missing, self.unexpected, self.wrong_shape))
         return (
             [*lines, f"           and {hidden} more differences"]
@@ -75,7 +78,7 @@ class Report:
         kept = [f"{name} ({how})" for name, how in e["kept"].items()] or ["nothing quantised"]
         lines = [
             f"seedlm     {e['modules']} modules, {e['weights']:,} weights, {e['bits_per_weight']:.3f} bits a weight",
-            f"kept       {', '.join(kept[:4])}{', …' if len(kept) > 4 else ''}",
+            f"kept       {some(kept)}",
         ]
         if e["encoder"]:
             lines.append(f"encoder    {e['encoder']}")

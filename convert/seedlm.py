@@ -1,10 +1,10 @@
 """Which modules of a model become seed-encoded and which stay, and the search, layer by layer.
 
 Every linear layer is encoded but those named by `keep`: by default the embedding and the head, in 8-bit affine groups.
-A kept module that is quantised already, with no more bits, stays as it is. With calibration the layers run one after
-the other on windows of a text: the inputs of a layer, computed by the encoded layers before it, give the Gram matrices
-that its encoder weighs errors by (as GPTQ does, arXiv 2210.17323). The text's activations between two layers are kept,
-and one layer of weights.
+A kept module that is quantised already, with no more bits, stays as it is. With calibration, windows of a text run
+through the layers one after the other (`mlxeff.calibration`): the inputs of a layer, computed by the encoded layers
+before it, give the Gram matrices that its encoder weighs errors by (as GPTQ does, arXiv 2210.17323). In memory are the
+text's hidden states between two layers, and the weights of one layer.
 """
 
 import math
@@ -17,8 +17,10 @@ import numpy as np
 from mlx.utils import tree_unflatten
 
 from ..assembly.model import build_model
+from ..calibration import LayerStream
 from ..errors import MlxeffError
-from ..ops import linear
+from ..modules import dense
+from ..ops import BITS, fitting_group, linear
 from ..seedlm import install
 from ..seedlm.encode import Inputs, encode
 from ..seedlm.format import BlockFormat, block_format
@@ -27,18 +29,21 @@ from .plan import Weight
 from .store import Store
 
 KEEP = (("embed", 8), ("lm_head", 8))
-KEEP_BITS, KEEP_GROUPS = (2, 3, 4, 5, 6, 8, 16), (64, 32)  # 16: as stored
-BATCH_TOKENS = 2048  # that run through a layer at a time
+KEEP_BITS = (*BITS, 16)  # 16: as stored
 
 
 @dataclass(frozen=True)
 class SeedOptions:
-    """`keep`: (part of a module's name, bits). `tokens`: of calibration, 0 for the data-free method."""
+    """How to encode.
+
+    bits: a name of seedlm.format.FORMATS. keep: (part of a module's name, bits) of modules that are not encoded.
+    tokens: how many tokens of text to calibrate on, 0 for the data-free method.
+    """
 
     bits: str
     keep: tuple[tuple[str, int], ...] = KEEP
     tokens: int = 0
-    calibration: str | None = None  # the text's name and hash
+    calibration: str | None = None  # name and hash of the calibration text
 
     def __post_init__(self):
         block_format(self.bits)
@@ -62,19 +67,25 @@ class SeedOptions:
 
 @dataclass(frozen=True)
 class Choice:
-    """Module name → what becomes of its matrix."""
+    """What becomes of each matrix, by the name of its module. A matrix that is named nowhere here stays dense.
+
+    seeded: format, rows and columns of the matrices to encode. kept: the schemes of `mx.quantize` of those that are
+    not encoded but quantised. requantised: of `kept`, those which the source holds in another form, with the scheme
+    that they have there, None for dense ones.
+    """
 
     seeded: dict[str, tuple[BlockFormat, int, int]]
-    kept: dict[str, dict]  # the scheme of `mx.quantize`; none of a matrix that stays dense
-    requantised: dict[str, dict | None]  # those of `kept` that have another scheme in the source: that one
+    kept: dict[str, dict]
+    requantised: dict[str, dict | None]
 
     @property
     def weights(self) -> int:
-        """Weights to encode."""
+        """How many weights are to be encoded."""
         return sum(rows * cols for _, rows, cols in self.seeded.values())
 
     def config(self) -> dict:
-        """What config.json says of it: of the kept modules the commonest scheme, and an entry for every other."""
+        """What config.json says: the encoded modules, the commonest scheme of the kept ones, and an entry for each
+        module that has another scheme."""
         described = {"seedlm": install.entry(self.seeded)} if self.seeded else {}
         if schemes := list(self.kept.values()):
             default = max(schemes, key=schemes.count)
@@ -83,7 +94,7 @@ class Choice:
         return described
 
     def report(self, errors: dict[str, float], encoder: str | None) -> dict:
-        """Sizes, what is kept, what searches, and the encoder's relative errors by module."""
+        """Sizes, the kept modules, what computed the search (`encoder`), and the encoded modules' relative errors."""
         count = self.weights
         nbytes = sum(_nbytes(*each) for each in self.seeded.values())
         return {
@@ -122,11 +133,12 @@ def _choose(model: nn.Module, weights: list[Weight], config: dict, options: Seed
 
 
 def _scheme(weight: Weight, config: dict, bits: int) -> dict | None:
-    """How a kept matrix is stored: as it is where it has no more bits, None for dense."""
+    """How a matrix that is kept in `bits` bits is stored: in the source's own scheme where that has no more bits. None:
+    dense."""
     stored = _stored_scheme(weight, config)
     if stored and stored["bits"] <= bits:
         return stored
-    group = next((group for group in KEEP_GROUPS if weight.shape[-1] % group == 0), None)
+    group = fitting_group(weight.shape[-1])
     if bits == 16 or group is None:
         return stored
     return {"group_size": group, "bits": bits, "mode": "affine"}
@@ -143,7 +155,11 @@ def _stored_scheme(weight: Weight, config: dict) -> dict | None:
 
 
 class Encoder:
-    """Fills a store with the blocks of every layer that is not in it yet."""
+    """Encodes a model layer by layer: fills a store with the blocks of every layer that is not in it yet.
+
+    Of the model's weights only those of one layer are in memory, besides the embedding. `origin` begins the messages;
+    `backend` names what computes the search.
+    """
 
     def __init__(self, config: dict, weights: list[Weight], choice: Choice, store: Store, origin: str, backend: str):
         names = {name for weight in weights for name in ([s[0] for s in weight.packed] or [weight.name])}
@@ -153,49 +169,47 @@ class Encoder:
         self.prefixes = tuple(f"{self.paths[id(layer)]}." for layer in self.model.layers)
 
     def run(self, windows: np.ndarray | None, advance: Callable[[int], None]) -> None:
-        """`windows`: token ids (W, T), None for the data-free method. `advance` gets numbers of weights."""
-        hidden = None if windows is None else self._embed(windows)
+        """Encode every layer. `windows`: token ids (W, T) to calibrate on, None for the data-free method. `advance` is
+        called again and again with the number of weights that were encoded since the last call."""
+        stream = None if windows is None else self._stream(windows)
         ends = [name for name in self.choice.seeded if not name.startswith(self.prefixes)]
         for index, prefix in enumerate(self.prefixes):
             self._fill(lambda name, prefix=prefix: name.startswith(prefix))
-            self._layer(index, prefix, hidden, advance)
-            if hidden is not None and (ends or index + 1 < len(self.prefixes)):
-                self._pass(index, prefix, hidden)
+            self._layer(index, prefix, stream, advance)
+            if stream is not None and (ends or index + 1 < len(self.prefixes)):
+                self._replace(index, prefix)
+                stream.next_layer()
             self.model.layers[index] = nn.Module()
-        self._ends(ends, hidden, advance)
+        self._ends(ends, stream, advance)
 
-    def _embed(self, windows: np.ndarray) -> list[mx.array]:
-        """Hidden states (windows of a batch, T, D), a batch each."""
+    def _stream(self, windows: np.ndarray) -> LayerStream:
+        """The windows before the first layer; of the weights the embedding alone is read."""
         embedding = self.model.end_parts().embedding.module
         self._fill(lambda name: name.startswith(f"{self.paths[id(embedding)]}."))
-        step = max(1, BATCH_TOKENS // windows.shape[1])
-        batches = [mx.array(windows[start : start + step]) for start in range(0, len(windows), step)]
-        hidden = [embedding(batch) for batch in batches]
-        mx.eval(hidden)
-        return hidden
+        return LayerStream(self.model, windows)
 
-    def _fill(self, wanted: Callable[[str], bool]) -> None:
-        """Read the weights whose names are wanted."""
+    def _fill(self, chosen: Callable[[str], bool]) -> None:
+        """Read the weights whose names are chosen."""
         found = []
         for weight in self.weights:
-            if wanted(weight.name):
+            if chosen(weight.name):
                 names = [spec[0] for spec in weight.packed] or [weight.name]
                 found += zip(names, weight.read(), strict=True)
         self.model.update(tree_unflatten(found))
 
-    def _layer(self, index: int, prefix: str, hidden: list[mx.array] | None, advance: Callable) -> None:
+    def _layer(self, index: int, prefix: str, stream: LayerStream | None, advance: Callable) -> None:
+        """Encode what is to be encoded of a layer, unless the store has it."""
         layer, unit = self.model.layers[index], f"layer-{index:04d}"
         modules = {name: module for name, module in layer.named_modules() if prefix + name in self.choice.seeded}
         full = [prefix + name for name in modules]
         if self.store.has(unit, full):
             advance(self._count(full))
             return
-        caches = lambda: self.model.new_cache().layers[index]  # noqa: E731
-        grams = {} if hidden is None else _input_grams(layer, modules, hidden, caches)
+        grams = {} if stream is None else _input_grams(stream, modules)
         self._encode(unit, {prefix + name: (module, grams.get(name)) for name, module in modules.items()}, advance)
 
-    def _pass(self, index: int, prefix: str, hidden: list[mx.array]) -> None:
-        """The hidden states after the encoded layer, in place."""
+    def _replace(self, index: int, prefix: str) -> None:
+        """Put the encoded modules of a layer in place of those that were encoded."""
         layer = self.model.layers[index]
         seeded = [
             (name, self._seeded(prefix + name, module))
@@ -203,12 +217,10 @@ class Encoder:
             if prefix + name in self.choice.seeded
         ]
         layer.update_modules(tree_unflatten(seeded))
-        for place, batch in enumerate(hidden):
-            hidden[place] = layer(batch, self.model.new_cache().layers[index])
-            mx.eval(hidden[place])
 
-    def _ends(self, names: list[str], hidden: list[mx.array] | None, advance: Callable) -> None:
-        """A head or an embedding that is encoded too; of these only a head of its own has inputs to calibrate on."""
+    def _ends(self, names: list[str], stream: LayerStream | None, advance: Callable) -> None:
+        """Encode the head or the embedding, where it is to be encoded; only a head that is not the embedding has inputs
+        to calibrate on."""
         if not names:
             return
         if self.store.has("ends", names):
@@ -217,10 +229,10 @@ class Encoder:
         ends = self.model.end_parts()
         self._fill(lambda name: not name.startswith(self.prefixes))
         found, grams = dict(self.model.named_modules()), {}
-        if hidden is not None:
+        if stream is not None:
             for name in names:
                 if isinstance(found[name], (nn.Linear, nn.QuantizedLinear)):
-                    grams[name] = sum(_gram(ends.norm(batch)) for batch in hidden)
+                    grams[name] = sum(_gram(ends.norm(batch)) for batch in stream.hidden)
         self._encode("ends", {name: (found[name], grams.get(name)) for name in names}, advance)
 
     def _count(self, names: Iterable[str]) -> int:
@@ -247,44 +259,16 @@ class Encoder:
         return seeded
 
 
-def dense(module: nn.Module) -> mx.array:
-    """The float32 matrix of a linear layer or embedding, dequantised where it is quantised."""
-    weight = module["weight"]
-    if "scales" not in module:
-        return weight.astype(mx.float32)
-    parts = [module.get(kind) for kind in ("scales", "biases")]
-    if module.mode == "affine":
-        parts = [part.astype(mx.float32) for part in parts]
-    return mx.dequantize(weight, *parts, module.group_size, module.bits, module.mode).astype(mx.float32)
+def _input_grams(stream: LayerStream, names: Iterable[str]) -> dict[str, np.ndarray]:
+    """Module name → XᵀX of what it reads of all windows, float64 (D, D); those that read the same x share an array."""
+    grams: dict[tuple[str, ...], np.ndarray] = {}
 
+    def add(readers: tuple[str, ...], x: mx.array) -> None:
+        gram = _gram(x)
+        grams[readers] = grams[readers] + gram if readers in grams else gram
 
-class _Watched(nn.Module):
-    """A linear layer that notes its inputs."""
-
-    def __init__(self, inner: nn.Module, name: str, seen: list):
-        super().__init__()
-        self.inner, self._note = inner, lambda x: seen.append((name, x))
-
-    def __call__(self, x: mx.array) -> mx.array:
-        self._note(x)
-        return self.inner(x)
-
-
-def _input_grams(layer, modules: dict[str, nn.Module], hidden: list[mx.array], caches: Callable) -> dict:
-    """Module name → XᵀX, float64 (D, D), over all batches; modules that read the same x share one array."""
-    seen, grams = [], {}
-    layer.update_modules(tree_unflatten([(name, _Watched(module, name, seen)) for name, module in modules.items()]))
-    for batch in hidden:
-        seen.clear()
-        mx.eval(layer(batch, caches()))
-        readers: dict[int, tuple[mx.array, list[str]]] = {}
-        for name, x in seen:
-            readers.setdefault(id(x), (x, []))[1].append(name)
-        for x, names in readers.values():
-            gram = _gram(x)
-            grams[tuple(names)] = grams[tuple(names)] + gram if tuple(names) in grams else gram
-    layer.update_modules(tree_unflatten(list(modules.items())))
-    return {name: gram for names, gram in grams.items() for name in names}
+    stream.watch(names, add)
+    return {name: gram for readers, gram in grams.items() for name in readers}
 
 
 def _gram(x: mx.array) -> np.ndarray:

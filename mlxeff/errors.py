@@ -9,13 +9,19 @@ the package.
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 notices = logging.getLogger("mlxeff")
 
 
 class MlxeffError(ValueError):
     """Bad input, or a situation that the user can correct; `str(error)` is the line to show."""
+
+
+def some(names: Iterable[str]) -> str:
+    """The first of them, for a message."""
+    names = list(names)
+    return ", ".join(names[:4]) + (", …" if len(names) > 4 else "")
 
 
 @contextlib.contextmanager

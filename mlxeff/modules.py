@@ -19,6 +19,28 @@ def quantized_matrix(module: nn.Module) -> ops.Quantized:
     )
 
 
+def is_matrix(module: nn.Module) -> bool:
+    """Whether it holds one matrix, as a linear layer does: dense, quantised or seed-encoded."""
+    return isinstance(module, (nn.Linear, nn.QuantizedLinear)) or hasattr(module, "to_dense")
+
+
+def dense(module: nn.Module) -> mx.array:
+    """The matrix (N, K) of a linear layer or an embedding in float32, decoded where it is quantised or seed-encoded.
+
+    Affine scales and biases of half precision are widened first, so that no product is rounded to their type: the
+    native kernels multiply by the same numbers.
+    """
+    if hasattr(module, "to_dense"):
+        return module.dense(mx.float32)
+    if "scales" not in module:
+        return module["weight"].astype(mx.float32)
+    matrix = quantized_matrix(module)
+    parts = [matrix.scales, matrix.biases]
+    if matrix.mode == "affine":
+        parts = [part.astype(mx.float32) for part in parts]
+    return mx.dequantize(matrix.weight, *parts, matrix.group_size, matrix.bits, matrix.mode).astype(mx.float32)
+
+
 class QuantizedLinear(nn.QuantizedLinear):
     """x (…, K) → x Wᵀ + bias (…, N) with a quantised W."""
 

@@ -26,7 +26,8 @@ import mlx.nn as nn
 from . import kernels
 
 FLOATS = (mx.float32, mx.float16, mx.bfloat16)
-BITS, GROUPS = (2, 3, 4, 5, 6, 8), (32, 64, 128)  # of affine quantisation
+BITS, GROUPS = (2, 3, 4, 5, 6, 8), (32, 64, 128)  # bits and group sizes of affine quantisation
+CHOSEN_GROUPS = (64, 32)  # of these, where no group size is asked for: the first one that fits
 COMPUTE = ("exact", "bf16", "int8")  # arithmetic of the native products (models/fused.py)
 ACCELERATE = sys.platform == "darwin"  # on macOS, MLX multiplies float32 matrices with Apple's BLAS (matrix units)
 SMALLEST_TABLE = 256  # positions in a table of rotary angles; larger tables have a power of two of them
@@ -106,6 +107,12 @@ class Quantized:
     def native(self) -> bool:
         """Whether the native kernels can read this packing."""
         return self.mode == "affine" and self.bits in BITS and self.group_size in GROUPS
+
+
+def fitting_group(*columns: int) -> int | None:
+    """The group size for matrices with these numbers of columns, where none is asked for: the first of CHOSEN_GROUPS
+    that divides them all, or None."""
+    return next((size for size in CHOSEN_GROUPS if not any(count % size for count in columns)), None)
 
 
 def quantized_linear_ops(x: mx.array, w: Quantized) -> mx.array:

@@ -14,10 +14,11 @@ import pytest
 
 import saving
 from checkpoint_files import write_gguf
-from cpu_peers import selected
+from mlxeff import kernels
 from mlxeff.assembly.model import load_path
+from mlxeff.bench.selection import selected
 from mlxeff.errors import MlxeffError
-from peers import checkpoints, install, measure, report, table
+from peers import checkpoints, engines, install, measure, report, table
 from peers.table import FOUR, LARGE, Job
 
 TINY = {
@@ -60,6 +61,20 @@ def test_random_model_runs(tiny):
 def test_random_model_is_seeded(tiny, tokenizer_file, tmp_path):
     checkpoints.write_random(tmp_path / "again.gguf", tokenizer_file, VOCABULARY, TINY)
     assert (tmp_path / "again.gguf").read_bytes() == tiny.read_bytes()
+
+
+@pytest.mark.parametrize("chosen", [arm for arm in table.ARMS if arm.ours], ids=lambda arm: arm.name)
+def test_our_engine_decodes_with_the_options_of_each_arm(tiny, chosen):
+    if kernels.native()[0] is None and chosen.options["compute"] != "exact":
+        pytest.skip(f"the native kernels are {kernels.native()[1]}")
+    engine, ids = engines.Mlxeff({"path": str(tiny), "options": chosen.options}), [5, 6, 7]
+    model, found = load_path(tiny).model, list(engine.generate(ids, 3))
+    logits = model(mx.array([ids + found]), model.new_cache())[0, 2:-1]
+    if chosen.options["compute"] == "exact":
+        assert found == mx.argmax(logits, axis=-1).tolist()
+    # Half precision rounds keys and values by 2^-11, int8 products their inputs by 1/254 of the largest one of a row.
+    assert np.allclose(engine.logits([ids, found[:2]])[2:4], np.array(logits[:2]), atol=0.1)
+    assert len(found) == 3
 
 
 def test_costs_count_the_file(tiny):
@@ -143,7 +158,7 @@ def test_jobs_take_turns():
 
 
 def test_only_selects_by_key():
-    job = Job("speed", "llama.cpp, flash attention", FOUR, 2, 512, 0)
+    job = asdict(Job("speed", "llama.cpp, flash attention", FOUR, 2, 512, 0))
     assert selected(job, [])
     assert selected(job, ["arm=mlxeff", "arm=llama.cpp", "depth=512"])
     assert not selected(job, ["depth=51"])

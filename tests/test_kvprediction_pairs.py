@@ -20,11 +20,12 @@ from mlxeff.assembly.model import load_model, load_path
 from mlxeff.assembly.pair import load_pair, make_auxiliary
 from mlxeff.decode import Setup
 from mlxeff.errors import MlxeffError
+from mlxeff.generation import stream_generate
 from mlxeff.kvprediction import Predictor, predict
 from mlxeff.kvprediction.files import PairConfig, read_config, write_pair
-from mlxeff.kvprediction.tuning import Tuned
 from mlxeff.modules import QuantizedLinear
 from mlxeff.running import RunOptions
+from mlxeff.tuning import Tuned
 from test_cli import environment, fails, mlxeff
 from tiny_model import write_byte_tokenizer, write_tiny_model
 
@@ -142,13 +143,12 @@ def test_training_by_the_command_goes_on_where_it_was_killed(base_folder, text, 
     out = tmp_path / "killed"
     killed = f"""
 import sys
-from mlxeff import cli
-from mlxeff.kvprediction import train
-save = train._save
+from mlxeff import cli, training
+save = training._save
 def once(*arguments):
     save(*arguments)
     sys.exit(9)
-train._save = once
+training._save = once
 cli.main({[str(each) for each in (*fit, *steps, "--out", out)]!r})
 """
     run = subprocess.run([sys.executable, "-c", killed], env=environment(), capture_output=True, timeout=120)
@@ -379,6 +379,24 @@ def test_compute_reaches_quantised_maps(rounded, fitted, base_folder):
     arguments = ("generate", PROMPT, "--model", base_folder, "--raw", "--max-tokens", 4, "--compute", "int8")
     _, err = mlxeff(*arguments, "--kv-predict", rounded[8][0])
     assert "KV of 49 tokens predicted" in err
+
+
+def test_options_reach_a_pair_that_was_loaded_before(rounded, base_folder):
+    """One loaded pair serves exact and rounded calls, in any order, and each is what it says."""
+    base = load_path(base_folder)
+    if base.model.native is None:
+        pytest.skip("no native kernels here")
+    pair = load_pair(rounded[8][0], base)
+    ids = base.tokenizer.encode(PROMPT)
+
+    def first(options):
+        response = next(stream_generate(base.model, base.tokenizer, ids, reading=pair, options=options))
+        assert pair.predicted_tokens == len(ids) - 1
+        return response.logprobs
+
+    exact, rounds, again = first(RunOptions()), first(RunOptions("int8", "float16")), first(RunOptions())
+    assert mx.array_equal(exact, again)
+    assert 0 < mx.abs(exact - rounds).max().item() < 1
 
 
 def drop_scales(folder):

@@ -7,22 +7,19 @@ import pytest
 from mlx.utils import tree_flatten
 
 import kvp_reference
-import seedlm_models
 from helpers import assert_close
 from mlxeff import ops
-from mlxeff.assembly.model import build_model
 from mlxeff.errors import MlxeffError
 from mlxeff.kvprediction import Predictor
 from mlxeff.kvprediction.fit import fit
 from mlxeff.kvprediction.losses import LOSSES, loss, predicted_logits, truth
 from mlxeff.kvprediction.predictor import INPUTS, identity
-from mlxeff.kvprediction.train import ANSWER, Trained, Training, _batch, schedule, train
-from mlxeff.kvprediction.tuning import METHODS, LoraLinear, Tuned, dense, is_matrix
-from mlxeff.modules import Linear, QuantizedLinear
-from mlxeff.seedlm.linear import SeedModule
-from seedlm_models import with_seeds
+from mlxeff.kvprediction.train import ANSWER, Trained, Training, _batch, train
+from mlxeff.modules import dense, is_matrix
+from mlxeff.tuning import METHODS, LoraLinear, Tuned
 from test_kvprediction import FAMILIES, PROMPT, SMALLER, random_model, random_pair, randomise
 from test_kvprediction_fit import SEQUENCES
+from test_tuning import model_of
 
 LAYER_MAP = [0, 0, 1]
 TOKENS = mx.array([PROMPT[:13]])
@@ -139,22 +136,6 @@ def test_loss_and_gradient_with_shared_layers_against_float64(family, inputs, ki
     assert_gradients(gradients, formula, maps, "predictor.", seed=7)
 
 
-def model_of(family, form):
-    """A random model with dense, 4-bit or seed-encoded linear layers."""
-    if form == "seeds":
-        base = randomise(build_model(with_seeds(FAMILIES[family], "4")), 0)
-        for _, module in base.named_modules():
-            if isinstance(module, SeedModule):
-                seedlm_models.randomise(module, np.random.default_rng(1))
-        return base
-    base = random_model(FAMILIES[family])
-    if form == "4 bit":
-        nn.quantize(
-            base, 32, 4, class_predicate=lambda _, m: hasattr(m, "to_quantized") and m.weight.shape[1] % 32 == 0
-        )
-    return base
-
-
 def tuned_pair(family, method, form="dense"):
     """(auxiliary of layers 0 and 2 of the base, tuned with random parameters, predictor, base)."""
     base = model_of(family, form)
@@ -197,29 +178,6 @@ def test_loss_and_gradient_of_the_auxiliary_against_float64(family, form, method
     assert gradients.keys() == {f"predictor.{n}" for n in maps} | {f"auxiliary.{n}" for n in parameters}
     of_auxiliary = {name: value for name, value in gradients.items() if name.startswith("auxiliary.")}
     assert_gradients(of_auxiliary, formula, parameters, "auxiliary.", seed=6, least=5e-4)
-
-
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("form", ["dense", "4 bit", "seeds"])
-def test_folding_changes_nothing_but_the_form(method, form):
-    auxiliary, tuned, _, base = tuned_pair("llama", method, form)
-    before = auxiliary(TOKENS, auxiliary.new_cache())
-    plain = base.pruned([0, 2])
-    assert mx.abs(before - plain(TOKENS, plain.new_cache())).max() > 0.1
-    tuned.fold()
-    got = auxiliary(TOKENS, auxiliary.new_cache())
-    # Dense: one product for two. Else 8 bits of a range of six sigma: 1/40 sigma a weight, over two layers.
-    assert_close(got, before, "folded", rtol=2.0**-15 if form == "dense" else 0.1)
-    assert not any(isinstance(module, LoraLinear) for _, module in auxiliary.named_modules())
-    wanted = Linear if form == "dense" else QuantizedLinear
-    assert [type(layer.mlp.up_proj) for layer in auxiliary.layers] == [wanted] * 2
-    assert auxiliary.model.embed_tokens is base.model.embed_tokens
-
-
-@pytest.mark.parametrize(("method", "rank"), [("all", 4), ("lora", 0), ("lora", "4")])
-def test_tuning_that_is_not(method, rank):
-    with pytest.raises(MlxeffError, match="tuning: wanted one of lora, full and a rank ≥ 1, got "):
-        Tuned(random_model(FAMILIES["llama"]), method, rank)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -326,12 +284,6 @@ def test_the_prompts_of_every_other_step_end_where_they_shall():
     paper, continuation = _batch(rows, Training(steps=1, batch=50, seed=2), ends, 0)
     assert (paper.shape, continuation) == ((50, 40), 0)
     assert (np.array(paper)[:, 0] % 40 == 0).all()
-
-
-def test_the_rate_rises_in_a_line_and_falls_in_a_cosine():
-    rate = schedule(Training(steps=100, rate=2.0, warmup=20))
-    got = [rate(mx.array(step, mx.uint64)).item() for step in (0, 9, 19, 20, 60, 100)]  # as Adam counts its steps
-    assert got == pytest.approx([0.1, 1.0, 2.0, 2.0, 1.1, 0.2])
 
 
 @pytest.mark.parametrize(

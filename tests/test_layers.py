@@ -27,6 +27,7 @@ SAME_LAYER = {
     ("sampling", "kernels"),
     ("running", "ops"),
     ("decode", "cache"),
+    ("tuning", "modules"),
 }
 SLOW_TO_IMPORT = {
     "coremltools",
@@ -121,6 +122,8 @@ def test_every_import_goes_down():
             "from ..quantspec.cache import HierarchicalCache",
             "seedlm may not import quantspec",
         ),
+        ("mlxeff/modules.py", "from .tuning import LoraLinear", "modules may not import tuning"),
+        ("mlxeff/calibration.py", "from .seedlm.encode import encode", "calibration may not import seedlm"),
         ("mlxeff/models/llama.py", "def f():\n    import mlxeff.assembly.model", "models may not import assembly"),
         ("mlxeff/models/llama.py", "from mlxeff import load", "mlxeff.load, which is in no layer"),
         ("mlxeff/generation.py", "from .cli import main", "generation may not import cli"),
@@ -149,6 +152,7 @@ def test_an_import_that_goes_up_is_caught(tmp_path, place, line, complaint):
     [
         ("mlxeff/decode.py", "from .cache import KVCache\nfrom . import sampling"),
         ("mlxeff/assembly/model.py", "from ..models import llama\nfrom ..seedlm.linear import SeedLinear"),
+        ("mlxeff/kvprediction/train.py", "from .. import training\nfrom ..tuning import Tuned"),
         ("mlxeff/cli/generate.py", "def main():\n    from ..convert import convert"),
         (
             "convert/llama.py",

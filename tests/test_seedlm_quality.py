@@ -13,13 +13,13 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from mlxeff.convert.seedlm import dense
 
 import saving
 import seedlm_quality
 from mlxeff import kernels
 from mlxeff.assembly.model import load_path
 from mlxeff.errors import MlxeffError
+from mlxeff.modules import dense
 from peers import checkpoints
 from quality import arms, llama_quant, mlx_lm_quant, mlx_on_native, process, report
 from test_cpu_peers import TINY, VOCABULARY, tokenizer_file  # noqa: F401 - a fixture
@@ -73,7 +73,7 @@ def test_an_affine_arm_is_the_requantised_reference(tmp_path):
     assert (layer.up_proj.group_size, layer.down_proj.group_size, layer.up_proj.bits) == (64, 32, 4)
     found = dense(load_path(folder).model.model.layers[0].mlp.up_proj).astype(mx.float16)
     assert mx.array_equal(layer.up_proj.weight, mx.quantize(found, 64, 4)[0]).item()
-    size = arms.Arm(model).size()
+    size = arms.QuantisedModel(model).size()
     assert 4.5 < size["bits"] < 5.0
     assert model.native is not None
 
@@ -169,7 +169,7 @@ def test_a_file_of_llama_cpp_becomes_an_arm(tokenizer_file, tmp_path):  # noqa: 
     checkpoints.write_random(source, tokenizer_file, VOCABULARY, TINY)
     checkpoints.requantise(source, file, gguf.GGMLQuantizationType.Q8_0)
     nbytes = sum(matrix.nbytes for matrix in llama_quant.matrices(file))
-    arm = arms.Arm(arms.assembled(source, arms.replaced_by(load_path(file).model)), nbytes)
+    arm = arms.QuantisedModel(arms.assembled(source, arms.replaced_by(load_path(file).model)), nbytes)
     assert arm.size()["bits"] == 8.5
     assert llama_quant.types(file) == {"Q8_0": 1.0}
     other, ids = load_path(file).model, mx.array([[5, 6, 7]])

@@ -59,21 +59,3 @@ def log_probabilities(setup: Setup, window: np.ndarray, prompt: int) -> mx.array
     """(C, V) of the window's continuation."""
     ids = mx.array(window)
     return log_softmax(logits(setup, ids[:prompt], ids[prompt:]).astype(mx.float32))
-
-
-def compare(found: mx.array, truth: mx.array, targets: np.ndarray) -> dict:
-    """Sums over a continuation of log-probabilities (C, V): negative log-likelihood and KL(truth ‖ found) in nats, how
-    often the first choices agree; and KL and agreement of its first token."""
-    wanted = mx.array(targets)[:, None]
-    nll = -mx.take_along_axis(found, wanted, axis=-1)[:, 0]
-    kl = (mx.exp(truth) * (truth - found)).sum(-1)
-    same = mx.argmax(found, axis=-1) == mx.argmax(truth, axis=-1)
-    mx.eval(nll, kl, same)
-    return {
-        "tokens": len(targets),
-        "nll": nll.sum().item(),
-        "kl": kl.sum().item(),
-        "same": same.sum().item(),
-        "first_kl": kl[0].item(),
-        "first_same": int(same[0].item()),
-    }

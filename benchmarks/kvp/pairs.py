@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import saving
 from mlxeff import hub
 from mlxeff.assembly.fitting import fit_kv_predictor
 from mlxeff.assembly.model import Loaded, load_path
@@ -21,11 +22,12 @@ from mlxeff.bench.arms import Arm
 from mlxeff.cli.output import bar, show_notices
 from mlxeff.decode import Setup
 from mlxeff.errors import MlxeffError
-from mlxeff.hub.catalog import cache_dir
-from mlxeff.kvprediction.files import read_config, write_pair
-from mlxeff.kvprediction.layers import kept_layers
+from mlxeff.kvprediction.files import FORMAT, read_config, write_pair
+from mlxeff.kvprediction.layers import FRACTIONS, kept_layers
 from mlxeff.kvprediction.predictor import quantization, quantize
 from mlxeff.kvprediction.text import sample
+from mlxeff.models.decoder import DecoderModel
+from places import work_folder
 
 from . import training_text
 from .training_text import CALIBRATION
@@ -72,7 +74,6 @@ SHIPPED = {  # name in the package → recipe
     "smollm2-135m-0-21": f"layers:0-21 distilled{ROUNDED}",
 }
 RECIPES = (*CLOSED_FORM, *TRAINED, *SHIPPED.values())
-FRACTIONS = ("0.75", "0.50", "0.25")
 TOKENS, LENGTH, SEED = 32768, 512, 0  # of the closed form, of a piece, of the base's own text
 KEEPS = (64, 256, 384)
 DIALLED = (  # whose dials are measured too
@@ -81,11 +82,6 @@ DIALLED = (  # whose dials are measured too
     "KVP layers:0-14 distilled",
     "KVP lp:0.50 distilled",
 )
-
-
-def work_folder() -> Path:
-    """Where pairs, texts and samples are kept."""
-    return cache_dir().with_name("mlxeff-kvp")
 
 
 def make(recipe: str, model: str, work: Path, tokens: int, folder: Path | None = None) -> Path:
@@ -112,9 +108,8 @@ def make(recipe: str, model: str, work: Path, tokens: int, folder: Path | None =
 def _check(folder: Path, recipe: str) -> None:
     """Refuse a folder that was made by an earlier form of the recipe."""
     kept = read_config(folder).provenance
-    wanted, got = TRAINED.get(recipe.removesuffix(ROUNDED), (0, None)), (kept.get("steps"), kept.get("rate"))
-    if wanted[0] != got[0] or (wanted[0] and wanted[1] != got[1]):
-        steps, rate = wanted
+    (steps, rate), got = TRAINED.get(recipe.removesuffix(ROUNDED), (0, None)), (kept.get("steps"), kept.get("rate"))
+    if steps != got[0] or (steps and rate != got[1]):
         raise MlxeffError(f"{folder}: wanted {steps} steps at the rate {rate}, got {got[0]} at {got[1]}: remove it")
 
 
@@ -157,9 +152,7 @@ def _text(model: str, work: Path, tokens: int) -> Path:
         pieces = []
         for number, own in enumerate([*drawn, []]):  # a piece more of the text, since decoding may lose some tokens
             pieces += [own[1:], read[number * LENGTH : (number + 1) * LENGTH]]
-        partial = path.with_suffix(".partial")
-        partial.write_text("\n\n".join(tokenizer.decode(piece) for piece in pieces), encoding="utf-8")
-        partial.replace(path)
+        saving.write_text("\n\n".join(tokenizer.decode(piece) for piece in pieces), path)
     return path
 
 
@@ -182,10 +175,15 @@ def arms(base: Loaded, pairs: dict[str, Path], pruned: dict[str, Path]) -> dict[
     return {name: Arm(name, setup) for name, setup in found.items()}
 
 
-def auxiliary_of(folder: Path, base: Loaded):
+def pair_of(name: str) -> str:
+    """The name of the pair, with any dials, that an arm of `arms` has; its own name where it has no dials."""
+    return name.partition(",")[0]
+
+
+def auxiliary_of(folder: Path, base: Loaded) -> DecoderModel:
     """The model in `folder`, or the auxiliary of the pair in it."""
     text = (folder / "config.json").read_text(encoding="utf-8") if (folder / "config.json").exists() else ""
-    return load_pair(folder, base).auxiliary if '"mlxeff-kv-pair"' in text else load_path(folder).model
+    return load_pair(folder, base).auxiliary if f'"{FORMAT}"' in text else load_path(folder).model
 
 
 def chosen(names: Sequence[str], only: Sequence[str]) -> list[str]:
@@ -198,7 +196,7 @@ def main() -> None:
     parser.add_argument("recipe", metavar="RECIPE", help=", ".join(RECIPES))
     parser.add_argument("folder", metavar="FOLDER", type=Path)
     options = parser.parse_args()
-    work = work_folder()
+    work = work_folder("kvp")
     work.mkdir(parents=True, exist_ok=True)
     make(options.recipe, hub.DEFAULT_MODEL, work, TOKENS, options.folder)
 

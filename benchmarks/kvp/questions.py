@@ -9,13 +9,13 @@ asked for. The answer stands in the prompt, so it is a matter of finding, not of
 import json
 import random
 import re
-from pathlib import Path
 
 from mlxeff.decode import Setup
 from mlxeff.generation import stream_generate
+from mlxeff.tokenizer import Tokenizer
+from places import DATA, TEXT
 
-DATA = Path(__file__).resolve().parent.parent / "data"
-TEXT, QUESTIONS = DATA / "jargon-validation.txt", DATA / "jargon-questions.json"
+QUESTIONS = DATA / "jargon-questions.json"
 DEMO, DEMO_ENTRIES = DATA / "demo-prompt.txt", 60  # of `make demo-kvp`
 ENTRY = re.compile(r"^:([A-Za-z][A-Za-z -]{2,24}): (?:/[^\n]*/, )?[a-z.,/ ]+\n\n([^\n]+)", re.MULTILINE)
 WORDS = range(6, 31)  # of a definition
@@ -88,16 +88,16 @@ def prompt(item: dict) -> str:
     return f"Hacker slang.\n\n{item['passage']}\n\n{question(item['question'])}"
 
 
-def answer(setup: Setup, tokenizer, ids: list[int]) -> str:
+def answer(setup: Setup, tokenizer: Tokenizer, ids: list[int]) -> str:
     """What the model says, greedily, up to the end of the line."""
     how = {"reading": setup.reading, "options": setup.options, "stop": STOP, "prefill_step_size": 512}
     stream = stream_generate(setup.model, tokenizer, ids, max_tokens=MAX_TOKENS, **how)
     return "".join(response.text for response in stream)
 
 
-def exact(given: str, wanted: str) -> bool:
+def exact(said: str, answer: str) -> bool:
     """Equal but for case, punctuation and spaces."""
-    return _normal(given) == _normal(wanted)
+    return _normal(said) == _normal(answer)
 
 
 def _normal(text: str) -> str:

@@ -9,8 +9,12 @@ from pathlib import Path
 import numpy as np
 
 import saving
-from mlxeff.bench import report as times_report
+from distributions import means
 from mlxeff.bench.arms import Arm
+from mlxeff.bench.report import medians
+from mlxeff.bench.tables import card_lines, table
+
+from .pairs import pair_of
 
 SECTION = "kvp-quality"  # of RESULTS.md
 TARGET_TTFT, TARGET_GAP = 0.60, 0.90  # KVP lp:0.50 by base; of the gap that keep and refine recover
@@ -25,15 +29,15 @@ def summary(
     digests: dict,
     scored: list[dict],
     asked: dict[str, list[dict]],
-    times: list[dict],
+    timed: list[dict],
     prompt: int,
 ) -> dict:
-    """What is known of each arm that has samples; `asked`: by the name of the set."""
+    """What is known of each arm that has samples; `digests`: by the name of the pair, `asked`: by that of the set."""
     costs = {name: arm.flops(prompt) for name, arm in arms.items()}
-    medians = times_report.medians(times)
+    ttft = sorted(medians(timed).items())
     found = {}
     for name, arm in arms.items():
-        key = name, digests.get(name.partition(",")[0], "")
+        key = name, digests.get(pair_of(name), "")
         windows, *answers = ([s for s in each if (s["arm"], s["digest"]) == key] for each in (scored, *asked.values()))
         entry = {"kind": kind(arm), "flops": costs[name] / costs["base"]}  # refine begins after the first token
         entry |= _windows(windows)
@@ -41,8 +45,8 @@ def summary(
             entry |= _questions(kind_of, samples)
         entry["ttft"] = [
             {key: each[key] for key in ("batch", "tokens", "ttft_s", "spread_s", "passes")}
-            for (_, _, _, timed), each in sorted(medians.items())
-            if timed == name
+            for (*_, arm_name), each in ttft
+            if arm_name == name
         ]
         if windows or any(answers) or entry["ttft"]:
             found[name] = entry
@@ -58,21 +62,12 @@ def kind(arm: Arm) -> str:
 
 
 def _windows(samples: list[dict]) -> dict:
+    """Means over the windows' tokens, and over their first tokens."""
     if not samples:
         return {}
-    tokens = sum(sample["tokens"] for sample in samples)
-
-    def total(key: str) -> float:
-        return sum(sample[key] for sample in samples)
-
-    return {
-        "windows": len(samples),
-        "perplexity": math.exp(total("nll") / tokens),
-        "kl": total("kl") / tokens,
-        "agreement": total("same") / tokens,
-        "first_kl": total("first_kl") / len(samples),
-        "first_agreement": total("first_same") / len(samples),
-    }
+    first_kl, first_same = (sum(sample[key] for sample in samples) for key in ("first_kl", "first_same"))
+    first = {"first_kl": first_kl / len(samples), "first_agreement": first_same / len(samples)}
+    return {"windows": len(samples), **means(samples), **first}
 
 
 def _questions(name: str, samples: list[dict]) -> dict:
@@ -84,7 +79,7 @@ def _questions(name: str, samples: list[dict]) -> dict:
 def tables(document: dict) -> str:
     """All that is for people."""
     arms = document["arms"]
-    parts = ["\n".join(f"{key}: {value}" for key, value in document["card"].items()), _quality(arms)]
+    parts = [card_lines(document["card"]), _quality(arms)]
     if points := _points(arms):
         parts.append(_ttft(arms, points))
     return "\n\n".join([*parts, "\n".join(targets(arms))])
@@ -108,42 +103,39 @@ def _points(arms: dict[str, dict]) -> list[tuple[int, int]]:
 
 def _quality(arms: dict[str, dict]) -> str:
     head = ["", "TTFT FLOPs", "perplexity", "KL", "same first choice", "KL, first token", "exact match", "numbers"]
-    lines = [_row(head), _row(["---"] * len(head))]
+    rows = []
     for name, arm in arms.items():
         large = arm.get("perplexity", 0) >= 1000
         forms = {"perplexity": ".3g" if large else ".2f", "kl": ".3f", "agreement": ".1%", "first_kl": ".3f"}
         measured = [_text(arm, key, form) for key, form in (forms | {"exact": ".0%", "numbers": ".0%"}).items()]
-        lines.append(_row([name, f"{arm['flops']:.2f}", *measured]))
-    return "\n".join(lines)
+        rows.append([name, f"{arm['flops']:.2f}", *measured])
+    return table(head, rows)
 
 
 def _ttft(arms: dict[str, dict], points: list[tuple[int, int]]) -> str:
     """Seconds, and in brackets what share of the base's."""
     head = ["TTFT, s", *(f"{batch} x {tokens}" for batch, tokens in points)]
-    lines = [_row(head), _row(["---"] * len(head))]
-    whole = _times(arms.get("base", {"ttft": []}))
+    rows = []
+    whole = times(arms.get("base", {"ttft": []}))
     for name, arm in arms.items():
-        mine = _times(arm)
+        mine = times(arm)
         if not mine:
             continue
         cells = []
         for point in points:
             share = f" ({mine[point] / whole[point]:.2f})" if point in mine and point in whole else ""
             cells.append(f"{mine[point]:.3f}{share}" if point in mine else "")
-        lines.append(_row([name, *cells]))
-    return "\n".join(lines)
+        rows.append([name, *cells])
+    return table(head, rows)
 
 
-def _times(arm: dict) -> dict[tuple[int, int], float]:
+def times(arm: dict) -> dict[tuple[int, int], float]:
+    """(batch, prompt tokens) → median seconds to the first token."""
     return {(each["batch"], each["tokens"]): each["ttft_s"] for each in arm["ttft"]}
 
 
 def _text(arm: dict, key: str, form: str) -> str:
     return format(arm[key], form) if key in arm else ""
-
-
-def _row(cells: Iterable[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
 
 
 def targets(arms: dict[str, dict]) -> list[str]:
@@ -152,7 +144,7 @@ def targets(arms: dict[str, dict]) -> list[str]:
 
 
 def _target_ttft(arms: dict[str, dict]) -> Iterable[str]:
-    mine, whole = (_times(arms.get(name, {"ttft": []})) for name in (HALF, "base"))
+    mine, whole = (times(arms.get(name, {"ttft": []})) for name in (HALF, "base"))
     for point in sorted(set(mine) & set(whole)):
         share = mine[point] / whole[point]
         what = f"{HALF} at most {TARGET_TTFT} of the base's TTFT, batch {point[0]} x {point[1]}: {share:.2f}"
@@ -208,16 +200,16 @@ def _verdict(met: bool) -> str:
     return "met" if met else "missed"
 
 
-def save(document: dict, folder: Path) -> None:
+def save(document: dict) -> None:
     """Write the document, and the plot where matplotlib is there."""
-    path = result_path(document["card"]["cpu"], folder)
+    path = result_path(document["card"]["cpu"])
     saving.write_json(document, path)
-    print(f"written: {path}", file=sys.stderr)
     plot(document, path.with_suffix(".png"))
 
 
-def result_path(cpu: str, folder: Path) -> Path:
-    return saving.result_path(cpu, "kvp-quality.json", folder)
+def result_path(cpu: str) -> Path:
+    """Of the result of a machine."""
+    return saving.result_path(cpu, "kvp-quality.json")
 
 
 def plot(document: dict, path: Path) -> None:
@@ -225,7 +217,7 @@ def plot(document: dict, path: Path) -> None:
     if (pyplot := saving.pyplot()) is None:
         return
     arms = document["arms"]
-    whole = _times(arms["base"]).get(PLOT_POINT)
+    whole = times(arms["base"]).get(PLOT_POINT)
     figure, rows = pyplot.subplots(2, 2, figsize=(12, 9), sharey="row")
     for axes, (measure, label) in zip(
         rows, (("agreement", "same first choice as the base"), ("exact", "exact match")), strict=True
@@ -246,7 +238,7 @@ def _share(name: str, arms: dict[str, dict], whole: float) -> float | None:
     """Of an arm that was not timed: what its first token costs as well. `refine` begins after it, and a trained
     predictor has the shapes of that in closed form."""
     timed = [name, same := name.removesuffix(", refine"), SAME_SHAPES.sub("", same)]
-    found = [_times(arms[each])[PLOT_POINT] for each in timed if each in arms and PLOT_POINT in _times(arms[each])]
+    found = [times(arms[each])[PLOT_POINT] for each in timed if each in arms and PLOT_POINT in times(arms[each])]
     return found[0] / whole if found else None
 
 

@@ -10,13 +10,14 @@ import random
 from collections.abc import Iterator
 from pathlib import Path
 
+import saving
 from mlxeff import hub
 from mlxeff.assembly.model import Loaded, load_path
+from mlxeff.calibration import TEXT as CALIBRATION
 from mlxeff.kvprediction.text import sample
 
 from .questions import entries, question
 
-CALIBRATION = Path(__file__).resolve().parent.parent.parent / "convert" / "calibration.txt"
 TOKENS, LENGTH, SEED = 98304, 512, 1  # of the whole; of a piece that the base writes; of its choices
 ENTRIES, ASKED = 8, 6  # of a glossary
 MARK = "<|prompt ends|>"
@@ -40,15 +41,13 @@ def write(base: Loaded, path: Path, tokens: int) -> None:
     own = "\n\n".join(decode(piece[1:]) for piece in drawn)
     read = decode(encode(calibration, add_special_tokens=False)[:third])
     parts, count = [], 0
-    wanted = tokens - sum(len(encode(text, add_special_tokens=False)) for text in (own, read))
+    left = tokens - sum(len(encode(text, add_special_tokens=False)) for text in (own, read))
     for glossary in glossaries(entries(calibration), SEED):
-        if count >= wanted:
+        if count >= left:
             break
         parts.append(glossary)
         count += len(encode(glossary.replace(MARK, ""), add_special_tokens=False))
-    partial = path.with_suffix(".partial")
-    partial.write_text("\n\n".join([own, read, "".join(parts)]), encoding="utf-8")
-    partial.replace(path)
+    saving.write_text("\n\n".join([own, read, "".join(parts)]), path)
 
 
 def main() -> None:

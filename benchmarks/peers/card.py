@@ -1,18 +1,15 @@
 """What was measured, where: the machine, the versions, the peers."""
 
 import os
-import platform
-import shutil
-import subprocess
-import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import saving
 from mlxeff import kernels
-from mlxeff.bench.machine import cores, processor
+from mlxeff.bench.machine import cores, first_line, instruction_sets, physical_bytes, processor, sysctl, system
+from places import ROOT
 
 from .install import LLAMA_VERSION, TORCH_VERSION, XLLAMACPP_VERSION, Peer
-from .measure import ROOT
 from .table import GENERATED
 
 FEATURES = ("sse4_2", "avx", "avx2", "fma", "f16c", "avx_vnni", "avx512", "amx", "asimd", "sve", "i8mm", "bf16")
@@ -20,16 +17,13 @@ FEATURES = ("sse4_2", "avx", "avx2", "fma", "f16c", "avx_vnni", "avx512", "amx",
 
 def machine() -> dict:
     """The processor, its caches and instruction sets; the system; the compiler."""
-    info = cpu_info()
     return {
         "cpu": processor(),
         "cores": cores(),
-        "instruction_sets": sorted(
-            flag for flag in (info.get("flags") or info.get("Features") or "").split() if flag.startswith(FEATURES)
-        ),
+        "instruction_sets": sorted(flag for flag in instruction_sets() if flag.startswith(FEATURES)),
         "caches": caches(),
-        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
-        "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
+        "memory_gib": round(physical_bytes() / 2**30, 1),
+        "system": system(),
         "compiler": first_line([os.environ.get("CC", "cc"), "--version"]),
     }
 
@@ -48,7 +42,7 @@ def card(peers: dict[str, Peer], samples: list[dict], limit: float) -> dict:
     """The machine, the versions, and how it was run."""
     native, reason = kernels.native()
     return {
-        "command": " ".join(["python", "benchmarks/cpu_peers.py", *sys.argv[1:]]),
+        "command": saving.command(),
         **machine(),
         **versions(),
         "native": native.isa() if native else reason,
@@ -63,13 +57,6 @@ def current_commit() -> str:
     return first_line(["git", "-C", str(ROOT), "describe", "--always", "--dirty"])
 
 
-def cpu_info() -> dict:
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().split("\n\n")[0].splitlines() if path.exists() else []
-    pairs = (line.partition(":") for line in lines)
-    return {name.strip(): value.strip() for name, _, value in pairs}
-
-
 def caches() -> dict:
     """{"L2": size, …} of the first core."""
     found = {}
@@ -81,20 +68,8 @@ def caches() -> dict:
     return found
 
 
-def sysctl(name: str) -> str:
-    return first_line(["sysctl", "-n", name]) if sys.platform == "darwin" else ""
-
-
 def installed(name: str) -> str:
     try:
         return version(name)
     except PackageNotFoundError:
         return "absent"
-
-
-def first_line(command: list[str]) -> str:
-    """The first line that a command prints; nothing where it is missing or fails."""
-    if shutil.which(command[0]) is None:
-        return ""
-    run = subprocess.run(command, capture_output=True, text=True, check=False)
-    return (run.stdout.splitlines() or [""])[0]

@@ -14,6 +14,7 @@ from mlxeff.convert import convert
 
 from mlxeff import hub
 from mlxeff.checkpoint import open_source
+from saving import once
 
 from .table import EIGHT, FOUR, LARGE, SIXTEEN
 
@@ -75,16 +76,6 @@ def make(name: str, folder: Path) -> Files:
 def repacked(path: Path, place: Path) -> Path:
     """The Q4_0 file of a Q4_1 file."""
     return once(place / f"{path.stem}.Q4_0.gguf", lambda out: requantise(path, out, Q4_0, only=Q4_1))
-
-
-def once(path: Path, write) -> Path:
-    """`path`, written by `write(temporary path)` when it is missing."""
-    if not path.exists():
-        partial = path.with_name(f"partial-{path.name}")
-        partial.unlink(missing_ok=True) if not partial.is_dir() else None
-        write(partial)
-        partial.rename(path)
-    return path
 
 
 def costs(path: Path) -> Costs:

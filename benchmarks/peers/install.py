@@ -15,6 +15,8 @@ import tarfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import saving
+from mlxeff.bench.machine import instruction_sets
 from mlxeff.errors import MlxeffError
 
 VERSIONS = LLAMA_VERSION, XLLAMACPP_VERSION, TORCH_VERSION = "0.3.36", "2026.10.11549", "2.13.0"
@@ -48,10 +50,7 @@ def install(name: str, folder: Path) -> Peer:
     except InstallError as error:
         print(f"{name}: not measured: {error}", file=sys.stderr)
         return Peer(name, "", "", str(error))
-    record = folder / f"{name}.json"
-    partial = record.with_suffix(".partial")
-    partial.write_text(json.dumps(asdict(peer)))
-    partial.replace(record)
+    saving.write_text(json.dumps(asdict(peer)), folder / f"{name}.json")
     return peer
 
 
@@ -152,7 +151,5 @@ def run(folder: Path, name: str, command: list[str], variables: dict | None = No
 
 def cpu_features() -> str:
     """A short name for the instruction sets of this CPU: what is compiled for one may not run on another."""
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    flags = next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
+    flags = " ".join(instruction_sets()) or platform.processor()
     return hashlib.sha256(f"{platform.machine()} {flags}".encode()).hexdigest()[:12]

@@ -1,4 +1,4 @@
-"""A job of `table` → a process → its sample, a dictionary of what was measured; and the file that keeps the samples.
+"""A job of `table` → a process → its sample, a dictionary of what was measured; and the samples of all jobs.
 
 The processes see no OpenBLAS override of the caller's, and one number of threads.
 """
@@ -8,20 +8,35 @@ import os
 import subprocess
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from mlxeff.errors import MlxeffError
+from mlxeff.bench import samples
+from places import HERE, ROOT
 
 from .checkpoints import Files
 from .install import Peer
 from .table import ARMS, EXACT, GENERATED, Job, arm
 
-ROOT = Path(__file__).resolve().parent.parent.parent
 READ_MIB, READ_PASSES = 512, 15  # far beyond a core's caches, and beyond the last-level cache of most machines
 COLD_STARTS = 5  # a round
 OVERRIDES = ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE")
 COLD_PROMPT = "Explain in two sentences why the sky is blue by day and why it turns red when the sun goes down."
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What a worker runs: an engine with its options on one form of a model, and the interpreter that has it."""
+
+    name: str  # of `engines.ENGINES`
+    path: Path
+    options: dict
+    python: str = sys.executable
+
+    def task(self, kind: str, threads: int, depth: int) -> dict:
+        """What the worker is told; `kind`: of `worker.TASKS`."""
+        task = {"task": kind, "engine": self.name, "path": str(self.path), "options": self.options}
+        return task | {"threads": threads, "depth": depth, "generate": GENERATED}
 
 
 class Measurer:
@@ -55,21 +70,13 @@ class Measurer:
         return json.loads(last_line(worker_command(task, python), environment(task["threads"]), self.limit))
 
     def _task(self, job: Job) -> tuple[dict, str]:
-        """The worker's job of an arm, and the interpreter for it."""
+        """What the worker of a job is told, and the interpreter for it."""
         chosen = arm(job.arm)
         peer = self.peers.get(chosen.peer) if chosen.peer else None
-        task = {
-            "task": job.kind,
-            "engine": peer.engine if peer else chosen.engine,
-            "path": str(getattr(self.files[job.model], chosen.files)),
-            "options": chosen.options,
-            "threads": job.threads,
-            "depth": job.depth,
-            "generate": GENERATED,
-            "reference": str(self.reference),
-            "ids": self.cold_ids,
-        }
-        return task, peer.python if peer else sys.executable
+        path, python = getattr(self.files[job.model], chosen.files), peer.python if peer else sys.executable
+        engine = Engine(peer.engine if peer else chosen.engine, path, chosen.options, python)
+        more = {"reference": str(self.reference), "ids": self.cold_ids}
+        return engine.task(job.kind, job.threads, job.depth) | more, engine.python
 
     def _worker(self, job: Job) -> dict:
         return self.run_task(*self._task(job))
@@ -116,7 +123,7 @@ def environment(threads: int) -> dict:
         count,
     )
     kept = {name: value for name, value in os.environ.items() if name not in OVERRIDES}
-    return kept | counts | {"PYTHONPATH": str(ROOT / "benchmarks"), "HF_HUB_OFFLINE": "1"}
+    return kept | counts | {"PYTHONPATH": str(HERE), "HF_HUB_OFFLINE": "1"}
 
 
 def first_byte(command: list[str], threads: int, limit: float) -> float:
@@ -146,61 +153,28 @@ def compile_bandwidth(folder: Path) -> str | None:
     return str(program)
 
 
-class Samples:
-    """Every sample, appended to a JSON-lines file as it is made; the first line is what must not differ on resuming."""
+class Samples(samples.Samples):
+    """The samples of all jobs, in a file; without `resume` it is begun anew, and the old one kept beside it.
+
+    On resuming, what failed and what a lower time limit ended are measured again.
+    """
 
     def __init__(self, path: Path, identity: dict, resume: bool, limit: float):
-        self.path, self.all = path, []
-        if resume and path.exists():
-            self._read(identity, limit)
-            return
-        if path.exists():
+        def holds(sample: dict) -> bool:
+            return "error" not in sample and sample.get("exceeded_s", limit) >= limit
+
+        if path.exists() and not resume:
             path.rename(path.with_suffix(".previous.jsonl"))
-        self._append(identity)
-
-    def _read(self, identity: dict, limit: float) -> None:
-        """Keep what need not run again: no failures, nothing that a lower time limit ended."""
-        lines = self.path.read_text().splitlines()
-        complete = [json.loads(line) for line in lines if line.endswith("}")]  # a killed run may leave half a line
-        if not complete or complete[0] != identity:
-            held = complete[0] if complete else {}
-            names = sorted(name for name in {*held, *identity} if held.get(name) != identity.get(name))
-            raise MlxeffError(
-                f"{self.path}: wanted samples of this machine and these versions, got others: {', '.join(names)} "
-                "differ; leave out --resume to begin anew"
-            )
-        newest = {key(sample): sample for sample in complete[1:]}
-        self.all = [s for s in newest.values() if "error" not in s and s.get("exceeded_s", limit) >= limit]
-        partial = self.path.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(line) + "\n" for line in (identity, *self.all)))
-        partial.replace(self.path)
-
-    def _append(self, line: dict) -> None:
-        with open(self.path, "a") as file:
-            print(json.dumps(line), file=file)
-
-    def add(self, sample: dict) -> None:
-        self.all.append(sample)
-        self._append(sample)
-
-    def done(self) -> set[tuple]:
-        return {key(sample) for sample in self.all}
+        keys = [field.name for field in fields(Job)]
+        super().__init__(path, identity, keys, holds, "leave out --resume to begin anew")
 
     def models(self) -> list[str]:
+        """The models that were measured."""
         return sorted({sample["model"] for sample in self.all} - {""})
 
     def hopeless(self, job: Job) -> bool:
         """Whether this arm exceeded the limit at this depth or a lesser one."""
-        return any(
-            (s["kind"], s["arm"], s["model"], s["threads"]) == job.key[:4] and s["depth"] <= job.depth
-            for s in self.all
-            if "exceeded_s" in s
-        )
-
-
-def key(sample: dict) -> tuple:
-    """`Job.key` of the job that a sample is of."""
-    return tuple(sample[name] for name in Job.__dataclass_fields__)
+        return any(self.key(s)[:4] == job.key[:4] and s["depth"] <= job.depth for s in self.all if "exceeded_s" in s)
 
 
 def needed(job: Job) -> str | None:

@@ -5,10 +5,12 @@ llama.cpp stands in a ratio with its better attention setting for that metric.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from statistics import median
+
+from mlxeff.bench.samples import median_of
+from mlxeff.bench.tables import card_lines, table
 
 from .checkpoints import Costs
-from .table import ARMS, COLD_START, DEPTHS, EXACT, FOUR, GENERATED, LARGE
+from .table import ARMS, COLD_START, DEPTHS, EXACT, FAST, FOUR, GENERATED, LARGE, Arm
 
 TTFT_DEPTHS, DECODE_DEPTHS = (64, 512, 2048, 4096), (16, 512, 2048, 4096)
 LLAMA, LLAMA_Q4_0 = ([a.name for a in ARMS if (a.engine, a.files) == ("llama.cpp", kind)] for kind in ("gguf", "q4_0"))
@@ -16,7 +18,7 @@ OURS = [arm for arm in ARMS if arm.ours]
 SECTION = "cpu-peers"  # of RESULTS.md
 SHOWN = {  # a row of RESULTS.md: the arms of which each number is the best
     "mlxeff": [EXACT],
-    "mlxeff, fast": ["mlxeff int8, fp16 KV"],
+    "mlxeff, fast": [FAST],
     "llama.cpp": LLAMA,
     "llama.cpp Q4_0": LLAMA_Q4_0,
     "PyTorch bfloat16": ["torch bfloat16"],
@@ -34,12 +36,8 @@ class Results:
 
     def get(self, metric: str, kind: str, arm: str, model: str = "", threads: int = 0, depth: int = 0) -> float | None:
         """The median of all values of `metric`, of all rounds."""
-        values = []
-        for s in self.samples:
-            if (s["kind"], s["arm"], s["model"], s["threads"], s["depth"]) == (kind, arm, model, threads, depth):
-                value = s.get(metric, [])
-                values += value if isinstance(value, list) else [value]
-        return median(values) if values else None
+        place = {"kind": kind, "arm": arm, "model": model, "threads": threads, "depth": depth}
+        return median_of(self.samples, metric, **place)
 
     def speed(self, metric: str, arm: str, model: str, threads: int, depth: int) -> float | None:
         return self.get(metric, "speed", arm, model, threads, depth)
@@ -50,7 +48,7 @@ class Results:
         best = max if metric == "decode_tps" else min
         return best((value for value in values if value is not None), default=None)
 
-    def bandwidth_share(self, arm, model: str, threads: int, depth: int) -> float | None:
+    def bandwidth_share(self, arm: Arm, model: str, threads: int, depth: int) -> float | None:
         """Bytes that must be read a second while decoding, relative to the measured read bandwidth."""
         rate = self.speed("decode_tps", arm.name, model, threads, depth)
         ceiling = self.get("gbps", "ceiling", "memory read", threads=threads)
@@ -59,7 +57,7 @@ class Results:
         costs = self.costs.get((model, arm.files), self.costs[model, "gguf"])
         return rate * costs.decode_bytes(depth + GENERATED / 2, arm.kv_bytes) / 1e9 / ceiling
 
-    def flops_share(self, arm, model: str, threads: int, depth: int, peak: str) -> float | None:
+    def flops_share(self, arm: Arm, model: str, threads: int, depth: int, peak: str) -> float | None:
         """Multiplications and additions of the prompt a second, relative to a measured peak."""
         seconds = self.speed("ttft_s", arm.name, model, threads, depth)
         ceiling = self.get("gflops", "ceiling", peak, threads=threads)
@@ -74,18 +72,18 @@ def quotient(a: float | None, b: float | None) -> float | None:
 
 @dataclass(frozen=True)
 class Target:
-    """What is wanted of `value(results, arm, threads)`: at most or at least `wanted`."""
+    """What is wanted of `value(results, arm, threads)`: at most or at least `bound`."""
 
     what: str
-    wanted: float
+    bound: float
     at_least: bool
-    value: Callable[[Results, object, int], float | None]
+    value: Callable[[Results, Arm, int], float | None]
 
     def row(self, results: Results, threads: int) -> list[str]:
-        cells = [self.what, f"{'≥' if self.at_least else '≤'} {self.wanted:g}"]
+        cells = [self.what, f"{'≥' if self.at_least else '≤'} {self.bound:g}"]
         for arm in OURS:
             got = self.value(results, arm, threads)
-            met = got is not None and (got >= self.wanted if self.at_least else got <= self.wanted)
+            met = got is not None and (got >= self.bound if self.at_least else got <= self.bound)
             cells.append("not measured" if got is None else f"{got:.3g} {'met' if met else 'missed'}")
         return cells
 
@@ -107,12 +105,12 @@ def bandwidth(depth: int):
     return lambda results, arm, threads: results.bandwidth_share(arm, LARGE, threads, depth)
 
 
-def over_mlx_lm(results: Results, arm, threads: int) -> float | None:
+def over_mlx_lm(results: Results, arm: Arm, threads: int) -> float | None:
     ours = results.speed("ttft_s", arm.name, FOUR, threads, 512)
     return quotient(results.speed("ttft_s", "mlx-lm", FOUR, threads, 512), ours)
 
 
-def more_memory(results: Results, arm, threads: int) -> float | None:
+def more_memory(results: Results, arm: Arm, threads: int) -> float | None:
     """MiB beyond llama.cpp's, at the depth where that is most."""
     pairs = [
         (results.speed("rss_mib", arm.name, FOUR, threads, depth), results.best("rss_mib", FOUR, threads, depth, LLAMA))
@@ -121,16 +119,16 @@ def more_memory(results: Results, arm, threads: int) -> float | None:
     return max((ours - theirs for ours, theirs in pairs if None not in (ours, theirs)), default=None)
 
 
-def cold_start(results: Results, arm, threads: int) -> float | None:
+def cold_start(results: Results, arm: Arm, threads: int) -> float | None:
     return results.get("first_token_s", "cold start", arm.name, FOUR, threads, 20)
 
 
 PEERS = {"llama.cpp": LLAMA, "llama.cpp Q4_0, 4.5 bits": LLAMA_Q4_0}
 TARGETS = [
-    *(Target(f"TTFT {depth} / {name}", wanted, False, ttft_ratio(depth, arms))
-      for name, arms in PEERS.items() for depth, wanted in ((512, 0.55), (2048, 0.35))),
-    *(Target(f"decode at {depth} / {name}", wanted, True, decode_ratio(depth, arms))
-      for name, arms in PEERS.items() for depth, wanted in ((16, 0.9), (512, 1.1), (2048, 1.3), (4096, 1.3))),
+    *(Target(f"TTFT {depth} / {name}", bound, False, ttft_ratio(depth, arms))
+      for name, arms in PEERS.items() for depth, bound in ((512, 0.55), (2048, 0.35))),
+    *(Target(f"decode at {depth} / {name}", bound, True, decode_ratio(depth, arms))
+      for name, arms in PEERS.items() for depth, bound in ((16, 0.9), (512, 1.1), (2048, 1.3), (4096, 1.3))),
     *(Target(f"share of read bandwidth, decode of 1B at {depth}", 0.8, True, bandwidth(depth))
       for depth in DEPTHS[LARGE]),
     Target(
@@ -145,7 +143,7 @@ TARGETS = [
 
 def report(results: Results, card: dict) -> str:
     """The card and all tables."""
-    parts = ["\n".join(f"{name}: {value}" for name, value in card.items()), ceilings(results)]
+    parts = [card_lines(card), ceilings(results)]
     for model in DEPTHS:
         for threads in results.threads:
             parts += [speeds(results, model, threads), shares(results, model, threads)]
@@ -153,17 +151,12 @@ def report(results: Results, card: dict) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
-def table(header: list[str], rows: list[list[str]]) -> str:
-    """Markdown; nothing without rows."""
-    lines = ["| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *rows)]
-    return "\n".join(lines) if rows else ""
-
-
 def cell(value: float | None, form: str = ".3g") -> str:
     return "" if value is None else format(value, form)
 
 
-def measured(results: Results, model: str, threads: int) -> list:
+def measured(results: Results, model: str, threads: int) -> list[Arm]:
+    """The arms whose speed was measured there."""
     return [
         arm
         for arm in ARMS

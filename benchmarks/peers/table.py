@@ -3,10 +3,15 @@
 Knows nothing of how it is measured.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 
 GENERATED = 32  # tokens decoded after each prompt
+EXACT_FLOAT32 = {"compute": "exact", "kv": "float32"}  # options of our own engine, `RunOptions`
+EXACT_FLOAT16 = {"compute": "exact", "kv": "float16"}
+INT8_FLOAT16 = {"compute": "int8", "kv": "float16"}
 FOUR, EIGHT, SIXTEEN, LARGE = "4-bit", "8-bit", "16-bit", "1B random"
+UNTHREADED = ("mlx-lm",)  # engines that run on as many threads as they like, whatever is asked
+EXACT, FAST = "mlxeff exact", "mlxeff int8, fp16 KV"  # EXACT decodes the tokens of mlx-lm in float32
 SMALL = (FOUR, EIGHT, SIXTEEN)
 REPACKED = (FOUR, LARGE)  # models that there is a Q4_0 file of
 DEPTHS = {  # prompt tokens: time to first token at it, decode speed after it
@@ -25,27 +30,30 @@ class Arm:
     models: tuple[str, ...] = (*SMALL, LARGE)
     files: str = "gguf"  # which form of the model it reads: a key of `checkpoints.Files`; "q4_0" has other weights
     kv_bytes: int = 2  # a value of its KV cache
-    threaded: bool = True  # takes a number of threads; if not, it is measured once, among those of all cores
     peer: str | None = None  # what must be installed for it, a key of `install.PEERS`
 
     @property
     def ours(self) -> bool:
         return self.engine == "mlxeff"
 
+    @property
+    def threaded(self) -> bool:
+        """Whether it takes a number of threads; if not, it is measured once, among those of all cores."""
+        return self.engine not in UNTHREADED
+
 
 ARMS = [
-    Arm("mlxeff exact", "mlxeff", {"compute": "exact", "kv_dtype": "float32"}, kv_bytes=4),
-    Arm("mlxeff exact, fp16 KV", "mlxeff", {"compute": "exact", "kv_dtype": "float16"}),
-    Arm("mlxeff int8, fp16 KV", "mlxeff", {"compute": "int8", "kv_dtype": "float16"}, models=(FOUR, EIGHT, LARGE)),
+    Arm(EXACT, "mlxeff", EXACT_FLOAT32, kv_bytes=4),
+    Arm("mlxeff exact, fp16 KV", "mlxeff", EXACT_FLOAT16),
+    Arm(FAST, "mlxeff", INT8_FLOAT16, models=(FOUR, EIGHT, LARGE)),
     Arm("llama.cpp, flash attention", "llama.cpp", {"flash_attention": True}, peer="llama.cpp"),
     Arm("llama.cpp, plain attention", "llama.cpp", {"flash_attention": False}, peer="llama.cpp"),
     # On CPUs without AMX, Q4_0 (4.5 bits a weight, not 5) has repacked kernels in llama.cpp, Q4_1 has not.
     Arm("llama.cpp Q4_0, flash attention", "llama.cpp", {"flash_attention": True}, REPACKED, "q4_0", peer="llama.cpp"),
     Arm("llama.cpp Q4_0, plain attention", "llama.cpp", {"flash_attention": False}, REPACKED, "q4_0", peer="llama.cpp"),
     Arm("torch bfloat16", "torch", {}, models=(SIXTEEN,), files="bfloat16", peer="torch"),
-    Arm("mlx-lm", "mlx-lm", {}, models=SMALL, files="mlx", kv_bytes=4, threaded=False),
+    Arm("mlx-lm", "mlx-lm", {}, models=SMALL, files="mlx", kv_bytes=4),
 ]
-EXACT = "mlxeff exact"  # the mode whose greedy tokens must be those of mlx-lm in float32
 CEILINGS = ("memory read", "fp32 matmul", "bf16 matmul")  # GB/s, GFLOPS, GFLOPS
 COLD_START = {  # arm: what is started
     EXACT: "mlxeff generate",
@@ -66,7 +74,8 @@ class Job:
 
     @property
     def key(self) -> tuple:
-        return (self.kind, self.arm, self.model, self.threads, self.depth, self.round)
+        """What tells it from the others."""
+        return astuple(self)
 
     def __str__(self) -> str:
         where = f", {self.model}" if self.model else ""

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from .engines import ENGINES, Mlxeff, MlxLm
+from .table import EXACT_FLOAT32
 
 SEED = 0
 REPEATS, SECONDS = 3, 10.0
@@ -82,9 +83,9 @@ def quality(job: dict) -> dict:
         for number, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
             equal += list(engine.generate(prompt, len(answer))) == answer
             got = engine.logits([prompt, *([token] for token in answer[:-1])]).astype(np.float64)
-            wanted = reference[f"logits{number}"].astype(np.float64)
+            want = reference[f"logits{number}"].astype(np.float64)
             for part, rows in enumerate((slice(0, len(prompt)), slice(len(prompt), None))):
-                sums[part] += np.sum((got[rows] - wanted[rows]) ** 2), np.sum(wanted[rows] ** 2)
+                sums[part] += np.sum((got[rows] - want[rows]) ** 2), np.sum(want[rows] ** 2)
     errors = np.sqrt(sums[:, 0] / sums[:, 1])
     return {"equal": equal, "prompts": len(prompts), "prefill_error": errors[0], "decode_error": errors[1]}
 
@@ -92,7 +93,7 @@ def quality(job: dict) -> dict:
 def reference(job: dict) -> dict:
     """Write the reference: mlx-lm's greedy tokens in float32; logits of our model by MLX's own kernels over both."""
     oracle = MlxLm(job)
-    model = Mlxeff({"path": job["own"], "options": {"compute": "exact", "kv_dtype": "float32"}})
+    model = Mlxeff({"path": job["own"], "options": EXACT_FLOAT32})
     if model.note != "mlx":
         raise SystemExit(f"reference: wanted MLX's own kernels, got {model.note}")
     arrays = {}

@@ -8,15 +8,17 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
-from mlxeff.convert import calibration, convert
-from mlxeff.convert.seedlm import dense
+from mlxeff.convert import convert
 
+from mlxeff import calibration
 from mlxeff.assembly.model import load_path
 from mlxeff.errors import MlxeffError
-from mlxeff.modules import QuantizedLinear
+from mlxeff.models.decoder import DecoderModel
+from mlxeff.modules import QuantizedLinear, dense, is_matrix
 from mlxeff.seedlm.format import FORMATS
 from mlxeff.seedlm.linear import SeedLinear
-from peers import checkpoints, install
+from peers import install
+from saving import once
 
 from . import llama_quant, mlx_lm_quant
 
@@ -27,10 +29,11 @@ NAMES = [*AFFINE, *SEEDS, *MLX_LM, *LLAMA]
 
 
 @dataclass
-class Arm:
-    """`linear_bytes`: of the decoder's matrices, where the model in memory does not hold them as the file does."""
+class QuantisedModel:
+    """An arm. `linear_bytes`: of the decoder's matrices, where the model in memory does not hold them as the file
+    does."""
 
-    model: nn.Module
+    model: DecoderModel
     linear_bytes: int | None = None
     made: dict = field(default_factory=dict)  # how, if by a peer
 
@@ -43,10 +46,9 @@ class Arm:
         return {"bits": 8 * stored / sum(count for count, _ in held), "bytes": everything - inside + stored}
 
 
-def linears(model):
+def linears(model: DecoderModel) -> list[tuple[str, nn.Module]]:
     """(name, module) of the decoder's linear layers, the head left out."""
-    kinds = (nn.Linear, nn.QuantizedLinear, SeedLinear)
-    return [(name, m) for name, m in model.named_modules() if isinstance(m, kinds) and ".layers." in name]
+    return [(name, module) for name, module in model.named_modules() if is_matrix(module) and ".layers." in name]
 
 
 class Workshop:
@@ -55,12 +57,12 @@ class Workshop:
     def __init__(self, path: Path, work: Path, peers: Path, limit: float):
         self.path, self.work, self.peers, self.limit = path, work, peers, limit
 
-    def arm(self, name: str) -> Arm:
+    def arm(self, name: str) -> QuantisedModel:
         """Raises MlxeffError where the arm cannot be had."""
         if name in AFFINE:
-            return Arm(affine_arm(self.path, *AFFINE[name]))
+            return QuantisedModel(affine_arm(self.path, *AFFINE[name]))
         if name in SEEDS:
-            return Arm(seed_arm(self.path, self.work, name))
+            return QuantisedModel(seed_arm(self.path, self.work, name))
         return self._mlx_lm(name) if name in MLX_LM else self._llama(name)
 
     @functools.cached_property
@@ -69,21 +71,22 @@ class Workshop:
         text, _ = calibration.read_text(None)
         return calibration.windows(text, load_path(self.path).tokenizer, calibration.TOKENS, str(self.path))
 
-    def _mlx_lm(self, name: str) -> Arm:
+    def _mlx_lm(self, name: str) -> QuantisedModel:
         folder, note = mlx_lm_quant.make(name, self._folder(), self.windows, self._quantised(), self.limit)
-        return Arm(assembled(self.path, replaced_by(load_path(folder).model)), made=note)
+        return QuantisedModel(assembled(self.path, replaced_by(load_path(folder).model)), made=note)
 
-    def _llama(self, name: str) -> Arm:
+    def _llama(self, name: str) -> QuantisedModel:
         peer = install.install("llama.cpp", self.peers)
         if peer.engine != "llama.cpp":
             raise MlxeffError(f"llama.cpp: wanted llama-cpp-python, got {peer.engine or peer.how}")
-        place = self._quantised() / llama_quant.IMPORTANCE
-        if not place.exists():
-            llama_quant.write_importance(place, load_path(self.path).model, self.windows)
+        place = once(self._quantised() / llama_quant.IMPORTANCE, self._write_importance)
         file, note = llama_quant.make(name, self.path, place, self._quantised(), peer.python, self.limit)
         model = assembled(self.path, replaced_by(load_path(file).model))
         nbytes = sum(matrix.nbytes for matrix in llama_quant.matrices(file))
-        return Arm(model, nbytes, note | {"types": llama_quant.types(file)})
+        return QuantisedModel(model, nbytes, note | {"types": llama_quant.types(file)})
+
+    def _write_importance(self, path: Path) -> None:
+        np.savez(path, **llama_quant.importance(load_path(self.path).model, self.windows))
 
     def _quantised(self) -> Path:
         place = self.peers / "quantised" / self.path.stem
@@ -93,10 +96,10 @@ class Workshop:
     def _folder(self) -> Path:
         """The reference's own blocks as a folder that mlx-lm loads; scales in float32."""
         place = self._quantised() / "reference"
-        return checkpoints.once(place, lambda path: convert(self.path, path, dtype="float32"))
+        return once(place, lambda path: convert(self.path, path, dtype="float32"))
 
 
-def assembled(path: Path, replaced: list[tuple[str, nn.Module]]):
+def assembled(path: Path, replaced: list[tuple[str, nn.Module]]) -> DecoderModel:
     """The reference with modules replaced, whole passes run natively."""
     model = load_path(path).model
     model.update_modules(tree_unflatten(replaced))
@@ -106,7 +109,7 @@ def assembled(path: Path, replaced: list[tuple[str, nn.Module]]):
     return model
 
 
-def replaced_by(other) -> list[tuple[str, nn.Module]]:
+def replaced_by(other: DecoderModel) -> list[tuple[str, nn.Module]]:
     """The modules of another quantisation of the same model, embedding and head left out; scales in half precision."""
     kept, embeddings = [], (nn.Embedding, nn.QuantizedEmbedding)
     for name, module in tree_flatten(other.leaf_modules(), is_leaf=nn.Module.is_module):
@@ -118,7 +121,7 @@ def replaced_by(other) -> list[tuple[str, nn.Module]]:
     return kept
 
 
-def affine_arm(path, bits, group):
+def affine_arm(path: Path, bits: int, group: int) -> DecoderModel:
     """The reference requantised by MLX, scales in half precision; in smaller groups where these do not divide a row."""
     replaced = []
     for name, module in linears(load_path(path).model):
@@ -129,7 +132,7 @@ def affine_arm(path, bits, group):
     return assembled(path, replaced)
 
 
-def seed_arm(path, work, name):
+def seed_arm(path: Path, work: Path, name: str) -> DecoderModel:
     """The converted folder, made where it is not there yet."""
     bits, data_free = SEEDS[name]
     folder = work / name.replace(" ", "-")

@@ -10,7 +10,7 @@ from mlxeff.seedlm.format import FORMATS
 from .arms import AFFINE, SEEDS
 
 
-def single_layers(rows=128, cols=768, samples=4096):
+def single_layers(rows: int = 128, cols: int = 768, samples: int = 4096) -> dict[str, dict[str, float]]:
     """Kind of weights → arm → error: weights N(0, 1) or Student t3, inputs with a power-law spectrum."""
     rng = np.random.default_rng(0)
     basis = np.linalg.qr(rng.standard_normal((cols, cols)))[0]

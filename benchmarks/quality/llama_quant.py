@@ -9,8 +9,13 @@ As a worker in the peers' interpreter: `python -m quality.llama_quant`, the task
 import json
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from mlxeff.checkpoint import Tensor
+    from mlxeff.models.llama import Model
 
 TYPES = {f"llama.cpp {name}": name for name in ("Q3_K_M", "Q4_0", "IQ4_NL", "Q4_K_M")}
 FILE, IMPORTANCE = "model.gguf", "importance.npz"
@@ -26,58 +31,33 @@ def make(name: str, source: Path, importance: Path, folder: Path, python: str, l
     return place / FILE, note
 
 
-def write_importance(path: Path, model, windows: np.ndarray) -> None:
-    """Write the importance matrix of a model of the Llama family."""
-    partial = path.with_name(f"partial-{path.name}")
-    np.savez(partial, **importance(model, windows))
-    partial.rename(path)
-
-
-def importance(model, windows: np.ndarray) -> dict[str, np.ndarray]:
-    """GGUF's tensor name → mean square of each input column, float32 (columns), over windows (W, T) of tokens.
-
-    `model` computes operator by operator from then on.
-    """
+def importance(model: "Model", windows: np.ndarray) -> dict[str, np.ndarray]:
+    """The importance matrix of a model: GGUF's tensor name → mean square of each input column, float32 (columns), over
+    windows (W, T) of tokens."""
     import mlx.core as mx
-    import mlx.nn as nn
-    from mlx.utils import tree_unflatten
 
-    kinds = (nn.Linear, nn.QuantizedLinear)
-    linears = [(n, m) for n, m in model.named_modules() if ".layers." in n and isinstance(m, kinds)]
-    sums: dict[str, mx.array] = {}
-    model.update_modules(tree_unflatten([(name, _watched(module, name, sums)) for name, module in linears]))
-    model.native = None
-    for window in windows:
-        model(mx.array(window)[None], model.new_cache())
-        mx.eval(sums)
-    model.update_modules(tree_unflatten(linears))
-    return {gguf_name(name): np.array(total) / windows.size for name, total in sums.items()}
-
-
-def _watched(module, name: str, sums: dict):
-    """`module` that adds the squares of its inputs to `sums`."""
-    import mlx.core as mx
-    import mlx.nn as nn
-
-    class Watched(nn.Module):
-        def __call__(self, x: mx.array) -> mx.array:
-            found = mx.square(x.astype(mx.float32)).reshape(-1, x.shape[-1]).sum(axis=0)
-            sums[name] = sums[name] + found if name in sums else found
-            return module(x)
-
-    return Watched()
-
-
-def gguf_name(module: str) -> str:
-    """Hugging Face's name of a module in a layer → the name of its matrix in a GGUF file."""
+    from mlxeff.calibration import LayerStream
     from mlxeff.models.gguf import LAYER
+    from mlxeff.modules import is_matrix
 
-    _, _, rest = module.partition("layers.")
-    number, _, part = rest.partition(".")
-    return f"blk.{number}.{next(ours for ours, theirs in LAYER.items() if theirs == part)}.weight"
+    gguf_names = {theirs: ours for ours, theirs in LAYER.items()}
+    sums: dict[str, mx.array] = {}
+
+    def add(readers: tuple[str, ...], x: mx.array) -> None:
+        squares = mx.square(x.astype(mx.float32)).reshape(-1, x.shape[-1]).sum(axis=0)
+        for reader in readers:
+            name = f"blk.{stream.index}.{gguf_names[reader]}.weight"
+            sums[name] = sums.get(name, 0) + squares
+        mx.eval(sums)
+
+    stream = LayerStream(model, windows)
+    for layer in model.layers:
+        stream.watch([name for name, module in layer.named_modules() if is_matrix(module)], add)
+        stream.next_layer()
+    return {name: np.array(total) / windows.size for name, total in sums.items()}
 
 
-def matrices(path: Path) -> list:
+def matrices(path: Path) -> list["Tensor"]:
     """The decoder's matrices in a GGUF file: `shape`, `kind` (the block type), `nbytes`."""
     from mlxeff.checkpoint import open_source
 

@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 
 from . import process
@@ -75,14 +76,17 @@ def main() -> None:
     print(json.dumps({"tokens": int(np.size(task["windows"])), "native": native}))
 
 
-def gptq(model, config: dict, windows: mx.array, bits: int, group: int):
+Quantised = tuple[nn.Module, dict]  # mlx-lm's model, its config
+
+
+def gptq(model: nn.Module, config: dict, windows: mx.array, bits: int, group: int) -> Quantised:
     from mlx_lm.quant.gptq import gptq_quantize
 
     model, quantization = gptq_quantize(model, windows, bits, group, HEAD_BITS, HEAD_GROUP)
     return model, config | {"quantization": quantization}
 
 
-def awq(model, config: dict, windows: mx.array, bits: int, group: int):
+def awq(model: nn.Module, config: dict, windows: mx.array, bits: int, group: int) -> Quantised:
     from mlx_lm.quant.awq import AWQ_MODEL_CONFIGS, awq_quantize, update_config
 
     kind = AWQ_MODEL_CONFIGS[config["model_type"]]
@@ -90,7 +94,7 @@ def awq(model, config: dict, windows: mx.array, bits: int, group: int):
     return model, update_config(model, config)
 
 
-def dwq(model, config: dict, windows: mx.array, bits: int, group: int):
+def dwq(model: nn.Module, config: dict, windows: mx.array, bits: int, group: int) -> Quantised:
     from mlx.optimizers import Adam
     from mlx_lm.quant.dwq import dwq_quantize
     from mlx_lm.utils import quantize_model

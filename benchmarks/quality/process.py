@@ -13,8 +13,8 @@ import time
 from pathlib import Path
 
 from mlxeff.errors import MlxeffError
+from places import HERE, ROOT
 
-ROOT = Path(__file__).resolve().parent.parent.parent
 NICE = 10
 NOTE = "made.json"
 
@@ -46,7 +46,7 @@ def fill(place: Path, module: str, task: dict, limit: float, python: str) -> Non
 
 def run(module: str, task: dict, limit: float, python: str) -> dict:
     """The last line that the worker prints, with the CPU seconds that it took as `cpu_s`."""
-    paths = [str(ROOT / "benchmarks")] + ([os.environ.get("PYTHONPATH", "")] if python == sys.executable else [])
+    paths = [str(HERE)] + ([os.environ.get("PYTHONPATH", "")] if python == sys.executable else [])
     variables = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "HF_HUB_OFFLINE": "1"}
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
 

@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import saving
+from mlxeff.bench import tables
 
 TARGETS = (
     ("SeedLM 4.5 aware", "affine 4 g64"),
@@ -35,14 +36,11 @@ def in_order(document: dict) -> list[tuple[str, dict]]:
 
 def table(document: dict) -> str:
     """Markdown."""
-    lines = [
-        "| arm | bits a weight | MB | perplexity | KL, nats a token | same first token |",
-        "|---|---|---|---|---|---|",
-    ]
+    rows = []
     for name, a in in_order(document):
         cells = [name, f"{a['bits']:.3f}", f"{a['bytes'] / 1e6:.1f}", f"{a['perplexity']:.2f}", f"{a['kl']:.4f}"]
-        lines.append("| " + " | ".join([*cells, f"{a['top1']:.1%}"]) + " |")
-    return "\n".join(lines)
+        rows.append([*cells, f"{a['top1']:.1%}"])
+    return tables.table(["arm", "bits a weight", "MB", "perplexity", "KL, nats a token", "same first token"], rows)
 
 
 def targets(document: dict) -> list[str]:
@@ -64,9 +62,8 @@ def layers(document: dict) -> str:
     if not kinds:
         return ""
     names = list(next(iter(kinds.values())))
-    lines = ["| weights | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
-    lines += [f"| {kind} | " + " | ".join(f"{e[name]:.3f}" for name in names) + " |" for kind, e in kinds.items()]
-    return "\n".join(lines)
+    rows = [[kind, *(f"{errors[name]:.3f}" for name in names)] for kind, errors in kinds.items()]
+    return tables.table(["weights", *names], rows)
 
 
 def how(document: dict) -> list[str]:

@@ -22,8 +22,8 @@ from ..kvprediction.layers import candidates, shared_layers
 from ..kvprediction.predictor import Predictor, quantization, quantize, read_widths
 from ..kvprediction.text import sample
 from ..kvprediction.train import Training, check, train
-from ..kvprediction.tuning import Tuned
 from ..models.decoder import DecoderModel
+from ..tuning import Tuned
 from .model import Loaded, load_path
 from .pair import SEAM, Auxiliary, make_auxiliary
 

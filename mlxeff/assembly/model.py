@@ -20,7 +20,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from .. import hub, kernels
 from ..checkpoint import Source, open_source
 from ..decode import Model
-from ..errors import MlxeffError, notices
+from ..errors import MlxeffError, notices, some
 from ..models import llama, openelm
 from ..models.config import fits
 from ..models.decoder import DecoderModel
@@ -163,16 +163,16 @@ def build_model(config: dict, tensors: Collection[str] | None = None) -> nn.Modu
 def fill(model: nn.Module, weights: dict[str, mx.array], origin: str) -> None:
     """Put `weights` into `model`: every name and shape must match; floats become the device's arithmetic type, where it
     has one."""
-    wanted = dict(tree_flatten(model.parameters()))
-    if missing := sorted(set(wanted) - set(weights)):
-        raise MlxeffError(f"{origin}: missing {len(missing)} tensors: {_some(missing)}")
-    if unknown := sorted(set(weights) - set(wanted)):
-        raise MlxeffError(f"{origin}: {len(unknown)} unknown tensors: {_some(unknown)}")
+    own = dict(tree_flatten(model.parameters()))
+    if missing := sorted(set(own) - set(weights)):
+        raise MlxeffError(f"{origin}: missing {len(missing)} tensors: {some(missing)}")
+    if unknown := sorted(set(weights) - set(own)):
+        raise MlxeffError(f"{origin}: {len(unknown)} unknown tensors: {some(unknown)}")
     for name, value in weights.items():
-        if value.shape != wanted[name].shape:
-            raise MlxeffError(f"{origin}: tensor {name}: wanted shape {wanted[name].shape}, got {value.shape}")
-        if _is_float(value) != _is_float(wanted[name]):
-            raise MlxeffError(f"{origin}: tensor {name}: wanted dtype {wanted[name].dtype}, got {value.dtype}")
+        if value.shape != own[name].shape:
+            raise MlxeffError(f"{origin}: tensor {name}: wanted shape {own[name].shape}, got {value.shape}")
+        if _is_float(value) != _is_float(own[name]):
+            raise MlxeffError(f"{origin}: tensor {name}: wanted dtype {own[name].dtype}, got {value.dtype}")
     if not native_for():  # the native kernels read weights of any type
         dtype = _arithmetic_dtype(weights, any(name.endswith(".scales") for name in weights))
         weights = {name: value.astype(dtype) if _is_float(value) else value for name, value in weights.items()}
@@ -209,8 +209,7 @@ def _tokenizer(source: Source, config: dict) -> Tokenizer:
     kind, eos = config.get("model_type"), config.get("eos_token_id")
     if not fits(eos, int | list[int] | None):
         raise MlxeffError(f"{source.path}: config: eos_token_id: wanted a token id or a list of them, got {eos!r}")
-    instruct = kind == "openelm" and "instruct" in str(source.path).lower()
-    return from_folder(_folder(source.path), kind, eos, instruct=instruct)
+    return from_folder(_folder(source.path), kind, eos)
 
 
 def _folder(path: Path) -> Path:
@@ -252,7 +251,3 @@ def _dtype_name(model) -> str:
 
 def _is_float(value: mx.array) -> bool:
     return mx.issubdtype(value.dtype, mx.floating)
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:4]) + (", …" if len(names) > 4 else "")

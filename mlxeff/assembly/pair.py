@@ -12,9 +12,9 @@ from ..kvprediction import KvPrediction, Predictor
 from ..kvprediction.files import AUXILIARY, PairConfig, read_config, read_weights
 from ..kvprediction.layers import PUBLISHED, kept_layers, pruned_map, published_name, spread_map
 from ..kvprediction.predictor import check_map, quantize
-from ..kvprediction.tuning import Tuned
 from ..models.decoder import DecoderModel
-from ..models.openelm import published_config
+from ..models.openelm import SIZES
+from ..tuning import Tuned
 from .model import Loaded, fill, load_model
 
 SEAM = "kv"  # of a model: raw_kv, append_kv
@@ -124,8 +124,7 @@ def make_auxiliary(spec: str, base: Loaded, offline: bool = False) -> Auxiliary:
 def _check_base(name: str, base: DecoderModel, spec: str) -> None:
     """Refuse a base that is not of the size that the published configuration `name` is for."""
     size = PUBLISHED[name].base
-    config = published_config(size)
-    wanted, got = (config["num_transformer_layers"], config["model_dim"]), (len(base.layers), base.hidden_size)
+    wanted, got = SIZES[size][:2], (len(base.layers), base.hidden_size)
     if wanted != got:
         text = f"wanted the base OpenELM-{size}, {wanted[0]} layers of {wanted[1]}"
         raise MlxeffError(f"{spec}: {text}, got {got[0]} layers of {got[1]}")

@@ -13,7 +13,6 @@ from ..assembly.pair import native_like
 from ..decode import Setup
 from ..kvprediction import KvPrediction, Predictor
 from ..kvprediction.flops import parameters, ttft_flops
-from ..kvprediction.predict import predicted_range
 from ..models.decoder import DecoderModel
 from ..ops import native_for
 
@@ -55,7 +54,7 @@ class Arm:
         if not self.pair:
             return 2 * tokens * parameters(self.base)
         base, auxiliary, predictor = map(parameters, self.modules)
-        first, stop = predicted_range(tokens, *self.pair.kept)
+        first, stop = self.pair.predicted(tokens)
         if first == stop:
             return 2 * tokens * base
         return ttft_flops(base, auxiliary, predictor, tokens, tokens - stop) + 2 * first * base

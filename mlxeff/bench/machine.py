@@ -2,6 +2,7 @@
 
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +20,7 @@ def card() -> dict:
     return {
         "cpu": processor(),
         "memory_gb": round(physical_bytes() / 1e9, 1),
-        "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
+        "system": system(),
         "mlxeff": __version__,
         "mlx": mx.__version__,
         "cpu_backend": f"native {native.isa()}" if native else f"MLX ({reason})",
@@ -32,19 +33,47 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
+def system() -> str:
+    """The operating system, the kind of processor, the version of Python."""
+    return f"{platform.system()} {platform.machine()}, Python {platform.python_version()}"
+
+
 def processor() -> str:
     """The processor's name as the system gives it."""
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if "model name" in line]
-        return names[0] if names else platform.machine()
-    if sys.platform == "darwin":
-        run = subprocess.run(["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True, check=False)
-        return run.stdout.strip() or platform.processor()
-    return platform.processor() or platform.machine()
+    if info := cpu_info():
+        return info.get("model name", platform.machine())
+    return sysctl("machdep.cpu.brand_string") or platform.processor() or platform.machine()
+
+
+def cpu_info() -> dict[str, str]:
+    """What Linux tells of the first core; {} on other systems."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().split("\n\n")[0].splitlines() if path.exists() else []
+    pairs = (line.partition(":") for line in lines)
+    return {name.strip(): value.strip() for name, _, value in pairs}
+
+
+def instruction_sets() -> list[str]:
+    """The flags of the first core, as Linux names them; [] on other systems."""
+    info = cpu_info()
+    return (info.get("flags") or info.get("Features") or "").split()
+
+
+def sysctl(name: str) -> str:
+    """What macOS tells of `name`; nothing on other systems."""
+    return first_line(["sysctl", "-n", name]) if sys.platform == "darwin" else ""
+
+
+def first_line(command: list[str]) -> str:
+    """The first line that a command prints; nothing where it is missing or prints none."""
+    if shutil.which(command[0]) is None:
+        return ""
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    return (run.stdout.splitlines() or [""])[0]
 
 
 def physical_bytes() -> int:
+    """Bytes of memory that the machine has."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from statistics import median
 
 from . import kvp_paper
+from .tables import card_lines, table
 from .ttft import Point, Results
 
 
@@ -36,7 +37,7 @@ def _summary(key: tuple, samples: list[dict]) -> dict:
 def tables(results: Results, card: dict, suite: bool) -> str:
     """Everything for people: the card, a table a device, what the paper has beside it, what was left out."""
     found = medians(results.samples.all)
-    parts = ["\n".join(f"{key}: {value}" for key, value in card.items())]
+    parts = [card_lines(card)]
     for device in dict.fromkeys(key[0] for key in found):
         chosen = {key[1:]: each for key, each in found.items() if key[0] == device}
         parts.append(_table(device, chosen, list(results.arms)))
@@ -48,16 +49,13 @@ def tables(results: Results, card: dict, suite: bool) -> str:
 
 def _table(device: str, found: dict[tuple, dict], arms: list[str]) -> str:
     """Seconds to the first token, and of the last point's arms the tokens a second."""
-    points = sorted({key[:2] for key in found})
-    lines = [f"Median TTFT in seconds on the {device}; in brackets prompt tokens/s and decoded tokens/s", ""]
-    lines += _head(["batch x tokens", *(arm for arm in arms if any(key[2] == arm for key in found))])
-    for point in points:
-        cells = [f"{point[0]} x {point[1]}"]
-        for arm in arms:
-            if any(key[2] == arm for key in found):
-                cells.append(_cell(found.get((*point, arm))))
-        lines.append(_row(cells))
-    return "\n".join(lines)
+    title = f"Median TTFT in seconds on the {device}; in brackets prompt tokens/s and decoded tokens/s"
+    shown = [arm for arm in arms if any(key[2] == arm for key in found)]
+    rows = [
+        [f"{batch} x {tokens}", *(_cell(found.get((batch, tokens, arm))) for arm in shown)]
+        for batch, tokens in sorted({key[:2] for key in found})
+    ]
+    return "\n".join([title, "", table(["batch x tokens", *shown], rows)])
 
 
 def _cell(summary: dict | None) -> str:
@@ -77,33 +75,34 @@ def _table_5(found: dict[tuple, dict]) -> str:
         if not here:
             continue
         where = f"the {device} here | paper: {kvp_paper.MACHINE}, numeric type and threads not stated"
-        lines = [f"Batch {point.batch} x {point.tokens} tokens: {where}", ""]
-        lines += _head(["", "TTFT s, here", "reduction, here", "TTFT s, paper", "reduction, paper"])
+        title = f"Batch {point.batch} x {point.tokens} tokens: {where}"
+        rows = []
         for arm, mine in here.items():
             theirs = kvp_paper.TABLE_5[arm]
             ratio = f"{base['ttft_s'] / mine['ttft_s']:.2f}" if base else ""
-            lines.append(_row([arm, f"{mine['ttft_s']:.2f}", ratio, f"{theirs.ttft_s:.2f}", f"{theirs.reduction:.2f}"]))
-        parts.append("\n".join(lines))
+            rows.append([arm, f"{mine['ttft_s']:.2f}", ratio, f"{theirs.ttft_s:.2f}", f"{theirs.reduction:.2f}"])
+        header = ["", "TTFT s, here", "reduction, here", "TTFT s, paper", "reduction, paper"]
+        parts.append("\n".join([title, "", table(header, rows)]))
     return "\n\n".join(parts)
 
 
 def _flops(arms: dict[str, dict]) -> str:
     """Reductions of the TTFT's FLOPs: the paper's definition on our counts, its print, and with predictor and base."""
-    lines = []
-    for base, table in kvp_paper.TABLES.items():
+    rows = []
+    for base, published in kvp_paper.TABLES.items():
         whole = arms.get(base)
-        for name, theirs in table.items():
+        for name, theirs in published.items():
             if whole is None or name not in arms:
                 continue
             mine = arms[name]
             counted = whole["base"] / mine.get("auxiliary", mine["base"])
             full = whole["flops_512"] / mine["flops_512"]
-            lines.append(_row([name, f"{counted:.2f}", f"{theirs.flops:.2f}", f"{full:.2f}"]))
-    if not lines:
+            rows.append([name, f"{counted:.2f}", f"{theirs.flops:.2f}", f"{full:.2f}"])
+    if not rows:
         return ""
-    title = ["FLOPs reductions. 'counted': parameters of base by parameters of auxiliary, as in the paper", ""]
-    head = _head(["", "counted", "paper", "with predictor and last token, 512 tokens"])
-    return "\n".join([*title, *head, *lines, "", kvp_paper.NOTE])
+    title = "FLOPs reductions. 'counted': parameters of base by parameters of auxiliary, as in the paper"
+    header = ["", "counted", "paper", "with predictor and last token, 512 tokens"]
+    return "\n".join([title, "", table(header, rows), "", kvp_paper.NOTE])
 
 
 def _figures(found: dict[tuple, dict]) -> str:
@@ -130,11 +129,3 @@ def _figures(found: dict[tuple, dict]) -> str:
 
 def _sizes(point: Point) -> tuple[int, int]:
     return point.batch, point.tokens
-
-
-def _head(cells: list[str]) -> list[str]:
-    return [_row(cells), _row(["---"] * len(cells))]
-
-
-def _row(cells: list[str]) -> str:
-    return "| " + " | ".join(cells) + " |"

@@ -139,9 +139,9 @@ def _model(request: Request, fetching: Fetching) -> tuple[list[ttft.Group], dict
     return [ttft.Group(list(arms), lambda names: [arms[name] for name in names], points, loaded=True)], about
 
 
-def _lengths(wanted: Sequence[int] | None, limit: int | None) -> list[int]:
+def _lengths(asked: Sequence[int] | None, limit: int | None) -> list[int]:
     """The prompt lengths asked for, else those of LENGTHS that the context has room for."""
-    lengths = wanted or [length for length in LENGTHS if not limit or length <= limit] or [limit]
+    lengths = asked or [length for length in LENGTHS if not limit or length <= limit] or [limit]
     if limit and max(lengths) > limit:
         raise MlxeffError(f"--prompt-lengths: {max(lengths)} tokens, but the context is {limit} tokens")
     return list(lengths)

@@ -1,24 +1,37 @@
-"""The file that keeps every sample as it is made, so that a run that was broken off goes on.
+"""The file that keeps every sample as it is made, so that a run that was broken off goes on; and medians of samples.
 
 JSON lines: first what may not differ between the samples of one file, then a sample a line.
 """
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from statistics import median
 
 from ..errors import MlxeffError
 
 
 class Samples:
-    """Samples, in memory and, with a path, on disk. `keys` name the fields that tell samples apart.
+    """Samples, in memory and, with a path, on disk.
 
-    Raises MlxeffError for a file that holds other things, or samples made under another `identity`.
+    identity   what may not differ between the samples of one file
+    keys       the fields that tell samples apart
+    holds      sample → whether a sample of the file is kept; one that is not has to be measured again
+    remedy     what helps against a file of another identity, for the message
+
+    Raises MlxeffError for a file that holds other things, or samples made under another identity.
     """
 
-    def __init__(self, path: Path | None, identity: dict, keys: Sequence[str]):
-        self.path, self.keys = path, tuple(keys)
+    def __init__(
+        self,
+        path: Path | None,
+        identity: dict,
+        keys: Sequence[str],
+        holds: Callable[[dict], bool] = lambda _: True,
+        remedy: str = "name a new file",
+    ):
+        self.path, self.keys, self.holds, self.remedy = path, tuple(keys), holds, remedy
         self.all: list[dict] = []
         if path is None:
             return
@@ -41,9 +54,9 @@ class Samples:
                     raise MlxeffError(f"{self.path}: line {number}: wanted JSON, got {line[:40]!r}") from None
         first = held[0] if isinstance(held[0], dict) else {}
         if names := sorted(name for name in {*first, *identity} if first.get(name) != identity.get(name)):
-            raise MlxeffError(f"{self.path}: holds samples made otherwise ({', '.join(names)} differ): name a new file")
+            raise MlxeffError(f"{self.path}: holds samples made otherwise ({', '.join(names)} differ): {self.remedy}")
         known = [each for each in held[1:] if isinstance(each, dict) and set(self.keys) <= set(each)]
-        self.all = list({self.key(each): each for each in known}.values())
+        self.all = [each for each in {self.key(each): each for each in known}.values() if self.holds(each)]
         self._write([identity, *self.all], "w")
 
     def _write(self, lines: Sequence[dict], mode: str) -> None:
@@ -58,12 +71,26 @@ class Samples:
             raise MlxeffError(f"{self.path}: cannot be written: {error.strerror or error}") from error
 
     def key(self, sample: dict) -> tuple:
+        """What tells this sample from others."""
         return tuple(sample[name] for name in self.keys)
 
     def add(self, sample: dict) -> None:
+        """Keep a new sample."""
         self.all.append(sample)
         if self.path is not None:
             self._write([sample], "a")
 
     def done(self) -> set[tuple]:
+        """The keys of all samples."""
         return {self.key(sample) for sample in self.all}
+
+
+def median_of(samples: Iterable[dict], metric: str, **fields) -> float | None:
+    """The median of all values of `metric`, a number or a list of numbers in each sample, in the samples with these
+    `fields`; None where there is none."""
+    values = []
+    for sample in samples:
+        if fields.items() <= sample.items():
+            value = sample.get(metric, [])
+            values += value if isinstance(value, list | tuple) else [value]
+    return median(values) if values else None

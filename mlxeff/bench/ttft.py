@@ -6,9 +6,8 @@ Each point begins with uncounted passes. Every sample is kept (`samples`), so a 
 
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from statistics import median
 
 import mlx.core as mx
 
@@ -17,7 +16,8 @@ from ..errors import MlxeffError, no_notices, notices
 from ..kvprediction.flops import parameters
 from .arms import Arm, weight_bytes
 from .machine import usable_bytes
-from .samples import Samples
+from .samples import Samples, median_of
+from .selection import selected
 
 KEYS = ("device", "batch", "tokens", "arm", "round")
 FILTERS = ("arm", "device", "batch", "tokens")
@@ -67,9 +67,8 @@ def run(
     groups: Sequence[Group], devices: Sequence[str], settings: Settings, only: Sequence[str], results: Results
 ) -> None:
     """Measure what passes `only` ("KEY=VALUE", keys of FILTERS) and is not in `results.samples` yet."""
-    chosen = [selected({"arm": n, "device": d, "batch": p.batch, "tokens": p.tokens}, only)
-              for g in groups for n in g.names for d in devices for p in g.points]  # fmt: skip
-    if not any(chosen):
+    places = ((n, d, p) for g in groups for n in g.names for d in devices for p in g.points)
+    if not any(selected(_fields(*place), only) for place in places):
         raise MlxeffError(f"bench: --only {' '.join(only)}: no measurement is left")
     for group in groups:
         for device in devices:
@@ -80,14 +79,14 @@ def run(
 def _run_group(group: Group, device: str, settings: Settings, only: Sequence[str], results: Results) -> None:
     kernels.use_device(device)
     points = sorted(group.points, key=lambda point: point.batch * point.tokens)
-    wanted = {point: [n for n in group.names if selected(_fields(n, device, point), only)] for point in points}
-    names = [name for name in group.names if any(name in each for each in wanted.values())]
+    asked = {point: [n for n in group.names if selected(_fields(n, device, point), only)] for point in points}
+    names = [name for name in group.names if any(name in each for each in asked.values())]
     if not names:
         return
     arms = {arm.name: arm for arm in group.build(names)}
     results.arms |= {name: describe(arm) for name, arm in arms.items()}
     left = {
-        point: [n for n in here if _rounds_left(n, device, point, settings, results)] for point, here in wanted.items()
+        point: [n for n in here if _rounds_left(n, device, point, settings, results)] for point, here in asked.items()
     }
     if not any(left.values()):
         return
@@ -130,10 +129,9 @@ def _run_point(
             if number >= 0:
                 results.samples.add(_fields(arm.name, device, point) | {"round": number} | found)
     for arm in arms:
-        same = _fields(arm.name, device, point)
-        times = [sample["ttft_s"] for sample in results.samples.all if same.items() <= sample.items()]
+        seconds = median_of(results.samples.all, "ttft_s", **_fields(arm.name, device, point))
         where = f"{device}, batch {point.batch} x {point.tokens} tokens"
-        notices.info("%s, %s: TTFT %.3f s", arm.name, where, median(times))
+        notices.info("%s, %s: TTFT %.3f s", arm.name, where, seconds)
 
 
 def measure(arm: Arm, point: Point, step_size: int, steps: int) -> dict:
@@ -158,19 +156,6 @@ def describe(arm: Arm) -> dict:
     """What does not depend on the time: parameter counts, the weights' type."""
     counts = [parameters(module) for module in arm.modules]
     return dict(zip(("base", "auxiliary", "predictor"), counts)) | {"flops_512": arm.flops(512)}
-
-
-def selected(fields: dict, only: Iterable[str]) -> bool:
-    """Whether each key that is named has one of its values; names match by a part, numbers whole."""
-    wanted: dict[str, list[str]] = {}
-    for text in only:
-        key, _, value = text.partition("=")
-        wanted.setdefault(key, []).append(value)
-
-    def matches(got, value: str) -> bool:
-        return value in got if isinstance(got, str) else str(got) == value
-
-    return all(any(matches(fields[key], value) for value in values) for key, values in wanted.items())
 
 
 def _fields(arm: str, device: str, point: Point) -> dict:

@@ -18,9 +18,9 @@ from mlx.utils import tree_flatten
 from ..checkpoint import Piece, cast, open_source, read_json, write_folder
 from ..errors import MlxeffError
 from ..ops import BITS, GROUPS
+from ..tuning import Tuned
 from .layers import shared_layers
 from .predictor import Predictor
-from .tuning import Tuned
 
 FORMAT, VERSION = "mlxeff-kv-pair", 1
 AUXILIARY = "auxiliary."  # begins the names of tensors that are not the predictor's

@@ -9,8 +9,8 @@ from mlx.utils import tree_flatten
 
 
 def parameters(model: nn.Module) -> int:
-    """Numbers in the model's matrices and norms; packed ones are counted as the numbers they stand for. A module that
-    stands in several places counts once."""
+    """How many numbers the model's matrices, biases and norms have. A quantised or seed-encoded matrix counts as the
+    dense one that it stands for, and a module that stands in several places counts once."""
     modules = {id(module): module for _, module in model.named_modules()}.values()
     return sum(_own(module) for module in modules)
 
@@ -30,15 +30,11 @@ def _holds_modules(value: object) -> bool:
     return any(isinstance(item, nn.Module) for item in [value, *items])
 
 
-def published_reduction(base: int, auxiliary: int) -> float:
-    """The paper's "FLOPs reduction" from two parameter counts."""
-    return base / auxiliary
-
-
 def ttft_flops(base: int, auxiliary: int, predictor: int, tokens: int, kept: int = 1) -> int:
-    """FLOPs to the first token of a prompt of `tokens`, from parameter counts; the base computes `kept` of them.
+    """FLOPs to the first token after a prompt of `tokens` tokens, from the parameter counts of the three models.
 
-    The auxiliary does not read the last `kept` tokens, and with all of them kept nothing is predicted.
+    The base computes the last `kept` tokens itself, and the auxiliary does not read these. Where all tokens are kept,
+    nothing is predicted.
     """
     kept = min(kept, tokens)
     return 2 * ((tokens - kept) * (auxiliary + predictor) + kept * base)

@@ -10,6 +10,8 @@ from fractions import Fraction
 
 from ..errors import MlxeffError
 
+FRACTIONS = ("0.75", "0.50", "0.25")  # of the base's layers that the published pruned auxiliaries keep
+
 
 def kept_layers(fraction: str | float | Fraction, layers: int) -> list[int]:
     """The evenly spread layers of a pruned model: 0.5 keeps 0, 2, 4, …; 0.75 drops 3, 7, …"""
@@ -67,20 +69,16 @@ class Published:
 PUBLISHED = {
     "OE1.1B-KVP-C-450M": Published("1_1B", "450M"),
     "OE1.1B-KVP-C-270M": Published("1_1B", "270M"),
-    "OE1.1B-KVP-LP-0.75": Published("1_1B", keep="0.75"),
-    "OE1.1B-KVP-LP-0.50": Published("1_1B", keep="0.50"),
-    "OE1.1B-KVP-LP-0.25": Published("1_1B", keep="0.25"),
+    **{f"OE1.1B-KVP-LP-{keep}": Published("1_1B", keep=keep) for keep in FRACTIONS},
     "OE3B-KVP-C-1.1B": Published("3B", "1_1B"),
     "OE3B-KVP-C-450M": Published("3B", "450M"),
     "OE3B-KVP-C-270M": Published("3B", "270M"),
-    "OE3B-KVP-LP-0.75": Published("3B", keep="0.75"),
-    "OE3B-KVP-LP-0.50": Published("3B", keep="0.50"),
-    "OE3B-KVP-LP-0.25": Published("3B", keep="0.25"),
+    **{f"OE3B-KVP-LP-{keep}": Published("3B", keep=keep) for keep in FRACTIONS},
 }
 # CoreNet's file names of the pruned configurations. The two sizes use `kvp_lp` for opposite things: for the 3B it
 # names the pruned baselines, which predict nothing.
 BASELINE = "a layer-pruned baseline without prediction"
-PARTS = (("0_75", "0.75"), ("0_50", "0.50"), ("0_25", "0.25"))
+PARTS = [(keep.replace(".", "_"), keep) for keep in FRACTIONS]
 CORENET_FILES = {
     **{f"openelm_1_1B_kvp_lp_{part}": f"OE1.1B-KVP-LP-{keep}" for part, keep in PARTS},
     **{f"openelm_base_3B_aux_{part}l": f"OE3B-KVP-LP-{keep}" for part, keep in PARTS},

@@ -6,22 +6,22 @@ paper    as in CoreNet's `cross_entropy_for_kv_prediction.py`: the base runs on 
              loss = CE + z + α (CE_A + z_A) + λ Σ_layers (mean |K̂ - K| + mean |V̂ - V|),  z = 1e-4 · mean logsumexp²
 
          with keys after the base's norm and before rotation, and A the auxiliary as a language model of its own.
-distill  what is done at inference, held to the base itself and not to the text: the last C tokens attend to a predicted
-         prompt and to their own keys and values, and
+distill  trains what happens at inference, with the base's own distributions as targets and not the text: the last C
+         tokens attend to a predicted prompt and to their own keys and values, and
 
              loss = mean over C + 1 positions of KL(base ‖ base on the predicted prompt) + α (CE_A + z_A) + λ Σ_layers …
 
          with keys as the cache holds them, normed and rotated.
 
-λ = 1 / base layers, which the paper chose, for its loss, 0 for `distill`; α = 1. Where the auxiliary is not tuned its
-term is a constant and left out, and the sums leave out layers that base and auxiliary share.
+λ is 1 / base layers for the paper's loss, as the paper chose, and 0 for `distill`; α = 1. Where the auxiliary is not
+tuned, its term is a constant and left out. The sums leave out the layers that base and auxiliary share.
 """
 
 from typing import NamedTuple
 
 import mlx.core as mx
 
-from ..ops import attention, cross_entropy
+from ..ops import attention, cross_entropy, log_softmax
 from ..running import EXACT, RunOptions, Tally
 from .predictor import Pairs, Predictor, Reading, reading
 
@@ -30,16 +30,19 @@ Z_LOSS = 1e-4
 
 
 class Truth(NamedTuple):
-    """What the base says of token ids: `logits` (B, C + 1, V) of the continuation, None for the paper's loss; `pairs`,
-    its keys and values of the tokens that are predicted."""
+    """What the base itself computes of token ids: its `logits` (B, C + 1, V) of the continuation, None for the paper's
+    loss, and as `pairs` the true keys and values of those tokens whose keys and values are predicted."""
 
     logits: mx.array | None
     pairs: Pairs
 
 
 class PredictedLayer:
-    """A layer's cache that begins with a prompt's predicted keys and values; those of the tokens that follow are added
-    (`grows`), or discarded: then it is of these same tokens that the predicted ones are."""
+    """The cache of a layer, filled with predicted keys and values.
+
+    With `grows` they are those of a prompt, and tokens that follow it attend to them and to their own. Without, they
+    are those of the very tokens that attend, whose own keys and values are discarded.
+    """
 
     def __init__(self, keys: mx.array, values: mx.array, window: int | None, grows: bool):
         self.keys, self.values, self.window, self.grows = keys, values, window, grows
@@ -56,7 +59,7 @@ class PredictedLayer:
 
 
 class PredictedCache:
-    """`PredictedLayer` of each layer of `base`, from keys and values that `placed_kv` gave."""
+    """A `PredictedLayer` for each layer of `base`; `placed`: keys and values as `base.placed_kv` returns them."""
 
     def __init__(self, base, placed: Pairs, grows: bool = False):
         windows = [base.window(i) for i in range(len(base.layers))]
@@ -65,15 +68,15 @@ class PredictedCache:
 
 
 def predicted_logits(predictor: Predictor, read: Reading, base, tokens: mx.array) -> tuple[mx.array, Pairs]:
-    """Token ids (B, N), and what was read of the auxiliary for them → the base's logits (B, N, V) where all keys and
-    values are predicted, and these, raw."""
+    """Token ids (B, N), and what was read of the auxiliary for them → (the base's logits (B, N, V) with all keys and
+    values predicted; these keys and values, raw)."""
     predicted = predictor(read)
     return base(tokens, PredictedCache(base, base.placed_kv(predicted, 0))), predicted
 
 
 def continued_logits(predictor: Predictor, read: Reading, base, tokens: mx.array) -> tuple[mx.array, Pairs]:
-    """Token ids (B, C + 1), and what was read of the auxiliary for those before them → the base's logits (B, C + 1, V)
-    after a predicted prompt, and this prompt's keys and values as a cache holds them."""
+    """Token ids (B, C + 1), and what was read of the auxiliary for the prompt before them → (the base's logits
+    (B, C + 1, V) after the predicted prompt; the prompt's predicted keys and values as a cache holds them)."""
     placed = base.placed_kv(predictor(read), 0)
     return base(tokens, PredictedCache(base, placed, grows=True)), placed
 
@@ -95,7 +98,7 @@ def truth(base, tokens: mx.array, kind: str, continuation: int) -> Truth:
 
 
 def predicted_part(tokens: mx.array, kind: str, continuation: int) -> mx.array:
-    """Of the token ids (B, N) that the base reads, those whose keys and values are predicted."""
+    """Those of the token ids (B, N) whose keys and values are predicted: all of them, or the prompt."""
     return tokens if kind == "paper" else tokens[:, : -continuation - 1]
 
 
@@ -109,9 +112,11 @@ def loss(
     auxiliary_loss: float = 0,
     read: Reading | None = None,
 ) -> mx.array:
-    """The loss of token ids (B, N + 1): N inputs, of which `true` is the base's answer, and the N that follow them.
+    """The loss for token ids (B, N + 1): the first N are inputs, for which `true` holds what the base computes, and the
+    last N are what follows each of them.
 
-    `consistency` is λ, `auxiliary_loss` is α; `read`: what was read of the auxiliary, where it is not asked for it.
+    `consistency` is λ, `auxiliary_loss` is α. `read`: what the predictor reads of the auxiliary; with None the
+    auxiliary runs here, so that it gets gradients.
     """
     inputs, kind = tokens[:, :-1], "paper" if true.logits is None else "distill"
     continuation = 0 if kind == "paper" else true.logits.shape[1] - 1
@@ -134,27 +139,26 @@ def loss(
 
 
 def language_loss(logits: mx.array, targets: mx.array) -> mx.array:
-    """Mean cross-entropy and z-loss of logits (B, N, V) and the ids (B, N) that follow."""
+    """Mean cross-entropy plus z-loss of logits (B, N, V), for the ids (B, N) that follow."""
     entropy = cross_entropy(logits, targets)
     # logsumexp = entropy + the target's logit
     z = entropy + mx.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     return entropy.mean() + Z_LOSS * (z * z).mean()
 
 
-def divergence(wanted: mx.array, logits: mx.array) -> mx.array:
-    """Mean KL divergence, in nats, of the distributions of `logits` (…, V) from those of `wanted`."""
-    logits, wanted = logits.astype(mx.float32), wanted.astype(mx.float32)
-    true, found = (x - mx.logsumexp(x, axis=-1, keepdims=True) for x in (wanted, logits))
+def divergence(true: mx.array, found: mx.array) -> mx.array:
+    """Mean of KL(true ‖ found), in nats, of the distributions that logits (…, V) stand for; float32."""
+    true, found = (log_softmax(logits.astype(mx.float32)) for logits in (true, found))
     return (mx.exp(true) * (true - found)).sum(axis=-1).mean()
 
 
 def distance(predicted: Pairs, true: Pairs) -> mx.array:
-    """The sum over layers, keys and values of the mean distance."""
+    """Mean |predicted - true| of the keys, and of the values, of each layer; all summed."""
     return sum(
         (
             mx.abs(mine - theirs).mean()
-            for pair, wanted in zip(predicted, true, strict=True)
-            for mine, theirs in zip(pair, wanted, strict=True)
+            for pair, true_pair in zip(predicted, true, strict=True)
+            for mine, theirs in zip(pair, true_pair, strict=True)
         ),
         start=mx.array(0.0),
     )

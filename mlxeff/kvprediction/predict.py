@@ -124,6 +124,10 @@ class KvPrediction:
         """(last tokens, first tokens) of a prompt that the base computes itself."""
         return (1, 0) if self.keep is None else (self.keep, SINKS)
 
+    def predicted(self, total: int) -> tuple[int, int]:
+        """The positions [first, stop) of a prompt of `total` tokens whose keys and values are predicted."""
+        return predicted_range(total, *self.kept)
+
     def read(
         self,
         model: KvModel,
@@ -139,8 +143,7 @@ class KvPrediction:
         if cache.length:
             notices.warning("KV prediction: not used: the cache holds %d tokens already", cache.length)
             return prefill(model, cache, tokens, step_size, progress, options)
-        keep, sinks = self.kept
-        first, stop = predicted_range(total, keep, sinks)
+        first, stop = self.predicted(total)
         limit = getattr(self.auxiliary, "context_length", None)
         if limit and stop > limit:  # tokens that the auxiliary reads
             text = f"wanted a prompt in the auxiliary's context of {limit} tokens, got {total}"
@@ -153,7 +156,7 @@ class KvPrediction:
             notices.info(text, stop - first, total, self.name, ", then refined" if self.refine else "")
             if self.refine:
                 self.refinement = Refinement(model, cache, first, options=options)
-        how = step_size, keep, sinks, progress, options
+        how = step_size, *self.kept, progress, options
         return predict(self.auxiliary, self.predictor, model, tokens, cache, *how)
 
     def accompany(self, steps: Iterator[Step], prompt: Sequence[int]) -> Iterator[Step]:

@@ -21,10 +21,10 @@ from ..cache import Cache
 from ..decode import Model
 from ..errors import MlxeffError
 from ..modules import Linear, QuantizedLinear
+from ..ops import CHOSEN_GROUPS, fitting_group
 from ..running import EXACT, RunOptions
 
 INPUTS = ("own", "hidden")
-MAP_GROUPS = (64, 32)  # of `quantization`: the first that fits
 Shapes = Sequence[tuple[int, int]]  # (G, E) of each layer
 Pairs = list[tuple[mx.array, mx.array]]  # keys and values (B, G, S, E) of each layer
 Features = dict[int, tuple[mx.array, mx.array]]  # of auxiliary layers what maps to keys and to values read, (B, S, P)
@@ -175,12 +175,12 @@ def read_widths(auxiliary: Shapes, inputs: str, hidden: int | None) -> list[int]
 
 
 def quantization(bits: int, widths: Sequence[int]) -> dict:
-    """The scheme, as MLX names it, of maps that read `widths` numbers; refuses widths that no group divides."""
-    fitting = [size for size in MAP_GROUPS if not any(width % size for width in widths)]
-    if not fitting:
-        wanted = f"inputs of a multiple of {MAP_GROUPS[-1]}"
-        raise MlxeffError(f"maps of {bits} bits: wanted {wanted}, got {sorted(set(widths))}")
-    return {"group_size": fitting[0], "bits": bits, "mode": "affine"}
+    """The scheme, as MLX names it, of maps that read `widths` numbers; refuses widths that no group size divides."""
+    group = fitting_group(*widths)
+    if group is None:
+        needed = f"inputs of a multiple of {min(CHOSEN_GROUPS)}"
+        raise MlxeffError(f"maps of {bits} bits: wanted {needed}, got {sorted(set(widths))}")
+    return {"group_size": group, "bits": bits, "mode": "affine"}
 
 
 def quantize(predictor: Predictor, scheme: dict) -> None:

@@ -1,15 +1,16 @@
-"""Text that a model writes by itself, to fit on: its own distribution, without a file."""
+"""Text that a model writes by itself: a predictor can be fitted on it where no other text is given."""
 
 import mlx.core as mx
 
+from ..ops import log_softmax
 from ..sampling import make_sampler
 
 BATCH = 16  # sequences at once
 
 
 def sample(model, start: int, tokens: int, length: int, seed: int) -> list[list[int]]:
-    """Sequences of `length` ids, `tokens` in all (the last one may be shorter), each drawn from the model at
-    temperature 1 after the token `start`, which it begins with."""
+    """Sequences of `length` token ids, `tokens` in all; the last one may be shorter. Each begins with the token `start`
+    and goes on with tokens that are drawn from the model at temperature 1. The same seed draws the same tokens."""
     mx.random.seed(seed)
     lengths = [min(length, tokens - at) for at in range(0, tokens, length)]
     drawn = []
@@ -21,13 +22,12 @@ def sample(model, start: int, tokens: int, length: int, seed: int) -> list[list[
 
 
 def _draw(model, start: int, batch: int, length: int) -> mx.array:
-    """(batch, length) token ids."""
+    """Token ids (batch, length): sequences that are drawn at once."""
     sampler, cache = make_sampler(temp=1.0), model.new_cache()
     cache.reserve(length)
     ids = [mx.full((batch, 1), start, mx.uint32)]
     for _ in range(length - 1):
-        logits = model.last_logits(ids[-1], cache)
-        following = sampler(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
+        following = sampler(log_softmax(model.last_logits(ids[-1], cache)))
         ids.append(following[:, None].astype(mx.uint32))
         mx.eval(ids[-1])
     return mx.concatenate(ids, axis=1)

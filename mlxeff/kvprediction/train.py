@@ -1,28 +1,25 @@
-"""Gradient training of the predictor, and of the auxiliary where it is tuned (`tuning`); the base is frozen. Same seed
-and text, same pair to the bit, also when it was killed and resumed on the way. `losses` says what is minimised.
+"""Gradient training of a pair: of the predictor, and of the auxiliary where it is tuned; the base is frozen.
+
+What is minimised is in `losses`, the loop and its checkpoint in `mlxeff.training`. Here are the settings of a pair's
+training, and how its batches are drawn: for a loss and a step's number, which tokens, and where a prompt ends in them.
+Shapes: B batch, N tokens.
 """
 
-import hashlib
-import json
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
-import mlx.optimizers as optim
 import numpy as np
-from mlx.utils import tree_flatten, tree_unflatten
 
-from ..checkpoint import save_arrays
-from ..errors import MlxeffError, notices
+from .. import training
+from ..errors import MlxeffError
+from ..tuning import Tuned
 from .losses import LOSSES, Truth, loss, predicted_part, truth
 from .predictor import Predictor, Reading
-from .tuning import Tuned
 
-BETAS, LAST_RATE, CLIP = (0.9, 0.95), 0.1, 1.0  # of Adam; the final learning rate's share of `rate`; gradient norm
-ANSWER = 8  # tokens of a continuation where prompts end at given places
+ANSWER = 8  # the most tokens that continue a prompt which ends at a given place
 
 
 class Trained(nn.Module):
@@ -36,22 +33,18 @@ class Trained(nn.Module):
 
 
 @dataclass(frozen=True)
-class Training:
-    """`steps` of `batch` sequences; `rate` is Adam's highest learning rate, reached after `warmup` steps.
-    `loss`, one of LOSSES; `continuation`: tokens C that `distill` continues with, after a prompt of half of what a
-    sequence has room for, up to all. `consistency`: λ, None for the loss's own (`losses`). `auxiliary_loss`: α, for a
-    tuned auxiliary. `every`: steps between two checkpoints."""
+class Training(training.Training):
+    """The settings of a pair's training.
 
-    steps: int
-    batch: int = 1
-    rate: float = 3e-4
-    warmup: int = 20
+    loss: one of LOSSES. continuation: the tokens C that `distill` continues a prompt with; the prompt takes from half
+    of the rest of a sequence up to all of it. consistency: λ, None for the loss's own (`losses`). auxiliary_loss: α,
+    for a tuned auxiliary.
+    """
+
     loss: str = "paper"
     continuation: int = 64
     consistency: float | None = None
     auxiliary_loss: float = 1.0
-    seed: int = 0
-    every: int = 50
 
 
 def train(
@@ -65,36 +58,25 @@ def train(
     tuned: Tuned | None = None,
     ends: Sequence[int] = (),
 ) -> list[float]:
-    """Train `predictor` in place on `sequences` of token ids of one length, and what is `tuned` of the auxiliary;
-    returns the loss of each step.
+    """Train `predictor` in place, and with it the modules of `tuned`, if the auxiliary is tuned; returns the loss of
+    each step.
 
-    ends: for `distill`, places where prompts shall end in every other step, in the sequences of full length one after
-    the other: before the token of that index.
-    checkpoint: a file to write every `every` steps and to go on from; one of other settings or text is refused.
+    sequences: token ids; only those of the largest length are used.
+    ends: for `distill`, places where the prompts of every other step end. They count the tokens of the sequences that
+    are used, one after the other; a prompt ends before the token of that number.
+    checkpoint, progress: as of `mlxeff.training.train`, also for what is raised.
     """
     check(sequences, settings)
-    rows, trained = _full(sequences), Trained(predictor, tuned)
-    optimizer = optim.Adam(schedule(settings), betas=list(BETAS), bias_correction=True)
-    optimizer.init(trained.trainable_parameters())
-    ends = np.array(sorted(ends), dtype=np.int64)
-    mark = _mark(settings, rows, ends, trained)
-    losses = _restore(checkpoint, mark, trained, optimizer) if checkpoint else []
-    if losses:
-        notices.info("training: goes on after step %d of %d, from %s", len(losses), settings.steps, checkpoint)
-    step = _step(trained, auxiliary, base, settings)
-    for index in range(len(losses), settings.steps):
-        value, gradients = step(*_batch(rows, settings, ends, index))
-        gradients, _ = optim.clip_grad_norm(gradients, CLIP)
-        optimizer.update(trained, gradients)
-        mx.eval(trained.parameters(), optimizer.state, value)
-        losses.append(_finite(value.item(), index))
-        if checkpoint and ((index + 1) % settings.every == 0 or index + 1 == settings.steps):
-            _save(checkpoint, mark, trained, optimizer, losses)
-        if progress:
-            progress(index + 1, settings.steps)
-    if not all(mx.isfinite(value).all().item() for _, value in tree_flatten(trained.trainable_parameters())):
-        raise MlxeffError("training: wanted finite weights after the last step, got others: lower the learning rate")
-    return losses
+    rows, trained, ends = _longest(sequences), Trained(predictor, tuned), np.array(sorted(ends), dtype=np.int64)
+    return training.train(
+        trained,
+        _step(trained, auxiliary, base, settings),
+        lambda index: _batch(rows, settings, ends, index),
+        (rows, ends),
+        settings,
+        checkpoint,
+        progress,
+    )
 
 
 def check(sequences: Sequence[Sequence[int]], settings: Training) -> None:
@@ -109,17 +91,18 @@ def check(sequences: Sequence[Sequence[int]], settings: Training) -> None:
         raise MlxeffError(f"training: wanted sequences of at least {least} tokens, got {length}")
 
 
-def _full(sequences: Sequence[Sequence[int]]) -> np.ndarray:
-    """The sequences of full length, (…, N + 1)."""
+def _longest(sequences: Sequence[Sequence[int]]) -> np.ndarray:
+    """The sequences of the largest length, (…, N + 1)."""
     length = max(map(len, sequences))
     return np.array([list(ids) for ids in sequences if len(ids) == length], dtype=np.int32)
 
 
 def _batch(rows: np.ndarray, settings: Training, ends: np.ndarray, index: int) -> tuple[mx.array, int]:
-    """The tokens (B, N + 1) of a step, and how many of them continue a prompt: 0 in the paper's loss.
+    """The tokens (B, N + 1) of the step of number `index`, and how many of them continue a prompt: 0 for `paper`.
 
-    For `distill` these are pieces of all sequences one after the other, of one length from half of theirs up. In every
-    other step the prompts end where `ends` says, and only up to ANSWER tokens follow, which weigh the more.
+    For `paper` a batch is some of the `rows`. For `distill` it is pieces of the rows joined to one text, all of one
+    length, from half of a row's to all of it. In every other step their prompts end at some of the places `ends`, and
+    at most ANSWER tokens follow: the answers to the prompts, each of which weighs more than in a long continuation.
     """
     chooser, flat = np.random.default_rng([settings.seed, index]), rows.reshape(-1)
     if settings.loss == "paper":
@@ -137,8 +120,11 @@ def _batch(rows: np.ndarray, settings: Training, ends: np.ndarray, index: int) -
 
 
 def _step(trained: Trained, auxiliary, base, settings: Training) -> Callable:
-    """(tokens (B, N + 1), continuation) → (loss, gradients). What is frozen runs outside of what is differentiated: the
-    base's own pass, and the auxiliary's where it is not tuned."""
+    """The function (tokens (B, N + 1), continuation) → (loss, gradients).
+
+    The passes of frozen models run outside of the function that is differentiated: the base's own pass, and that of an
+    auxiliary which is not tuned.
+    """
     usual = 1 / len(base.layers) if settings.loss == "paper" else 0.0
     consistency = usual if settings.consistency is None else settings.consistency
     tuned = "auxiliary" in trained
@@ -158,58 +144,3 @@ def _step(trained: Trained, auxiliary, base, settings: Training) -> Callable:
         return differentiated(tokens, truth(base, inputs, settings.loss, continuation), read)
 
     return step
-
-
-def _finite(value: float, step: int) -> float:
-    if not math.isfinite(value):
-        raise MlxeffError(f"training: step {step + 1}: wanted a finite loss, got {value}: lower the learning rate")
-    return value
-
-
-def schedule(settings: Training) -> Callable[[mx.array], mx.array]:
-    """Linear to `rate` over `warmup` steps, then by a cosine to a tenth of it."""
-
-    def rate(step: mx.array) -> mx.array:
-        step = step.astype(mx.float32)  # it is unsigned
-        rising = (step + 1) / max(1, settings.warmup)
-        done = mx.clip((step - settings.warmup) / max(1, settings.steps - settings.warmup), 0, 1)
-        falling = LAST_RATE + (1 - LAST_RATE) * 0.5 * (1 + mx.cos(math.pi * done))
-        return settings.rate * mx.minimum(rising, falling)
-
-    return rate
-
-
-def _mark(settings: Training, rows: np.ndarray, ends: np.ndarray, trained: Trained) -> str:
-    """What tells one training from another."""
-    digest = hashlib.sha256(json.dumps(asdict(settings), sort_keys=True).encode() + rows.tobytes() + ends.tobytes())
-    for name, value in tree_flatten(trained.parameters()):
-        digest.update(name.encode() + np.array(value.astype(mx.float32)).tobytes())
-    return digest.hexdigest()[:16]
-
-
-def _save(path: Path, mark: str, trained: Trained, optimizer: optim.Optimizer, losses: list[float]) -> None:
-    arrays = {f"trained.{name}": value for name, value in tree_flatten(trained.parameters())}
-    arrays |= {f"optimizer.{name}": value for name, value in tree_flatten(optimizer.state)}
-    save_arrays(path, arrays, {"mark": mark, "losses": json.dumps(losses)}, "the training's checkpoint")
-
-
-def _restore(path: Path, mark: str, trained: Trained, optimizer: optim.Optimizer) -> list[float]:
-    """Put the state of a checkpoint in place; returns its losses, none where there is no checkpoint."""
-    if not path.exists():
-        return []
-    try:
-        arrays, metadata = mx.load(str(path), format="safetensors", return_metadata=True)
-        mx.eval(arrays)
-    except RuntimeError as error:
-        raise MlxeffError(f"{path}: wanted a training's checkpoint, got {str(error).splitlines()[0]}") from error
-    if metadata.get("mark") != mark:
-        raise MlxeffError(
-            f"{path}: wanted a checkpoint of this training ({mark}), got {metadata.get('mark')}: delete it"
-        )
-    parts = {"trained": [], "optimizer": []}
-    for name, value in arrays.items():
-        kind, _, rest = name.partition(".")
-        parts[kind].append((rest, value))
-    trained.update(tree_unflatten(parts["trained"]))
-    optimizer.state = tree_unflatten(parts["optimizer"])
-    return json.loads(metadata["losses"])

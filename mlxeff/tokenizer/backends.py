@@ -5,7 +5,6 @@
     piece(token)                      what a token id contributes to the text (streaming.Piece)
     detokenizer(skip_special_tokens)  a new streaming detokenizer
     token_to_id, id_to_token          between the spelling of a token in the vocabulary and its id
-    is_special(token)                 whether the id is a control token, such as BOS or the mark of a chat turn
     save(folder)                      write the vocabulary's file
 
 This module knows nothing about chats, models or the origin of the files.
@@ -59,9 +58,6 @@ class TokenizersBackend:
 
     def id_to_token(self, token: int) -> str | None:
         return self.tokenizer.id_to_token(token)
-
-    def is_special(self, token: int) -> bool:
-        return token in self._added and self._added[token].special
 
     def detokenizer(self, skip_special_tokens: bool = False) -> StreamingDetokenizer:
         if self._kind == "opaque":
@@ -197,9 +193,6 @@ class SentencePieceBackend:
         if 0 <= token < self._size:
             return self._model.id_to_piece(token)
         return self._added.get(token)
-
-    def is_special(self, token: int) -> bool:
-        return self.id_to_token(token) in self._specials
 
     def detokenizer(self, skip_special_tokens: bool = False) -> StreamingDetokenizer:
         return StreamingDetokenizer(self.piece, self._rules, skip_special_tokens)

@@ -5,15 +5,15 @@
 
 namespace metal {
 
-#define METAL_ON_CPU_UNARY(name, expression)                                          \
-  inline float name(float x) { return static_cast<float>(expression); }               \
-  template <typename F>                                                               \
-  inline Float16<F> name(Float16<F> x) {                                              \
-    return Float16<F>(name(float(x)));                                                \
-  }                                                                                   \
-  template <typename T, int N>                                                        \
-  inline vec<T, N> name(const vec<T, N>& x) {                                         \
-    return each(x, x, [](T l, T) { return static_cast<T>(name(l)); });                \
+#define METAL_ON_CPU_UNARY(name, expression)                            \
+  inline float name(float x) { return static_cast<float>(expression); } \
+  template <typename F>                                                 \
+  inline Float16<F> name(Float16<F> x) {                                \
+    return Float16<F>(name(float(x)));                                  \
+  }                                                                     \
+  template <typename T, int N>                                          \
+  inline vec<T, N> name(const vec<T, N>& x) {                           \
+    return each(x, x, [](T l, T) { return static_cast<T>(name(l)); });  \
   }
 METAL_ON_CPU_UNARY(exp, std::exp(x))
 METAL_ON_CPU_UNARY(exp2, std::exp2(x))
@@ -67,13 +67,21 @@ inline vec<T, N> fma(const vec<T, N>& a, const vec<T, N>& b, const vec<T, N>& c)
 }
 
 template <typename T>
-inline T abs(T x) { return x < T(0) ? T(-x) : x; }
+inline T abs(T x) {
+  return x < T(0) ? T(-x) : x;
+}
 template <typename T>
-inline T min(T a, T b) { return b < a ? b : a; }
+inline T min(T a, T b) {
+  return b < a ? b : a;
+}
 template <typename T>
-inline T max(T a, T b) { return a < b ? b : a; }
+inline T max(T a, T b) {
+  return a < b ? b : a;
+}
 template <typename T>
-inline T clamp(T x, T low, T high) { return min(max(x, low), high); }
+inline T clamp(T x, T low, T high) {
+  return min(max(x, low), high);
+}
 inline float fmin(float a, float b) { return std::fmin(a, b); }
 inline float fmax(float a, float b) { return std::fmax(a, b); }
 template <typename T, int N>
@@ -85,9 +93,13 @@ inline vec<T, N> max(const vec<T, N>& a, const vec<T, N>& b) {
   return each(a, b, [](T l, T r) { return max(l, r); });
 }
 template <typename T>
-inline T mix(T a, T b, T t) { return a + (b - a) * t; }
+inline T mix(T a, T b, T t) {
+  return a + (b - a) * t;
+}
 template <typename T>
-inline T select(T a, T b, bool second) { return second ? b : a; }
+inline T select(T a, T b, bool second) {
+  return second ? b : a;
+}
 template <typename T, int N>
 inline T dot(const vec<T, N>& a, const vec<T, N>& b) {
   T sum = a[0] * b[0];
@@ -108,7 +120,9 @@ inline bool all(const vec<T, N>& a) {
 }
 
 template <typename T>
-inline T popcount(T x) { return static_cast<T>(__builtin_popcountll(std::make_unsigned_t<T>(x))); }
+inline T popcount(T x) {
+  return static_cast<T>(__builtin_popcountll(std::make_unsigned_t<T>(x)));
+}
 template <typename T>
 inline T clz(T x) {
   int width = 8 * sizeof(T);
@@ -123,7 +137,8 @@ inline T extract_bits(T x, uint offset, uint bits) {
   constexpr uint width = 8 * sizeof(T);
   if (bits == 0) return 0;
   if (offset + bits > width) __builtin_trap();  // undefined in Metal
-  return static_cast<T>(static_cast<T>(static_cast<std::make_unsigned_t<T>>(x) << (width - offset - bits)) >> (width - bits));
+  return static_cast<T>(static_cast<T>(static_cast<std::make_unsigned_t<T>>(x) << (width - offset - bits)) >>
+                        (width - bits));
 }
 template <typename T>
 inline T insert_bits(T base, T inserted, uint offset, uint bits) {

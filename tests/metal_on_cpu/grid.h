@@ -5,7 +5,9 @@
 
 namespace metal_on_cpu {
 
-inline Triple minimum(Triple a, Triple b) { return {a.x < b.x ? a.x : b.x, a.y < b.y ? a.y : b.y, a.z < b.z ? a.z : b.z}; }
+inline Triple minimum(Triple a, Triple b) {
+  return {a.x < b.x ? a.x : b.x, a.y < b.y ? a.y : b.y, a.z < b.z ? a.z : b.z};
+}
 inline uint64_t volume(Triple t) { return uint64_t(t.x) * t.y * t.z; }
 inline uint32_t divide_up(uint32_t a, uint32_t b) { return (a + b - 1) / b; }
 

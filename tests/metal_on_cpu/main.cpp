@@ -1,4 +1,5 @@
-// Runs one launch: the working directory holds the file `launch` and one file a buffer; those of the outputs are rewritten.
+// Runs one launch: the working directory holds the file `launch` and one file a buffer; those of the outputs are
+// rewritten.
 #include <cstdio>
 #include <cstdlib>
 #include <string>
@@ -39,8 +40,8 @@ Launch read_launch() {
   Triple &g = launch.grid, &t = launch.threadgroup;
   FILE* file = fopen("launch", "r");
   int count = 0;
-  if (file == nullptr || fscanf(file, "%u %u %u %u %u %u %d %d", &g.x, &g.y, &g.z, &t.x, &t.y, &t.z, &launch.descending,
-                                &count) != 8)
+  if (file == nullptr ||
+      fscanf(file, "%u %u %u %u %u %u %d %d", &g.x, &g.y, &g.z, &t.x, &t.y, &t.z, &launch.descending, &count) != 8)
     fail("the file `launch` is missing or damaged");
   for (int i = 0; i < count; i++) {
     Buffer buffer{};
@@ -77,6 +78,7 @@ int main() {
   run(launch);
   end();
   for (size_t i = 0; i < launch.buffers.size(); i++)
-    if (launch.buffers[i].written) write_file(std::to_string(i).c_str(), launch.buffers[i].data, launch.buffers[i].bytes);
+    if (launch.buffers[i].written)
+      write_file(std::to_string(i).c_str(), launch.buffers[i].data, launch.buffers[i].bytes);
   return 0;
 }

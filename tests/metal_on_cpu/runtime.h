@@ -38,7 +38,8 @@ Exchanged exchange(const void* value, size_t bytes, const char* operation, int l
 void simdgroup_barrier(bool orders_memory, int line);
 void threadgroup_barrier(bool orders_memory, int line);
 
-// The threadgroup variable number `id` of the kernel: the same bytes for all threads of a group, filled with 0xFF before.
+// The threadgroup variable number `id` of the kernel: the same bytes for all threads of a group, filled with 0xFF
+// before.
 void* threadgroup_memory(int id, size_t bytes);
 
 // A launch: begin, the threadgroups in turn, end. `descending`: the threads run from the last to the first.

@@ -1,5 +1,5 @@
-// Runs the threads of a threadgroup: each GPU thread a fiber, the lanes of a simdgroup in lockstep at every operation that
-// exchanges values.
+// Runs the threads of a threadgroup: each GPU thread a fiber, the lanes of a simdgroup in lockstep at every operation
+// that exchanges values.
 #define _XOPEN_SOURCE 700
 #include "grid.h"
 

@@ -48,28 +48,29 @@ inline T reduce(const Exchanged& all, uint begin, uint end, F combine) {
     for (uint i = 0; i + stride < count; i += 2 * stride) values[i] = combine(values[i], values[i + stride]);
   return values[0];
 }
-#define METAL_ON_CPU_REDUCTION(name, expression)                                             \
-  template <typename T>                                                                      \
-  inline T simd_##name(T value, int line = __builtin_LINE()) {                               \
+#define METAL_ON_CPU_REDUCTION(name, expression)                                                           \
+  template <typename T>                                                                                    \
+  inline T simd_##name(T value, int line = __builtin_LINE()) {                                             \
     return reduce<T>(exchange(value, "simd_" #name, line), 0, 32, [](T a, T b) { return T(expression); }); \
-  }                                                                                          \
-  template <typename T>                                                                      \
-  inline T quad_##name(T value, int line = __builtin_LINE()) {                               \
-    Exchanged all = exchange(value, "quad_" #name, line);                                    \
-    return reduce<T>(all, lane() & ~3u, (lane() & ~3u) + 4, [](T a, T b) { return T(expression); }); \
+  }                                                                                                        \
+  template <typename T>                                                                                    \
+  inline T quad_##name(T value, int line = __builtin_LINE()) {                                             \
+    Exchanged all = exchange(value, "quad_" #name, line);                                                  \
+    return reduce<T>(all, lane() & ~3u, (lane() & ~3u) + 4, [](T a, T b) { return T(expression); });       \
   }
 METAL_ON_CPU_REDUCTION(sum, a + b)
-METAL_ON_CPU_REDUCTION(product, a * b)
+METAL_ON_CPU_REDUCTION(product, a* b)
 METAL_ON_CPU_REDUCTION(max, metal::max(a, b))
 METAL_ON_CPU_REDUCTION(min, metal::min(a, b))
-METAL_ON_CPU_REDUCTION(and, a & b)
+METAL_ON_CPU_REDUCTION(and, a& b)
 METAL_ON_CPU_REDUCTION(or, a | b)
 METAL_ON_CPU_REDUCTION(xor, a ^ b)
 #undef METAL_ON_CPU_REDUCTION
 
 template <typename T>
 inline T simd_prefix_inclusive_sum(T value, int line = __builtin_LINE()) {
-  return reduce<T>(exchange(value, "simd_prefix_inclusive_sum", line), 0, lane() + 1, [](T a, T b) { return T(a + b); });
+  return reduce<T>(exchange(value, "simd_prefix_inclusive_sum", line), 0, lane() + 1,
+                   [](T a, T b) { return T(a + b); });
 }
 template <typename T>
 inline T simd_prefix_exclusive_sum(T value, int line = __builtin_LINE()) {
@@ -142,9 +143,7 @@ struct simdgroup_matrix {
   vec<T, 2>& thread_elements() { return held; }
   static int row() { return (lane() / 4 & 4) + lane() / 2 % 4; }
   static int column() { return (lane() / 4 & 2) * 2 + lane() % 2 * 2; }
-  static uint holder(int row, int column) {
-    return (row / 4 * 4 + column / 4 * 2) * 4 + row % 4 * 2 + column / 2 % 2;
-  }
+  static uint holder(int row, int column) { return (row / 4 * 4 + column / 4 * 2) * 4 + row % 4 * 2 + column / 2 % 2; }
 };
 template <typename T, int Rows, int Columns>
 inline simdgroup_matrix<T, Rows, Columns> make_filled_simdgroup_matrix(T value) {
@@ -231,11 +230,11 @@ inline T atomic_update(volatile atomic<T>* object, F function) {
   while (!__atomic_compare_exchange(place, &expected, &desired, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED));
   return expected;
 }
-#define METAL_ON_CPU_ATOMIC(name, expression)                                                  \
-  template <typename T, typename U>                                                            \
-  inline T atomic_##name##_explicit(volatile atomic<T>* object, U operand, memory_order) {     \
-    T o = static_cast<T>(operand);                                                             \
-    return atomic_update(object, [o](T v) { return expression; });                             \
+#define METAL_ON_CPU_ATOMIC(name, expression)                                              \
+  template <typename T, typename U>                                                        \
+  inline T atomic_##name##_explicit(volatile atomic<T>* object, U operand, memory_order) { \
+    T o = static_cast<T>(operand);                                                         \
+    return atomic_update(object, [o](T v) { return expression; });                         \
   }
 METAL_ON_CPU_ATOMIC(exchange, ((void)v, o))
 METAL_ON_CPU_ATOMIC(fetch_add, v + o)

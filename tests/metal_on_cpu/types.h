@@ -76,31 +76,39 @@ struct Float16 {
   operator float() const { return Format::decode(bits); }
 
   template <typename T>
-  Float16& operator+=(const T& other) { return *this = Float16(float(*this) + float(other)); }
+  Float16& operator+=(const T& other) {
+    return *this = Float16(float(*this) + float(other));
+  }
   template <typename T>
-  Float16& operator-=(const T& other) { return *this = Float16(float(*this) - float(other)); }
+  Float16& operator-=(const T& other) {
+    return *this = Float16(float(*this) - float(other));
+  }
   template <typename T>
-  Float16& operator*=(const T& other) { return *this = Float16(float(*this) * float(other)); }
+  Float16& operator*=(const T& other) {
+    return *this = Float16(float(*this) * float(other));
+  }
   template <typename T>
-  Float16& operator/=(const T& other) { return *this = Float16(float(*this) / float(other)); }
+  Float16& operator/=(const T& other) {
+    return *this = Float16(float(*this) / float(other));
+  }
 };
 
 using half = Float16<HalfFormat>;
 using bfloat = Float16<BfloatFormat>;
 
 // half op half and half op integer are half; half op float is float, by conversion.
-#define METAL_ON_CPU_OPERATOR(op)                                                          \
-  template <typename F>                                                                    \
-  inline Float16<F> operator op(Float16<F> a, Float16<F> b) {                              \
-    return Float16<F>(float(a) op float(b));                                               \
-  }                                                                                        \
-  template <typename F, typename T, typename = std::enable_if_t<std::is_integral_v<T>>>    \
-  inline Float16<F> operator op(Float16<F> a, T b) {                                       \
-    return Float16<F>(float(a) op float(b));                                               \
-  }                                                                                        \
-  template <typename F, typename T, typename = std::enable_if_t<std::is_integral_v<T>>>    \
-  inline Float16<F> operator op(T a, Float16<F> b) {                                       \
-    return Float16<F>(float(a) op float(b));                                               \
+#define METAL_ON_CPU_OPERATOR(op)                                                       \
+  template <typename F>                                                                 \
+  inline Float16<F> operator op(Float16<F> a, Float16<F> b) {                           \
+    return Float16<F>(float(a) op float(b));                                            \
+  }                                                                                     \
+  template <typename F, typename T, typename = std::enable_if_t<std::is_integral_v<T>>> \
+  inline Float16<F> operator op(Float16<F> a, T b) {                                    \
+    return Float16<F>(float(a) op float(b));                                            \
+  }                                                                                     \
+  template <typename F, typename T, typename = std::enable_if_t<std::is_integral_v<T>>> \
+  inline Float16<F> operator op(T a, Float16<F> b) {                                    \
+    return Float16<F>(float(a) op float(b));                                            \
   }
 METAL_ON_CPU_OPERATOR(+)
 METAL_ON_CPU_OPERATOR(-)
@@ -116,11 +124,17 @@ inline half operator""h(long double value) { return half(static_cast<float>(valu
 template <typename T, int N>
 struct Components;
 template <typename T>
-struct alignas(2 * sizeof(T)) Components<T, 2> { T x, y; };
+struct alignas(2 * sizeof(T)) Components<T, 2> {
+  T x, y;
+};
 template <typename T>
-struct alignas(4 * sizeof(T)) Components<T, 3> { T x, y, z; };
+struct alignas(4 * sizeof(T)) Components<T, 3> {
+  T x, y, z;
+};
 template <typename T>
-struct alignas(4 * sizeof(T)) Components<T, 4> { T x, y, z, w; };
+struct alignas(4 * sizeof(T)) Components<T, 4> {
+  T x, y, z, w;
+};
 
 // Vectors. Swizzles of several components are read only; the translator writes them as pick<...>().
 template <typename T, int N>
@@ -149,7 +163,9 @@ struct vec : Components<T, N> {
 
  private:
   template <typename U>
-  void put(int& at, const U& value) { (*this)[at++] = static_cast<T>(value); }
+  void put(int& at, const U& value) {
+    (*this)[at++] = static_cast<T>(value);
+  }
   template <typename U, int M>
   void put(int& at, const vec<U, M>& value) {
     for (int i = 0; i < M; i++) (*this)[at++] = static_cast<T>(value[i]);
@@ -162,18 +178,18 @@ inline auto each(const vec<T, N>& a, const vec<T, N>& b, F function) {
   for (int i = 0; i < N; i++) result[i] = function(a[i], b[i]);
   return result;
 }
-#define METAL_ON_CPU_OPERATOR(op)                                                                      \
-  template <typename T, int N>                                                                         \
-  inline auto operator op(const vec<T, N>& a, const vec<T, N>& b) {                                    \
-    return each(a, b, [](T l, T r) { return l op r; });                                                \
-  }                                                                                                    \
-  template <typename T, int N, typename U, typename = std::enable_if_t<std::is_convertible_v<U, T>>>   \
-  inline auto operator op(const vec<T, N>& a, U b) {                                                   \
-    return a op vec<T, N>(static_cast<T>(b));                                                          \
-  }                                                                                                    \
-  template <typename T, int N, typename U, typename = std::enable_if_t<std::is_convertible_v<U, T>>>   \
-  inline auto operator op(U a, const vec<T, N>& b) {                                                   \
-    return vec<T, N>(static_cast<T>(a)) op b;                                                          \
+#define METAL_ON_CPU_OPERATOR(op)                                                                    \
+  template <typename T, int N>                                                                       \
+  inline auto operator op(const vec<T, N>& a, const vec<T, N>& b) {                                  \
+    return each(a, b, [](T l, T r) { return l op r; });                                              \
+  }                                                                                                  \
+  template <typename T, int N, typename U, typename = std::enable_if_t<std::is_convertible_v<U, T>>> \
+  inline auto operator op(const vec<T, N>& a, U b) {                                                 \
+    return a op vec<T, N>(static_cast<T>(b));                                                        \
+  }                                                                                                  \
+  template <typename T, int N, typename U, typename = std::enable_if_t<std::is_convertible_v<U, T>>> \
+  inline auto operator op(U a, const vec<T, N>& b) {                                                 \
+    return vec<T, N>(static_cast<T>(a)) op b;                                                        \
   }
 METAL_ON_CPU_OPERATOR(==)
 METAL_ON_CPU_OPERATOR(!=)
@@ -183,22 +199,22 @@ METAL_ON_CPU_OPERATOR(<=)
 METAL_ON_CPU_OPERATOR(>=)
 #undef METAL_ON_CPU_OPERATOR
 // The arithmetic ones keep the element type: a vector of short stays one.
-#define METAL_ON_CPU_OPERATOR(op)                                                                      \
-  template <typename T, int N>                                                                         \
-  inline vec<T, N> operator op(const vec<T, N>& a, const vec<T, N>& b) {                               \
-    return each(a, b, [](T l, T r) { return static_cast<T>(l op r); });                                \
-  }                                                                                                    \
-  template <typename T, int N, typename U, typename = std::enable_if_t<std::is_convertible_v<U, T>>>   \
-  inline vec<T, N> operator op(const vec<T, N>& a, U b) {                                              \
-    return a op vec<T, N>(static_cast<T>(b));                                                          \
-  }                                                                                                    \
-  template <typename T, int N, typename U, typename = std::enable_if_t<std::is_convertible_v<U, T>>>   \
-  inline vec<T, N> operator op(U a, const vec<T, N>& b) {                                              \
-    return vec<T, N>(static_cast<T>(a)) op b;                                                          \
-  }                                                                                                    \
-  template <typename T, int N, typename U>                                                             \
-  inline vec<T, N>& operator op##=(vec<T, N>& a, const U& b) {                                         \
-    return a = a op b;                                                                                 \
+#define METAL_ON_CPU_OPERATOR(op)                                                                    \
+  template <typename T, int N>                                                                       \
+  inline vec<T, N> operator op(const vec<T, N>& a, const vec<T, N>& b) {                             \
+    return each(a, b, [](T l, T r) { return static_cast<T>(l op r); });                              \
+  }                                                                                                  \
+  template <typename T, int N, typename U, typename = std::enable_if_t<std::is_convertible_v<U, T>>> \
+  inline vec<T, N> operator op(const vec<T, N>& a, U b) {                                            \
+    return a op vec<T, N>(static_cast<T>(b));                                                        \
+  }                                                                                                  \
+  template <typename T, int N, typename U, typename = std::enable_if_t<std::is_convertible_v<U, T>>> \
+  inline vec<T, N> operator op(U a, const vec<T, N>& b) {                                            \
+    return vec<T, N>(static_cast<T>(a)) op b;                                                        \
+  }                                                                                                  \
+  template <typename T, int N, typename U>                                                           \
+  inline vec<T, N>& operator op## = (vec<T, N> & a, const U& b) {                                    \
+    return a = a op b;                                                                               \
   }
 METAL_ON_CPU_OPERATOR(+)
 METAL_ON_CPU_OPERATOR(-)

@@ -1,35 +1,37 @@
-"""Training of the auxiliary itself: which of its weights change, and what they become when it predicts.
+"""Tuning: which weights of a model's layers are trained, and what the layers become afterwards.
 
-lora   each matrix W of its layers computes with W + BA, of which A (R, K) and B (N, R) are trained (Hu et al.,
-       arXiv 2106.09685); W itself, quantised or not, is read as it is stored.
-full   matrices, biases and norms of its layers, in float32.
+lora   each chosen matrix W computes with W + BA, of which A (R, K) and B (N, R) are trained (Hu et al., arXiv
+       2106.09685); W itself, quantised or seed-encoded as it may be, is read as it is stored.
+full   the chosen matrices with their biases, and the chosen norms, are trained in float32.
 
-Embedding, last norm and head stay as they are, so an auxiliary of the base's own layers shares them with the base. What
-was trained is kept beside the predictor; `Tuned.fold` then gives the auxiliary matrices of its own: of 8 bits where W
-is quantised or seed-encoded, else of W's type. Shapes: matrices (N, K), R rank.
+Embedding, last norm and head stay as they are. `Tuned.modules` holds what is trained and nothing else: that is what a
+training changes and what a file keeps. `Tuned.fold` then puts plain layers in place of the trained ones: matrices of
+8 bits where W is quantised or seed-encoded, else of W's type. Knows no technique and no training loop. Shapes: matrices
+(N, K), R rank.
 """
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
-from ..errors import MlxeffError
-from ..modules import Linear, QuantizedLinear, RMSNorm
-from ..ops import GROUPS, linear
+from .errors import MlxeffError
+from .modules import Linear, QuantizedLinear, RMSNorm, dense, is_matrix
+from .ops import GROUPS, linear
 
 METHODS = ("lora", "full")
-BITS = 8  # of a folded matrix whose W is not dense
+FOLDED_BITS = 8  # of a folded matrix whose W is not dense
 
 
 class LoraLinear(nn.Module):
-    """x → W x + B A x; B is 0 at first, so that nothing changes."""
+    """x (…, K) → W x + B A x (…, N). B is 0 at first, so that the model computes what it did before."""
 
     def __init__(self, whole: nn.Module, rank: int, key: mx.array):
+        """`whole`: the linear layer of W, which stays frozen; `key`: of the random numbers that A begins with."""
         super().__init__()
         rows, columns = dense(whole).shape
         bound = 1 / math.sqrt(columns)
@@ -48,7 +50,10 @@ class LoraLinear(nn.Module):
 
 @dataclass(frozen=True)
 class Place:
-    """A module of the auxiliary that is trained: it stands at `owner[key]`, where `whole` stood."""
+    """A place in a layer where a trained module stands: at `owner[key]`, in place of the module `whole`.
+
+    `path` names it: the layer's number, then the names of the modules down to it.
+    """
 
     owner: nn.Module
     key: str
@@ -57,34 +62,42 @@ class Place:
 
     @property
     def trained(self) -> nn.Module:
+        """The module that stands there."""
         return self.owner[self.key]
 
     def fold(self) -> None:
-        """Put what computes the same, without gradients, in place of the trained module."""
+        """Replace the trained module by a plain one that computes the same."""
         trained = self.trained
         if isinstance(trained, RMSNorm):
             trained.weight = trained.weight.astype(self.whole.weight.dtype)
             return
         merged = trained.merged() if isinstance(trained, LoraLinear) else trained
-        self.owner[self.key] = _stored_like(self.whole, merged)
+        self.owner[self.key] = stored_like(self.whole, merged)
 
 
 class Tuned:
-    """The trained modules of an auxiliary, which gets layers of its own for them. `modules` is these alone, by the
-    names that they have in the layers: `layers.0.self_attn.q_proj.a`, …"""
+    """The trained modules of a model, which gets layers of its own for them (`own_layers`).
 
-    def __init__(self, auxiliary: nn.Module, method: str, rank: int = 16, seed: int = 0):
-        """Raises MlxeffError for an unknown method and a rank below 1."""
+    `modules` holds these alone, by the names that they have in the layers: `layers.0.self_attn.q_proj.a`, …
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        method: str,
+        rank: int = 16,
+        seed: int = 0,
+        chosen: Callable[[str], bool] | None = None,
+    ):
+        """`method`: one of METHODS; `rank` and `seed` are for `lora`. `chosen`: whether the module at a `Place.path` is
+        trained; None trains all. Raises MlxeffError for an unknown method and for a rank below 1.
+        """
         if method not in METHODS or type(rank) is not int or rank < 1:
             raise MlxeffError(f"tuning: wanted one of {', '.join(METHODS)} and a rank ≥ 1, got {method!r}, rank {rank}")
-        self.auxiliary, self.method, self.rank = auxiliary, method, rank
-        own_layers(auxiliary)
-        self.places = [
-            Place(owner, key, f"{i}.{path}", owner[key])
-            for i, layer in enumerate(auxiliary.layers)
-            for owner, key, path in _children(layer)
-            if is_matrix(owner[key]) or (method == "full" and isinstance(owner[key], nn.RMSNorm))
-        ]
+        self.model, self.method, self.rank = model, method, rank
+        own_layers(model)
+        places = _places(model.layers, norms=method == "full")
+        self.places = [place for place in places if chosen is None or chosen(place.path)]
         key = mx.random.key(seed)
         for place in self.places:
             key, own = mx.random.split(key)
@@ -94,50 +107,47 @@ class Tuned:
 
     @property
     def config(self) -> dict:
-        """How a pair's config names it."""
+        """The arguments `method` and `rank`, as a file names them."""
         return {"method": self.method} | ({"rank": self.rank} if self.method == "lora" else {})
 
     def fold(self) -> None:
-        """Let the auxiliary be as it predicts: without gradients, its matrices as small as before or nearly."""
+        """Make the model one for inference again: plain layers that compute the same, nearly as small as before."""
         for place in self.places:
             place.fold()
-        mx.eval(self.auxiliary.parameters())
+        mx.eval(self.model.parameters())
 
 
 def own_layers(model: nn.Module) -> None:
-    """Give `model` layers that it shares with no other; the arrays in them are still the same."""
+    """Give `model` layers that it shares with no other model; the arrays in them are still the same."""
     layers = model.layers
     for i, layer in enumerate(layers):
         layers[i] = _twin(layer)
     model.native = None  # it would read the layers that were there before
 
 
-def is_matrix(module: nn.Module) -> bool:
-    """Whether it is a linear layer: dense, quantised or seed-encoded."""
-    return isinstance(module, (nn.Linear, nn.QuantizedLinear)) or hasattr(module, "to_dense")
+def stored_like(whole: nn.Module, merged: nn.Module) -> nn.Module:
+    """The dense float32 layer `merged` in a form about as small as that of `whole`, in whose place it comes.
 
-
-def dense(module: nn.Module) -> mx.array:
-    """The matrix (N, K) of a linear layer in float32."""
-    if hasattr(module, "to_dense"):
-        return module.dense(mx.float32)
-    if isinstance(module, nn.QuantizedLinear):
-        scheme = module.group_size, module.bits, module.mode
-        return mx.dequantize(module.weight, module.scales, module.get("biases"), *scheme).astype(mx.float32)
-    return module.weight.astype(mx.float32)
-
-
-def _stored_like(whole: nn.Module, merged: nn.Module) -> nn.Module:
-    """The dense float32 layer `merged` in a form as small as that of `whole`, or 8 bits."""
+    Where `whole` is dense, the types are its own; else the matrix is quantised to FOLDED_BITS, in groups of the size
+    that `whole` has, or of the smallest size that divides K. It stays dense where no size does.
+    """
     if isinstance(whole, nn.Linear):
         for name in merged.parameters():
             merged[name] = merged[name].astype(whole[name].dtype)
         return merged
     fitting = [size for size in GROUPS if merged.weight.shape[1] % size == 0]
-    wanted = getattr(whole, "group_size", None)
     if not fitting:
         return merged
-    return QuantizedLinear.from_linear(merged, wanted if wanted in fitting else fitting[0], BITS)
+    own = getattr(whole, "group_size", None)
+    return QuantizedLinear.from_linear(merged, own if own in fitting else fitting[0], FOLDED_BITS)
+
+
+def _places(layers: list[nn.Module], norms: bool) -> Iterator[Place]:
+    """The places of all matrices in the layers, and of all norms if asked."""
+    for i, layer in enumerate(layers):
+        for owner, key, path in _children(layer):
+            if is_matrix(owner[key]) or (norms and isinstance(owner[key], nn.RMSNorm)):
+                yield Place(owner, key, f"{i}.{path}", owner[key])
 
 
 def _trainable(module: nn.Module) -> nn.Module:
