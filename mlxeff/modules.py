@@ -20,15 +20,15 @@ def quantized_matrix(module: nn.Module) -> ops.Quantized:
 
 
 def is_matrix(module: nn.Module) -> bool:
-    """Whether it holds one matrix, as a linear layer does: dense, quantised or seed-encoded."""
+    """Whether a module has one matrix, as a linear layer has: dense, quantised or seed-encoded."""
     return isinstance(module, (nn.Linear, nn.QuantizedLinear)) or hasattr(module, "to_dense")
 
 
 def dense(module: nn.Module) -> mx.array:
     """The matrix (N, K) of a linear layer or an embedding in float32, decoded where it is quantised or seed-encoded.
 
-    Affine scales and biases of half precision are widened first, so that no product is rounded to their type: the
-    native kernels multiply by the same numbers.
+    Affine scales and biases in half precision are widened to float32 before they are multiplied, so that the weights
+    are the ones that the native kernels multiply by.
     """
     if hasattr(module, "to_dense"):
         return module.dense(mx.float32)
