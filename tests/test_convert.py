@@ -422,14 +422,7 @@ def test_disk_full_leaves_nothing(tmp_path, rng, left_behind):
 
 
 MEMORY = """
-import resource, sys
 import mlxeff.convert, gguf, safetensors
-def peak():
-    # Linux carries ru_maxrss over from the process that forked this one; VmHWM is this program's own.
-    if sys.platform == "darwin":
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    status = dict(line.split(":", 1) for line in open("/proc/self/status"))
-    return int(status["VmHWM"].split()[0]) * 1024
 before = peak()
 mlxeff.convert.convert(sys.argv[1], sys.argv[2], dtype="float16")
 print(peak() - before)
@@ -445,6 +438,6 @@ def test_peak_memory(tmp_path, rng):
     (tmp_path / "hf").mkdir()
     (tmp_path / "hf" / "config.json").write_text(json.dumps(config))
     shard = write_torch(tmp_path / "hf" / "pytorch_model.bin", state).stat().st_size
-    command = [sys.executable, "-c", textwrap.dedent(MEMORY), tmp_path / "hf", tmp_path / "out"]
+    command = [sys.executable, "-c", textwrap.dedent(files.PEAK + MEMORY), tmp_path / "hf", tmp_path / "out"]
     peak = int(subprocess.check_output(command, text=True))
     assert 0 < peak < 1.3 * shard, f"{peak / shard:.2f} times the shard"

@@ -25,7 +25,7 @@ from mlxeff.assembly.model import load_path
 from mlxeff.models import openelm
 from mlxeff.ops import mlx_only
 from mlxeff.tokenizer import Tokenizer
-from tiny_model import CONFIG, quantise_folder, random_model, write_byte_tokenizer, write_tiny_model
+from tiny_model import CONFIG, quantise_folder, write_random_model, write_tiny_model
 
 ROOT = Path(__file__).resolve().parent.parent
 native, _ = kernels.native()
@@ -235,12 +235,17 @@ def write_openelm(folder):
         "ffn_multipliers": [0.5, 4.0],
         "ffn_dim_divisor": 32,
     }
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(config))
-    weights = dict(tree_flatten(random_model(config).parameters()))
-    mx.save_safetensors(str(folder / "model.safetensors"), weights, {"format": "mlx"})
-    write_byte_tokenizer(folder)
-    return folder
+    return write_random_model(folder, config)
+
+
+@pytest.mark.parametrize(("name", "expected"), [("OpenELM-270M-Instruct", True), ("OpenELM-270M", False)])
+def test_an_openelm_is_instruct_by_the_name_of_its_own_folder(tmp_path, name, expected):
+    """Not by the names of the folders above it, of which one here has the word of this test's name."""
+    folder = write_openelm(tmp_path / name)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    del config["chat_template"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    assert load_path(folder).tokenizer.has_chat_template is expected
 
 
 def test_openelm_folder(tmp_path):

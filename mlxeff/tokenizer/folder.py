@@ -26,7 +26,7 @@ _LLAMA2_SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"
 
 
 def from_folder(folder: Path | str, model_type: str | None = None, eos_token_ids: int | Iterable[int] | None = None, *,
-                instruct: bool = False, force_bos: bool | None = None) -> Tokenizer:  # fmt: skip
+                instruct: bool = False) -> Tokenizer:  # fmt: skip
     """The tokenizer in `folder`.
 
     model_type     as in config.json; None: read from there
@@ -34,9 +34,8 @@ def from_folder(folder: Path | str, model_type: str | None = None, eos_token_ids
                    or config.json
     instruct       the model is an OpenELM that was tuned on conversations: it gets OPENELM_INSTRUCT_TEMPLATE where the
                    folder has no chat template. The word "instruct" in the folder's name says the same.
-    force_bos      put BOS before every text, whatever the files say; None: for OpenELM only
 
-    Raises MlxeffError for missing and damaged files.
+    An OpenELM has BOS before every text, whatever the files say. Raises MlxeffError for missing and damaged files.
     """
     folder = Path(folder)
     config, model_config = _read_json(folder / "tokenizer_config.json"), _read_json(folder / "config.json")
@@ -56,7 +55,7 @@ def from_folder(folder: Path | str, model_type: str | None = None, eos_token_ids
         special=special,
         eos_token_ids=[eos_token_ids] if isinstance(eos_token_ids, int) else eos_token_ids,
         templates=templates,
-        force_bos=openelm if force_bos is None else force_bos,
+        force_bos=openelm,
         config=_config_to_save(config, backend),
     )
 
