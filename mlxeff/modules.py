@@ -56,7 +56,9 @@ class Linear(nn.Linear):
     def __call__(self, x: mx.array) -> mx.array:
         return ops.linear(x, self["weight"], self.get("bias"))
 
-    def to_quantized(self, group_size=None, bits=None, mode="affine", quantize_input=False) -> nn.Module:
+    def to_quantized(
+        self, group_size: int | None = None, bits: int | None = None, mode: str = "affine", quantize_input: bool = False
+    ) -> nn.Module:
         """The layer with its weight quantised, as in MLX. With `quantize_input` it is MLX's own class, which quantises
         the activations too."""
         if quantize_input:
@@ -90,7 +92,9 @@ class Embedding(nn.Embedding):
         """Hidden states (…, dims) → logits (…, rows)."""
         return ops.linear(x, self["weight"])
 
-    def to_quantized(self, group_size=None, bits=None, mode="affine", quantize_input=False) -> nn.Module:
+    def to_quantized(
+        self, group_size: int | None = None, bits: int | None = None, mode: str = "affine", quantize_input: bool = False
+    ) -> nn.Module:
         """The embedding with its table quantised, as in MLX."""
         if quantize_input:
             return super().to_quantized(group_size, bits, mode, quantize_input)  # raises: MLX has no such embedding

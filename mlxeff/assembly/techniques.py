@@ -145,6 +145,7 @@ def run_options(values: argparse.Namespace) -> "RunOptions":
 
 
 def _check_seedlm(source: "Source") -> None:
+    """Raises MlxeffError where the weight files are not marked as those of this version of SeedLM."""
     from ..seedlm.install import METADATA, check_metadata
 
     if METADATA not in source.metadata:

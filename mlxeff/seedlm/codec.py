@@ -124,7 +124,9 @@ def _windows_ops(seeds: mx.array, count: int) -> mx.array:
     return mx.concatenate(parts, axis=-1)[..., :count].astype(mx.int32) - HALF
 
 
-def rows_ops(fmt: BlockFormat, cols: int, arrays: Mapping[str, mx.array], ids: mx.array, dtype=mx.float32) -> mx.array:
+def rows_ops(
+    fmt: BlockFormat, cols: int, arrays: Mapping[str, mx.array], ids: mx.array, dtype: mx.Dtype = mx.float32
+) -> mx.array:
     """The rows `ids` (...) of the matrix in `dtype`, (..., cols): an embedding look-up."""
     flat = ids.reshape(-1)
     return decode_ops(fmt, cols, _rows(arrays, flat), dtype).reshape(*ids.shape, cols)

@@ -19,7 +19,9 @@ def decode_cpu(fmt: BlockFormat, cols: int, arrays: Mapping[str, mx.array], dtyp
     return _native().seedlm_decode(_planes(fmt, arrays), None, **_layout(fmt, cols, arrays), dtype=dtype)
 
 
-def rows_cpu(fmt: BlockFormat, cols: int, arrays: Mapping[str, mx.array], ids: mx.array, dtype=mx.float32) -> mx.array:
+def rows_cpu(
+    fmt: BlockFormat, cols: int, arrays: Mapping[str, mx.array], ids: mx.array, dtype: mx.Dtype = mx.float32
+) -> mx.array:
     """The rows `ids` (...) of the matrix in `dtype`, (..., cols). Evaluation raises for an id outside of the matrix."""
     return _native().seedlm_decode(_planes(fmt, arrays), ids, **_layout(fmt, cols, arrays), dtype=dtype)
 

@@ -87,6 +87,7 @@ class StreamingDetokenizer:
         self._emit(self._utf8.decode(b"", final=True))
 
     def _emit(self, text: str, special: bool = False) -> None:
+        """Add final text, without the spaces at the beginning that the encoding added."""
         if not text:
             return
         if special and self._rules.sentencepiece:
