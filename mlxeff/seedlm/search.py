@@ -28,7 +28,7 @@ from .lfsr import expand, step
 
 SEEDS = 65535
 SLACK = np.float32(6e-4)  # largest error of an energy in float32, as a share of Σ h w²
-MOST_CONDITION = np.float32(4000)  # seeds with a larger trace(G) trace(G⁻¹) are excluded by the evaluation
+MOST_CONDITION = np.float32(4000)  # seeds whose trace(G) trace(G⁻¹) reaches this are excluded by the evaluation
 EXCLUDED = 4200  # the same limit in the scan; it is larger, so that rounding in the scan excludes no seed wrongly
 # With these limits, nothing underflows in the evaluation that could change its result.
 LEAST_WEIGHT = np.float32(2.0**-40)  # smaller scaled weights count as 0
