@@ -19,7 +19,7 @@ class MlxeffError(ValueError):
 
 
 def some(names: Iterable[str]) -> str:
-    """The first of them, for a message."""
+    """The first four names, joined by commas, for a message; "…" stands for the others."""
     names = list(names)
     return ", ".join(names[:4]) + (", …" if len(names) > 4 else "")
 

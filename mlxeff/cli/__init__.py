@@ -1,7 +1,8 @@
-"""The command `mlxeff`: arguments → one call → print. A module a verb; each is imported when its verb is called.
+"""The command `mlxeff`: it parses arguments, makes one call and prints the result.
 
-Exit codes: 0 done, 1 an error that was explained in one line, 2 wrong usage, 130 interrupted (Ctrl-C; what was
-generated has been printed), 141 the reader of the output went away.
+Each verb has a module with a function `run`, which is imported when the verb is called. This package contains no
+computation. Exit codes: 0 done, 1 an error that was explained in one line, 2 wrong usage, 130 interrupted with Ctrl-C
+(text that was generated before is printed), 141 the reader of the output closed it.
 """
 
 import argparse
@@ -14,14 +15,14 @@ from .. import __version__
 from ..errors import MlxeffError
 from . import arguments
 
-VERBS = {
-    "generate": "answer one prompt, streaming",
-    "chat": "talk with a model, turn by turn",
-    "models": "list the built-in names and what is in the cache",
+VERBS = {  # verb → summary for the help
+    "generate": "answer one prompt, word by word",
+    "chat": "hold a conversation with a model",
+    "models": "list the built-in models and those in the cache",
     "convert": "convert a checkpoint: PyTorch, Hugging Face or GGUF to a folder that mlxeff and mlx-lm load",
-    "fit": "fit what a technique needs to a model of yours",
+    "fit": "fit the learned part of a technique to a model",
     "bench": "measure speed on this machine",
-    "doctor": "say which backends are active here, and why not the others",
+    "doctor": "say which backends this machine has, and why it lacks the others",
 }
 
 
@@ -29,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code (`argparse` exits by itself on --help and wrong usage)."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")  # a terminal that cannot show a character gets a question mark
+            stream.reconfigure(errors="replace")  # "?" in place of a character that the terminal cannot show
     options = _parser().parse_args(argv)
     try:
         code = importlib.import_module(f".{options.verb}", __name__).run(options)
@@ -41,13 +42,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("\ninterrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes once more at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes standard output again at exit
         return 141
     except (MemoryError, OSError) as error:
         return _fail(f"{type(error).__name__}: {error}", options)
 
 
 def _fail(message: str, options: argparse.Namespace) -> int:
+    """Print an error, with `--json` also as a document; returns the exit code."""
     print(f"mlxeff: error: {message}", file=sys.stderr)
     if getattr(options, "json", False):
         import json
@@ -57,11 +59,12 @@ def _fail(message: str, options: argparse.Namespace) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
+    """The parser for all verbs."""
     about = "LLM inference on MLX: OpenELM, the Llama family, and any other model that mlx-lm loads."
     parser = argparse.ArgumentParser("mlxeff", description=about, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"mlxeff {__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     for verb, summary in VERBS.items():
-        sub = verbs.add_parser(verb, help=summary, description=summary.capitalize() + ".", allow_abbrev=False)
+        sub = verbs.add_parser(verb, help=summary, description=arguments.sentence(summary), allow_abbrev=False)
         getattr(arguments, f"add_{verb}")(sub)
     return parser

@@ -1,4 +1,4 @@
-"""`mlxeff doctor`: which backends are active here, and why not the others."""
+"""`mlxeff doctor`: the backends of this machine, and the reasons why it lacks others."""
 
 import argparse
 import json
@@ -7,6 +7,7 @@ import sys
 
 
 def run(options: argparse.Namespace) -> int:
+    """Print the report; returns the exit code."""
     facts = report()
     if options.json:
         print(json.dumps(facts, indent=2))
@@ -25,7 +26,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def report() -> dict:
-    """What `--json` prints."""
+    """The document that `--json` prints (docs/json.md)."""
     import mlx.core as mx
 
     from .. import __version__, hub, kernels

@@ -218,6 +218,7 @@ class SentencePieceBackend:
 
 
 def _load_sentencepiece(proto: bytes, origin: str) -> Any:
+    """The `SentencePieceProcessor` of a serialised model. Raises MlxeffError for bytes that are no model."""
     from sentencepiece import SentencePieceProcessor
 
     model = SentencePieceProcessor()

@@ -47,6 +47,7 @@ class Tokenizer:
             raise MlxeffError(f"{origin}: the model wants a BOS token before every text, the tokenizer names none")
 
     def _id_of(self, name: str) -> int | None:
+        """The id of the special token `name` ("bos_token", …), None where there is none."""
         token = self._special.get(name)
         token_id = None if token is None else self._backend.token_to_id(token)
         if token is not None and token_id is None:
@@ -115,6 +116,7 @@ class Tokenizer:
         return self._with_bos(ids) if add_special_tokens else ids
 
     def _with_bos(self, ids: list[int]) -> list[int]:
+        """The ids with a BOS before them where `force_bos` says so and they have none."""
         return [self.bos_token_id, *ids] if self._force_bos and ids[:1] != [self.bos_token_id] else ids
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
