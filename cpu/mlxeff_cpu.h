@@ -165,11 +165,9 @@ MLXEFF_API int mlxeff_attention_backward(const mlxeff_attention_args* forward, c
                                          const mlxeff_heads* dq, const mlxeff_heads* dk, const mlxeff_heads* dv);
 
 // --- norm.cpp: RMSNorm --------------------------------------------------------------------------------------------
-// y (rows, n) = x / sqrt(mean(x^2) + eps) * weight (n), null for ones. With a residual, x += residual first, in place
-// and rounded to x's dtype. y may be x.
-MLXEFF_API int mlxeff_rms_norm(void* x, int64_t ldx, int x_dtype, const void* residual, int64_t ldr, int residual_dtype,
-                               const void* weight, int weight_dtype, void* y, int64_t ldy, int y_dtype, int64_t rows,
-                               int64_t n, float eps);
+// y (rows, n) = x / sqrt(mean(x^2) + eps) * weight (n), null for ones. y may be x.
+MLXEFF_API int mlxeff_rms_norm(const void* x, int64_t ldx, int x_dtype, const void* weight, int weight_dtype, void* y,
+                               int64_t ldy, int y_dtype, int64_t rows, int64_t n, float eps);
 // The same over the last axis of (B, H, S, E). y may be x.
 MLXEFF_API int mlxeff_head_norm(const mlxeff_heads* x, const mlxeff_heads* y, int64_t B, int64_t H, int64_t S,
                                 int64_t E, const void* weight, int weight_dtype, float eps);
