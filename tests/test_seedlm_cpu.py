@@ -28,7 +28,7 @@ from seedlm_calls import Seeded, SeedWeight, decode, matmul, rows
 from seedlm_models import rounds_to_int8
 
 ROWS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 33)  # of x
-SHAPES = ((1, 576), (3, 1536), (17, 1), (37, 100), (70, 24), (33, 257))
+SHAPES = ((1, 576), (3, 1536), (17, 1), (37, 100), (70, 24), (33, 257), (35, 25))
 
 
 @pytest.fixture(params=(1, 2, 5))

@@ -15,7 +15,9 @@ namespace MLXEFF_ISA {
 
 // Floats, or bf16 values, between the rows of x.
 MLXEFF_INLINE int64_t panel_stride(const SeedArgs& args) { return padded_stride(args.w.K, 4); }
-MLXEFF_INLINE int64_t amx_panel_stride(const SeedArgs& args) { return padded_stride(round_up(args.w.K, 32), 2); }
+MLXEFF_INLINE int64_t amx_panel_stride(const SeedArgs& args) {  // whole blocks, of which the last may be cut by K
+  return padded_stride(round_up(round_up(args.w.K, args.w.columns), 32), 2);
+}
 
 // Calls body(half, column of the panel's K, weights of VL rows of W) for the blocks [j, j_end) of up to 2 * VL rows
 // from n on.
