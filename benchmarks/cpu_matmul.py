@@ -51,7 +51,7 @@ class ColdWeights:
             for i in range(count)
         ]
         self.weights = [
-            QuantizedWeight(*(address(a) for a in arrays), n, k, bits, group, F16) for arrays in self.arrays
+            QuantizedWeight(*(address(a) for a in arrays), n, k, k, bits, group, F16) for arrays in self.arrays
         ]
 
     def __getitem__(self, i):
@@ -113,7 +113,7 @@ def main():
                 for threads in options.threads:
                     assert lib.mlxeff_set_num_threads(threads) == OK
                     seconds = median_time(
-                        lambda i: lib.mlxeff_qmm(weights[i], address(x), k, F32, address(y), n, F32, m, MODES[mode])  # noqa: B023
+                        lambda i: lib.mlxeff_qmm(weights[i], address(x), k, F32, address(y), n, F32, m, MODES[mode], 0)  # noqa: B023
                     )
                     rate, flops = weights.bytes / seconds / 1e9, 2 * m * n * k / seconds / 1e9
                     bandwidth, peak = ceilings[threads]

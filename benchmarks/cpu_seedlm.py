@@ -71,7 +71,7 @@ class ColdSeeds:
     def __call__(self, i, x, y, mode):
         (m, k), n = x.shape, y.shape[1]
         weight = self.weights[i % len(self.weights)]
-        assert lib.mlxeff_seedlm_matmul(ctypes.byref(weight), address(x), k, F32, address(y), n, F32, m, mode) == OK
+        assert lib.mlxeff_seedlm_matmul(ctypes.byref(weight), address(x), k, F32, address(y), n, F32, m, mode, 0) == OK
 
 
 class ColdAffine:
@@ -84,12 +84,12 @@ class ColdAffine:
         self.held = [
             (one + np.uint32(i), *rng.uniform(0.01, 0.02, (2, n, k // 64)).astype(np.float16)) for i in range(copies)
         ]
-        self.weights = [QuantizedWeight(*(address(a) for a in arrays), n, k, 4, 64, F16) for arrays in self.held]
+        self.weights = [QuantizedWeight(*(address(a) for a in arrays), n, k, k, 4, 64, F16) for arrays in self.held]
 
     def __call__(self, i, x, y, mode):
         (m, k), n = x.shape, y.shape[1]
         weight = self.weights[i % len(self.weights)]
-        assert lib.mlxeff_qmm(ctypes.byref(weight), address(x), k, F32, address(y), n, F32, m, mode) == OK
+        assert lib.mlxeff_qmm(ctypes.byref(weight), address(x), k, F32, address(y), n, F32, m, mode, 0) == OK
 
 
 class ColdMlx:

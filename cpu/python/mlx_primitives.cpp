@@ -123,14 +123,9 @@ class Model {
     const int64_t rows = packed.shape(0), columns = int64_t(packed.shape(1)) * 32 / bits;
     if (scales.shape() != mx::Shape{packed.shape(0), int(columns / group)})
       throw std::invalid_argument("decoder: scales do not fit their matrix");
-    const int type = dtype_of(scales);
-    return {rows,
-            columns,
-            {kept_(packed).data<uint32_t>(), kept_(scales).data<void>(), kept_(biases).data<void>(), rows, columns,
-             bits, group, type},
-            nullptr,
-            type,
-            {}};
+    return mlxeff::WeightMatrix::of(mlxeff_qweight{kept_(packed).data<uint32_t>(), kept_(scales).data<void>(),
+                                                   kept_(biases).data<void>(), rows, columns, columns, bits, group,
+                                                   dtype_of(scales)});
   }
 
   mlxeff::WeightMatrix seeds(const mx::array& first, const std::optional<mx::array>& second,
@@ -138,13 +133,12 @@ class Model {
     std::vector<mx::array> arrays = {kept_(first)};
     if (second && third) arrays.insert(arrays.end(), {kept_(*second), kept_(*third)});
     layout.check_arrays(arrays);
-    return {layout.rows, layout.cols, {}, nullptr, 0, layout.weight(arrays, 0)};
+    return mlxeff::WeightMatrix::of(layout.weight(arrays, 0));
   }
 
   mlxeff::WeightMatrix dense(const mx::array& weight) {
     if (weight.ndim() != 2) throw std::invalid_argument("decoder: wanted a matrix");
-    const int type = dtype_of(weight);
-    return {weight.shape(0), weight.shape(1), {}, kept_(weight).data<void>(), type, {}};
+    return mlxeff::WeightMatrix::of(kept_(weight).data<void>(), dtype_of(weight), weight.shape(0), weight.shape(1));
   }
 
   Kept kept_;
