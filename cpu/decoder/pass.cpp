@@ -167,7 +167,7 @@ void Pass::add(float* x, const float* term, int64_t n) {
 void Pass::norm(float* out, const float* x, const float* weight, int64_t count, int64_t n) {
   const NormRows from = {reinterpret_cast<char*>(const_cast<float*>(x)), n, 0, MLXEFF_F32},
                  to = {reinterpret_cast<char*>(out), n, 0, MLXEFF_F32};
-  if (!norm_.rows({from, to, {}, weight, MLXEFF_F32, 1, n, spec_.eps}, 0, count)) team_.check(MLXEFF_NO_MEMORY);
+  if (!norm_.rows({from, to, weight, MLXEFF_F32, 1, n, spec_.eps}, 0, count)) team_.check(MLXEFF_NO_MEMORY);
 }
 
 }  // namespace mlxeff

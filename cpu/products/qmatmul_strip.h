@@ -13,11 +13,10 @@
 #include "products/panel_product.h"
 #include "products/qmatmul_int8.h"
 #include "products/qmatmul_kernels.h"
+#include "products/row_lines.h"
 
 namespace mlxeff {
 namespace MLXEFF_ISA {
-
-MLXEFF_INLINE Output output(const QmmArgs& args) { return {args.y, args.ldy, args.y_dtype}; }
 
 // One strip as the kernels read it: packed rows, and scales and biases with a group's VL values side by side.
 struct Strip {
@@ -27,7 +26,10 @@ struct Strip {
   const float* biases;
 };
 
+// Bytes of packed words in use in a row, and between two rows; values between two rows of scales.
 MLXEFF_INLINE int64_t row_bytes(const mlxeff_qweight& w) { return w.K * w.bits / 8; }
+MLXEFF_INLINE int64_t row_stride(const mlxeff_qweight& w) { return w.ld * w.bits / 8; }
+MLXEFF_INLINE int64_t scale_stride(const mlxeff_qweight& w) { return w.ld / w.group; }
 MLXEFF_INLINE int64_t strip_floats(const mlxeff_qweight& w) {  // scratch that load_strip needs
   return 2 * VL * round_up(w.K / w.group, 4) + VL * round_up(w.K / w.group, 4) + VL * row_bytes(w) / 4;
 }
@@ -36,40 +38,38 @@ MLXEFF_INLINE int64_t strip_floats(const mlxeff_qweight& w) {  // scratch that l
 // at an even pace over all of that time, reading the scales included: a core has few outstanding misses, and memory
 // that is left waiting once is not caught up with.
 struct Prefetcher {
-  const char *packed = nullptr, *scales = nullptr, *biases = nullptr;
-  int64_t group_bytes = 0;    // of scales
-  int64_t pace = 0, due = 0;  // sixteenths of a line a block of 32 values
+  RowLines packed, scales, biases;
+  // In sixteenths of a line: of packed words, for a block of 32 values; of scales, and of biases, for a group.
+  int64_t pace = 0, due = 0, scale_pace = 0, scale_due = 15;
 
   static constexpr int lines_with_scales = 2;  // for each four groups of scales or biases
   inline __attribute__((always_inline)) void start(const mlxeff_qweight& w, int64_t n) {
-    const int64_t size = int64_t(dtype_size(w.scale_dtype)), groups = w.K / w.group, lines = VL * row_bytes(w) / 64;
-    packed = reinterpret_cast<const char*>(w.packed) + n * row_bytes(w);
-    scales = static_cast<const char*>(w.scales) + n * groups * size;
-    biases = static_cast<const char*>(w.biases) + n * groups * size;
-    group_bytes = VL * size;
-    pace = max_of(0, 16 * (lines - ceil_div(groups, 4) * 2 * lines_with_scales)) / (w.K / 32) + 1;
+    const int64_t groups = w.K / w.group, size = int64_t(dtype_size(w.scale_dtype)), step = scale_stride(w) * size;
+    packed.start(reinterpret_cast<const char*>(w.packed) + n * row_stride(w), row_bytes(w), row_stride(w));
+    scales.start(static_cast<const char*>(w.scales) + n * step, groups * size, step);
+    biases.start(static_cast<const char*>(w.biases) + n * step, groups * size, step);
+    pace = max_of(0, VL * packed.sixteenths - 16 * ceil_div(groups, 4) * 2 * lines_with_scales) / (w.K / 32) + 1;
+    scale_pace = ceil_div(VL * scales.sixteenths, groups);
   }
   inline __attribute__((always_inline)) void fetch(int lines) {
-    for (int i = 0; i < lines; ++i, packed += 64) __builtin_prefetch(packed, 0, 3);
+    for (int i = 0; i < lines; ++i) packed.fetch();
   }
   inline __attribute__((always_inline)) void block() {
-    for (due += pace; due >= 16; due -= 16, packed += 64) __builtin_prefetch(packed, 0, 3);
+    for (due += pace; due >= 16; due -= 16) packed.fetch();
   }
   inline __attribute__((always_inline)) void group() {
-    __builtin_prefetch(scales, 0, 3);
-    __builtin_prefetch(biases, 0, 3);
-    scales += group_bytes;
-    biases += group_bytes;
+    for (scale_due += scale_pace; scale_due >= 16; scale_due -= 16) scales.fetch(), biases.fetch();
   }
 };
 
-// out [groups][VL] = VL rows of a scale or bias matrix, transposed and converted; rows beyond `rows` repeat the last.
-static inline void load_scales(const void* matrix, int dtype, int64_t groups, int64_t n, int64_t rows, float* rows_f32,
+// out [groups][VL] = VL rows of the scale or bias matrix of w, transposed and converted; rows beyond `rows` repeat the
+// last.
+static inline void load_scales(const mlxeff_qweight& w, const void* matrix, int64_t n, int64_t rows, float* rows_f32,
                                float* out, Prefetcher& next) {
-  const int64_t padded = round_up(groups, 4);
+  const int64_t groups = w.K / w.group, padded = round_up(groups, 4), size = int64_t(dtype_size(w.scale_dtype));
   for (int r = 0; r < VL; ++r) {
-    const int64_t offset = (n + min_of(r, rows - 1)) * groups * int64_t(dtype_size(dtype));
-    to_floats(rows_f32 + r * padded, static_cast<const char*>(matrix) + offset, dtype, groups);
+    const int64_t offset = (n + min_of(r, rows - 1)) * scale_stride(w) * size;
+    to_floats(rows_f32 + r * padded, static_cast<const char*>(matrix) + offset, w.scale_dtype, groups);
     for (int64_t g = groups; g < padded; ++g) rows_f32[r * padded + g] = 0;
   }
   for (int64_t g = 0; g < padded; g += 4) {
@@ -83,19 +83,18 @@ static inline void load_scales(const void* matrix, int dtype, int64_t groups, in
 // Rows [n, n + rows) of W, rows <= VL, in the strip form. `bias_shift` times the scale is added to each bias.
 static inline Strip load_strip(const mlxeff_qweight& w, int64_t n, int64_t rows, float bias_shift, float* buffer,
                                Prefetcher& next) {
-  const int64_t groups = w.K / w.group, padded = round_up(groups, 4), bytes = row_bytes(w);
+  const int64_t groups = w.K / w.group, padded = round_up(groups, 4), bytes = row_bytes(w), stride = row_stride(w);
   float *scales = buffer, *biases = scales + VL * padded, *rows_f32 = biases + VL * padded;
-  load_scales(w.scales, w.scale_dtype, groups, n, rows, rows_f32, scales, next);
-  load_scales(w.biases, w.scale_dtype, groups, n, rows, rows_f32, biases, next);
+  load_scales(w, w.scales, n, rows, rows_f32, scales, next);
+  load_scales(w, w.biases, n, rows, rows_f32, biases, next);
   if (bias_shift != 0)
     for (int64_t i = 0; i < VL * groups; i += VL) store(biases + i, load(biases + i) + load(scales + i) * bias_shift);
-  const char* packed = reinterpret_cast<const char*>(w.packed) + n * bytes;
-  if (rows < VL) {  // the last strip of W, completed by copies of its last row
-    char* copy = reinterpret_cast<char*>(rows_f32 + VL * padded);
-    for (int r = 0; r < VL; ++r) memcpy(copy + r * bytes, packed + min_of(r, rows - 1) * bytes, size_t(bytes));
-    packed = copy;
-  }
-  return {packed, bytes, scales, biases};
+  const char* packed = reinterpret_cast<const char*>(w.packed) + n * stride;
+  if (rows == VL) return {packed, stride, scales, biases};
+  // The last strip of W is completed by copies of its last row.
+  char* const copy = reinterpret_cast<char*>(rows_f32 + VL * padded);
+  for (int r = 0; r < VL; ++r) memcpy(copy + r * bytes, packed + min_of(r, rows - 1) * stride, size_t(bytes));
+  return {copy, bytes, scales, biases};
 }
 
 // The sums of a group's products, in chains: one row of x alone does not keep the arithmetic units busy.
@@ -187,7 +186,7 @@ static int run_strips(const QmmArgs& args, int64_t n_begin, int64_t n_end) {
     const Strip strip = load_strip(args.w, n, rows, bias_shift, buffer, next);
     vf y[direct_rows];
     kernel(args, strip, next, y);
-    store_strip(y, args.M, rows, output(args), n);
+    store_strip(y, args.M, rows, args.y, n);
   }
   return MLXEFF_OK;
 }

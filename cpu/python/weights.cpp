@@ -14,8 +14,7 @@ WeightMatrix dense(const Named& given, Weights& weights) {
   given.expect({"weight"}, {"bias"});
   const mx::array& weight = given.array("weight");
   if (weight.ndim() != 2) given.refuse("weight: wanted a matrix, got shape " + text_of(weight.shape()));
-  const int type = dtype_of(weight);
-  return {weight.shape(0), weight.shape(1), {}, weights.keep(weight).data<void>(), type, {}};
+  return WeightMatrix::of(weights.keep(weight).data<void>(), dtype_of(weight), weight.shape(0), weight.shape(1));
 }
 
 WeightMatrix affine(const Named& given, Weights& weights) {
@@ -29,16 +28,9 @@ WeightMatrix affine(const Named& given, Weights& weights) {
   const mx::Shape groups = {int(rows), int(columns / group)};
   const mx::array &scales = given.array("scales", groups), &biases = given.array("biases", groups);
   if (scales.dtype() != biases.dtype()) given.refuse("biases: wanted the type of scales");
-  const int type = dtype_of(scales);
-  const mlxeff_qweight quantised = {weights.keep(packed).data<uint32_t>(),
-                                    weights.keep(scales).data<void>(),
-                                    weights.keep(biases).data<void>(),
-                                    rows,
-                                    columns,
-                                    int(bits),
-                                    int(group),
-                                    type};
-  return {rows, columns, quantised, nullptr, 0, {}};
+  return WeightMatrix::of(mlxeff_qweight{weights.keep(packed).data<uint32_t>(), weights.keep(scales).data<void>(),
+                                         weights.keep(biases).data<void>(), rows, columns, columns, int(bits),
+                                         int(group), dtype_of(scales)});
 }
 
 WeightMatrix seedlm(const Named& given, Weights& weights) {
@@ -58,7 +50,7 @@ WeightMatrix seedlm(const Named& given, Weights& weights) {
   } catch (const std::invalid_argument& error) {
     given.refuse(error.what());
   }
-  return {layout.rows, layout.cols, {}, nullptr, 0, layout.weight(arrays, 0)};
+  return WeightMatrix::of(layout.weight(arrays, 0));
 }
 
 constexpr MatrixKind dense_kind = {"dense", dense}, affine_kind = {"affine", affine}, seedlm_kind = {"seedlm", seedlm};

@@ -14,6 +14,8 @@ inline void check_gated(int64_t rows, int64_t dim, int64_t width, bool quantised
   mlxeff::Linear gate_linear, up_linear, down_linear;
   gate_linear.weight.N = up_linear.weight.N = down_linear.weight.K = width;
   gate_linear.weight.K = up_linear.weight.K = down_linear.weight.N = dim;
+  gate_linear.weight.ld = up_linear.weight.ld = dim;
+  down_linear.weight.ld = width;
   gate_linear.weight.quantised = gate.c();
   if (quantised) up_linear.weight.quantised = up.c();
   else up_linear.weight.dense = dense_up.data(), up_linear.weight.dtype = MLXEFF_F32;

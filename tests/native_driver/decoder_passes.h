@@ -19,7 +19,7 @@ struct SmallDecoder {
   const float* vector(int64_t n) { return static_cast<const float*>(random(1, n, 1).data()); }
   mlxeff::Linear linear(int64_t rows, int64_t columns, bool bias) {
     mlxeff::Linear linear;
-    linear.weight.N = rows, linear.weight.K = columns;
+    linear.weight.N = rows, linear.weight.K = linear.weight.ld = columns;
     linear.weight.dense = random(rows, columns, 0.3f).data();
     if (bias) linear.bias = vector(rows);
     return linear;
