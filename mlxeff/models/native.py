@@ -89,8 +89,8 @@ class Native:
         self, tokens: mx.array, cache: KVCache, inputs: Sequence[int], pairs: Sequence[int], options: RunOptions
     ) -> tuple[list[mx.array], KvPairs]:
         """See `DecoderModel.layer_states`; all arrays are float32."""
-        found = self._run(self._native.read, tokens, cache, cache.layers[:-1], options, list(inputs), list(pairs))
-        rows, keys, values = found
+        chosen = list(inputs), list(pairs)
+        rows, keys, values = self._run(self._native.read, tokens, cache, cache.layers[:-1], options, *chosen)
 
         def heads(of_layers: list[mx.array]) -> list[mx.array]:
             """Rows (B, S, G·E) of each of the layers `pairs` → (B, G, S, E)."""

@@ -65,7 +65,7 @@ class FeedForwardParts(Protocol):
     it."""
 
     kind: str
-    matrices: Mapping[str, Rows]
+    matrices: Mapping[str, Rows]  # by their role in the formula
 
     def native(self) -> dict:
         """The network by name, as the native decoder takes it: "kind" and what that kind needs."""
