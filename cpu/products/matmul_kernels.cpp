@@ -126,7 +126,7 @@ void direct_strip(const MatmulArgs& args, int64_t n, int64_t lanes) {
   constexpr int chains = rows == 1 ? 4 : rows == 2 ? 2 : 1, columns = columns_of<T>;
   const int64_t lda = a_stride(args), ldb = args.b.ld;
   const T* const b = static_cast<const T*>(args.b.data) + n * ldb;
-  RowLines next;
+  RowLines<true> next;
   next.start(reinterpret_cast<const char*>(b + (n + VL < args.N ? VL * ldb : 0)), args.K * int64_t(sizeof(T)),
              ldb * int64_t(sizeof(T)));
   vf sum[rows][chains] = {};

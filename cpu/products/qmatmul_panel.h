@@ -21,7 +21,7 @@ struct StripPair {
 };
 static StripPair load_strip_pair(const mlxeff_qweight& w, int64_t n, int64_t n_end, float bias_shift, float* buffer) {
   StripPair pair = {};
-  Prefetcher next;
+  Prefetcher<true> next;
   next.start(w, n);
   for (; pair.count < 2 && n + pair.count * VL < n_end; ++pair.count) {
     const int64_t first = n + pair.count * VL;

@@ -96,18 +96,15 @@ MLXEFF_INLINE bf spread_scales_int8(const float* scales, int64_t first) {
   return scales[first / group_words] - bf{};
 }
 
-// scales[g] = scale of group g of row n, times its factor if there are any; returns bias * x_sum, whose lanes are
-// to be summed.
+// scales[g] = scale of group g of a row, times its factor if there are any; returns bias * x_sum, whose lanes are to be
+// summed.
 template <class T>
-MLXEFF_INLINE vf load_row_scales(const QmmArgs& args, int64_t n, float bias_shift, const float* factors,
-                                 float* scales) {
-  const int64_t groups = args.w.K / args.w.group;
-  const T* const row_scales = static_cast<const T*>(args.w.scales) + n * scale_stride(args.w);
-  const T* const row_biases = static_cast<const T*>(args.w.biases) + n * scale_stride(args.w);
+MLXEFF_INLINE vf load_row_scales(const T* row_scales, const T* row_biases, int64_t groups, const float* x_sum,
+                                 float bias_shift, const float* factors, float* scales) {
   vf total = zero();
   for (int64_t g = 0; g < groups; g += VL) {
     const vf scale = load_up_to(row_scales + g, groups - g), bias = load_up_to(row_biases + g, groups - g);
-    total = fma(bias_shift * scale + bias, load(args.x_sum + g), total);
+    total = fma(bias_shift * scale + bias, load(x_sum + g), total);
     store(scales + g, factors ? scale * load(factors + g) : scale);
   }
   return total;
@@ -321,21 +318,22 @@ static int run_rows_as(const QmmArgs& args, int64_t n_begin, int64_t n_end) {
   const auto row_product = int8              ? row_int8<bits, group>
                            : by_digits<bits> ? row_digits<bits, group>
                                              : row_exact<bits, group>;
-  const int64_t padded = round_up(w.K / group, VL) + VL, bytes = row_bytes(w), stride = row_stride(w),
-                scale_bytes = w.K / group * int64_t(sizeof(T)), scale_step = scale_stride(w) * int64_t(sizeof(T));
-  const int64_t ahead = max_of(1, prefetch_distance / bytes);
+  const int64_t groups = w.K / group, scale_step = w.ld / group, padded = round_up(groups, VL) + VL;
+  const int64_t bytes = row_bytes(w), stride = row_stride(w), ahead = max_of(1, prefetch_distance / bytes);
   // Where rows have gaps: the same place of a later row.
   const int64_t distance = bytes == stride ? prefetch_distance : ceil_div(prefetch_distance, bytes) * stride;
   float* const scales = static_cast<float*>(scratch(Scratch::strip, size_t(padded) * 4));
   if (!scales) return MLXEFF_NO_MEMORY;
   memset(scales, 0, size_t(padded) * 4);
+  const T* row_scales = static_cast<const T*>(w.scales) + n_begin * scale_step;
+  const T* row_biases = static_cast<const T*>(w.biases) + n_begin * scale_step;
   float out[16];
-  for (int64_t n = n_begin; n < n_end; ++n) {
-    for (int64_t i = 0; i < scale_bytes; i += 64) {
-      __builtin_prefetch(static_cast<const char*>(w.scales) + (n + ahead) * scale_step + i, 0, 3);
-      __builtin_prefetch(static_cast<const char*>(w.biases) + (n + ahead) * scale_step + i, 0, 3);
+  for (int64_t n = n_begin; n < n_end; ++n, row_scales += scale_step, row_biases += scale_step) {
+    for (int64_t g = ahead * scale_step; g < ahead * scale_step + groups; g += 64 / int64_t(sizeof(T))) {
+      __builtin_prefetch(row_scales + g, 0, 3);
+      __builtin_prefetch(row_biases + g, 0, 3);
     }
-    const vf bias = load_row_scales<T>(args, n, shift, factors, scales);
+    const vf bias = load_row_scales(row_scales, row_biases, groups, args.x_sum, shift, factors, scales);
     const char* const packed = reinterpret_cast<const char*>(w.packed) + n * stride;
     const int64_t slot = (n - n_begin) % 16;
     out[slot] = row_product(args, packed, distance, scales, bias);

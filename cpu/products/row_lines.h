@@ -7,28 +7,25 @@
 namespace mlxeff {
 namespace MLXEFF_ISA {
 
+// `gaps`: there may be some between rows. Rows without gaps share their lines.
+template <bool gaps>
 struct RowLines {
   const char* next = nullptr;
   int64_t left = 0, lines = 0;  // in this row; in a row
   int64_t gap = 0;              // bytes from the end of a row's last line to the next row
-  int64_t sixteenths = 0;       // of a line, that a row takes
 
-  // From `row` on, a row of `bytes` bytes in use; rows are `stride` bytes apart. Without gaps, lines are shared by
-  // rows.
+  // From `row` on, a row of `bytes` bytes in use; rows are `stride` bytes apart.
   inline __attribute__((always_inline)) void start(const char* row, int64_t bytes, int64_t stride) {
-    const bool shared = bytes == stride;
     next = row;
-    left = lines = shared ? INT64_MAX : ceil_div(bytes, 64);
-    gap = shared ? 0 : stride - lines * 64;
-    sixteenths = shared ? ceil_div(bytes, 4) : lines * 16;
+    left = lines = bytes == stride ? INT64_MAX : ceil_div(bytes, 64);
+    gap = bytes == stride ? 0 : stride - lines * 64;
   }
   inline __attribute__((always_inline)) void fetch() {
     __builtin_prefetch(next, 0, 3);
     next += 64;
-    if (--left == 0) {
-      next += gap;
-      left = lines;
-    }
+    if (!gaps || --left > 0) return;
+    next += gap;
+    left = lines;
   }
 };
 

@@ -47,10 +47,11 @@ inline void check_decoder_slice(const mlxeff::WeightMatrix& w, int64_t row, int6
   RUN(mlxeff::slice_rows(other, row, rows, &other));
   const std::vector<float> all = values_of(w), values = values_of(part);
   CHECK(values == values_of(other));
+  static int slices = 0;
   for (int64_t n = 0; n < rows; ++n)
     for (int64_t k = 0; k < columns; ++k)
       CHECK(values[size_t(n * columns + k)] == all[size_t((row + n) * w.K + column + k)]);
-  check_decoder_products_of(part, M);
+  if (slices++ % shape_step == 0) check_decoder_products_of(part, M);
 }
 
 // `unit`: columns that begin elsewhere than at a multiple of it are refused, and with `whole` those that end elsewhere.

@@ -95,16 +95,20 @@ inline void check_matmul(int64_t M, int64_t N, int64_t K, int x_dtype, int w_dty
       sums(N, K, M, [&](int64_t n, int64_t k, int64_t m) { return dy.at(m, n) * x.at(m, k); });
   each_setting([&] {
     for (int mode : {MLXEFF_EXACT, MLXEFF_COMPUTE_BF16}) {
-      const auto check = [&](const char* what, decltype(mlxeff_matmul)* multiply, const Matrix& a, const Matrix& b,
-                             Matrix out, int64_t terms, const std::vector<double>& sums) {
-        check_product(what, out, product_tolerance(mode, terms), sums, [&](Matrix& c, int accumulate) {
-          return multiply(a.data(), a.ld, a.dtype, b.data(), b.ld, b.dtype, c.data(), c.ld, c.dtype, M, N, K, mode,
-                          accumulate);
-        });
-      };
-      check("matmul", mlxeff_matmul, x, w, Matrix(M, N, y_dtype, 3), K, want);
-      check("matmul_dx", mlxeff_matmul_dx, dy, w, Matrix(M, K, x_dtype, 1), N, want_dx);
-      check("matmul_dw", mlxeff_matmul_dw, dy, x, Matrix(N, K, w_dtype, 2), M, want_dw);
+      check_product("matmul", Matrix(M, N, y_dtype, 3), product_tolerance(mode, K), want, [&](Matrix& y, int add) {
+        return mlxeff_matmul(x.data(), x.ld, x_dtype, w.data(), w.ld, w_dtype, y.data(), y.ld, y_dtype, M, N, K, mode,
+                             add);
+      });
+      check_product("matmul_dx", Matrix(M, K, x_dtype, 1), product_tolerance(mode, N), want_dx,
+                    [&](Matrix& dx, int add) {
+                      return mlxeff_matmul_dx(dy.data(), dy.ld, y_dtype, w.data(), w.ld, w_dtype, dx.data(), dx.ld,
+                                              x_dtype, M, N, K, mode, add);
+                    });
+      check_product("matmul_dw", Matrix(N, K, w_dtype, 2), product_tolerance(mode, M), want_dw,
+                    [&](Matrix& dw, int add) {
+                      return mlxeff_matmul_dw(dy.data(), dy.ld, y_dtype, x.data(), x.ld, x_dtype, dw.data(), dw.ld,
+                                              w_dtype, M, N, K, mode, add);
+                    });
     }
   });
 }
