@@ -70,7 +70,10 @@ class LayerStream:
     """
 
     def __init__(self, model, windows: np.ndarray):
-        """`model`: a decoder of `mlxeff.models`; `windows`: token ids (W, T)."""
+        """`model`: a decoder of `mlxeff.models`; `windows`: token ids (W, T). Raises MlxeffError for ids that the model
+        has no row for."""
+        if windows.max() >= model.vocab_size:  # MLX would read memory outside of the embedding table
+            raise MlxeffError(f"calibration: wanted token ids below {model.vocab_size}, got {windows.max()}")
         step = max(1, BATCH_TOKENS // windows.shape[1])
         batches = [mx.array(windows[start : start + step]) for start in range(0, len(windows), step)]
         self.model, self.index = model, 0
