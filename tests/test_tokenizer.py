@@ -1,6 +1,5 @@
 """Tokenizers against independent oracles: sentencepiece itself, transformers' converter, a plain BPE written here."""
 
-import io
 import itertools
 import json
 import logging
@@ -12,122 +11,11 @@ from pathlib import Path
 import pytest
 import regex
 
-from mlxeff import hub
 from mlxeff.errors import MlxeffError
 from mlxeff.tokenizer import OPENELM_INSTRUCT_TEMPLATE, from_folder, from_gguf
 from mlxeff.tokenizer.backends import byte_of_char
 from mlxeff.tokenizer.gguf import SPLITS
-
-ALPHABET = [
-    *"abcXYZ 0123456789.,!?'\n\t_-()[]{}<>/|\"\\", "  ", "\r\n", "é", "ß", "中", "文", "日本", "한", "🤖", "👩‍🚀",
-    "e\u0301", "\u00a0", "\u3000", "٣", "Ⅷ", "½", "ﬁ", "\u200b", "I'll", "don't", "DON'T", " 12", "ñ", "Ω", "ш",
-    "\x00", "\x7f", "\ufeff",
-]  # fmt: skip
-CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi 🤖"}]
-
-
-def random_lines(count, seed=0, alphabet=ALPHABET):
-    chooser = random.Random(seed)
-    return ["".join(chooser.choice(alphabet) for _ in range(chooser.randint(0, 50))) for _ in range(count)]
-
-
-@pytest.fixture(scope="module")
-def prose():
-    """Some thousand lines of English and Python code that every Python has."""
-    topics = pytest.importorskip("pydoc_data.topics").topics
-    return [line for topic in sorted(topics) for line in topics[topic].splitlines() if line.strip()]
-
-
-@pytest.fixture(scope="module")
-def metadata():
-    """Tokenizer metadata of the built-in GGUF file."""
-    from mlxeff.checkpoint import open_source
-
-    return dict(open_source(hub.resolve(hub.DEFAULT_MODEL)).metadata)
-
-
-@pytest.fixture(scope="module")
-def smollm2(metadata):
-    return from_gguf(metadata, "smollm2.gguf")
-
-
-def train_sentencepiece(lines, **options):
-    import sentencepiece
-
-    model = io.BytesIO()
-    usual = {
-        "model_type": "bpe",
-        "byte_fallback": True,
-        "split_digits": True,
-        "normalization_rule_name": "identity",
-        "remove_extra_whitespaces": False,
-        "allow_whitespace_only_pieces": True,
-        "minloglevel": 2,
-    }
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(lines), model_writer=model, vocab_size=1000, **usual | options
-    )
-    return model.getvalue()
-
-
-@pytest.fixture(scope="module")
-def proto(prose):
-    return train_sentencepiece(prose[:3000])
-
-
-@pytest.fixture(scope="module")
-def reference(proto):
-    import sentencepiece
-
-    return sentencepiece.SentencePieceProcessor(model_proto=proto)
-
-
-@pytest.fixture
-def llama2_folder(tmp_path, proto):
-    (tmp_path / "tokenizer.model").write_bytes(proto)
-    return tmp_path
-
-
-def piece_type(model, token):
-    kinds = {2: model.is_unknown, 3: model.is_control, 5: model.is_unused, 6: model.is_byte}
-    return next((kind for kind, holds in kinds.items() if holds(token)), 1)
-
-
-@pytest.fixture
-def spm_metadata(reference):
-    ids = range(reference.get_piece_size())
-    return {
-        "tokenizer.ggml.model": "llama",
-        "tokenizer.ggml.tokens": [reference.id_to_piece(i) for i in ids],
-        "tokenizer.ggml.scores": [reference.get_score(i) for i in ids],
-        "tokenizer.ggml.token_type": [piece_type(reference, i) for i in ids],
-        "tokenizer.ggml.bos_token_id": 1,
-        "tokenizer.ggml.eos_token_id": 2,
-        "tokenizer.ggml.unknown_token_id": 0,
-    }
-
-
-@pytest.fixture
-def small_metadata():
-    """A byte-level BPE of 280 tokens in GGUF's form."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-
-    library = Tokenizer(models.BPE())
-    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=280, special_tokens=["<s>", "<|im_end|>"], initial_alphabet=alphabet)
-    library.train_from_iterator(["the cat sat on the mat", "the dog and the log", "été 🤖"] * 20, trainer)
-    model = json.loads(library.to_str())["model"]
-    tokens = sorted(model["vocab"], key=model["vocab"].get)
-    return {
-        "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": "gpt-2",
-        "tokenizer.ggml.tokens": tokens,
-        "tokenizer.ggml.token_type": [3, 3] + [1] * (len(tokens) - 2),
-        "tokenizer.ggml.merges": [" ".join(merge) for merge in model["merges"]],
-        "tokenizer.ggml.bos_token_id": 0,
-        "tokenizer.ggml.eos_token_id": 1,
-    }
+from tokenizer_files import ALPHABET, CHAT, random_lines, train_sentencepiece, write_config
 
 
 def stream(tokenizer, ids):
@@ -632,17 +520,6 @@ def test_a_named_token_outside_the_vocabulary(llama2_folder, caplog):
     tokenizer = from_folder(llama2_folder)
     assert caplog.messages == [f"{llama2_folder}: without effect: not in the vocabulary: eos_token '<none>'"]
     assert (tokenizer.eos_token_id, tokenizer.eos_token_ids, tokenizer.bos_token_id) == (None, set(), 1)
-
-
-@pytest.fixture
-def json_folder(tmp_path, small_metadata):
-    from_gguf(small_metadata, "x").save(tmp_path)
-    return tmp_path
-
-
-def write_config(folder, **entries):
-    path = folder / "tokenizer_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | entries))
 
 
 def test_eos_ids_of_all_files_join_the_tokenizers_own(json_folder, caplog):
