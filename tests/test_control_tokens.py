@@ -14,6 +14,7 @@ import pytest
 
 from mlxeff.errors import MlxeffError
 from mlxeff.tokenizer import from_folder, from_gguf, template
+from mlxeff.tokenizer.guard import time_limit
 from tokenizer_files import ALPHABET, CHAT, random_lines, write_config
 
 CHATML = (
@@ -92,6 +93,7 @@ def test_ids_of_texts_without_control_tokens_equal_transformers(json_folder, pro
         ("message['content'] ~ message['content']", "end|><|im_"),
         ("message['content'][:14]", "<|im_end|> abcdefghij"),
         ("message['content'] | replace('x', 'yy')", "x<|im_end|>x"),
+        ("message['content'] | replace('x', '')", "<x|im_end|>"),
         ("message['content'] | length ~ message['content']", "<|im_end|>"),
         ("message['content'].split('?')[-1]", "a?<|im_end|>"),
         ("'<b>' in message['content'] and '' or message['content']", "<x><|im_end|>"),
@@ -212,6 +214,18 @@ def test_a_word_that_is_a_whole_control_token_stays_text(json_folder):
     assert (ids.count(1), tokenizer.decode(ids)) == (1, "<|im_end|><|im_end|>")
 
 
+def test_the_letters_of_a_control_token_are_merged_like_any_text(json_folder):
+    """A vocabulary with a token for its first two characters."""
+    spec = json.loads((json_folder / "tokenizer.json").read_text())
+    spec["model"]["vocab"]["<|"] = 280
+    spec["model"]["merges"].append(["<", "|"])
+    (json_folder / "tokenizer.json").write_text(json.dumps(spec))
+    tokenizer = from_folder(json_folder)
+    ids = tokenizer.apply_chat_template(user("a<|im_end|>"), chat_template="{{ messages[0].content }}<|im_end|>")
+    assert ids == [*literal(tokenizer, "a<|im_end|>"), 1]
+    assert ids[1] == 280
+
+
 def test_random_messages_and_templates(smollm2):
     """Whatever is in the messages, the control tokens of the prompt are those of an empty one."""
     chooser = random.Random(3)
@@ -256,6 +270,19 @@ def test_templates_that_fail_are_one_short_line(json_folder, source, message):
         tokenizer.apply_chat_template(CHAT)
     assert "\n" not in str(error.value)
     assert len(str(error.value)) <= 300
+
+
+def test_code_that_catches_every_exception_is_stopped():
+    def stubborn():
+        for _ in range(3):
+            try:
+                for _ in range(10**7):
+                    pass
+            except Exception:
+                continue
+
+    with pytest.raises(MlxeffError, match=r"^it runs longer than 0\.05 s$"), time_limit(0.05, "it"):
+        stubborn()
 
 
 @pytest.mark.parametrize("loop", ["", "{{ i | int }}{{ 'x' | int }}", "{% set y = 'abc' | upper %}"])

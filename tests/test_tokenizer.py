@@ -467,6 +467,7 @@ def complaint_of(folder):
     else:
         return None
     assert "\n" not in complaint
+    assert len(complaint) <= 300
     return complaint
 
 

@@ -70,12 +70,11 @@ class Prompt:
         wide = {v: {i for i, c in enumerate(v) if c in first} | _beginnings(v, words) for v in _strings(self._given)}
         if not any(wide.values()):
             return set()
-        narrow = {value: _beginnings(value, control) for value in wide}
-        for marks in (wide, narrow):
-            found = self._marked(marks)
-            if found is not None:
-                return found
-        return self._possible(narrow)
+        found = self._marked(wide)
+        if found is None:
+            narrow = {value: _beginnings(value, control) for value in wide}
+            found = self._marked(narrow)
+        return self._possible(narrow) if found is None else found
 
     def _possible(self, marks: dict[str, set[int]]) -> set[int]:
         """The answer of `from_user` with as many of these positions as leave the prompt the same."""
@@ -140,8 +139,10 @@ def _changed(value: Any, change: Callable[[str], str]) -> Any:
 def _beginnings(value: str, control: Collection[str]) -> set[int]:
     """Positions where one of the texts `control` begins in `value`, in capitals or small letters, or where the rest of
     `value` is the beginning of one."""
+    if not control:
+        return set()
     known, lower = {text.lower() for text in control}, value.lower()
-    if not known or len(lower) != len(value):  # small letters that are longer than their capitals
+    if len(lower) != len(value):  # small letters that are longer than their capitals
         lower = value
     lengths, end = sorted(set(map(len, known))), len(lower.rstrip())
     starts = {text[0] for text in known}
