@@ -252,7 +252,7 @@ def _training_text(settings: KvPredictorSettings, base: Loaded) -> tuple[list[li
     """(The pieces of `train_text`; the places where prompts end, counted in tokens of all pieces one after the other).
     Raises MlxeffError for an empty text, and for one without the mark of `prompt_mark`."""
     tokenizer, text, mark = base.tokenizer, _read(settings.train_text), settings.prompt_mark
-    parts = [_tokens(part, tokenizer) for part in (text.split(mark) if mark else [text])]
+    parts = [_tokens(part, base) for part in (text.split(mark) if mark else [text])]
     if mark and len(parts) == 1:
         raise MlxeffError(f"{settings.train_text}: wanted {mark!r} where prompts end, got a text without it")
     ids, ends = list(itertools.chain(*parts)), list(itertools.accumulate(map(len, parts[:-1])))
@@ -314,7 +314,7 @@ def _sequences(settings: KvPredictorSettings, base: Loaded) -> list[list[int]]:
             raise MlxeffError(f"{settings.base}: wanted a token that text begins with (BOS), got none: name a --text")
         notices.info("fit: no --text: the base writes %d tokens itself", settings.tokens)
         return sample(base.model, start, settings.tokens, settings.length, settings.seed)
-    ids = _tokens(_read(settings.text), base.tokenizer)
+    ids = _tokens(_read(settings.text), base)
     if len(ids) < settings.tokens:
         notices.warning("%s: %d tokens, fewer than --tokens %d", settings.text, len(ids), settings.tokens)
     return _pieces(ids[: settings.tokens], settings.length, base.tokenizer)[0]
@@ -328,9 +328,13 @@ def _read(path: str | Path) -> str:
         raise MlxeffError(f"{path}: wanted UTF-8 text: {error}") from error
 
 
-def _tokens(text: str, tokenizer: Tokenizer) -> list[int]:
-    """Token ids of a text without BOS and EOS."""
-    return tokenizer.encode(text, add_special_tokens=False)
+def _tokens(text: str, base: Loaded) -> list[int]:
+    """Token ids of a text without BOS and EOS. Raises MlxeffError for a token that the model lacks."""
+    ids, rows = base.tokenizer.encode(text, add_special_tokens=False), base.model.vocab_size
+    if max(ids, default=0) >= rows:
+        name = base.tokenizer.decode([max(ids)])
+        raise MlxeffError(f"text: the model has no token {name!r:.60}: its id is {max(ids)}, wanted one below {rows}")
+    return ids
 
 
 def _pieces(ids: list[int], length: int, tokenizer: Tokenizer) -> tuple[list[list[int]], int]:

@@ -81,12 +81,11 @@ def load_path(path: Path, overrides: dict | None = None, lazy: bool = False, tru
     kernels.bound_buffer_cache()
     source = open_source(path)
     config = _config(source)
-    tokenizer = _tokenizer(source, config)
     overrides = overrides or {}
+    tokenizer = _tokenizer(source, config, overrides)
     deleted = {key for key, value in overrides.items() if value is None}
     config = {key: value for key, value in (config | overrides).items() if key not in deleted}
     model, config = _model(source, config, overrides, lazy, trust_remote_code)
-    _check_vocabulary(path, model.vocab_size, tokenizer)
     backend = "mlx"
     if not lazy:
         _finish(model, config, path)
@@ -221,14 +220,16 @@ def _config(source: Source) -> dict:
     return config_from_gguf(source)
 
 
-def _tokenizer(source: Source, config: dict) -> Tokenizer:
-    """The tokenizer beside the weights, or inside of a GGUF file."""
+def _tokenizer(source: Source, config: dict, overrides: dict) -> Tokenizer:
+    """The tokenizer beside the weights, or inside of a GGUF file. Its end tokens are those of all files, or of the
+    override `eos_token_id`. It may have more tokens than the model has rows: a prompt with one of them is refused."""
     if source.config is None:
         return from_gguf(source.metadata, str(source.path))
-    kind, eos = config.get("model_type"), config.get("eos_token_id")
-    if not fits(eos, int | list[int] | None):
-        raise MlxeffError(f"{source.path}: config: eos_token_id: wanted a token id or a list of them, got {eos!r}")
-    return from_folder(_folder(source.path), kind, eos)
+    for value in (config.get("eos_token_id"), overrides.get("eos_token_id")):
+        if not fits(value, int | list[int] | None):
+            what = f"{source.path}: config: eos_token_id"
+            raise MlxeffError(f"{what}: wanted a token id or a list of them, got {value!r:.60}")
+    return from_folder(_folder(source.path), config.get("model_type"), overrides.get("eos_token_id"))
 
 
 def _folder(path: Path) -> Path:
@@ -244,14 +245,6 @@ def _weights(source: Source, config: dict) -> dict[str, mx.array]:
         return weights_from_gguf(source)
     unused, family = MODELS[config["model_type"]].unused, architecture(config)
     return {name: tensor.read() for name, tensor in source.tensors.items() if not unused(name, family)}
-
-
-def _check_vocabulary(path: Path, rows: int | None, tokenizer: Tokenizer) -> None:
-    """Raises MlxeffError where the tokenizer has more tokens than the embedding table has rows."""
-    if rows and tokenizer.vocab_size > rows:
-        raise MlxeffError(
-            f"{path}: vocabulary mismatch: the tokenizer has {tokenizer.vocab_size} tokens, the model {rows} rows"
-        )
 
 
 def _arithmetic_dtype(weights: dict[str, mx.array], quantized: bool) -> mx.Dtype:

@@ -230,6 +230,11 @@ def _add_text(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("text")
     group.add_argument("--system", metavar="TEXT", help="the system message")
     group.add_argument(
+        "--special-in-text",
+        action="store_true",
+        help="let control tokens that are spelled out in messages, such as <|im_end|>, act as such; else they are text",
+    )
+    group.add_argument(
         "--max-tokens",
         metavar="N",
         type=_tokens,

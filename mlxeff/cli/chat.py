@@ -4,6 +4,7 @@ tokens.
 
 import argparse
 import contextlib
+import functools
 import json
 import os
 import sys
@@ -138,12 +139,13 @@ class Chat:
         into the context."""
         options, loaded = self.runner.options, self.runner.loaded
         limit = options.context_limit or loaded.model.context_length
-        ids = loaded.tokenizer.apply_chat_template(self.messages)
+        render = functools.partial(loaded.tokenizer.apply_chat_template, special_in_text=options.special_in_text)
+        ids = render(self.messages)
         room = min(max(options.max_tokens, 1), limit // 2) if limit else 0
         dropped = 0
         while limit and options.truncate and len(ids) > limit - room and self._drop_turn():
             dropped += 1
-            ids = loaded.tokenizer.apply_chat_template(self.messages)
+            ids = render(self.messages)
         if dropped:
             notices.warning(
                 "the conversation is too long: dropped its %d oldest turns to fit %d tokens", dropped, limit

@@ -123,4 +123,5 @@ def _ids(runner: Runner, prompt: str, options: argparse.Namespace) -> list[int]:
         notices.info("%s has no chat template (a base model?): the prompt is continued as plain text", options.model)
         return prompt_ids(tokenizer, prompt)
     messages = [{"role": "system", "content": options.system}] if options.system else []
-    return tokenizer.apply_chat_template([*messages, {"role": "user", "content": prompt}])
+    messages.append({"role": "user", "content": prompt})
+    return tokenizer.apply_chat_template(messages, special_in_text=options.special_in_text)
