@@ -6,13 +6,12 @@ generated has been printed), 141 the reader of the output went away.
 
 import argparse
 import importlib
-import os
 import sys
 from collections.abc import Sequence
 
 from .. import __version__
 from ..errors import MlxeffError
-from . import arguments
+from . import arguments, streams
 
 VERBS = {
     "generate": "answer one prompt, streaming",
@@ -27,32 +26,35 @@ VERBS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code (`argparse` exits by itself on --help and wrong usage)."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")  # a terminal that cannot show a character gets a question mark
-    options = _parser().parse_args(argv)
-    try:
-        code = importlib.import_module(f".{options.verb}", __name__).run(options)
-        sys.stdout.flush()
-        return code
-    except MlxeffError as error:
-        return _fail(str(error), options)
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        return 130
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes once more at exit
-        return 141
-    except (MemoryError, OSError) as error:
-        return _fail(f"{type(error).__name__}: {error}", options)
+    with streams.prepared() as output:
+        options = argparse.Namespace()
+        try:
+            _parser().parse_args(argv, options)
+            streams.check(options.verb)
+            code = importlib.import_module(f".{options.verb}", __name__).run(options)
+            output.flush()
+            return code
+        except KeyboardInterrupt:
+            print("\ninterrupted", file=sys.stderr)
+            return 130
+        except BrokenPipeError:
+            output.drop()
+            return 141
+        except streams.OutputError as error:
+            print(f"mlxeff: error: {error}", file=sys.stderr)
+            output.drop()
+            return 1
+        except (MlxeffError, MemoryError, OSError) as error:
+            return _fail(streams.explain(error), options, output)
 
 
-def _fail(message: str, options: argparse.Namespace) -> int:
+def _fail(message: str, options: argparse.Namespace, output: streams.Output) -> int:
     print(f"mlxeff: error: {message}", file=sys.stderr)
     if getattr(options, "json", False):
-        import json
-
-        print(json.dumps({"error": message}, ensure_ascii=False))
+        try:
+            streams.print_json({"error": message}, indent=None)
+        except (streams.OutputError, BrokenPipeError):
+            output.drop()
     return 1
 
 

@@ -2,9 +2,8 @@
 
 import argparse
 import functools
-import json
 
-from . import output
+from . import output, streams
 
 
 def run(options: argparse.Namespace) -> int:
@@ -16,7 +15,7 @@ def run(options: argparse.Namespace) -> int:
         found = list(report.medians(results.samples.all).values())
         document = {"card": card, "settings": settings, "arms": results.arms, "results": found}
         document |= {"samples": results.samples.all, "skipped": results.skipped, "notices": lines}
-        print(json.dumps(document, indent=1, ensure_ascii=False))
+        streams.print_json(document, indent=1)
     else:
         print(report.tables(results, card | settings, options.suite is not None))
     return 0

@@ -1,15 +1,16 @@
 """`mlxeff doctor`: which backends are active here, and why not the others."""
 
 import argparse
-import json
 import platform
 import sys
+
+from . import streams
 
 
 def run(options: argparse.Namespace) -> int:
     facts = report()
     if options.json:
-        print(json.dumps(facts, indent=2))
+        streams.print_json(facts)
         return 0
     native, metal = facts["native"], facts["metal"]
     print(f"mlxeff    {facts['mlxeff']}, Python {facts['python']}, {facts['system']}")

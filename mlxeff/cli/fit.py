@@ -2,10 +2,9 @@
 
 import argparse
 import functools
-import json
 
 from ..assembly import techniques
-from . import output
+from . import output, streams
 
 OWN = ("verb", "what", "device", "json", "quiet")  # options that are this verb's and not the fit's
 
@@ -19,7 +18,7 @@ def run(options: argparse.Namespace) -> int:
     with output.show_notices(options.quiet) as lines:
         report = fitted.run(functools.partial(output.bar, quiet=options.quiet), **values)
     if options.json:
-        print(json.dumps(report | {"notices": lines}, indent=2, ensure_ascii=False))
+        streams.print_json(report | {"notices": lines})
     elif not options.quiet:
         print("\n".join(fitted.lines(report)))
     return 0

@@ -2,12 +2,11 @@
 
 import argparse
 import contextlib
-import json
 import sys
 from pathlib import Path
 
 from ..errors import MlxeffError, notices
-from . import output
+from . import output, streams
 from .runner import Answer, Runner, start
 
 
@@ -39,7 +38,7 @@ def run(options: argparse.Namespace) -> int:
 def _finish(runner: Runner, answer: Answer, options: argparse.Namespace, lines: list[str]) -> None:
     stats = runner.stats(answer)
     if options.json:
-        print(json.dumps(document(runner, answer, stats, lines), ensure_ascii=False, indent=2))
+        streams.print_json(document(runner, answer, stats, lines))
         return
     if not answer.text.endswith("\n"):
         print(flush=True)
@@ -74,25 +73,16 @@ def _prompt(options: argparse.Namespace) -> str:
     if options.prompt is not None and options.prompt != "-":
         if options.file:
             raise MlxeffError("generate: wanted a prompt or --file, got both")
-        return _not_empty(options.prompt, "prompt")
+        return _not_empty(streams.require_text(options.prompt, "prompt"), "prompt")
     if options.file:
         try:
             data = Path(options.file).read_bytes()
         except OSError as error:
             raise MlxeffError(f"{options.file}: cannot be read: {error.strerror or error}") from error
-        return _not_empty(_decode(data, options.file), options.file)
+        return _not_empty(streams.decode(data, options.file), options.file)
     if options.prompt is None and sys.stdin.isatty():
         raise MlxeffError('generate: wanted a prompt, got none: mlxeff generate "…", --file FILE or text on stdin')
-    return _not_empty(_decode(sys.stdin.buffer.read(), "standard input"), "standard input")
-
-
-def _decode(data: bytes, origin: str) -> str:
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise MlxeffError(
-            f"{origin}: wanted UTF-8 text, got byte 0x{data[error.start]:02x} at position {error.start}"
-        ) from None
+    return _not_empty(streams.decode(streams.read_input(), "standard input"), "standard input")
 
 
 def _not_empty(text: str, origin: str) -> str:

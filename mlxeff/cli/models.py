@@ -1,7 +1,8 @@
 """`mlxeff models`: the built-in names, and what is in the cache."""
 
 import argparse
-import json
+
+from . import streams
 
 
 def run(options: argparse.Namespace) -> int:
@@ -9,12 +10,8 @@ def run(options: argparse.Namespace) -> int:
 
     rows = hub.models()
     if options.json:
-        print(
-            json.dumps(
-                {"cache": str(hub.cache_dir()), "default": hub.DEFAULT_MODEL, "models": rows, "pairs": hub.pairs()},
-                indent=2,
-            )
-        )
+        facts = {"cache": str(hub.cache_dir()), "default": hub.DEFAULT_MODEL, "models": rows, "pairs": hub.pairs()}
+        streams.print_json(facts)
         return 0
     table = [("NAME", "SOURCE", "SIZE", "CACHED")]
     for row in rows:

@@ -14,9 +14,20 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import MlxeffError
-from .catalog import BUILTIN, DEFAULT_MODEL, PAIRS, OnHub, Packaged, cache_dir
+from .catalog import BUILTIN, DEFAULT_MODEL, PAIRS, OnHub, Packaged, cache_dir, expand
 
-__all__ = ["BUILTIN", "DEFAULT_MODEL", "OnHub", "Packaged", "cache_dir", "models", "pairs", "resolve", "resolve_pair"]
+__all__ = [
+    "BUILTIN",
+    "DEFAULT_MODEL",
+    "OnHub",
+    "Packaged",
+    "cache_dir",
+    "expand",
+    "models",
+    "pairs",
+    "resolve",
+    "resolve_pair",
+]
 
 Progress = Callable[[int, int], None]  # called with (bytes done, bytes in total)
 CHECKPOINT_SUFFIXES = (".gguf", ".safetensors", ".pt", ".pth", ".bin")
@@ -33,7 +44,7 @@ def resolve(name: str, *, offline: bool = False, progress: Progress | None = Non
 
     Raises MlxeffError for an unknown name and for a failed download; its message says what the user can do.
     """
-    path = Path(name).expanduser()
+    path = expand(name)
     if name and path.exists():
         return _local(path)
     offline = offline or os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
@@ -77,7 +88,7 @@ def pairs() -> list[str]:
 
 def resolve_pair(name: str | Path) -> Path:
     """The folder of a KV Prediction pair: `name` itself, or the folder of one of `pairs()`. Raises MlxeffError."""
-    folder = Path(name).expanduser()
+    folder = expand(name)
     if folder.is_dir():
         return folder
     if str(name) in pairs():

@@ -44,8 +44,10 @@ def snapshot(repository: str, file: str | None, *, revision: str | None, offline
     Without a connection a complete snapshot in the cache is used, with a notice. Raises UnknownModelError where there
     is no such repository, MlxeffError for every other failure.
     """
-    from huggingface_hub import errors
+    from huggingface_hub import constants, errors
 
+    if str(constants.HF_HUB_CACHE).startswith("~"):  # the library would make a folder of that name
+        raise MlxeffError(f"{repository}: no home folder to keep downloads in: set HOME or HF_HOME to a folder")
     try:
         if offline:
             return _in_cache(repository, file, revision)
