@@ -14,7 +14,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from . import kernels
-from .cache import Cache, common_prefix
+from .cache import Cache, OtherPrecisionError, common_prefix
 from .decode import Following, Model, PlainFollowing, PlainReading, Progress, Reading, Step
 from .errors import MlxeffError, notices
 from .running import EXACT, RunOptions, Tally
@@ -264,6 +264,7 @@ class Session:
     ) -> Iterator[GenerationResponse]:
         """`stream_generate` for the prompt `ids`, which is the whole conversation: tokens in the cache are reused.
         `more`: arguments of `stream_generate`, which also names the errors."""
+        self._require_precision(options)
         if self.cache is None:
             self.cache = self.model.new_cache(options.kv)
         self.prompt = fit_context(ids, 0, context_limit or self.model.context_length, max_tokens, truncate)
@@ -285,15 +286,20 @@ class Session:
     def restore(self, path: Path, fingerprint: str, ids: Sequence[int], options: RunOptions = EXACT) -> None:
         """Continue with the cache that `save` wrote to `path`. Nothing happens where the file does not exist yet.
 
-        A notice says when the file has no token in common with the prompt `ids`. Raises MlxeffError for a file of
-        another model (`fingerprint`) or of another kind of cache, and for a folder that does not exist.
+        Keys and values of another precision than that of `options` are not reused: a notice says so, and the prompt is
+        computed anew. A notice says too when the file has no token in common with the prompt `ids`. Raises MlxeffError
+        for a file of another model (`fingerprint`) or of another storage format, and for a folder that does not exist.
         """
         if not path.exists():
             if not path.absolute().parent.is_dir():
                 raise MlxeffError(f"{path}: wanted an existing folder for the prompt cache, got none")
             return
         cache = self.model.new_cache(options.kv)
-        tokens = cache.restore(path, fingerprint)
+        try:
+            tokens = cache.restore(path, fingerprint, options)
+        except OtherPrecisionError as error:
+            notices.warning("%s: not reused, computed anew", error)
+            return
         if not common_prefix(tokens, ids[:-1]):
             notices.warning("%s: none of its %d tokens fit this prompt: computed anew", path, len(tokens))
         self.cache, self.tokens = cache, tokens
@@ -305,6 +311,14 @@ class Session:
             notices.warning("%s: not written: the prompt was interrupted", path)
             return
         self.cache.save(path, self.tokens, fingerprint)
+
+    def _require_precision(self, options: RunOptions) -> None:
+        """Drop the cache, with a notice, where another arithmetic than that of `options` computed it."""
+        computed = {ran.compute for ran in self.cache.tally} if self.cache is not None else set()
+        if computed - {options.compute}:
+            text = "KV cache: computed in %s products, wanted %s ones: not reused, computed anew"
+            notices.warning(text, " + ".join(sorted(computed)), options.compute)
+            self.cache, self.tokens = None, []
 
     def _rewind(self, shared: int, options: RunOptions) -> int:
         """Drop all cached tokens after the first `shared`; returns how many are left: fewer, with a notice, where the

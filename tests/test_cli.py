@@ -384,6 +384,28 @@ def test_prompt_cache_that_does_not_fit(tiny_folder, endless, tmp_path):
     assert "damaged or foreign" in fails("generate", "a", "--model", tiny_folder, "--prompt-cache", cache)
 
 
+def test_prompt_cache_of_another_precision_is_computed_anew(tiny_folder, tmp_path):
+    """Keys and values in bfloat16 are not reused by an exact run, which says so and is exact."""
+    cache, text = tmp_path / "cache", "The same long beginning, then "
+    arguments = (tiny_folder, text, "--raw", "--prompt-cache", cache)
+    exact = document(tiny_folder, text, "--raw")
+    document(*arguments, "--kv-dtype", "bfloat16")
+    again = document(*arguments, "--kv-dtype", "bfloat16")
+    assert again["timings"]["reused_tokens"] > 0
+    assert again["timings"]["kv_dtype"] == "bfloat16"
+    got = document(*arguments)
+    assert got["timings"]["reused_tokens"] == 0
+    assert got["timings"]["kv_dtype"] == "float32"
+    assert got["token_ids"] == exact["token_ids"]
+    want = f"{cache}: wanted a KV cache of exact float32, got exact bfloat16: not reused, computed anew"
+    assert got["notices"] == [want]
+    assert document(*arguments)["timings"]["reused_tokens"] > 0, "the file is the exact run's"
+    if json.loads(mlxeff("doctor", "--json")[0])["native"]["available"]:
+        other = document(*arguments, "--compute", "int8")
+        assert other["timings"]["reused_tokens"] == 0
+        assert "wanted a KV cache of int8 float32, got exact float32" in other["notices"][0]
+
+
 def test_models():
     table = mlxeff("models")[0]
     for name in ("smollm2-135m (default)", "apple/OpenELM-270M", "openelm-3b-instruct"):
