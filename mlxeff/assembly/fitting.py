@@ -35,6 +35,14 @@ NOT_KEPT = ("base", "aux", "out", "text", "train_text", "tokens", "map_bits", "o
 Progress = Callable[[str, str], AbstractContextManager[Callable[[int, int], None] | None]]
 
 
+class NotWrittenError(MlxeffError):
+    """The pair was fitted and could not be written. `report` is what `fit_kv_predictor` would have returned."""
+
+    def __init__(self, message: str, report: dict):
+        super().__init__(message)
+        self.report = report
+
+
 def no_progress(_title: str, _unit: str) -> AbstractContextManager[None]:
     """Shows nothing."""
     return contextlib.nullcontext()
@@ -130,7 +138,7 @@ def fit_kv_predictor(base: str, aux: str, out: str | Path, *, progress: Progress
     `out`; `aux` and `settings` are the options of `mlxeff fit kv-predictor`, with underscores.
 
     Returns the report that the command prints with --json, less its notices. Raises MlxeffError; `out` is then not
-    made.
+    made. Where only writing failed that is a NotWrittenError, which has the report.
     """
     check_new(Path(out))
     if unknown := sorted(set(settings) - {field.name for field in fields(KvPredictorSettings)}):
@@ -170,12 +178,16 @@ def _fit_kv_predictor(settings: KvPredictorSettings, progress: Progress) -> dict
             _plot(losses, partial / "loss.png")
         return config
 
-    write_pair(Path(settings.out), describe, fitted.predictor, tuned=tuned, half=True)
-    if losses:
+    failure = None
+    try:
+        write_pair(Path(settings.out), describe, fitted.predictor, tuned=tuned, half=True)
+    except MlxeffError as error:
+        failure = str(error)
+    if losses and failure is None:
         settings.unfinished.unlink(missing_ok=True)
     if tuned:
         tuned.fold()
-    return {
+    report = {
         "pair": str(settings.out),
         "base": config.base,
         "auxiliary": config.auxiliary,
@@ -188,6 +200,9 @@ def _fit_kv_predictor(settings: KvPredictorSettings, progress: Progress) -> dict
         "losses": losses,
         **_sizes(base.model, auxiliary.model, fitted.predictor),
     }
+    if failure is not None:
+        raise NotWrittenError(failure, report)
+    return report
 
 
 def _found(settings: KvPredictorSettings, base: DecoderModel, pieces: list[list[int]]) -> str:
@@ -260,7 +275,15 @@ def _plot(losses: list[float], path: Path) -> None:
     except ImportError:
         notices.warning("%s: not drawn: matplotlib is missing (pip install 'mlxeff[benchmarks]')", path.name)
         return
-    axes = (figure := Figure(figsize=(7, 4))).subplots()
+    try:
+        _draw(losses, path, Figure(figsize=(7, 4)))
+    except (OSError, ValueError, RuntimeError) as error:  # the pair does not depend on its picture
+        notices.warning("%s: not drawn: %s", path.name, " ".join(str(error).split())[:200])
+
+
+def _draw(losses: list[float], path: Path, figure: "Figure") -> None:
+    """The loss of each step and its running mean on the empty `figure`, written to `path`."""
+    axes = figure.subplots()
     axes.plot(range(1, len(losses) + 1), losses, linewidth=0.5, alpha=0.5, label="loss of a step")
     width = max(1, len(losses) // 50)
     sums = list(itertools.accumulate(losses, initial=0.0))

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from statistics import median
 
-from ..errors import MlxeffError
+from ..errors import MlxeffError, notices
 
 
 class Samples:
@@ -33,6 +33,7 @@ class Samples:
     ):
         self.path, self.keys, self.holds, self.remedy = path, tuple(keys), holds, remedy
         self.all: list[dict] = []
+        self.failed = False  # whether a sample could not be written
         if path is None:
             return
         if path.exists() and path.stat().st_size:
@@ -75,10 +76,14 @@ class Samples:
         return tuple(sample[name] for name in self.keys)
 
     def add(self, sample: dict) -> None:
-        """Keep a new sample."""
+        """Keep a new sample. Where the file takes no more, a notice says so, and samples are kept in memory only."""
         self.all.append(sample)
-        if self.path is not None:
-            self._write([sample], "a")
+        if self.path is not None and not self.failed:
+            try:
+                self._write([sample], "a")
+            except MlxeffError as error:
+                self.failed = True
+                notices.warning("%s: this sample and those that follow are not kept there", error)
 
     def done(self) -> set[tuple]:
         """The keys of all samples."""

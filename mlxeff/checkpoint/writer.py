@@ -63,7 +63,7 @@ def save_arrays(path: Path, arrays: dict[str, mx.array], metadata: dict[str, str
         if got < wanted:
             raise OSError(f"wanted {wanted} bytes on disk, got {got} (disk full?)")
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, ValueError, TypeError) as error:
         raise MlxeffError(f"{path}: cannot write {what}: {error}") from error
     finally:
         with contextlib.suppress(OSError):
@@ -89,6 +89,8 @@ def check_new(destination: Path) -> None:
         raise MlxeffError(f"{destination}: wanted a new folder, got a path that exists")
     if not destination.absolute().parent.is_dir():
         raise MlxeffError(f"{destination}: wanted an existing parent folder, got none")
+    if not os.access(destination.absolute().parent, os.W_OK):  # a long computation would be in vain
+        raise MlxeffError(f"{destination}: wanted a parent folder that may be written to, got one that may not")
 
 
 def write_folder(

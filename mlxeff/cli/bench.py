@@ -18,7 +18,7 @@ def run(options: argparse.Namespace) -> int:
         streams.print_json(document, indent=1)
     else:
         print(report.tables(results, card | settings, options.suite is not None))
-    return 0
+    return 1 if results.samples.failed else 0
 
 
 def _request(options: argparse.Namespace):

@@ -4,6 +4,7 @@ import argparse
 import functools
 
 from ..assembly import techniques
+from ..errors import MlxeffError, notices
 from . import output, streams
 
 OWN = ("verb", "what", "device", "json", "quiet")  # options that are this verb's and not the fit's
@@ -16,9 +17,15 @@ def run(options: argparse.Namespace) -> int:
     values = {name: value for name, value in vars(options).items() if name not in OWN}
     kernels.use_device(options.device)
     with output.show_notices(options.quiet) as lines:
-        report = fitted.run(functools.partial(output.bar, quiet=options.quiet), **values)
+        try:
+            report, code = fitted.run(functools.partial(output.bar, quiet=options.quiet), **values), 0
+        except MlxeffError as error:
+            report, code = getattr(error, "report", None), 1
+            if report is None:
+                raise
+            notices.warning("%s", streams.explain(error))
     if options.json:
         streams.print_json(report | {"notices": lines})
     elif not options.quiet:
         print("\n".join(fitted.lines(report)))
-    return 0
+    return code

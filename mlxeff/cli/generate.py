@@ -21,7 +21,7 @@ def run(options: argparse.Namespace) -> int:
         if options.prompt_cache:
             require_seam(runner.loaded.model, "cache", "--prompt-cache")
             runner.session.restore(cache_file, runner.loaded.fingerprint, ids, runner.setup.options)
-        answer = Answer()
+        answer, broken = Answer(), None
         try:
             with contextlib.closing(runner.stream(ids, answer)) as pieces:
                 for text in pieces:
@@ -29,10 +29,29 @@ def run(options: argparse.Namespace) -> int:
                         print(text, end="", flush=True)
         except KeyboardInterrupt:
             answer.interrupted = True
-        if options.prompt_cache:
-            runner.session.save(cache_file, runner.loaded.fingerprint)
+        except (streams.OutputError, BrokenPipeError) as error:
+            broken = error  # the prompt has been computed all the same: its cache is kept
+        if not (broken or options.json or answer.text.endswith("\n")):
+            print(flush=True)
+        saved = not options.prompt_cache or _save(runner, cache_file, answer)
+        if broken:
+            raise broken
         _finish(runner, answer, options, lines)
-    return 130 if answer.interrupted else 0
+    return 130 if answer.interrupted else 0 if saved else 1
+
+
+def _save(runner: Runner, path: Path, answer: Answer) -> bool:
+    """Write the prompt cache; returns whether that succeeded. A failure is a warning: the answer is there."""
+    try:
+        runner.session.save(path, runner.loaded.fingerprint)
+    except MlxeffError as error:
+        notices.warning("%s", streams.explain(error))
+        return False
+    except KeyboardInterrupt:
+        answer.interrupted = True
+        notices.warning("%s: not written: interrupted", path)
+        return False
+    return True
 
 
 def _finish(runner: Runner, answer: Answer, options: argparse.Namespace, lines: list[str]) -> None:
@@ -40,8 +59,6 @@ def _finish(runner: Runner, answer: Answer, options: argparse.Namespace, lines: 
     if options.json:
         streams.print_json(document(runner, answer, stats, lines))
         return
-    if not answer.text.endswith("\n"):
-        print(flush=True)
     if not options.quiet:
         print(output.timing_line(stats, runner.setup.summary()), file=sys.stderr)
         if stats["finish_reason"] == "length" and stats["generated_tokens"] == options.max_tokens:
