@@ -7,13 +7,12 @@ on first use, so that `import mlxeff` itself loads neither mlx nor any model cod
 import importlib
 import os
 
-from .errors import MlxeffError
-
 __version__ = "0.1.0"
 
 # Public name → the module that defines it.
 _PUBLIC = {
     "GenerationResponse": "generation",
+    "MlxeffError": "errors",
     "RunOptions": "running",
     "fit_kv_predictor": "assembly",
     "generate": "generation",

@@ -20,6 +20,7 @@ import mlx.core as mx
 
 from .checkpoint import save_arrays
 from .errors import MlxeffError
+from .names import readable_by_mlx
 from .ops import attention
 from .running import EXACT, FULL_VIEW, Ran, RunOptions, Tally
 
@@ -426,4 +427,5 @@ def _read(path: Path, model: str) -> tuple[dict[str, mx.array], dict[str, str]]:
         raise MlxeffError(f"{path}: wanted a prompt cache of format version {FORMAT_VERSION}, got {metadata}")
     if metadata.get("model") != model:
         raise MlxeffError(f"{path}: wanted a prompt cache of this model ({model}), got one of {metadata.get('model')}")
-    return mx.load(str(path), format="safetensors"), metadata
+    with readable_by_mlx(path) as name:
+        return mx.load(name, format="safetensors"), metadata

@@ -100,6 +100,8 @@ def stream_generate(
         raise MlxeffError("stream_generate: draft_model is not supported")
     if max_tokens == 0 or max_tokens < -1:
         raise MlxeffError(f"max_tokens: wanted 1 or more, or -1 for no limit, got {max_tokens}")
+    if prefill_step_size is not None and prefill_step_size < 1:
+        raise MlxeffError(f"prefill_step_size: wanted 1 or more, got {prefill_step_size}")
     began = time.perf_counter()
     reading, following = reading or PlainReading(), following or PlainFollowing()
     if options is not EXACT:

@@ -281,8 +281,8 @@ def _plot(losses: list[float], path: Path) -> None:
         notices.warning("%s: not drawn: %s", path.name, " ".join(str(error).split())[:200])
 
 
-def _draw(losses: list[float], path: Path, figure: "Figure") -> None:
-    """The loss of each step and its running mean on the empty `figure`, written to `path`."""
+def _draw(losses: list[float], path: Path, figure) -> None:
+    """The loss of each step and its running mean on the empty `figure` of matplotlib, written to `path`."""
     axes = figure.subplots()
     axes.plot(range(1, len(losses) + 1), losses, linewidth=0.5, alpha=0.5, label="loss of a step")
     width = max(1, len(losses) // 50)

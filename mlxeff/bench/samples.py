@@ -10,6 +10,7 @@ from pathlib import Path
 from statistics import median
 
 from ..errors import MlxeffError, notices
+from ..names import json_text
 
 
 class Samples:
@@ -65,7 +66,7 @@ class Samples:
         target = self.path if mode == "a" else self.path.with_name(f".{self.path.name}.{os.getpid()}")
         try:
             with open(target, mode, encoding="utf-8") as file:
-                file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+                file.writelines(json_text(line) + "\n" for line in lines)
             if mode == "w":
                 os.replace(target, self.path)
         except OSError as error:

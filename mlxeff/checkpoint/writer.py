@@ -58,7 +58,8 @@ def save_arrays(path: Path, arrays: dict[str, mx.array], metadata: dict[str, str
     temporary = path.with_name(f".{path.name}.{os.getpid()}.safetensors")
     try:
         mx.eval(arrays)
-        mx.save_safetensors(str(temporary), arrays, metadata)
+        with open(temporary, "wb") as file:
+            mx.save_safetensors(file, arrays, metadata)
         wanted, got = sum(a.nbytes for a in arrays.values()), temporary.stat().st_size
         if got < wanted:
             raise OSError(f"wanted {wanted} bytes on disk, got {got} (disk full?)")

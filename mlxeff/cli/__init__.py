@@ -29,9 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with streams.prepared() as output:
         options = argparse.Namespace()
         try:
-            _parser().parse_args(argv, options)
-            streams.check(options.verb)
-            code = importlib.import_module(f".{options.verb}", __name__).run(options)
+            code = _run(argv, options)
             output.flush()
             return code
         except KeyboardInterrupt:
@@ -46,6 +44,21 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 1
         except (MlxeffError, MemoryError, OSError) as error:
             return _fail(streams.explain(error), options, output)
+
+
+def _run(argv: Sequence[str] | None, options: argparse.Namespace) -> int:
+    """Parse into `options` and run the verb; returns the exit code."""
+    try:
+        _parser().parse_args(argv, options)
+    except SystemExit:  # of --help, --version and wrong usage
+        sys.stdout.flush()
+        raise
+    streams.check(options.verb)
+    verb = importlib.import_module(f".{options.verb}", __name__)
+    if options.verb != "models":
+        importlib.import_module("mlx.core")  # before Ctrl-C raises: its import does not survive exceptions
+    with streams.interruptible():
+        return verb.run(options)
 
 
 def _fail(message: str, options: argparse.Namespace, output: streams.Output) -> int:

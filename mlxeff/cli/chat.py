@@ -8,7 +8,7 @@ import sys
 from dataclasses import dataclass, field
 
 from ..errors import MlxeffError, notices
-from ..hub import expand
+from ..names import expand, json_text
 from . import output, streams
 from .runner import Answer, Runner, start
 
@@ -209,7 +209,7 @@ class Chat:
                 raise MlxeffError(f"{path}: wanted a new file, got one that exists")
             temporary = path.with_name(f".mlxeff-chat.{os.getpid()}")
             try:
-                temporary.write_text(streams.json_text(document) + "\n", encoding="utf-8")
+                temporary.write_text(json_text(document, indent=2) + "\n", encoding="utf-8")
                 os.rename(temporary, path)
             finally:
                 with contextlib.suppress(OSError):

@@ -4,7 +4,7 @@ import argparse
 import platform
 import sys
 
-from . import streams
+from . import output, streams
 
 
 def run(options: argparse.Namespace) -> int:
@@ -21,7 +21,7 @@ def run(options: argparse.Namespace) -> int:
         print(f"CPU       native kernels: {native['level']} (of {others}), {native['threads']} threads")
     else:
         print(f"CPU       MLX's own kernels; native ones: {native['reason']}")
-    print(f"cache     {facts['cache']}")
+    print(f"cache     {facts['cache'] or 'none: ' + output.cache_place()[1]}")
     return 0
 
 
@@ -29,7 +29,7 @@ def report() -> dict:
     """What `--json` prints."""
     import mlx.core as mx
 
-    from .. import __version__, hub, kernels
+    from .. import __version__, kernels
 
     native, reason = kernels.native()
     return {
@@ -49,5 +49,5 @@ def report() -> dict:
             "levels": native.isa_available().split() if native else [],
             "threads": native.num_threads() if native else 1,
         },
-        "cache": str(hub.cache_dir()),
+        "cache": output.cache_place()[0],
     }

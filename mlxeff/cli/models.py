@@ -2,15 +2,15 @@
 
 import argparse
 
-from . import streams
+from . import output, streams
 
 
 def run(options: argparse.Namespace) -> int:
     from .. import hub
 
-    rows = hub.models()
+    rows, (cache, reason) = hub.models(), output.cache_place()
     if options.json:
-        facts = {"cache": str(hub.cache_dir()), "default": hub.DEFAULT_MODEL, "models": rows, "pairs": hub.pairs()}
+        facts = {"cache": cache, "default": hub.DEFAULT_MODEL, "models": rows, "pairs": hub.pairs()}
         streams.print_json(facts)
         return 0
     table = [("NAME", "SOURCE", "SIZE", "CACHED")]
@@ -24,7 +24,7 @@ def run(options: argparse.Namespace) -> int:
     for line in table:
         print("  ".join([*(text.ljust(width) for text, width in zip(line[:3], widths)), line[3]]))
     print(f"\nPairs of KV Prediction, for generate --kv-predict: {', '.join(hub.pairs())}")
-    print(f"Any Hugging Face id, model folder or .gguf file works too. Built-in model's cache: {hub.cache_dir()}")
+    print(f"Any Hugging Face id, model folder or .gguf file works too. Built-in model's cache: {cache or reason}")
     return 0
 
 

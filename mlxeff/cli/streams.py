@@ -3,13 +3,14 @@ in one line what any exception means.
 """
 
 import contextlib
-import json
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from typing import TextIO
 
 from ..errors import MlxeffError
+from ..names import json_text
 
 MAX_LINE = 300  # characters of a message
 OUTPUT_ONLY = ("generate", "chat", "models", "bench", "doctor")  # verbs whose only result is what they print
@@ -118,6 +119,32 @@ def _open_nothing(number: int) -> TextIO:
     return open(descriptor, "r" if number == 0 else "w", encoding="utf-8", closefd=False)
 
 
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """Inside the block Ctrl-C raises KeyboardInterrupt, unless the caller has chosen that it does something else. An
+    error that follows from one, such as an ImportError of a library that was interrupted, becomes one again."""
+    before, happened = signal.getsignal(signal.SIGINT), []
+
+    def interrupt(*_: object) -> None:
+        happened.append(True)
+        raise KeyboardInterrupt
+
+    try:
+        if before in (signal.SIG_DFL, signal.default_int_handler):
+            signal.signal(signal.SIGINT, interrupt)
+    except ValueError:  # not the main thread
+        before = None
+    try:
+        yield
+    except Exception as error:
+        if happened and not isinstance(error, (MlxeffError, OSError)):
+            raise KeyboardInterrupt from error
+        raise
+    finally:
+        if before in (signal.SIG_DFL, signal.default_int_handler):
+            signal.signal(signal.SIGINT, before)
+
+
 def check(verb: str) -> None:
     """Raises OutputError where standard output is closed and `verb` does nothing but print."""
     if verb in OUTPUT_ONLY and getattr(sys.stdout, "was_closed", False):
@@ -157,16 +184,6 @@ def require_text(text: str, origin: str) -> str:
 def print_json(document: object, indent: int | None = 2) -> None:
     """Print a JSON document. Characters that standard output cannot show become JSON's own escapes."""
     print(json_text(document, indent, getattr(sys.stdout, "encoding", None) or "utf-8"), flush=True)
-
-
-def json_text(document: object, indent: int | None = 2, encoding: str = "utf-8") -> str:
-    """The JSON text of a document, with JSON's escapes where `encoding` lacks one of its characters."""
-    text = json.dumps(document, ensure_ascii=False, indent=indent)
-    try:
-        text.encode(encoding)
-    except (UnicodeError, LookupError):
-        text = json.dumps(document, indent=indent)
-    return text
 
 
 def explain(error: BaseException) -> str:

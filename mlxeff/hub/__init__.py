@@ -14,20 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import MlxeffError
-from .catalog import BUILTIN, DEFAULT_MODEL, PAIRS, OnHub, Packaged, cache_dir, expand
+from ..names import expand
+from .catalog import BUILTIN, DEFAULT_MODEL, PAIRS, OnHub, Packaged, cache_dir
 
-__all__ = [
-    "BUILTIN",
-    "DEFAULT_MODEL",
-    "OnHub",
-    "Packaged",
-    "cache_dir",
-    "expand",
-    "models",
-    "pairs",
-    "resolve",
-    "resolve_pair",
-]
+__all__ = ["BUILTIN", "DEFAULT_MODEL", "OnHub", "Packaged", "cache_dir", "models", "pairs", "resolve", "resolve_pair"]
 
 Progress = Callable[[int, int], None]  # called with (bytes done, bytes in total)
 CHECKPOINT_SUFFIXES = (".gguf", ".safetensors", ".pt", ".pth", ".bin")

@@ -8,20 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import MlxeffError
-
-
-def expand(name: str | os.PathLike) -> Path:
-    """The path `name` with "~" and "~user" replaced by the home folder, unless a file has that very name. Raises
-    MlxeffError where there is no such home folder, and for a NUL character, which no path can have."""
-    path = Path(name)
-    if "\0" in str(path):
-        raise MlxeffError(f"{str(path)!r}: wanted a path, got one with a NUL character")
-    if not str(path).startswith("~") or os.path.lexists(path):
-        return path
-    try:
-        return path.expanduser()
-    except RuntimeError:
-        raise MlxeffError(f"{name}: {path.parts[0]}: no such user, or one without a home folder") from None
+from ..names import expand
 
 
 def _home() -> Path:

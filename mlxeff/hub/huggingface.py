@@ -223,7 +223,7 @@ def cached_repositories() -> dict[str, dict[str, Any]]:
 
     try:
         repositories = scan_cache_dir().repos
-    except (errors.CacheNotFound, OSError, ValueError):
+    except (errors.CacheNotFound, OSError, ValueError, RuntimeError):  # the last: no home folder
         return {}
     models = {}
     for repository in repositories:

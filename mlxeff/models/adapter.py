@@ -16,6 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..errors import MlxeffError
+from ..names import is_utf8
 from ..running import EXACT, Ran, RunOptions, Tally
 
 RAN = Ran("mlx", EXACT.compute)  # what computes all calls of these models
@@ -152,6 +153,8 @@ def load_adapter(
 
     Raises MlxeffError where mlx-lm cannot load the model.
     """
+    if not is_utf8(folder):
+        raise MlxeffError(f"{folder}: wanted a folder name in UTF-8 for a model that runs through mlx-lm")
     with _keep_file_limit():
         from mlx_lm.utils import load_model
     options = {"get_model_classes": _prepared(prepare)} if prepare else {}
