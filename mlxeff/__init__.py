@@ -18,6 +18,7 @@ _PUBLIC = {
     "generate": "generation",
     "load": "assembly",
     "load_pair": "assembly",
+    "make_prompt_cache": "generation",
     "stream_generate": "generation",
 }
 
@@ -30,6 +31,7 @@ __all__ = [
     "generate",
     "load",
     "load_pair",
+    "make_prompt_cache",
     "stream_generate",
 ]
 

@@ -261,6 +261,20 @@ class KVCache:
         """Cached tokens."""
         return self.layers[0].length
 
+    def is_trimmable(self) -> bool:
+        """True, for mlx-lm's `can_trim_prompt_cache`: tokens at the end can be dropped."""
+        return True
+
+    def trim(self, count: int) -> int:
+        """Drop the last `count` tokens, for mlx-lm's `trim_prompt_cache`; returns how many were dropped."""
+        before = self.length
+        return before - self.rewind(max(0, before - count))
+
+    @property
+    def state(self) -> None:
+        """Raises MlxeffError, for mlx-lm's `save_prompt_cache`: see `save`."""
+        raise MlxeffError("KV cache: mlx-lm cannot save it: use cache.save(path, tokens, fingerprint)")
+
     @property
     def nbytes(self) -> int:
         """Bytes allocated, unused capacity included."""

@@ -60,10 +60,11 @@ def stream_generate(
     prompt: str | mx.array | list[int],
     max_tokens: int = 256,
     draft_model=None,
+    stream: mx.Stream | None = None,
     *,
     sampler: Sampler | None = None,
     logits_processors: Sequence[LogitsProcessor] | None = None,
-    prompt_cache: Cache | None = None,
+    prompt_cache: Cache | list | None = None,
     prefill_step_size: int | None = None,
     prompt_progress_callback: Progress | None = None,
     stop: str | Sequence[str] = (),
@@ -73,6 +74,12 @@ def stream_generate(
     reading: Reading | None = None,
     following: Following | None = None,
     options: RunOptions = EXACT,
+    max_kv_size: int | None = None,
+    kv_bits: int | None = None,
+    kv_group_size: int | None = None,  # noqa: ARG001 - this one and the next two have no effect
+    quantized_kv_start: int | None = None,  # noqa: ARG001
+    input_embeddings: mx.array | None = None,
+    num_draft_tokens: int | None = None,  # noqa: ARG001
 ) -> Iterator[GenerationResponse]:
     """Yield one `GenerationResponse` for each token; the last one has a `finish_reason`.
 
@@ -80,7 +87,8 @@ def stream_generate(
     max_tokens                -1: up to the end of the context
     sampler                   log-probabilities → token, see `sampling.make_sampler`; None: greedy
     logits_processors         see `sampling.make_logits_processors`
-    prompt_cache              a cache from `model.new_cache()`; `prompt` continues the tokens that it contains
+    prompt_cache              a cache from `model.new_cache()`, or the list of `make_prompt_cache`; `prompt` continues
+                              the tokens that it contains
     prefill_step_size         prompt tokens in one forward pass; None: kernels.PREFILL_STEP of the device
     prompt_progress_callback  called with (prompt tokens done, prompt tokens in total)
     stop                      strings that end the text; they are not part of it
@@ -91,13 +99,16 @@ def stream_generate(
                               None: the model computes every token
     following                 how the answer is decoded; None: one token in each forward pass
     options                   arithmetic and kind of KV cache, for this call
-    draft_model               exists only for mlx-lm's signature, and is refused
+
+    These exist only for mlx-lm's signature. draft_model, max_kv_size, kv_bits, input_embeddings and a stream of another
+    device are refused; kv_group_size, quantized_kv_start and num_draft_tokens, which only change those, have no effect.
 
     Raises MlxeffError for an empty or too long prompt, for ids outside of the vocabulary, and for arguments that the
     model does not support.
     """
-    if draft_model is not None:
-        raise MlxeffError("stream_generate: draft_model is not supported")
+    given = {"draft_model": draft_model, "max_kv_size": max_kv_size, "input_embeddings": input_embeddings}
+    _refuse("stream_generate", given | {"kv_bits": kv_bits}, stream)
+    _check_parts(model, tokenizer)
     if max_tokens == 0 or max_tokens < -1:
         raise MlxeffError(f"max_tokens: wanted 1 or more, or -1 for no limit, got {max_tokens}")
     if prefill_step_size is not None and prefill_step_size < 1:
@@ -108,7 +119,7 @@ def stream_generate(
         model.check(options)
     ids = prompt_ids(tokenizer, prompt)
     _check_ids(ids, model.vocab_size)
-    cache = prompt_cache if prompt_cache is not None else model.new_cache(options.kv)
+    cache = _one_cache(model, prompt_cache) if prompt_cache is not None else model.new_cache(options.kv)
     if options.kv not in (None, cache.kind):
         raise MlxeffError(f"prompt_cache: wanted a KV cache of the kind {options.kv}, got one of {cache.kind}")
     limit = context_limit or model.context_length
@@ -128,6 +139,45 @@ def stream_generate(
         yield from _respond(steps, finisher, began, len(ids), prompt_progress_callback)
     finally:
         steps.close()
+
+
+def make_prompt_cache(model: Model, max_kv_size: int | None = None) -> list[Cache]:
+    """A new KV cache of `model` for `prompt_cache`, as the list of one member that mlx-lm's function of that name
+    gives for a model of ours too. Raises MlxeffError for `max_kv_size`: this cache keeps every token."""
+    _refuse("make_prompt_cache", {"max_kv_size": max_kv_size})
+    return model.make_cache()
+
+
+def _refuse(function: str, arguments: dict[str, object], stream: mx.Stream | None = None) -> None:
+    """Raises MlxeffError for arguments of mlx-lm's `function` that were given and are not supported: each in
+    `arguments` that is not None, and a stream of another device than the default one."""
+    if names := [name for name, value in arguments.items() if value is not None]:
+        raise MlxeffError(f"{function}: {' and '.join(names)} {'are' if names[1:] else 'is'} not supported")
+    device = getattr(stream, "device", None)
+    if device is not None and device.type != mx.default_device().type:
+        raise MlxeffError(f"stream: wanted one of the default device, {mx.default_device()}, got one of {device}")
+
+
+def _check_parts(model: Model, tokenizer: Tokenizer) -> None:
+    """Raises MlxeffError for a model that is not one of `load`, and for a tokenizer that cannot stream text."""
+    if not hasattr(model, "new_cache"):
+        raise MlxeffError(f"model: wanted one of mlxeff.load, got {type(model).__module__}.{type(model).__name__}")
+    if not hasattr(tokenizer, "detokenizer"):
+        got = f"{type(tokenizer).__module__}.{type(tokenizer).__name__}"
+        raise MlxeffError(f"tokenizer: wanted one of mlxeff.load or mlx-lm's wrapper, got {got}")
+
+
+def _one_cache(model: Model, given: Cache | list) -> Cache:
+    """The cache for the model in what a caller gives: a cache, or a list as mlx-lm's `make_prompt_cache` returns it."""
+    if isinstance(given, list | tuple):
+        if len(given) == 1 and hasattr(given[0], "rewind"):
+            return given[0]
+        if hasattr(model, "wrap_cache"):
+            return model.wrap_cache(list(given))
+    elif hasattr(given, "rewind"):
+        return given
+    got = type(given[0] if isinstance(given, list | tuple) and given else given).__name__
+    raise MlxeffError(f"prompt_cache: wanted one of mlxeff.make_prompt_cache(model), got a list or an object of {got}")
 
 
 def _respond(

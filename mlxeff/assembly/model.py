@@ -29,6 +29,7 @@ from ..tokenizer import Tokenizer, from_folder, from_gguf
 from .techniques import Stored, architecture, stored_in
 
 SAMPLE_BYTES = 1 << 16  # of each end of a weight file that goes into the fingerprint
+TOKENIZER_KEYS = {"chat_template", "eos_token", "trust_remote_code"}  # of mlx-lm's `tokenizer_config`
 MODELS = {"openelm": openelm.Model} | dict.fromkeys(llama.FAMILIES, llama.Model)
 
 
@@ -57,13 +58,22 @@ def load(
 ):
     """(model, tokenizer[, config]) of a folder, GGUF file, hub id or built-in alias; arguments as in mlx-lm's `load`.
 
-    `model_config` overrides keys of config.json (None deletes one). Raises `MlxeffError` for anything unusable.
+    `model_config` overrides keys of config.json (None deletes one). Of `tokenizer_config`, `eos_token` (the text of one
+    more end token), `chat_template` and `trust_remote_code` (a tokenizer never runs code) are understood. Raises
+    `MlxeffError` for anything unusable.
     """
-    for name, value in (("tokenizer_config", tokenizer_config), ("adapter_path", adapter_path)):
-        if value:
-            raise MlxeffError(f"load: {name} is not supported, got {value!r}")
+    if adapter_path:
+        raise MlxeffError(f"load: adapter_path is not supported, got {adapter_path!r}: fuse it with mlx_lm.fuse")
+    given = dict(tokenizer_config or {})
+    if unknown := sorted(set(given) - TOKENIZER_KEYS):
+        known = ", ".join(sorted(TOKENIZER_KEYS))
+        raise MlxeffError(f"load: tokenizer_config: wanted keys of {known}, got {', '.join(map(repr, unknown))}")
     path = hub.resolve(str(path_or_hf_repo), revision=revision)
     loaded = load_path(path, model_config, lazy, trust_remote_code)
+    if given.get("eos_token") is not None:
+        loaded.tokenizer.add_eos_token(given["eos_token"])
+    if given.get("chat_template") is not None:
+        loaded.tokenizer.chat_template = given["chat_template"]
     return (loaded.model, loaded.tokenizer, loaded.config) if return_config else (loaded.model, loaded.tokenizer)
 
 

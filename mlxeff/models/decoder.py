@@ -88,6 +88,10 @@ class DecoderModel(nn.Module):
         shapes = [layer.cache_shape(self.window(i)) for i, layer in enumerate(self.layers)]
         return KVCache.of(shapes, kind, self._kv_type())
 
+    def make_cache(self) -> list[KVCache]:
+        """[`new_cache()`]: what mlx-lm's `make_prompt_cache` gives for this model."""
+        return [self.new_cache()]
+
     def _kv_type(self) -> str:
         """The name of the type in which the executor computes keys and values."""
         dtype = mx.float32 if self.native is not None else self.embed(mx.zeros((1, 1), mx.int32)).dtype
