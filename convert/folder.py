@@ -4,7 +4,6 @@ File names: Hugging Face's. Knows nothing of tensors.
 """
 
 import hashlib
-import json
 import math
 import shutil
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from pathlib import Path
 from .. import __version__
 from ..checkpoint import Source
 from ..errors import MlxeffError
+from ..names import json_text
 from ..tokenizer import Tokenizer, from_folder, from_gguf
 from .plan import Options
 
@@ -103,7 +103,7 @@ def write(folder: Path, config: dict, tokens: TokenizerFiles, source: Source) ->
 
 
 def _write_json(path: Path, value: dict) -> None:
-    path.write_text(json.dumps(_tag(dict(sorted(value.items()))), indent=4, ensure_ascii=False), encoding="utf-8")
+    path.write_text(json_text(_tag(dict(sorted(value.items()))), indent=4), encoding="utf-8")
 
 
 def _tag(value):

@@ -9,6 +9,7 @@ Shapes: B batch, H query heads, G KV heads, S new tokens, T cached tokens, E hea
 """
 
 import contextlib
+import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,10 +20,16 @@ import mlx.core as mx
 
 from .checkpoint import save_arrays
 from .errors import MlxeffError
+from .names import readable_by_mlx
 from .ops import attention
-from .running import EXACT, FULL_VIEW, RunOptions, Tally
+from .running import EXACT, FULL_VIEW, Ran, RunOptions, Tally
 
 FORMAT_VERSION = "1"  # of the cache files that `KVCache.save` writes
+GIVEN = "given"  # stands for an arithmetic in a cache file: keys and values that were appended without a forward pass
+
+
+class OtherPrecisionError(MlxeffError):
+    """A cache file holds keys and values of another numeric type or arithmetic than those that are wanted."""
 
 
 class Layer(Protocol):
@@ -176,8 +183,11 @@ class LayerCache:
 
     def restore(self, arrays: dict[str, mx.array], tokens: int) -> None:
         """See `Layer.restore`."""
-        if set(arrays) != {"keys", "values"} or any(a.ndim != 4 or a.shape[2] != tokens for a in arrays.values()):
+        if set(arrays) != {"keys", "values"} or arrays["keys"].shape != arrays["values"].shape:
             raise ValueError(f"keys and values of {tokens} tokens")
+        for array in arrays.values():
+            if array.ndim != 4 or array.shape[2] != tokens or not mx.issubdtype(array.dtype, mx.floating):
+                raise ValueError(f"keys and values of {tokens} tokens")
         self.keys, self.values, self.length = arrays["keys"], arrays["values"], tokens
 
     def arrays(self) -> list[mx.array]:
@@ -233,18 +243,37 @@ class KVCache:
 
     def __init__(self, layers: Sequence[Layer], kind: str | None = None):
         self.layers, self.kind, self.tally = list(layers), kind, Tally()
+        self.shapes: list[LayerShape] | None = None  # of the layers; None where they are not known
+        self.dtype: str | None = None  # the type that the model computes keys in; None where it is not known
 
     @classmethod
-    def of(cls, shapes: Sequence[LayerShape], kind: str) -> "KVCache":
-        """A new cache of `kind` for layers of these shapes. Raises MlxeffError for a kind that is not in KINDS."""
-        if kind not in KINDS:
+    def of(cls, shapes: Sequence[LayerShape], kind: str | None, dtype: str | None = None) -> "KVCache":
+        """A new cache of `kind` for layers of these shapes; None: keys and values are stored as the model computes
+        them, in the type called `dtype`. Raises MlxeffError for a kind that is not in KINDS."""
+        if kind is not None and kind not in KINDS:
             raise MlxeffError(f"KV cache: wanted one of {', '.join(KINDS)}, got {kind!r}")
-        return cls([KINDS[kind](shape) for shape in shapes], kind)
+        cache = cls([LayerCache(shape.window) if kind is None else KINDS[kind](shape) for shape in shapes], kind)
+        cache.shapes, cache.dtype = list(shapes), dtype
+        return cache
 
     @property
     def length(self) -> int:
         """Cached tokens."""
         return self.layers[0].length
+
+    def is_trimmable(self) -> bool:
+        """True, for mlx-lm's `can_trim_prompt_cache`: tokens at the end can be dropped."""
+        return True
+
+    def trim(self, count: int) -> int:
+        """Drop the last `count` tokens, for mlx-lm's `trim_prompt_cache`; returns how many were dropped."""
+        before = self.length
+        return before - self.rewind(max(0, before - count))
+
+    @property
+    def state(self) -> None:
+        """Raises MlxeffError, for mlx-lm's `save_prompt_cache`: see `save`."""
+        raise MlxeffError("KV cache: mlx-lm cannot save it: use cache.save(path, tokens, fingerprint)")
 
     @property
     def nbytes(self) -> int:
@@ -300,15 +329,21 @@ class KVCache:
         for index, layer in enumerate(self.layers):
             arrays |= {f"{index}.{name}": value for name, value in layer.saved().items()}
         metadata = {"format": "mlxeff-kv-cache", "version": FORMAT_VERSION, "model": model, "storage": self._storage}
+        if self.tally:
+            metadata["computed"] = json.dumps(self._computed())
         save_arrays(Path(path), arrays, metadata, "the prompt cache")
 
-    def restore(self, path: str | os.PathLike, model: str) -> list[int]:
+    def restore(self, path: str | os.PathLike, model: str, options: RunOptions = EXACT) -> list[int]:
         """Fill this cache, which must be empty, from a file that `save` wrote; returns the ids of its tokens.
 
-        Raises MlxeffError for a file of another model (fingerprint `model`), of other layers or of another storage
-        format, and for a damaged or foreign file. The cache is then still empty.
+        Raises OtherPrecisionError for a file whose keys and values have another type than this cache stores, or were
+        computed in another arithmetic than that of `options`: both would change the result of an exact run without a
+        trace. A file that does not say what computed it counts as exact. Raises MlxeffError for a file of another model
+        (fingerprint `model`), of other layers or of another storage format, and for a damaged or foreign file. The
+        cache is then still empty.
         """
-        arrays, storage = _read(Path(path), model)
+        arrays, metadata = _read(Path(path), model)
+        storage = metadata.get("storage", LayerCache.storage)
         if storage != self._storage:
             raise MlxeffError(f"{path}: wanted a KV cache stored as {self._storage}, got {storage}")
         tokens = arrays.pop("tokens", mx.zeros((0,), mx.uint32)).tolist()
@@ -319,15 +354,49 @@ class KVCache:
         try:
             if set(parts) != {str(index) for index in range(len(self.layers))}:
                 raise ValueError
+            computed = _tally(metadata, len(tokens))
+            self._check_heads(parts)
+            self._check_precision(path, parts, computed, options)
             for index, layer in enumerate(self.layers):
                 layer.restore(parts[str(index)], len(tokens))
+        except OtherPrecisionError:
+            raise
         except ValueError:
             self.rewind(0)
             layers = len(self.layers)
             raise MlxeffError(
                 f"{path}: wanted a KV cache of {layers} layers for its {len(tokens)} tokens, got others"
             ) from None
+        self.tally.update(computed)
         return tokens
+
+    def _computed(self) -> list[list]:
+        """What computed the cached tokens, for a cache file: [backend, arithmetic, number of tokens] of each."""
+        rows = [[ran.backend, ran.compute, count] for ran, count in self.tally.items()]
+        given = self.length - self.tally.total()
+        return rows + ([["", GIVEN, given]] if given > 0 else [])
+
+    def _check_heads(self, parts: dict[str, dict[str, mx.array]]) -> None:
+        """Raises ValueError for dense arrays of other layers than those of this cache."""
+        if self._storage != LayerCache.storage or self.shapes is None:
+            return
+        for index, shape in enumerate(self.shapes):
+            for array in parts[str(index)].values():
+                if array.ndim != 4 or (array.shape[1], array.shape[3]) != (shape.groups, shape.head_size):
+                    raise ValueError(f"{shape.groups} heads of {shape.head_size}")
+
+    def _check_precision(self, path: str | os.PathLike, parts: dict, computed: Tally, options: RunOptions) -> None:
+        """Raises OtherPrecisionError where a file's arrays or what `computed` them is not what this cache stores or
+        `options` compute."""
+        wanted_type = (self.layers[0].stored_as if self.kind else self.dtype) or None
+        types = [str(array.dtype).removeprefix("mlx.core.") for part in parts.values() for array in part.values()]
+        got_type = " + ".join(dict.fromkeys(types))
+        if wanted_type is None or self._storage != LayerCache.storage:
+            wanted_type = got_type
+        arithmetic = " + ".join(dict.fromkeys(ran.compute for ran in computed))
+        if (got_type, arithmetic) != (wanted_type, options.compute):
+            got = f"{arithmetic} {got_type}"
+            raise OtherPrecisionError(f"{path}: wanted a KV cache of {options.compute} {wanted_type}, got {got}")
 
     @property
     def _storage(self) -> str:
@@ -345,8 +414,22 @@ def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
     return length
 
 
-def _read(path: Path, model: str) -> tuple[dict[str, mx.array], str]:
-    """Read a cache file of the model with fingerprint `model`: its arrays by name, and their storage format."""
+def _tally(metadata: dict[str, str], tokens: int) -> Tally:
+    """What computed the `tokens` tokens of a cache file. A file that does not say it counts as exact. Raises
+    ValueError for an entry that `save` did not write."""
+    rows = json.loads(metadata.get("computed", f'[["unknown", "exact", {tokens}]]'))
+    if not isinstance(rows, list) or not rows:
+        raise ValueError("no rows")
+    tally = Tally()
+    for row in rows:
+        if not isinstance(row, list) or [type(item) for item in row] != [str, str, int]:
+            raise ValueError(f"{row!r}")
+        tally[Ran(row[0], row[1])] += row[2]
+    return tally
+
+
+def _read(path: Path, model: str) -> tuple[dict[str, mx.array], dict[str, str]]:
+    """Read a cache file of the model with fingerprint `model`: its arrays by name, and the entries of its header."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -358,4 +441,5 @@ def _read(path: Path, model: str) -> tuple[dict[str, mx.array], str]:
         raise MlxeffError(f"{path}: wanted a prompt cache of format version {FORMAT_VERSION}, got {metadata}")
     if metadata.get("model") != model:
         raise MlxeffError(f"{path}: wanted a prompt cache of this model ({model}), got one of {metadata.get('model')}")
-    return mx.load(str(path), format="safetensors"), metadata.get("storage", LayerCache.storage)
+    with readable_by_mlx(path) as name:
+        return mx.load(name, format="safetensors"), metadata

@@ -402,6 +402,56 @@ def test_prompt_cache_that_does_not_fit(tiny_folder, endless, tmp_path):
     assert "damaged or foreign" in fails("generate", "a", "--model", tiny_folder, "--prompt-cache", cache)
 
 
+def test_an_answer_whose_prompt_cache_cannot_be_written_is_shown(tiny_folder, tmp_path):
+    """A limit of the size of files stands for a full disk."""
+    cache, limit = tmp_path / "cache", 1000
+    want = document(tiny_folder, "Hello")
+    out, err = generate(tiny_folder, "Hello", "--json", "--prompt-cache", cache, limit=limit, code=1)
+    got = json.loads(out)
+    assert got["text"] == want["text"]
+    assert got["token_ids"] == want["token_ids"]
+    assert len(got["notices"]) == 1
+    assert got["notices"][0].startswith(f"{cache}: cannot write the prompt cache: ")
+    assert f"mlxeff: warning: {got['notices'][0]}\n" in err
+    text, err = generate(tiny_folder, "Hello", "--prompt-cache", cache, limit=limit, code=1)
+    assert text == generate(tiny_folder, "Hello")[0]
+    assert "warning: " in err
+    assert "TTFT" in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_prompt_cache_is_kept_when_the_reader_goes_away(endless, tmp_path):
+    cache = tmp_path / "cache"
+    command = [*COMMAND, "generate", "Hello", "--model", str(endless), "--max-tokens", "-1", "--prompt-cache", cache]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment())
+    stream_until(process, 20)
+    process.stdout.close()
+    assert process.wait(60) == 141, process.stderr.read().decode()
+    assert cache.exists()
+
+
+def test_prompt_cache_of_another_precision_is_computed_anew(tiny_folder, tmp_path):
+    """Keys and values in bfloat16 are not reused by an exact run, which says so and is exact."""
+    cache, text = tmp_path / "cache", "The same long beginning, then "
+    arguments = (tiny_folder, text, "--raw", "--prompt-cache", cache)
+    exact = document(tiny_folder, text, "--raw")
+    document(*arguments, "--kv-dtype", "bfloat16")
+    again = document(*arguments, "--kv-dtype", "bfloat16")
+    assert again["timings"]["reused_tokens"] > 0
+    assert again["timings"]["kv_dtype"] == "bfloat16"
+    got = document(*arguments)
+    assert got["timings"]["reused_tokens"] == 0
+    assert got["timings"]["kv_dtype"] == "float32"
+    assert got["token_ids"] == exact["token_ids"]
+    want = f"{cache}: wanted a KV cache of exact float32, got exact bfloat16: not reused, computed anew"
+    assert got["notices"] == [want]
+    assert document(*arguments)["timings"]["reused_tokens"] > 0, "the file is the exact run's"
+    if json.loads(mlxeff("doctor", "--json")[0])["native"]["available"]:
+        other = document(*arguments, "--compute", "int8")
+        assert other["timings"]["reused_tokens"] == 0
+        assert "wanted a KV cache of int8 float32, got exact float32" in other["notices"][0]
+
+
 def test_models():
     table = mlxeff("models")[0]
     for name in ("smollm2-135m (default)", "apple/OpenELM-270M", "openelm-3b-instruct"):

@@ -39,6 +39,14 @@ NOT_KEPT = ("base", "aux", "out", "text", "train_text", "tokens", "map_bits", "o
 Progress = Callable[[str, str], AbstractContextManager[Callable[[int, int], None] | None]]
 
 
+class NotWrittenError(MlxeffError):
+    """The pair was fitted and could not be written. `report` is what `fit_kv_predictor` would have returned."""
+
+    def __init__(self, message: str, report: dict):
+        super().__init__(message)
+        self.report = report
+
+
 def no_progress(_title: str, _unit: str) -> AbstractContextManager[None]:
     """The `Progress` that shows nothing."""
     return contextlib.nullcontext()
@@ -139,7 +147,8 @@ def fit_kv_predictor(base: str, aux: str, out: str | Path, *, progress: Progress
     `out`. `aux` and `settings` are the options of `mlxeff fit kv-predictor`, see `KvPredictorSettings`.
 
     Returns the report that the command prints with `--json`, without the notices. Raises MlxeffError for invalid
-    settings, models and texts; `out` does not exist then.
+    settings, models and texts; `out` does not exist then. Where only writing failed, it raises NotWrittenError, which
+    has the report.
     """
     check_new(Path(out))
     if unknown := sorted(set(settings) - {field.name for field in fields(KvPredictorSettings)}):
@@ -180,12 +189,16 @@ def _fit_kv_predictor(settings: KvPredictorSettings, progress: Progress) -> dict
             _plot(losses, partial / "loss.png")
         return config
 
-    write_pair(Path(settings.out), describe, fitted.predictor, tuned=tuned, half=True)
-    if losses:
+    failure = None
+    try:
+        write_pair(Path(settings.out), describe, fitted.predictor, tuned=tuned, half=True)
+    except MlxeffError as error:
+        failure = str(error)
+    if losses and failure is None:
         settings.unfinished.unlink(missing_ok=True)
     if tuned:
         tuned.fold()
-    return {
+    report = {
         "pair": str(settings.out),
         "base": config.base,
         "auxiliary": config.auxiliary,
@@ -198,6 +211,9 @@ def _fit_kv_predictor(settings: KvPredictorSettings, progress: Progress) -> dict
         "losses": losses,
         **_sizes(base.model, auxiliary.model, fitted.predictor),
     }
+    if failure is not None:
+        raise NotWrittenError(failure, report)
+    return report
 
 
 def _searched_layers(settings: KvPredictorSettings, base: DecoderModel, pieces: list[list[int]]) -> str:
@@ -273,7 +289,15 @@ def _plot(losses: list[float], path: Path) -> None:
     except ImportError:
         notices.warning("%s: not drawn: matplotlib is missing (pip install 'mlxeff[benchmarks]')", path.name)
         return
-    axes = (figure := Figure(figsize=(7, 4))).subplots()
+    try:
+        _draw(losses, path, Figure(figsize=(7, 4)))
+    except (OSError, ValueError, RuntimeError) as error:  # the pair does not depend on its picture
+        notices.warning("%s: not drawn: %s", path.name, " ".join(str(error).split())[:200])
+
+
+def _draw(losses: list[float], path: Path, figure) -> None:
+    """The loss of each step and its running mean on the empty `figure` of matplotlib, written to `path`."""
+    axes = figure.subplots()
     axes.plot(range(1, len(losses) + 1), losses, linewidth=0.5, alpha=0.5, label="loss of a step")
     width = max(1, len(losses) // 50)
     sums = list(itertools.accumulate(losses, initial=0.0))

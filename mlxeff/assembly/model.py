@@ -29,6 +29,7 @@ from ..tokenizer import Tokenizer, from_folder, from_gguf
 from .techniques import Stored, architecture, stored_in
 
 SAMPLE_BYTES = 1 << 16  # bytes at the beginning and the end of a weight file that enter the fingerprint
+TOKENIZER_KEYS = {"chat_template", "eos_token", "trust_remote_code"}  # known keys of mlx-lm's `tokenizer_config`
 # model_type → class of the model, for the families that this package computes itself.
 MODELS = {"openelm": openelm.Model} | dict.fromkeys(llama.FAMILIES, llama.Model)
 
@@ -60,18 +61,27 @@ def load(
     (model, tokenizer, config). The arguments are those of mlx-lm's `load`:
 
     model_config       entries that override those of config.json; None deletes an entry
+    tokenizer_config   `eos_token` (the text of one more end token), `chat_template`, and `trust_remote_code`, which has
+                       no effect: a tokenizer never runs code
     lazy               leave the weights unevaluated
     revision           branch, tag or commit of a Hugging Face repository
     trust_remote_code  let mlx-lm run Python code that the model folder brings
-    tokenizer_config, adapter_path  not supported: refused
+    adapter_path       not supported: refused
 
     Raises MlxeffError where the model cannot be found, read or run.
     """
-    for name, value in (("tokenizer_config", tokenizer_config), ("adapter_path", adapter_path)):
-        if value:
-            raise MlxeffError(f"load: {name} is not supported, got {value!r}")
+    if adapter_path:
+        raise MlxeffError(f"load: adapter_path is not supported, got {adapter_path!r}: fuse it with mlx_lm.fuse")
+    given = dict(tokenizer_config or {})
+    if unknown := sorted(set(given) - TOKENIZER_KEYS):
+        known = ", ".join(sorted(TOKENIZER_KEYS))
+        raise MlxeffError(f"load: tokenizer_config: wanted keys of {known}, got {', '.join(map(repr, unknown))}")
     path = hub.resolve(str(path_or_hf_repo), revision=revision)
     loaded = load_path(path, model_config, lazy, trust_remote_code)
+    if given.get("eos_token") is not None:
+        loaded.tokenizer.add_eos_token(given["eos_token"])
+    if given.get("chat_template") is not None:
+        loaded.tokenizer.chat_template = given["chat_template"]
     return (loaded.model, loaded.tokenizer, loaded.config) if return_config else (loaded.model, loaded.tokenizer)
 
 

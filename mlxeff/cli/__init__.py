@@ -7,13 +7,12 @@ computation. Exit codes: 0 done, 1 an error that was explained in one line, 2 wr
 
 import argparse
 import importlib
-import os
 import sys
 from collections.abc import Sequence
 
 from .. import __version__
 from ..errors import MlxeffError
-from . import arguments
+from . import arguments, streams
 
 VERBS = {  # verb → summary for the help
     "generate": "answer one prompt, word by word",
@@ -28,33 +27,49 @@ VERBS = {  # verb → summary for the help
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code (`argparse` exits by itself on --help and wrong usage)."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")  # "?" in place of a character that the terminal cannot show
-    options = _parser().parse_args(argv)
+    with streams.prepared() as output:
+        options = argparse.Namespace()
+        try:
+            code = _run(argv, options)
+            output.flush()
+            return code
+        except KeyboardInterrupt:
+            print("\ninterrupted", file=sys.stderr)
+            return 130
+        except BrokenPipeError:
+            output.drop()
+            return 141
+        except streams.OutputError as error:
+            print(f"mlxeff: error: {error}", file=sys.stderr)
+            output.drop()
+            return 1
+        except (MlxeffError, MemoryError, OSError) as error:
+            return _fail(streams.explain(error), options, output)
+
+
+def _run(argv: Sequence[str] | None, options: argparse.Namespace) -> int:
+    """Parse into `options` and run the verb; returns the exit code."""
     try:
-        code = importlib.import_module(f".{options.verb}", __name__).run(options)
+        _parser().parse_args(argv, options)
+    except SystemExit:  # of --help, --version and wrong usage
         sys.stdout.flush()
-        return code
-    except MlxeffError as error:
-        return _fail(str(error), options)
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        return 130
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes standard output again at exit
-        return 141
-    except (MemoryError, OSError) as error:
-        return _fail(f"{type(error).__name__}: {error}", options)
+        raise
+    streams.check(options.verb)
+    verb = importlib.import_module(f".{options.verb}", __name__)
+    if options.verb != "models":
+        importlib.import_module("mlx.core")  # before Ctrl-C raises: its import does not survive exceptions
+    with streams.interruptible():
+        return verb.run(options)
 
 
-def _fail(message: str, options: argparse.Namespace) -> int:
+def _fail(message: str, options: argparse.Namespace, output: streams.Output) -> int:
     """Print an error, with `--json` also as a document; returns the exit code."""
     print(f"mlxeff: error: {message}", file=sys.stderr)
     if getattr(options, "json", False):
-        import json
-
-        print(json.dumps({"error": message}, ensure_ascii=False))
+        try:
+            streams.print_json({"error": message}, indent=None)
+        except (streams.OutputError, BrokenPipeError):
+            output.drop()
     return 1
 
 

@@ -2,10 +2,9 @@
 
 import argparse
 import functools
-import json
 from typing import TYPE_CHECKING
 
-from . import output
+from . import output, streams
 
 if TYPE_CHECKING:
     from ..bench.request import Request
@@ -21,10 +20,10 @@ def run(options: argparse.Namespace) -> int:
         medians = list(report.medians(results.samples.all).values())
         document = {"card": card, "settings": settings, "arms": results.arms, "results": medians}
         document |= {"samples": results.samples.all, "skipped": results.skipped, "notices": lines}
-        print(json.dumps(document, indent=1, ensure_ascii=False))
+        streams.print_json(document, indent=1)
     else:
         print(report.tables(results, card | settings, options.suite is not None))
-    return 0
+    return 1 if results.samples.failed else 0
 
 
 def _request(options: argparse.Namespace) -> "Request":

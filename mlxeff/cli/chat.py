@@ -9,15 +9,16 @@ import json
 import os
 import sys
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from ..errors import MlxeffError, notices
-from . import output
+from ..names import expand, json_text
+from . import output, streams
 from .runner import Answer, Runner, start
 
 HELP = """\
 /reset        begin anew (the system message stays)
 /save FILE    write the conversation to a new file, for --resume
+//TEXT        send /TEXT: a message that begins with a slash
 /stats        tokens and timings of the last answer and of the conversation
 /help         this list
 /exit         end; so does Ctrl-D. Ctrl-C stops an answer."""
@@ -32,9 +33,8 @@ def run(options: argparse.Namespace) -> int:
         chat = Chat(runner, _opening(options))
         if not options.quiet and sys.stdin.isatty():
             print(f"{options.model} on {runner.device}. /help lists the commands.", file=sys.stderr)
-        while (line := _ask()) is not None:
-            if not chat.take(line):
-                break
+        while chat.turn():
+            pass
     return 0
 
 
@@ -45,7 +45,7 @@ def _opening(options: argparse.Namespace) -> list[dict]:
         return [{"role": "system", "content": options.system}] if options.system else []
     if options.system:
         raise MlxeffError("chat: wanted --system or --resume, got both: the saved conversation has its own")
-    path = Path(options.resume)
+    path = expand(options.resume)
     try:
         messages = json.loads(path.read_bytes())["messages"]
     except OSError as error:
@@ -65,21 +65,30 @@ def _is_message(message: object) -> bool:
 def _ask() -> str | None:
     """The next line of standard input, None at its end. A terminal gets a prompt, line editing and a history."""
     if not sys.stdin.isatty():
-        data = sys.stdin.buffer.readline()
-        try:
-            return data.decode("utf-8").rstrip("\r\n") if data else None
-        except UnicodeDecodeError as error:
-            raise MlxeffError(f"standard input: wanted UTF-8 text, got byte 0x{data[error.start]:02x}") from None
+        return _read_line()
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 - importing it gives input() line editing and a history
     while True:
         try:
-            return input("> ")
+            if sys.stdout.isatty():
+                return streams.require_text(input("> "), "standard input")
+            print("> ", end="", file=sys.stderr, flush=True)  # standard output is a file or a pipe, for answers
+            if (line := _read_line()) is None:
+                print(file=sys.stderr)
+            return line
         except EOFError:
             print()
             return None
+        except UnicodeError as error:
+            raise MlxeffError(f"standard input: wanted UTF-8 text, got {error}") from None
         except KeyboardInterrupt:
             print("\n(/exit or Ctrl-D ends)", file=sys.stderr)
+
+
+def _read_line() -> str | None:
+    """The next line of standard input as it was sent, None at its end."""
+    data = streams.read_input(line=True)
+    return streams.decode(data, "standard input").rstrip("\r\n") if data else None
 
 
 @dataclass
@@ -92,24 +101,40 @@ class Chat:
     summary: list[str] = field(default_factory=list)  # statistics of the techniques for the last answer, in words
     totals: dict = field(default_factory=lambda: {"turns": 0, "prompt_tokens": 0, "reused_tokens": 0, "generated": 0})
 
+    def turn(self) -> bool:
+        """Ask for a line and take it; False ends the chat. No error and no Ctrl-C ends it, lest the conversation be
+        lost: each is shown in one line. A reader of the output that went away does."""
+        try:
+            line = _ask()
+        except MlxeffError as error:
+            print(f"mlxeff: error: {error}", file=sys.stderr)
+            return not getattr(sys.stdin, "was_closed", False)
+        try:
+            return line is not None and self.take(line)
+        except BrokenPipeError:
+            raise
+        except KeyboardInterrupt:
+            print("\n(interrupted)", file=sys.stderr)
+        except Exception as error:
+            print(f"mlxeff: error: {streams.explain(error)}", file=sys.stderr)
+        return True
+
     def take(self, line: str) -> bool:
-        """Run the command in a line, or answer its message; returns False where the chat should end. An error is shown,
-        and the chat continues."""
+        """Run the command in a line, or answer its message; returns False where the chat should end."""
         word, _, rest = line.strip().partition(" ")
         if not word:
             return True
         if word in ("/exit", "/quit"):
             return False
         commands = {"/reset": self.reset, "/save": self.save, "/stats": self.stats, "/help": lambda _: print(HELP)}
-        try:
-            if word in commands:
-                commands[word](rest.strip())
-            elif word.startswith("/") and word[1:].isalpha():
-                raise MlxeffError(f"unknown command {word}; /help lists them")
-            else:
-                self.answer(line)
-        except MlxeffError as error:
-            print(f"mlxeff: error: {error}", file=sys.stderr)
+        if word in commands:
+            commands[word](rest.strip())
+        elif word.startswith("//"):
+            self.answer(line.lstrip()[1:])
+        elif word.startswith("/") and word[1:].isalpha():
+            raise MlxeffError(f"unknown command {word}; /help lists them; /{word} sends it as a message")
+        else:
+            self.answer(line)
         return True
 
     def answer(self, line: str) -> None:
@@ -123,16 +148,23 @@ class Chat:
                     print(text, end="", flush=True)
         except KeyboardInterrupt:
             answer.interrupted = True
-        except MlxeffError:
-            self.messages.pop()
+        except BaseException:
+            self._keep(answer)
             raise
-        print()
-        if not answer.token_ids:
+        if self._keep(answer):
+            print()
+            self._count(answer)
+        else:
+            print("\n(interrupted, the message is not part of the conversation)", file=sys.stderr)
+
+    def _keep(self, answer: Answer) -> bool:
+        """Add the answer to the conversation as far as it came; without any text its question is removed, and the
+        result is False."""
+        if answer.token_ids:
+            self.messages.append({"role": "assistant", "content": answer.text})
+        else:
             self.messages.pop()
-            print("(interrupted, the message is not part of the conversation)", file=sys.stderr)
-            return
-        self.messages.append({"role": "assistant", "content": answer.text})
-        self._count(answer)
+        return bool(answer.token_ids)
 
     def _prompt_ids(self) -> list[int]:
         """Token ids of the conversation. With --truncate its oldest turns are dropped, with a notice, until it fits
@@ -181,18 +213,21 @@ class Chat:
         """/save FILE: write the conversation to a new file."""
         if not name:
             raise MlxeffError("/save: wanted a file name")
-        path = Path(name).expanduser()
-        if path.exists():
-            raise MlxeffError(f"{path}: wanted a new file, got one that exists")
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        path = expand(name)
         document = {"model": self.runner.options.model, "messages": self.messages}
         try:
-            temporary.write_text(json.dumps(document, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
-            os.replace(temporary, path)
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
-            raise MlxeffError(f"{path}: cannot be written: {error.strerror or error}") from error
+            if os.path.lexists(path):
+                raise MlxeffError(f"{path}: wanted a new file, got one that exists")
+            temporary = path.with_name(f".mlxeff-chat.{os.getpid()}")
+            try:
+                temporary.write_text(json_text(document, indent=2) + "\n", encoding="utf-8")
+                os.rename(temporary, path)
+            finally:
+                with contextlib.suppress(OSError):
+                    temporary.unlink(missing_ok=True)
+        except (OSError, UnicodeError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise MlxeffError(f"{path}: cannot be written: {reason}") from error
         print(f"(saved {len(self.messages)} messages to {path})", file=sys.stderr)
 
     def stats(self, _: str) -> None:

@@ -1,9 +1,8 @@
 """`mlxeff convert`: a checkpoint → a folder that mlxeff and mlx-lm can load, or with --dry-run only a report."""
 
 import argparse
-import json
 
-from . import output
+from . import output, streams
 
 
 def run(options: argparse.Namespace) -> int:
@@ -35,7 +34,7 @@ def run(options: argparse.Namespace) -> int:
                 encoding=encoding,
             )
     if options.json:
-        print(json.dumps(report.as_dict() | {"notices": lines}, indent=2, ensure_ascii=False))
+        streams.print_json(report.as_dict() | {"notices": lines})
     elif not options.quiet:
         print("\n".join(report.lines()))
     return 0 if report.ok else 1

@@ -3,10 +3,10 @@ NAMEs."""
 
 import argparse
 import functools
-import json
 
 from ..assembly import techniques
-from . import output
+from ..errors import MlxeffError, notices
+from . import output, streams
 
 OWN = ("verb", "what", "device", "json", "quiet")  # options of the verb; all others are options of the fit
 
@@ -19,9 +19,15 @@ def run(options: argparse.Namespace) -> int:
     values = {name: value for name, value in vars(options).items() if name not in OWN}
     kernels.use_device(options.device)
     with output.show_notices(options.quiet) as lines:
-        report = fitted.run(functools.partial(output.bar, quiet=options.quiet), **values)
+        try:
+            report, code = fitted.run(functools.partial(output.bar, quiet=options.quiet), **values), 0
+        except MlxeffError as error:
+            report, code = getattr(error, "report", None), 1
+            if report is None:
+                raise
+            notices.warning("%s", streams.explain(error))
     if options.json:
-        print(json.dumps(report | {"notices": lines}, indent=2, ensure_ascii=False))
+        streams.print_json(report | {"notices": lines})
     elif not options.quiet:
         print("\n".join(fitted.lines(report)))
-    return 0
+    return code

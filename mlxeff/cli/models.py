@@ -1,21 +1,18 @@
 """`mlxeff models`: lists the built-in models and those in the cache."""
 
 import argparse
-import json
+
+from . import output, streams
 
 
 def run(options: argparse.Namespace) -> int:
     """Print the list; returns the exit code."""
     from .. import hub
 
-    rows = hub.models()
+    rows, (cache, reason) = hub.models(), output.cache_place()
     if options.json:
-        print(
-            json.dumps(
-                {"cache": str(hub.cache_dir()), "default": hub.DEFAULT_MODEL, "models": rows, "pairs": hub.pairs()},
-                indent=2,
-            )
-        )
+        facts = {"cache": cache, "default": hub.DEFAULT_MODEL, "models": rows, "pairs": hub.pairs()}
+        streams.print_json(facts)
         return 0
     table = [("NAME", "SOURCE", "SIZE", "CACHED")]
     for row in rows:
@@ -28,7 +25,7 @@ def run(options: argparse.Namespace) -> int:
     for line in table:
         print("  ".join([*(text.ljust(width) for text, width in zip(line[:3], widths)), line[3]]))
     print(f"\nPairs of KV Prediction, for generate --kv-predict: {', '.join(hub.pairs())}")
-    print(f"Any Hugging Face id, model folder or .gguf file works too. Built-in model's cache: {hub.cache_dir()}")
+    print(f"Any Hugging Face id, model folder or .gguf file works too. Built-in model's cache: {cache or reason}")
     return 0
 
 

@@ -5,7 +5,7 @@ import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
 
-from ..errors import notices
+from ..errors import MlxeffError, notices
 
 BAR_DELAY = 1.0  # seconds of work before a bar appears
 
@@ -61,6 +61,16 @@ def bar(title: str, unit: str, quiet: bool = False) -> Iterator[Callable[[int, i
             drawn.update(done - drawn.n)
 
         yield show
+
+
+def cache_place() -> tuple[str | None, str]:
+    """(The folder for downloaded files, "") or (None, the reason why there is none)."""
+    from .. import hub
+
+    try:
+        return str(hub.cache_dir()), ""
+    except MlxeffError as error:
+        return None, str(error)
 
 
 def _precision(stats: dict) -> Iterator[str]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from ..errors import MlxeffError, notices
-from . import output
+from . import output, streams
 
 if TYPE_CHECKING:
     from ..assembly.model import Loaded
@@ -142,6 +142,10 @@ def _check(options: argparse.Namespace) -> None:
     make_sampler(options.temp, options.top_p, options.min_p, top_k=options.top_k)
     make_logits_processors(repetition_penalty=options.repetition_penalty)
     check_switched(options)
+    for name in ("system", "stop"):
+        given = getattr(options, name)
+        for text in [given] if isinstance(given, str) else given or ():
+            streams.require_text(text, f"--{name}")
     if any(not text for text in options.stop):
         raise MlxeffError("--stop: wanted a text, got an empty one")
     filters = [f"--{name}" for name in ("top-p", "top-k", "min-p") if getattr(options, name.replace("-", "_"))]
