@@ -14,8 +14,24 @@ from collections.abc import Iterable, Iterator
 notices = logging.getLogger("mlxeff")
 
 
+ENDING = 120  # of these, how many are kept at the end of a message that is cut: how to go on stands there
+
+
 class MlxeffError(ValueError):
-    """Bad input, or a situation that the user can correct; `str(error)` is the line to show."""
+    """Bad input, or a situation that the user can correct; `str(error)` is the line to show. A message that quotes a
+    file is cut to `longest` characters in its middle, and its line ends become spaces."""
+
+    longest = 300
+
+    def __init__(self, message: object = ""):
+        super().__init__(one_line(str(message), self.longest))
+
+
+def one_line(text: str, longest: int) -> str:
+    """The text in one line of at most `longest` characters that can be printed."""
+    text = " ".join(text.split("\n")) if "\n" in text else text
+    text = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
+    return text if len(text) <= longest else f"{text[: longest - ENDING - 3]} … {text[-ENDING:]}"
 
 
 def some(names: Iterable[str]) -> str:

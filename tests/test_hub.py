@@ -19,6 +19,7 @@ import pytest
 
 from hub_server import COMMIT, Server
 from mlxeff import hub
+from mlxeff.checkpoint import choose_files
 from mlxeff.errors import MlxeffError
 from mlxeff.hub import package
 from mlxeff.hub.huggingface import choose
@@ -501,6 +502,19 @@ def test_incomplete_snapshot_is_not_used_offline(server):
     assert "not in the cache and offline" in resolve(server, "org/shards", offline=True)["error"]
 
 
+def test_a_stale_index_does_not_make_a_snapshot_incomplete(server):
+    """What converting a sharded model again as one file leaves in a repository."""
+    index = json.dumps({"weight_map": {"a": SHARDS[0], "b": SHARDS[1]}}).encode()
+    files = {"config.json": b"{}", "model.safetensors.index.json": index, "model.safetensors": b"1"}
+    server.add_repository("org/stale", files)
+    folder = Path(resolve(server, "org/stale")["path"])
+    assert Path(resolve(server, "org/stale", offline=True)["path"]) == folder
+    assert choose_files(folder).files == (folder / "model.safetensors",)
+
+
+SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+
+
 @pytest.mark.parametrize(
     ("names", "chosen"),
     [
@@ -508,6 +522,8 @@ def test_incomplete_snapshot_is_not_used_offline(server):
         (["weights.safetensors", "consolidated.00.safetensors", "a.bin"], ["weights.safetensors"]),
         (["pytorch_model-1.bin", "training_args.bin"], ["pytorch_model-1.bin"]),
         (["checkpoint_average.pt", "optimizer.pt"], ["checkpoint_average.pt"]),
+        (["model.safetensors", *SHARDS], SHARDS),
+        (["model.safetensors", SHARDS[0]], ["model.safetensors", SHARDS[0]]),
     ],
 )
 def test_choice_of_weights(names, chosen):

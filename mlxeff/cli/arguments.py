@@ -155,6 +155,9 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--trust-remote-code", action="store_true", help="let mlx-lm run Python code that the model folder brings"
     )
+    group.add_argument(
+        "--ignore-keys", metavar="KEY,…", type=_names, default=[], help="entries of config.json to read as absent"
+    )
     group.add_argument("--context-limit", metavar="N", type=positive, help="tokens (default: the model's own)")
     group.add_argument("--truncate", action="store_true", help="drop the beginning of what is longer than the context")
     _add(group, techniques.PRECISION)
@@ -179,6 +182,11 @@ def _add_text(parser: argparse.ArgumentParser) -> None:
 def _numbers(text: str) -> tuple[int, ...]:
     """ "1,8" → (1, 8)."""
     return tuple(positive(part) for part in text.split(","))
+
+
+def _names(text: str) -> list[str]:
+    """ "a,b" → ["a", "b"]."""
+    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def _filter(text: str) -> str:

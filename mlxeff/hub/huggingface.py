@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import errno
 import fnmatch
-import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,9 @@ WEIGHTS = (
     ("pytorch_model*.bin", "*.bin", "training_args.bin"),
     ("checkpoint*.pt", "*.pt", "*optimizer*"),
 )
+
+
+WHOLE = ("model.safetensors", "pytorch_model.bin")  # not fetched beside all shards of the same name
 
 
 class UnknownModelError(MlxeffError):
@@ -154,12 +157,20 @@ def choose(names: list[str], repository: str, file: str | None = None) -> tuple[
         weights = fnmatch.filter(top, usual)
         weights = weights or [name for name in fnmatch.filter(top, any_name) if not fnmatch.fnmatch(name, no_weights)]
         if weights:
-            return side + weights, None
+            return side + [name for name in weights if not (name in WHOLE and _in_shards(name, weights))], None
     if len(ggufs) == 1:
         return ggufs, ggufs[0]
     if ggufs:
         raise MlxeffError(f"{repository}: wanted one of its GGUF files, named as {repository}/FILE: {', '.join(ggufs)}")
     raise MlxeffError(f"{repository}: wanted safetensors, PyTorch or GGUF weights, got {len(names)} files without any")
+
+
+def _in_shards(name: str, names: list[str]) -> bool:
+    """Whether `names` has a complete set of shards of the file `name`, such as model-00001-of-00002.safetensors."""
+    stem, dot, suffix = name.rpartition(".")
+    counts = {found[1] for other in names if (found := re.fullmatch(rf"{stem}-\d{{5}}-of-(\d{{5}})\.{suffix}", other))}
+    shards = {count: [f"{stem}-{i:05d}-of-{count}{dot}{suffix}" for i in range(1, int(count) + 1)] for count in counts}
+    return any(wanted and set(wanted) <= set(names) for wanted in shards.values())
 
 
 def _in_cache(repository: str, file: str | None, revision: str | None) -> Path:
@@ -179,14 +190,13 @@ def _in_cache(repository: str, file: str | None, revision: str | None) -> Path:
 
 
 def _has_weights(folder: Path) -> bool:
-    """Whether the folder has every shard that its index names, or any file of weights where it has no index."""
-    for index in (*folder.glob("*.safetensors.index.json"), *folder.glob("*.bin.index.json")):
-        try:
-            shards = set(json.loads(index.read_bytes())["weight_map"].values())
-        except (OSError, ValueError, LookupError, TypeError, AttributeError):
-            return False
-        return all((folder / shard).exists() for shard in shards)
-    return any(fnmatch.filter(os.listdir(folder), any_name) for _, any_name, _ in WEIGHTS)
+    """Whether the folder has all files of a checkpoint, by the rule that opens it later."""
+    from ..checkpoint import choose_files
+
+    try:
+        return choose_files(folder).files[0].suffix != ".gguf"
+    except (MlxeffError, OSError):
+        return False
 
 
 def _quiet_bar(progress: Progress | None) -> type:
