@@ -112,17 +112,18 @@ class LayerCache:
     """Keys and values of one layer in two buffers (B, G, capacity, E). It has the methods of `NativeLayer`.
 
     `window` is the sliding window in tokens, None for full attention. `dtype` is the type of the buffers; None takes
-    the type of the first keys. Attention is computed in the type of the queries.
+    the type of the first keys. `heads` are KV heads and head size (G, E), which `restore` compares; None: any.
+    Attention is computed in the type of the queries.
     """
 
     step = 256  # tokens; the capacity of the buffers is a multiple of this
     storage = "dense"
 
-    def __init__(self, window: int | None = None, dtype: mx.Dtype | None = None):
+    def __init__(self, window: int | None = None, dtype: mx.Dtype | None = None, heads: tuple[int, int] | None = None):
         self.keys: mx.array | None = None
         self.values: mx.array | None = None
         self.length = 0  # cached tokens; the capacity of the buffers may be larger
-        self.window, self.dtype = window, dtype
+        self.window, self.dtype, self.heads = window, dtype, heads
         self._reserved = 0  # tokens that the next growth of the buffers has to provide for
 
     def attend(
@@ -176,8 +177,15 @@ class LayerCache:
 
     def restore(self, arrays: dict[str, mx.array], tokens: int) -> None:
         """See `Layer.restore`."""
-        if set(arrays) != {"keys", "values"} or any(a.ndim != 4 or a.shape[2] != tokens for a in arrays.values()):
-            raise ValueError(f"keys and values of {tokens} tokens")
+        if set(arrays) != {"keys", "values"} or arrays["keys"].dtype != arrays["values"].dtype:
+            raise ValueError("keys and values of one type")
+        for array in arrays.values():
+            if array.ndim != 4 or array.shape[2] != tokens or array.shape[0] != 1:
+                raise ValueError(f"keys and values of {tokens} tokens")
+            if self.heads is not None and self.heads != (array.shape[1], array.shape[3]):
+                raise ValueError(f"{self.heads[0]} heads of {self.heads[1]}")
+            if array.dtype not in FLOAT_KINDS.values():
+                raise ValueError("keys and values that are floats")
         self.keys, self.values, self.length = arrays["keys"], arrays["values"], tokens
 
     def arrays(self) -> list[mx.array]:
@@ -217,12 +225,17 @@ class LayerShape:
     head_size: int  # E
     window: int | None = None  # sliding window in tokens, None for full attention
 
+    @property
+    def heads(self) -> tuple[int, int]:
+        """(G, E)."""
+        return self.groups, self.head_size
+
 
 LayerMaker = Callable[[LayerShape], Layer]
 FLOAT_KINDS = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 # Kind of cache → function that makes the cache of one layer. `assembly.techniques` adds the kinds of the techniques.
 KINDS: dict[str, LayerMaker] = {
-    name: lambda shape, dtype=dtype: LayerCache(shape.window, dtype) for name, dtype in FLOAT_KINDS.items()
+    name: lambda shape, dtype=dtype: LayerCache(shape.window, dtype, shape.heads) for name, dtype in FLOAT_KINDS.items()
 }
 
 
@@ -311,7 +324,10 @@ class KVCache:
         arrays, storage = _read(Path(path), model)
         if storage != self._storage:
             raise MlxeffError(f"{path}: wanted a KV cache stored as {self._storage}, got {storage}")
-        tokens = arrays.pop("tokens", mx.zeros((0,), mx.uint32)).tolist()
+        ids = arrays.pop("tokens", mx.zeros((0,), mx.uint32))
+        if ids.ndim != 1 or not mx.issubdtype(ids.dtype, mx.integer):
+            raise MlxeffError(f"{path}: wanted token ids (T), got {ids.dtype} {ids.shape}")
+        tokens = ids.tolist()
         parts: dict[str, dict[str, mx.array]] = {}
         for name, value in arrays.items():
             index, _, part = name.partition(".")
@@ -358,4 +374,8 @@ def _read(path: Path, model: str) -> tuple[dict[str, mx.array], str]:
         raise MlxeffError(f"{path}: wanted a prompt cache of format version {FORMAT_VERSION}, got {metadata}")
     if metadata.get("model") != model:
         raise MlxeffError(f"{path}: wanted a prompt cache of this model ({model}), got one of {metadata.get('model')}")
-    return mx.load(str(path), format="safetensors"), metadata.get("storage", LayerCache.storage)
+    try:
+        arrays = mx.load(str(path), format="safetensors")
+    except (RuntimeError, ValueError) as error:
+        raise MlxeffError(f"{path}: wanted a prompt cache, got a damaged or foreign file ({error})") from error
+    return arrays, metadata.get("storage", LayerCache.storage)

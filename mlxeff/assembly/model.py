@@ -179,6 +179,11 @@ def fill(model: nn.Module, weights: dict[str, mx.array], origin: str) -> None:
             raise MlxeffError(f"{origin}: tensor {name}: wanted shape {own[name].shape}, got {value.shape}")
         if _is_float(value) != _is_float(own[name]) or not (_is_float(value) or value.dtype == own[name].dtype):
             raise MlxeffError(f"{origin}: tensor {name}: wanted dtype {own[name].dtype}, got {value.dtype}")
+    for name in [name for name in weights if name.endswith(".biases")]:  # half of them in another type than the scales
+        scales = f"{name.removesuffix('biases')}scales"
+        if scales in weights and weights[scales].dtype != weights[name].dtype:
+            wider = mx.result_type(weights[scales], weights[name])
+            weights |= {each: weights[each].astype(wider) for each in (scales, name)}
     if not native_for():  # the native kernels read weights of any type
         dtype = _arithmetic_dtype(weights, any(name.endswith(".scales") for name in weights))
         weights = {name: value.astype(dtype) if _is_float(value) else value for name, value in weights.items()}

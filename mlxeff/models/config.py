@@ -37,8 +37,9 @@ MEANINGLESS = re.compile(
     | (pad|bos|eos|unk|sep|cls|mask)_token(_ids?)? | tokenizer(_.*)? | padding_side | truncation_side
     | (max_)?seq(uence)?_len(gth)? | model_max_length | n_ctx | n_positions
     | (use_)?_?flash_att(n|ention).* | attn_implementation | use_(sdpa|xformers|memory_efficient_attention|fused_.*)
-    | (use_)?(bf16|fp16|fp32) | (param|compute)_dtype | .*_in_fp32
-    | return_.* | output_(attentions|hidden_states|scores|router_logits) | keys_to_ignore_.* | name | model_name(_or_path)? | author | description | license | language | tags | library_name | pipeline_tag
+    | (use_)?(bf16|fp16|fp32) | (param|compute)_dtype | .*_in_fp32 | return_.* | keys_to_ignore_.*
+    | output_(attentions|hidden_states|scores|router_logits)
+    | name | model_name(_or_path)? | author | description | license | language | tags | library_name | pipeline_tag
     | datasets? | base_model | version | revision
     """,
     re.VERBOSE,
