@@ -309,6 +309,35 @@ def test_unsupported_options_are_refused(tiny_folder, options):
     assert str(caught.value) == f"load: {name} is not supported, got {value!r}"
 
 
+GROWTH = """
+import gc, sys
+from pathlib import Path
+import mlx.core as mx
+from mlxeff.assembly.model import load_path
+
+def resident() -> int:
+    gc.collect()
+    mx.clear_cache()
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmRSS"))
+
+for _ in range(5):
+    load_path(Path(sys.argv[1]))
+before = resident()
+for _ in range(30):
+    load_path(Path(sys.argv[1]))
+print(resident() - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
+def test_loading_again_and_again_keeps_no_memory(tmp_path):
+    """The initial weights of a model are drawn from MLX's random state, whose graph must not keep them."""
+    folder = write_tiny_model(tmp_path / "tiny", {"num_hidden_layers": 16})
+    command = [sys.executable, "-c", GROWTH, str(folder)]
+    grown = int(subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout)
+    assert grown < 30 * 100, f"{grown} KiB in 30 loads"
+
+
 def test_fingerprint_tells_models_apart(tmp_path):
     folder, other = write_tiny_model(tmp_path / "a"), write_tiny_model(tmp_path / "b", seed=1)
     first = load_path(folder).fingerprint

@@ -24,6 +24,7 @@ from ..errors import MlxeffError, notices, some
 from ..models import llama, openelm
 from ..models.config import fits, passed_over
 from ..models.decoder import DecoderModel
+from ..modules import settle_random_state
 from ..ops import native_for
 from ..tokenizer import Tokenizer, from_folder, from_gguf
 from .quantization import check_sizes
@@ -163,6 +164,7 @@ def build_model(config: dict, tensors: Collection[str] | None = None) -> nn.Modu
         method = foreign.get("quant_method") if isinstance(foreign, dict) else foreign
         raise MlxeffError(f"config: quantization_config: wanted MLX's `quantization`, got quant_method {method!r}")
     _install(stored_in(config), model, config, tensors)
+    settle_random_state()
     return model.eval()
 
 
