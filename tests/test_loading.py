@@ -320,12 +320,13 @@ def resident() -> int:
     mx.clear_cache()
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmRSS"))
 
-for _ in range(5):
-    load_path(Path(sys.argv[1]))
-before = resident()
-for _ in range(30):
-    load_path(Path(sys.argv[1]))
-print(resident() - before)
+def load_30_times() -> int:
+    for _ in range(30):
+        load_path(Path(sys.argv[1]))
+    return resident()
+
+resident(), load_30_times()  # until the allocator's own pools have their size
+print(-load_30_times() + load_30_times())
 """
 
 
