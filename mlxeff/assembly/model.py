@@ -24,7 +24,7 @@ from ..errors import MlxeffError, notices, some
 from ..models import llama, openelm
 from ..models.config import fits, passed_over
 from ..models.decoder import DecoderModel
-from ..modules import settle_random_state
+from ..modules import PARTS, settle_random_state
 from ..ops import native_for
 from ..tokenizer import Tokenizer, from_folder, from_gguf
 from .quantization import check_sizes
@@ -179,7 +179,8 @@ def fill(model: nn.Module, weights: dict[str, mx.array], origin: str) -> None:
     for name, value in weights.items():
         if value.shape != own[name].shape:
             raise MlxeffError(f"{origin}: tensor {name}: wanted shape {own[name].shape}, got {value.shape}")
-        if _is_float(value) != _is_float(own[name]) or not (_is_float(value) or value.dtype == own[name].dtype):
+        packed = name.rpartition(".")[2] in PARTS and not _is_float(value)  # other integers are their module's business
+        if _is_float(value) != _is_float(own[name]) or (packed and value.dtype != own[name].dtype):
             raise MlxeffError(f"{origin}: tensor {name}: wanted dtype {own[name].dtype}, got {value.dtype}")
     for name in [name for name in weights if name.endswith(".biases")]:  # half of them in another type than the scales
         scales = f"{name.removesuffix('biases')}scales"

@@ -122,7 +122,13 @@ def add_convert(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("src", metavar="SRC", help="a folder, a file (.gguf .safetensors .pt .bin), a name or hub id")
     parser.add_argument("dst", metavar="DST", help="the new folder")
     parser.add_argument("--dtype", choices=("float16", "bfloat16", "float32"), help="float type (default: as stored)")
-    parser.add_argument("--quantize", metavar="BITS[:GROUP]", type=_quantize, help="affine, e.g. 4 or 4:32 (group 64)")
+    parser.add_argument(
+        "--quantize",
+        metavar="BITS[:GROUP]",
+        type=_quantize,
+        help="affine, e.g. 4 or 4:32 (group 64), or a recipe of two widths: mixed_2_6, mixed_3_4, mixed_3_6, mixed_4_6",
+    )
+    parser.add_argument("--dequantize", action="store_true", help="dense weights of what is quantised or seed-encoded")
     parser.add_argument("--tokenizer", metavar="PATH", help="tokenizer folder or file (default: beside the weights)")
     group = parser.add_argument_group("SeedLM")
     group.add_argument("--seedlm", choices=("3", "4", "4.5"), help="linear layers as seeds: this many bits a weight")
@@ -132,7 +138,7 @@ def add_convert(parser: argparse.ArgumentParser) -> None:
         type=_keep,
         action="append",
         help="layers, by parts of their names, that stay affine-quantised, 8 bits by default, 16: as stored; "
-        "none: encode all (default: embed,lm_head:8; repeatable)",
+        "none: encode all (default: embed,lm_head:8; repeatable); with --quantize: that have other bits, 16: dense",
     )
     group.add_argument("--calibrate", metavar="FILE", help="text to weigh errors by (default: the package has one)")
     group.add_argument("--calibration-tokens", metavar="N", type=positive, help="of that text (default: 32768)")
@@ -203,10 +209,10 @@ def _checkpoint(text: str) -> tuple[str, str]:
     return size, model
 
 
-def _quantize(text: str) -> tuple[int, int]:
+def _quantize(text: str) -> tuple[int | str, int]:
     bits, _, group = text.partition(":")
     try:
-        return int(bits), int(group or 64)
+        return (bits if bits.startswith("mixed_") else int(bits)), int(group or 64)
     except ValueError:
         raise argparse.ArgumentTypeError(f"wanted BITS or BITS:GROUP, got {text!r}") from None
 

@@ -86,7 +86,8 @@ class DecoderModel(nn.Module):
         """An empty cache of `kind`, one of cache.KINDS; None: keys and values are stored in the type that the executor
         computes. Raises MlxeffError for an unknown kind."""
         if kind is None:
-            return KVCache([LayerCache(self.window(i), heads=heads) for i, heads in enumerate(self.kv_shapes)])
+            shapes = (layer.cache_shape().heads if isinstance(layer, DecoderLayer) else None for layer in self.layers)
+            return KVCache([LayerCache(self.window(i), heads=heads) for i, heads in enumerate(shapes)])
         return KVCache.of([layer.cache_shape(self.window(i)) for i, layer in enumerate(self.layers)], kind)
 
     def __call__(self, tokens: mx.array, cache: KVCache, options: RunOptions = EXACT) -> mx.array:
