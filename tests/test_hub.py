@@ -19,7 +19,7 @@ import pytest
 
 from hub_server import COMMIT, Server
 from mlxeff import hub
-from mlxeff.checkpoint import choose_files
+from mlxeff.checkpoint import choose_files, parts_of
 from mlxeff.errors import MlxeffError
 from mlxeff.hub import package
 from mlxeff.hub.huggingface import choose
@@ -490,6 +490,22 @@ def test_gguf_repositories(server):
     assert Path(resolve(server, "org/two/b.gguf")["path"]).read_bytes() == b"GGUF2"
     assert Path(resolve(server, "org/two/b.gguf", offline=True)["path"]).read_bytes() == b"GGUF2"
     assert "wanted the file c.gguf, got a.gguf, b.gguf" in resolve(server, "org/two/c.gguf")["error"]
+
+
+def test_split_gguf_repositories(server):
+    """All parts are fetched for the name of one, or where they are all GGUF files of the repository."""
+    names = [f"q4/a-0000{i}-of-00002.gguf" for i in (1, 2)]
+    parts = {name: b"GGUF" + name.encode() for name in names}
+    server.add_repository("org/split", parts | {"README.md": b""})
+    server.add_repository("org/more", parts | {"b.gguf": b"GGUF2"})
+    for name in ("org/split", f"org/more/{names[0]}", f"org/more/{names[1]}"):
+        for offline in (False, True):
+            path = Path(resolve(server, name, offline=offline)["path"])
+            assert path.name in (Path(each).name for each in names)
+            assert [each.read_bytes() for each in parts_of(path)] == list(parts.values())
+    assert "wanted one of its GGUF files" in resolve(server, "org/more")["error"]
+    parts_of(path)[0].unlink()
+    assert "not in the cache and offline" in resolve(server, f"org/more/{names[1]}", offline=True)["error"]
 
 
 def test_incomplete_snapshot_is_not_used_offline(server):

@@ -53,13 +53,26 @@ def choose_files(folder: Path) -> Chosen:
         present = len(named) - len(missing)
         raise MlxeffError(f"{folder}: incomplete: wanted {len(named)} shards, got {present}: {some(missing)} missing")
     names = _complete(folder, [file.name for file in files])
-    if len(names) > 1 and Path(names[0]).suffix in SINGLE and not SHARD.fullmatch(names[0]):
+    if len(names) > 1 and Path(names[0]).suffix in SINGLE and not all(map(SHARD.fullmatch, names)):
         raise MlxeffError(f"{folder}: wanted one checkpoint, got {some(names)}: name one of them")
     problems = _passed_over({file.name for file in files} - set(names))
     if missing:
         stale = f"{index.name} is stale, {some(names)} are read without it: it names {some(missing)}, which is missing"
         problems = (stale, *problems)
     return Chosen(tuple(folder / name for name in names), {}, problems)
+
+
+def parts_of(path: Path) -> list[Path]:
+    """All parts of the split GGUF file of which `path` is one, by their names; `path` alone where its name is not that
+    of a part. Raises MlxeffError where one is missing."""
+    match = SHARD.fullmatch(path.name)
+    if match is None:
+        return [path]
+    names = [f"{match[1]}-{i:05d}-of-{match[3]}{match[4]}" for i in range(1, int(match[3]) + 1)]
+    if missing := [name for name in names if not (path.parent / name).is_file()]:
+        got = len(names) - len(missing)
+        raise MlxeffError(f"{path}: incomplete: wanted {len(names)} parts, got {got}: {some(missing)} missing")
+    return [path.parent / name for name in names]
 
 
 def _passed_over(names: Iterable[str]) -> tuple[str, ...]:

@@ -3,11 +3,12 @@
 `files` chooses among the files of a folder. This module knows nothing about models or the content of tensors.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..errors import MlxeffError, notices, some
-from .files import SUFFIXES, choose_files, read_json
+from .files import SUFFIXES, choose_files, parts_of, read_json
 from .gguf_file import read_gguf
 from .safetensors_file import read_safetensors
 from .tensor import Tensor
@@ -49,23 +50,45 @@ def open_source(path: str | Path) -> Source:
 
 def _open_file(path: Path) -> Source:
     kind = _format(path)
-    tensors, metadata = READERS[kind](path)
-    return Source(path, kind, (path,), None if kind == "gguf" else _config(path.parent), tensors, metadata)
+    files = tuple(parts_of(path)) if kind == "gguf" else (path,)
+    tensors, metadata = _read(files, kind)
+    return Source(path, kind, files, None if kind == "gguf" else _config(path.parent), tensors, metadata)
 
 
 def _open_folder(folder: Path) -> Source:
     chosen = choose_files(folder)
     kind = _format(chosen.files[0])
-    tensors, metadata = {}, {}
-    for file in chosen.files:
-        file_tensors, file_metadata = READERS[kind](file)
-        if doubled := sorted(tensors.keys() & file_tensors.keys()):
-            raise MlxeffError(f"{file.name}: tensor {doubled[0]!r} is already in {tensors[doubled[0]].origin.name}")
-        tensors.update(file_tensors)
-        metadata.update(file_metadata)
+    tensors, metadata = _read(chosen.files, kind)
     for problem in (*chosen.problems, *_misplaced(chosen.weight_map, tensors)):
         notices.warning("%s: %s", folder, problem)
     return Source(folder, kind, chosen.files, None if kind == "gguf" else _config(folder), tensors, metadata)
+
+
+def _read(files: Sequence[Path], kind: str) -> tuple[dict[str, Tensor], dict]:
+    """The tensors of all files by name, and their metadata together; of a key in several files the first one counts."""
+    tensors, metadata = {}, {}
+    for number, file in enumerate(files):
+        file_tensors, file_metadata = READERS[kind](file)
+        if kind == "gguf":
+            _check_part(file, file_metadata, number, len(files))
+        if doubled := sorted(tensors.keys() & file_tensors.keys()):
+            raise MlxeffError(f"{file.name}: tensor {doubled[0]!r} is already in {tensors[doubled[0]].origin.name}")
+        tensors.update(file_tensors)
+        metadata = file_metadata | metadata
+    return tensors, metadata
+
+
+def _check_part(file: Path, metadata: dict, number: int, count: int) -> None:
+    """Raises MlxeffError unless the file says of itself that it is the part of this number, from 0, of so many."""
+    parts, own = metadata.get("split.count", 1) or 1, metadata.get("split.no", 0)
+    if parts == count and (count == 1 or own == number):
+        return
+    if count == 1:
+        raise MlxeffError(
+            f"{file.name}: wanted a whole GGUF file, got one part of {parts!r:.20}, whose name is not NAME-00001-of-"
+            "0000N.gguf: merge the parts, or give them these names"
+        )
+    raise MlxeffError(f"{file.name}: wanted part {number} of {count}, from 0, got part {own!r:.20} of {parts!r:.20}")
 
 
 def _config(folder: Path) -> dict | None:
