@@ -18,13 +18,14 @@ CXX_SOURCES = $(wildcard cpu/*.h cpu/*/*.cpp cpu/*/*.h tests/native_driver/* tes
 PROMPT = Explain in two sentences why the sky is blue.
 
 .NOTPARALLEL:
-.PHONY: help demo demo-kvp kvp-pair test lint format wheel-check native-check arm-check old-cpu-check clean
+.PHONY: help demo demo-kvp kvp-pair test fuzz lint format wheel-check native-check arm-check old-cpu-check clean
 
 help:
 	@echo "make demo         install into .venv, fetch the built-in model, stream an answer with its timings"
 	@echo "make demo-kvp     answer a long prompt without KV Prediction and with the pairs that come with the package"
 	@echo "make kvp-pair     train the smaller one of these pairs again, into build/kvp-trained (10 minutes on two cores)"
 	@echo "make test         install the test extras into .venv, run the tests (make test ARGS='-k cache' for some)"
+	@echo "make fuzz N=1000  each parser of files with N damaged ones (a million of them: N=100000)"
 	@echo "make lint         check style and formatting; make format corrects what it can"
 	@echo "make wheel-check  build the wheel, install it in a clean environment, try it from several folders"
 	@echo "make native-check run the C++ kernels under sanitizers"
@@ -52,6 +53,10 @@ $(KVP_TRAINED)/config.json: | $(VENV)/.installed
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest $(ARGS)
+
+N = 1000
+fuzz: $(VENV)/.installed-test
+	MLXEFF_FUZZ=$(N) $(BIN)/python -m pytest tests/test_checkpoint_fuzz.py
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

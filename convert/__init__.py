@@ -17,11 +17,11 @@ from .. import __version__, calibration
 from ..assembly.model import fingerprint
 from ..checkpoint import Source, check_new, open_source, plan_shards, write_folder
 from ..errors import MlxeffError, notices, some
-from ..ops import BITS, GROUPS
 from ..seedlm.encode import search_backend
 from ..seedlm.install import metadata
 from . import folder, gguf, kv_pair, llama, openelm
 from .plan import DTYPES, Conversion, Family, Options, plan
+from .quantization import RECIPES, check
 from .report import Report
 from .seedlm import KEEP, Encoder, SeedOptions
 from .store import Store
@@ -35,7 +35,8 @@ def convert(
     dst: str | Path,
     *,
     dtype: str | None = None,
-    quantize: tuple[int, int] | None = None,
+    quantize: tuple[int | str, int] | None = None,
+    dequantize: bool = False,
     tokenizer: str | Path | None = None,
     dry_run: bool = False,
     progress: Callable[[int, int], None] | None = None,
@@ -48,18 +49,20 @@ def convert(
 ) -> Report:
     """Convert the folder or file `src` into the new folder `dst`, or with `dry_run` only report what would be done.
 
-    `dtype`: float16, bfloat16 or float32 (None: as stored). `quantize`: bits and group size of affine quantisation.
+    `dtype`: float16, bfloat16 or float32 (None: as stored). `quantize`: bits, or the name of one of mlx-lm's recipes of
+    two widths ("mixed_3_6"), and group size of affine quantisation. `dequantize`: make dense weights of quantised ones.
     `tokenizer`: the folder or file that has it (None: beside the weights). `progress(done, total)` counts bytes.
 
     `seedlm`: 3, 4 or 4.5 bits a weight: linear layers become SeedLM blocks. `keep`: (part of a module's name, bits) of
-    those that do not, in affine groups of 64 or 32 (16 bits: as stored); by default embedding and head in 8 bits.
+    those that do not, in affine groups of 64 or 32 (16 bits: as stored); by default embedding and head in 8 bits. With
+    `quantize`: of those that have other bits (16: dense); by default none.
     `data_free`: the blocks nearest to the weights; otherwise those that change the outputs least on
     `calibration_tokens` of the text file `calibrate` (default: a text that comes with the package).
     `encoding(done, total)` counts weights. A killed encoding goes on when called again with the same arguments.
     Raises MlxeffError; `dst` is then not made.
     """
-    options = _options(dtype, quantize)
-    if seedlm is None and (keep is not None or data_free or calibrate or calibration_tokens):
+    options = _options(dtype, quantize, dequantize, keep if seedlm is None else None)
+    if seedlm is None and (data_free or calibrate or calibration_tokens or (keep is not None and not quantize)):
         raise MlxeffError("convert: keep, data_free, calibrate, calibration_tokens: wanted with seedlm, got none")
     text = None
     if seedlm is not None:
@@ -79,6 +82,7 @@ def convert(
         return report
     check_new(destination)
     conversion.refuse_differences(source.path)
+    _say_untied(source, conversion)
     if options.seedlm:
         backend = search_backend(options.seedlm.format)
         held["store"] = _encode(source, destination, found, conversion, tokens, text, encoding, backend)
@@ -89,13 +93,46 @@ def convert(
     return report
 
 
-def _options(dtype: str | None, quantize: tuple[int, int] | None) -> Options:
+def _say_untied(source: Source, conversion: Conversion) -> None:
+    """A notice where an output head is dropped, since the config ties it to the embedding, but is another matrix."""
+    head = source.tensors.get("lm_head.weight")
+    names = ("model.embed_tokens.weight", "transformer.token_embeddings.weight")
+    embedding = next((source.tensors[name] for name in names if name in source.tensors), None)
+    if head is None or embedding is None or "lm_head.weight" not in conversion.dropped:
+        return
+    if head.shape == embedding.shape and mx.array_equal(head.read(), embedding.read()).item():
+        return
+    key = "share_input_output_layers" if "transformer" in embedding.name else "tie_word_embeddings"
+    notices.warning(
+        "%s: lm_head.weight is dropped, though it is not the embedding: config.json says that they are tied "
+        "(%s false would keep it)",
+        source.path,
+        key,
+    )
+
+
+def _options(
+    dtype: str | None,
+    quantize: tuple[int | str, int] | None,
+    dequantize: bool,
+    keep: tuple[tuple[str, int], ...] | None,
+) -> Options:
     if dtype is not None and dtype not in DTYPES:
         raise MlxeffError(f"convert: dtype: wanted one of {', '.join(DTYPES)}, got {dtype!r}")
     bits, group = quantize or (None, None)
-    if quantize and (bits not in BITS or group not in GROUPS):
-        raise MlxeffError(f"convert: quantize: wanted bits of {BITS} and a group of {GROUPS}, got {bits}:{group}")
-    return Options(dtype, bits, group)
+    if quantize and dequantize:
+        raise MlxeffError("convert: dequantize: wanted it without quantize, got both")
+    recipe = bits if bits in RECIPES else None
+    options = Options(
+        dtype,
+        RECIPES[recipe][0] if recipe else bits,
+        group,
+        recipe=recipe,
+        keep=tuple(keep or ()) if quantize else (),
+        dequantize=dequantize,
+    )
+    check(options)
+    return options
 
 
 def _seed_options(
@@ -107,7 +144,7 @@ def _seed_options(
     options: Options,
 ) -> tuple[str | None, SeedOptions]:
     """(the calibration text, the options)."""
-    if options.bits:
+    if options.bits or options.dequantize:
         raise MlxeffError("convert: seedlm: wanted it without quantize; `keep` quantises single layers")
     if data_free and (calibrate or tokens):
         raise MlxeffError("convert: data_free: wanted it without calibrate and calibration_tokens")

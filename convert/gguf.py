@@ -1,5 +1,7 @@
 """GGUF files: names, config and row order by `models.gguf`; blocks that MLX can hold stay quantised."""
 
+import mlx.core as mx
+
 from ..checkpoint import Source
 from ..models.gguf import Parameter, config_from_gguf, parameters
 from ..tokenizer.gguf import end_ids
@@ -22,9 +24,18 @@ def read(source: Source) -> Family:
 def _weight(parameter: Parameter) -> Weight:
     tensor = parameter.tensor
     if not parameter.packed:
-        return Weight(parameter.name, tensor.dtype, tensor.shape, tensor.nbytes, lambda: [parameter.read()])
+        form = "" if tensor.kind in (None, "F32", "F16", "BF16", "F64") else tensor.kind
+        return Weight(parameter.name, tensor.dtype, tensor.shape, tensor.nbytes, lambda: [parameter.read()], form=form)
     parts = lambda: list(parameter.read_packed().values())  # noqa: E731
-    return Weight(parameter.name, "F16", tensor.shape, tensor.nbytes, parts, _specs(parameter))
+
+    def decode(arrays: list[mx.array]) -> mx.array:
+        packed, scales, biases = arrays
+        scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
+        return mx.dequantize(packed, scales, biases, group_size=tensor.group_size, bits=tensor.bits)
+
+    return Weight(
+        parameter.name, "F16", tensor.shape, tensor.nbytes, parts, _specs(parameter), decode, tensor.kind or "blocks"
+    )
 
 
 def _specs(parameter: Parameter) -> tuple[Spec, ...]:

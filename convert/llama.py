@@ -7,7 +7,10 @@ those releases.
 import mlx.core as mx
 
 from ..checkpoint import Source, Tensor
-from ..errors import MlxeffError
+from ..errors import MlxeffError, some
+from ..seedlm.format import BlockFormat, check_arrays, check_bias
+from ..seedlm.install import read_entry
+from ..seedlm.linear import decode
 from .plan import Family, Weight
 
 
@@ -33,7 +36,9 @@ def weights(source: Source, config: dict) -> list[Weight]:
     """One Weight a parameter; the scales and biases of a quantised module belong to its weight."""
     packed = {name.rpartition(".")[0] for name in source.tensors if name.endswith(".scales")}
     parts = {f"{module}.{kind}" for module in packed for kind in ("scales", "biases")}
-    result = []
+    seeded = read_entry(config["seedlm"], str(source.path)) if "seedlm" in config else {}
+    result = [_seeded(source, module, *each) for module, each in seeded.items()]
+    parts |= {name for weight in result for name, _, _ in weight.packed}
     for name, tensor in source.tensors.items():
         module, _, kind = name.rpartition(".")
         if module in packed and kind == "weight":
@@ -63,4 +68,32 @@ def _packed(source: Source, config: dict, module: str) -> Weight:
         return [tensor.read() for tensor in tensors]
 
     nbytes, specs = sum(tensor.nbytes for tensor in tensors), tuple((t.name, t.dtype, t.shape) for t in tensors)
-    return Weight(f"{module}.weight", scales.dtype, shape, nbytes, parts, specs)
+    bits = tensors[0].shape[-1] * 32 // max(1, shape[-1])
+    mode = (own if isinstance(own, dict) else quantization).get("mode", "affine")
+
+    def decode(arrays: list[mx.array]) -> mx.array:
+        packed, *rest = arrays
+        rest = [part.astype(mx.float32) if mx.issubdtype(part.dtype, mx.floating) else part for part in rest]
+        return mx.dequantize(packed, *rest, group_size=group, bits=bits, mode=mode).astype(mx.float32)
+
+    form = mode if mode != "affine" else f"affine {bits} bits"
+    return Weight(f"{module}.weight", scales.dtype, shape, nbytes, parts, specs, decode, form)
+
+
+def _seeded(source: Source, module: str, fmt: BlockFormat, rows: int, cols: int) -> Weight:
+    """A matrix in SeedLM blocks."""
+    names = [f"{module}.{kind}" for kind in fmt.arrays(rows, cols)]
+    if missing := [name for name in names if name not in source.tensors]:
+        raise MlxeffError(f"{source.path}: missing {len(missing)} tensors: {some(missing)}")
+    tensors = [source.tensors[name] for name in names]
+
+    def decoded(arrays: list[mx.array]) -> mx.array:
+        blocks = dict(zip(fmt.arrays(rows, cols), arrays, strict=True))
+        check_arrays(fmt, rows, cols, blocks, f"{source.path}: {module}")
+        check_bias(blocks["exponent_bias"].item(), f"{source.path}: {module}")
+        return decode(fmt, cols, blocks)
+
+    read = lambda: [tensor.read() for tensor in tensors]  # noqa: E731
+    specs = tuple((tensor.name, tensor.dtype, tensor.shape) for tensor in tensors)
+    nbytes = sum(tensor.nbytes for tensor in tensors)
+    return Weight(f"{module}.weight", "U32", (rows, cols), nbytes, read, specs, decoded, f"SeedLM {fmt.name}")

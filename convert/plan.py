@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import mlx.core as mx
+import numpy as np
 from mlx.utils import tree_flatten
 
 from ..assembly.model import MODELS, build_model
@@ -20,6 +21,7 @@ from ..assembly.techniques import architecture
 from ..checkpoint import FLOATS, Piece, cast
 from ..checkpoint.tensor import NAMES
 from ..errors import MlxeffError, notices, some
+from . import quantization
 
 if TYPE_CHECKING:
     from .seedlm import Choice, SeedOptions
@@ -32,7 +34,9 @@ Spec = tuple[str, str, tuple[int, ...]]  # name, dtype, shape
 class Weight:
     """A parameter of the model: its dense dtype and shape, the bytes it takes in the source, and how to read it.
 
-    One that is already quantised has `packed`, the specs of its parts (weight, scales, biases) in the order of `read`.
+    One that is already quantised has `packed`, the specs of its parts (weight, scales, biases) in the order of `read`,
+    and `decode`, which makes the dense matrix of these parts in float32. `form` says how the source stores what is not
+    of full precision: "affine 4 bits", "Q4_0".
     """
 
     name: str
@@ -41,6 +45,8 @@ class Weight:
     nbytes: int
     read: Callable[[], list[mx.array]] = field(repr=False)
     packed: tuple[Spec, ...] = ()
+    decode: Callable[[list[mx.array]], mx.array] | None = field(default=None, repr=False)
+    form: str = ""
 
     @property
     def module(self) -> str:
@@ -59,17 +65,24 @@ class Family:
 
 @dataclass(frozen=True)
 class Options:
-    """The float type, or None as stored; bits and group size of affine quantisation; or how to encode seeds."""
+    """The float type, or None as stored; bits and group size of affine quantisation, the name of a recipe that gives
+    some matrices more bits, and (part of a module's name, bits) of matrices that have other bits, 16 for dense ones; or
+    how to encode seeds; or whether to dequantise."""
 
     dtype: str | None = None
     bits: int | None = None
     group_size: int | None = None
     seedlm: "SeedOptions | None" = None
+    recipe: str | None = None
+    keep: tuple[tuple[str, int], ...] = ()
+    dequantize: bool = False
 
     def as_dict(self) -> dict:
-        quantize = f"{self.bits}:{self.group_size}" if self.bits else None
-        seedlm = self.seedlm.as_dict() if self.seedlm else {}
-        return {"dtype": self.dtype, "quantize": quantize} | seedlm
+        quantize = f"{self.recipe or self.bits}:{self.group_size}" if self.bits else None
+        result = {"dtype": self.dtype, "quantize": quantize} | (self.seedlm.as_dict() if self.seedlm else {})
+        if self.keep:
+            result["keep"] = ",".join(f"{name}:{bits}" for name, bits in self.keep)
+        return result | ({"dequantize": True} if self.dequantize else {})
 
 
 @dataclass
@@ -114,33 +127,30 @@ def plan(family: Family, options: Options, encoded: Callable[[str], list[mx.arra
         raise MlxeffError(
             "convert: seedlm: wanted dense or affine weights, got a checkpoint that is seed-encoded already"
         )
-    if options.bits and ({"quantization", "seedlm"} & set(config) or any(weight.packed for weight in family.weights)):
-        raise MlxeffError(
-            "convert: quantize: wanted weights of full precision, got a checkpoint that is quantised already"
-        )
+    source_weights = family.weights
+    if options.bits or options.dequantize:
+        source_weights = _all_dense(source_weights, options)
+        config = {key: value for key, value in config.items() if key not in ("quantization", "seedlm")}
     unused = MODELS[config["model_type"]].unused if config.get("model_type") in MODELS else None
-    model = build_model({key: value for key, value in config.items() if not key.startswith("quantization")})
+    plain = {key: value for key, value in config.items() if not key.startswith("quantization") and key != "seedlm"}
+    model = build_model(plain)
     expected = {name: value.shape for name, value in tree_flatten(model.parameters())}
-    quantisable = (
-        {name for name, module in model.named_modules() if hasattr(module, "to_quantized")} if options.bits else set()
-    )
     described = architecture(config)
-    dropped = {weight.name: "not used by the model" for weight in family.weights if unused(weight.name, described)}
-    weights = [weight for weight in family.weights if weight.name not in dropped]
+    dropped = {weight.name: "not used by the model" for weight in source_weights if unused(weight.name, described)}
+    weights = [weight for weight in source_weights if weight.name not in dropped]
+    schemes = quantization.schemes(model, weights, options) if options.bits else {}
     default = DTYPES[options.dtype] if options.dtype else _commonest(weights) if family.uniform else None
     _say_rounding(weights, default)
     found = {weight.name: weight.shape for weight in weights}
     choice = options.seedlm.choose(model, weights, config) if options.seedlm else None
     jobs = [
-        _chosen_job(weight, default, choice, encoded)
-        if choice
-        else _job(weight, default, options if weight.module in quantisable else Options())
+        _chosen_job(weight, default, choice, encoded) if choice else _job(weight, default, schemes.get(weight.module))
         for weight in weights
     ]
     return Conversion(
         family=family.name,
         options=options,
-        config=_config(config, weights, default, options, choice),
+        config=_config(config, weights, default, quantization.entry(schemes, options), choice),
         pieces=[job.piece for job in jobs],
         missing=sorted(expected.keys() - found.keys()),
         unexpected=sorted(found.keys() - expected.keys()),
@@ -172,14 +182,14 @@ def _say_rounding(weights: list[Weight], default: str | None) -> None:
 
 
 def _config(
-    config: dict, weights: list[Weight], default: str | None, options: Options, choice: "Choice | None"
+    config: dict, weights: list[Weight], default: str | None, quantized: dict | None, choice: "Choice | None"
 ) -> dict:
     names = {value: key for key, value in DTYPES.items()}
     if (dtype := default or _commonest(weights)) in names:
         config.pop("dtype", None)
         config["torch_dtype"] = names[dtype]
-    if options.bits:
-        config["quantization"] = {"group_size": options.group_size, "bits": options.bits, "mode": "affine"}
+    if quantized:
+        config["quantization"] = quantized
     if choice:
         config.pop("quantization", None)
         config |= choice.config()
@@ -195,8 +205,9 @@ class _Job:
     peak_bytes: int
 
 
-def _job(weight: Weight, default: str | None, options: Options) -> _Job:
-    """How one weight is written: packed parts pass through, dense ones are cast and perhaps quantised."""
+def _job(weight: Weight, default: str | None, scheme: dict | None) -> _Job:
+    """How one weight is written: packed parts pass through, dense ones are cast, and matrices with a scheme (bits and
+    group_size) are quantised."""
     if weight.packed:
         before, work = weight.packed, 0
         specs = tuple((name, _target(dtype, default), shape) for name, dtype, shape in before)
@@ -208,8 +219,8 @@ def _job(weight: Weight, default: str | None, options: Options) -> _Job:
             Piece((dense,), lambda: [cast(weight.read()[0], dense)]),
         )
         work = piece.nbytes
-        if options.bits and len(weight.shape) == 2 and weight.shape[-1] % options.group_size == 0:
-            piece = _quantised(weight, dense, options)
+        if scheme and weight.name == f"{weight.module}.weight":
+            piece = _quantised(weight, dense, scheme["bits"], scheme["group_size"])
     changes = [
         (old[0], old[2], old[1], new[1]) for old, new in zip(before, piece.specs, strict=False) if old[1] != new[1]
     ]
@@ -229,27 +240,52 @@ def _chosen_job(
         return _Job(piece, [(weight.name, weight.shape, weight.dtype, f"SeedLM {fmt.name}")], weight.nbytes + work)
     if weight.name == f"{weight.module}.weight" and weight.module in choice.requantised:
         scheme = choice.kept[weight.module]
-        plain = _dequantised(weight, choice.requantised[weight.module]) if weight.packed else weight
-        return _job(plain, default, Options(bits=scheme["bits"], group_size=scheme["group_size"]))
-    return _job(weight, default, Options())
+        plain = _dequantised(weight, default or "F16") if weight.packed else weight
+        return _job(plain, default, scheme)
+    return _job(weight, default, None)
 
 
-def _dequantised(weight: Weight, scheme: dict) -> Weight:
-    """A packed weight as a dense one of the type of its scales."""
-    read = lambda: [mx.dequantize(*weight.read(), **scheme).astype(FLOATS[weight.dtype])]  # noqa: E731
-    return Weight(weight.name, weight.dtype, weight.shape, weight.nbytes, read)
+def _all_dense(weights: list[Weight], options: Options) -> list[Weight]:
+    """The weights with dense ones in place of packed ones; says what a second rounding loses."""
+    forms = Counter(weight.form for weight in weights if weight.form)
+    if not forms and options.dequantize:
+        raise MlxeffError("convert: dequantize: wanted a checkpoint that is quantised, got dense weights")
+    if forms and options.bits:
+        listed = some(f"{count} of {form}" for form, count in forms.most_common())
+        text = "convert: quantize: %d matrices are rounded already (%s): this loses more than quantising the original"
+        notices.warning(text, sum(forms.values()), listed)
+    commonest = _commonest([weight for weight in weights if not weight.packed]) or "F16"
+    return [_dequantised(weight, commonest) if weight.packed else weight for weight in weights]
+
+
+def _dequantised(weight: Weight, commonest: str) -> Weight:
+    """A packed weight as a dense one: of the type of its scales, of the type `commonest` where these are no floats."""
+    dtype = weight.dtype if weight.dtype in FLOATS else commonest
+    read = lambda: [_finite(weight.name, weight.decode(weight.read()).astype(FLOATS[dtype]))]  # noqa: E731
+    return Weight(weight.name, dtype, weight.shape, weight.nbytes, read, form=weight.form)
+
+
+def _finite(name: str, weight: mx.array) -> mx.array:
+    """The weight; raises MlxeffError where a value is NaN or infinite."""
+    if mx.isfinite(weight).all().item():
+        return weight
+    at = int(mx.argmax(~mx.isfinite(weight.reshape(-1))).item())
+    place = tuple(int(each) for each in np.unravel_index(at, weight.shape))
+    raise MlxeffError(f"tensor {name}: wanted finite weights, got {weight.reshape(-1)[at].item()} at {place}")
 
 
 def _target(dtype: str, default: str | None) -> str:
     return default if default and dtype in FLOATS else dtype
 
 
-def _quantised(weight: Weight, dense: Spec, options: Options) -> Piece:
+def _quantised(weight: Weight, dense: Spec, bits: int, group_size: int) -> Piece:
     rows, columns = weight.shape
-    grouped = (rows, columns // options.group_size)
+    grouped = (rows, columns // group_size)
     specs = (
-        (weight.name, "U32", (rows, columns * options.bits // 32)),
+        (weight.name, "U32", (rows, columns * bits // 32)),
         (f"{weight.module}.scales", dense[1], grouped),
         (f"{weight.module}.biases", dense[1], grouped),
     )
-    return Piece(specs, lambda: list(mx.quantize(cast(weight.read()[0], dense), options.group_size, options.bits)))
+    return Piece(
+        specs, lambda: list(mx.quantize(_finite(weight.name, cast(weight.read()[0], dense)), group_size, bits))
+    )

@@ -119,7 +119,8 @@ class LayerCache:
     """Keys and values of one layer in two buffers (B, G, capacity, E). It has the methods of `NativeLayer`.
 
     `window` is the sliding window in tokens, None for full attention. `dtype` is the type of the buffers; None takes
-    the type of the first keys. Attention is computed in the type of the queries.
+    the type of the first keys.
+    Attention is computed in the type of the queries.
     """
 
     step = 256  # tokens; the capacity of the buffers is a multiple of this
@@ -185,9 +186,13 @@ class LayerCache:
         """See `Layer.restore`."""
         if set(arrays) != {"keys", "values"} or arrays["keys"].shape != arrays["values"].shape:
             raise ValueError(f"keys and values of {tokens} tokens")
+        if arrays["keys"].dtype != arrays["values"].dtype:
+            raise ValueError("keys and values of one type")
         for array in arrays.values():
-            if array.ndim != 4 or array.shape[2] != tokens or not mx.issubdtype(array.dtype, mx.floating):
+            if array.ndim != 4 or array.shape[2] != tokens or array.shape[0] != 1:
                 raise ValueError(f"keys and values of {tokens} tokens")
+            if array.dtype not in FLOAT_KINDS.values():
+                raise ValueError("keys and values that are floats")
         self.keys, self.values, self.length = arrays["keys"], arrays["values"], tokens
 
     def arrays(self) -> list[mx.array]:
@@ -226,6 +231,11 @@ class LayerShape:
     groups: int  # G, KV heads
     head_size: int  # E
     window: int | None = None  # sliding window in tokens, None for full attention
+
+    @property
+    def heads(self) -> tuple[int, int]:
+        """(G, E)."""
+        return self.groups, self.head_size
 
 
 LayerMaker = Callable[[LayerShape], Layer]
@@ -346,7 +356,10 @@ class KVCache:
         storage = metadata.get("storage", LayerCache.storage)
         if storage != self._storage:
             raise MlxeffError(f"{path}: wanted a KV cache stored as {self._storage}, got {storage}")
-        tokens = arrays.pop("tokens", mx.zeros((0,), mx.uint32)).tolist()
+        ids = arrays.pop("tokens", mx.zeros((0,), mx.uint32))
+        if ids.ndim != 1 or not mx.issubdtype(ids.dtype, mx.integer):
+            raise MlxeffError(f"{path}: wanted token ids (T), got {ids.dtype} {ids.shape}")
+        tokens = ids.tolist()
         parts: dict[str, dict[str, mx.array]] = {}
         for name, value in arrays.items():
             index, _, part = name.partition(".")
@@ -441,5 +454,8 @@ def _read(path: Path, model: str) -> tuple[dict[str, mx.array], dict[str, str]]:
         raise MlxeffError(f"{path}: wanted a prompt cache of format version {FORMAT_VERSION}, got {metadata}")
     if metadata.get("model") != model:
         raise MlxeffError(f"{path}: wanted a prompt cache of this model ({model}), got one of {metadata.get('model')}")
-    with readable_by_mlx(path) as name:
-        return mx.load(name, format="safetensors"), metadata
+    try:
+        with readable_by_mlx(path) as name:
+            return mx.load(name, format="safetensors"), metadata
+    except (RuntimeError, ValueError) as error:
+        raise MlxeffError(f"{path}: wanted a prompt cache, got a damaged or foreign file ({error})") from error

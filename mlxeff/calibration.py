@@ -114,7 +114,7 @@ class LayerStream:
 
     def _run(self, batch: mx.array) -> mx.array:
         """Hidden states (B, T, D) of whole windows → the layer's outputs."""
-        return self.layer(batch, self.model.new_cache().layers[self.index])
+        return self.layer(batch, self.model.layer_cache(self.index))
 
 
 class _Watched(nn.Module):

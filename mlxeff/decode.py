@@ -10,6 +10,7 @@ cache's buffers, and the next step would have to copy them before writing to the
 any append: a step that was launched earlier keeps the buffers that it was built on.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -23,6 +24,10 @@ from .ops import log_softmax
 from .running import EXACT, RunOptions
 from .sampling import LogitsProcessor, Sampler
 
+NOT_FINITE = (
+    "decoding: wanted logits without NaN and +inf, one above -inf, got others: a weight is damaged, or a sum left the "
+    "range of half precision"
+)
 Progress = Callable[[int, int], None]  # called with (prompt tokens done, prompt tokens in total)
 
 
@@ -149,12 +154,13 @@ def decode(
 
     `history` are the ids (N,) of all tokens so far, for the logits processors. When the consumer stops, early or at the
     end, the cache contains the prompt and every yielded token but the last: the token of a step that was launched ahead
-    is dropped again, where the cache can drop tokens. Raises MlxeffError where a native kernel refuses its input.
+    is dropped again, where the cache can drop tokens. Raises MlxeffError where logits are not finite, and where a
+    native kernel refuses its input.
     """
     start, yielded, on_cpu = cache.length, 0, device() == "cpu"
     try:
-        token, logprobs = _next_token(logits, sampler, processors, history)
-        mx.async_eval(token, logprobs)
+        token, logprobs, own = _next_token(logits, sampler, processors, history)
+        mx.async_eval(token, logprobs, own)
         while yielded != max_tokens:
             if yielded + 1 != max_tokens:
                 if processors:
@@ -162,16 +168,18 @@ def decode(
                 if on_cpu:
                     mx.eval(token)
                 logits = model.last_logits(token[:, None], cache, options)
-                next_token, next_logprobs = _next_token(logits, sampler, processors, history)
-                mx.async_eval(next_token, next_logprobs)
+                next_token, next_logprobs, next_own = _next_token(logits, sampler, processors, history)
+                mx.async_eval(next_token, next_logprobs, next_own)
+            if not math.isfinite(own.item()):
+                raise MlxeffError(NOT_FINITE)
             yielded += 1
             yield Step(token.item(), logprobs[0])
             if yielded != max_tokens:
-                token, logprobs = next_token, next_logprobs
+                token, logprobs, own = next_token, next_logprobs, next_own
     except RuntimeError as error:  # raised at evaluation where a kernel refuses its input, such as logits that are NaN
         if not str(error).startswith("native kernel: "):
             raise
-        raise MlxeffError(f"decoding: {error}") from error
+        raise MlxeffError(NOT_FINITE if "sample: wanted logits" in str(error) else f"decoding: {error}") from error
     finally:
         length = start + max(0, yielded - 1)
         if cache.length > length:
@@ -180,12 +188,14 @@ def decode(
 
 def _next_token(
     logits: mx.array, sampler: Sampler, processors: Sequence[LogitsProcessor], history: mx.array | None
-) -> tuple[mx.array, mx.array]:
-    """Logits (1, V) → (the sampled token (1,), the log-probabilities (1, V) that it was drawn from)."""
+) -> tuple[mx.array, mx.array, mx.array]:
+    """Logits (1, V) → (the sampled token (1,), the log-probabilities (1, V) that it was drawn from, its own one (1,)).
+    The last is NaN or -inf where a logit is NaN or +inf, or all are -inf."""
     for process in processors:
         logits = process(history, logits)
     logprobs = log_softmax(logits)
-    return sampler(logprobs), logprobs
+    token = sampler(logprobs)
+    return token, logprobs, mx.take(logprobs[0], token)
 
 
 class PlainPart:

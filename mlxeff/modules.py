@@ -41,6 +41,12 @@ def dense(module: nn.Module) -> mx.array:
     return mx.dequantize(matrix.weight, *parts, matrix.group_size, matrix.bits, matrix.mode).astype(mx.float32)
 
 
+def settle_random_state() -> None:
+    """Evaluate MLX's random state, to be called when layers were made whose initial weights are replaced. Each random
+    number that was asked for is a node of the state's graph, which would grow with every model until one is drawn."""
+    mx.eval(list(mx.random.state))
+
+
 class QuantizedLinear(nn.QuantizedLinear):
     """x (…, K) → x Wᵀ + bias (…, N) with a quantised W."""
 

@@ -117,9 +117,9 @@ def _mark(settings: Training, data: Iterable[np.ndarray], trained: nn.Module) ->
 
 def _save(path: Path, mark: str, trained: nn.Module, optimizer: optim.Optimizer, losses: list[float]) -> None:
     """Write the weights, the optimiser's state and the losses so far, all or nothing."""
-    arrays = {f"trained.{name}": value for name, value in tree_flatten(trained.parameters())}
-    arrays |= {f"optimizer.{name}": value for name, value in tree_flatten(optimizer.state)}
-    save_arrays(path, arrays, {"mark": mark, "losses": json.dumps(losses)}, "the training's checkpoint")
+    save_arrays(
+        path, _state(trained, optimizer), {"mark": mark, "losses": json.dumps(losses)}, "the training's checkpoint"
+    )
 
 
 def _restore(path: Path, mark: str, trained: nn.Module, optimizer: optim.Optimizer) -> list[float]:
@@ -130,16 +130,30 @@ def _restore(path: Path, mark: str, trained: nn.Module, optimizer: optim.Optimiz
         with readable_by_mlx(path) as name:
             arrays, metadata = mx.load(name, format="safetensors", return_metadata=True)
         mx.eval(arrays)
-    except RuntimeError as error:
-        raise MlxeffError(f"{path}: wanted a training's checkpoint, got {str(error).splitlines()[0]}") from error
+        losses = json.loads(metadata.get("losses", "null"))
+    except (RuntimeError, ValueError, RecursionError, OSError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise MlxeffError(f"{path}: wanted a training's checkpoint, got {reason}") from error
     if metadata.get("mark") != mark:
         raise MlxeffError(
             f"{path}: wanted a checkpoint of this training ({mark}), got {metadata.get('mark')}: delete it"
         )
+    now = _state(trained, optimizer)
+    same = arrays.keys() == now.keys() and all(
+        value.shape == now[name].shape and value.dtype == now[name].dtype for name, value in arrays.items()
+    )
+    if not same or not isinstance(losses, list) or not all(type(value) is float for value in losses):
+        raise MlxeffError(f"{path}: wanted a training's checkpoint, got other arrays or no losses: delete it")
     parts = {"trained": [], "optimizer": []}
     for name, value in arrays.items():
         kind, _, rest = name.partition(".")
         parts[kind].append((rest, value))
     trained.update(tree_unflatten(parts["trained"]))
     optimizer.state = tree_unflatten(parts["optimizer"])
-    return json.loads(metadata["losses"])
+    return losses
+
+
+def _state(trained: nn.Module, optimizer: optim.Optimizer) -> dict[str, mx.array]:
+    """All arrays of a checkpoint: the weights and the optimiser's state."""
+    arrays = {f"trained.{name}": value for name, value in tree_flatten(trained.parameters())}
+    return arrays | {f"optimizer.{name}": value for name, value in tree_flatten(optimizer.state)}

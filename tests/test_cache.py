@@ -341,6 +341,32 @@ def test_damaged_and_foreign_files_are_refused(tmp_path, model):
     assert "wanted a KV cache of 2 layers for its 4 tokens, got others" in message
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda a: a | {"0.keys": draw(1, 3, 5, 16)},
+        lambda a: a | {"0.keys": draw(1, 2, 5, 8), "0.values": draw(1, 2, 5, 8)},
+        lambda a: a | {"1.values": draw(2, 2, 5, 16)},
+        lambda a: a | {"1.keys": mx.ones((1, 2, 5, 16), mx.int32), "1.values": mx.ones((1, 2, 5, 16), mx.int32)},
+        lambda a: a | {"1.keys": a["1.keys"].astype(mx.float16)},
+        lambda a: a | {"tokens": mx.array([1.0, 2, 3, 4, 5])},
+        lambda a: a | {"tokens": mx.array([[1], [2], [3], [4], [5]])},
+        lambda a: a | {"first.keys": draw(1, 2, 5, 16)},
+    ],
+)
+@pytest.mark.parametrize("kind", [None, "float32"])
+def test_files_of_other_heads_or_types_are_refused(tmp_path, model, change, kind):
+    path = tmp_path / "a.safetensors"
+    filled(model, prompt(5)).save(path, [1, 2, 3, 4, 5], "m")
+    arrays, metadata = mx.load(str(path), return_metadata=True)
+    mx.eval(arrays)
+    mx.save_safetensors(str(path), change(arrays), metadata)
+    cache = model.new_cache(kind)
+    message = refused(cache.restore, path, "m")
+    assert message.startswith(f"{path}: wanted ")
+    assert cache.length == 0
+
+
 def test_save_of_the_wrong_tokens_is_refused(tmp_path, model):
     path = tmp_path / "a.cache"
     wanted = f"{path}: cannot save a KV cache of 5 tokens with 4 token ids"

@@ -17,12 +17,14 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.utils import load_model
 from mlxeff.convert import convert
 from mlxeff.convert.openelm import config_from_shapes
+from mlxeff.convert.quantization import RECIPES
 
 import checkpoint_files as files
+from helpers import assert_close
 from mlxeff import MlxeffError
 from mlxeff.assembly.model import build_model, load_path
 from mlxeff.checkpoint import Source, Tensor, open_source
@@ -242,7 +244,7 @@ def test_quantize(tmp_path, rng, bits, group):
 
 
 def test_quantised_folder_passes_through(tmp_path, rng, caplog):
-    """An mlx-lm folder comes out as it went in, scales cast on request; quantising it again is refused."""
+    """An mlx-lm folder comes out as it went in, scales cast on request."""
     convert(write_hugging_face(tmp_path / "hf", llama_state(rng), LLAMA), tmp_path / "q", quantize=(4, 32))
     convert(tmp_path / "q", tmp_path / "again")
     first, second = open_source(tmp_path / "q"), open_source(tmp_path / "again")
@@ -254,8 +256,148 @@ def test_quantised_folder_passes_through(tmp_path, rng, caplog):
     assert caplog.messages == ["convert: scales of 16 quantised modules are rounded to F16"]
     convert(tmp_path / "half", tmp_path / "wide", dtype="float32")
     assert len(caplog.messages) == 1, "widening is exact"
-    with pytest.raises(MlxeffError, match="quantised already"):
-        convert(tmp_path / "q", tmp_path / "no", quantize=(4, 32))
+
+
+def tensors(folder: Path) -> dict[str, mx.array]:
+    return {name: tensor.read() for name, tensor in open_source(folder).tensors.items()}
+
+
+def assert_same(got: dict[str, mx.array], want: dict[str, mx.array]) -> None:
+    assert got.keys() == want.keys()
+    for name, value in want.items():
+        assert got[name].dtype == value.dtype, name
+        assert mx.array_equal(got[name], value), name
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipes_are_those_of_mlx_lm(tmp_path, recipe):
+    from mlx_lm import convert as theirs
+
+    folder = write_tiny_model(tmp_path / "tiny", {"num_hidden_layers": 9, "tie_word_embeddings": False})
+    convert(folder, tmp_path / "ours", quantize=(recipe, 32))
+    theirs(str(folder), str(tmp_path / "theirs"), quantize=True, q_group_size=32, quant_predicate=recipe)
+    assert_same(tensors(tmp_path / "ours"), tensors(tmp_path / "theirs"))
+    ours, theirs = ({w.shape[-1] for n, w in tensors(tmp_path / "ours").items() if part in n and w.dtype == mx.uint32}
+                    for part in ("down_proj.weight", "up_proj.weight"))  # fmt: skip
+    assert (len(ours), len(theirs)) == (2, 1), "some layers have more bits"
+    assert load_model(tmp_path / "ours")[0](TOKENS).shape == (1, 5, 261)
+    assert load_path(tmp_path / "ours").model(TOKENS, load_path(folder).model.new_cache()).shape == (1, 5, 261)
+
+
+def test_quantize_keeps_some_layers(tmp_path, rng):
+    folder = write_hugging_face(tmp_path / "hf", llama_state(rng), LLAMA)
+    convert(folder, tmp_path / "out", quantize=(4, 32), keep=(("lm_head", 8), ("layers.0.mlp", 16)))
+    source, model = open_source(tmp_path / "out"), load_model(tmp_path / "out")[0]
+    own = {"lm_head": {"group_size": 32, "bits": 8, "mode": "affine"}}
+    assert source.config["quantization"] == {"group_size": 32, "bits": 4, "mode": "affine"} | own
+    assert (model.lm_head.bits, model.layers[1].mlp.up_proj.bits) == (8, 4)
+    assert not hasattr(model.layers[0].mlp.up_proj, "bits")
+    assert source.config["mlxeff"]["options"]["keep"] == "lm_head:8,layers.0.mlp:16"
+    with pytest.raises(MlxeffError, match="keep: nothing: wanted parts of names of linear layers"):
+        convert(folder, tmp_path / "no", quantize=(4, 32), keep=(("nothing", 8),))
+
+
+def test_matrices_that_the_group_does_not_divide_are_named(tmp_path, rng, caplog):
+    convert(write_hugging_face(tmp_path / "hf", llama_state(rng), LLAMA), tmp_path / "out", quantize=(4, 64))
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line == (
+        "convert: quantize: 2 of 16 matrices stay dense, whose columns a group of 64 does not divide "
+        "(groups of 32 divide them): model.layers.0.mlp.down_proj, model.layers.1.mlp.down_proj"
+    )
+
+
+@pytest.mark.parametrize(
+    "mode", [("affine", 4, 32), ("affine", 8, 64), ("mxfp4", 4, 32), ("mxfp8", 8, 32), ("nvfp4", 4, 16)]
+)
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_dequantize_what_mlx_lm_quantised(tmp_path, mode, dtype):
+    from mlx_lm import convert as theirs
+
+    (mode, bits, group), folder = mode, write_tiny_model(tmp_path / "tiny")
+    theirs(str(folder), str(tmp_path / "q"), quantize=True, q_bits=bits, q_group_size=group, q_mode=mode, dtype=dtype)
+    convert(tmp_path / "q", tmp_path / "out", dequantize=True)
+    got, packed = tensors(tmp_path / "out"), tensors(tmp_path / "q")
+    assert "quantization" not in open_source(tmp_path / "out").config
+    for name, value in got.items():
+        scales = packed.get(name.replace(".weight", ".scales"))
+        if scales is None:
+            assert mx.array_equal(value, packed[name])
+            continue
+        parts = [packed.get(name.replace(".weight", part)) for part in (".scales", ".biases")]
+        parts = [each.astype(mx.float32) if mode == "affine" else each for each in parts]
+        want = mx.dequantize(packed[name], *parts, group_size=group, bits=bits, mode=mode)
+        assert mx.array_equal(value, want.astype(getattr(mx, dtype)))
+    if dtype == "float32":
+        theirs = load_model(tmp_path / "q")[0](TOKENS)
+        assert_close(converted(tmp_path / "out")[0], theirs, "logits", rtol=2.0**-15)
+
+
+Q = "model.layers.0.self_attn.q_proj.weight"
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q8_0", "Q5_0"])
+def test_quantised_gguf_becomes_dense_or_other(tmp_path, rng, caplog, kind):
+    path, _ = gguf_file(tmp_path / "x.gguf", rng, kind)
+    convert(path, tmp_path / "dense", dequantize=True)
+    convert(path, tmp_path / "out", quantize=(4, 32))
+    lines = [record.getMessage() for record in caplog.records]
+    assert any(
+        line.startswith(f"convert: quantize: 16 matrices are rounded already (16 of {kind}): ") for line in lines
+    )
+    dense, out = tensors(tmp_path / "dense"), tensors(tmp_path / "out")
+    embedding = open_source(path).tensors["token_embd.weight"].read()
+    assert mx.array_equal(dense["model.embed_tokens.weight"].astype(mx.float32), embedding.astype(mx.float16))
+    want = mx.quantize(dense[Q], 32, 4)
+    assert all(mx.array_equal(out[Q.replace("weight", part)], each) for part, each in zip(("weight", "scales"), want))
+
+
+def test_seed_encoded_becomes_dense_or_affine(tmp_path, rng, caplog):
+    folder = write_hugging_face(tmp_path / "hf", llama_state(rng), LLAMA)
+    convert(folder, tmp_path / "seeds", seedlm="4", data_free=True)
+    convert(tmp_path / "seeds", tmp_path / "dense", dequantize=True)
+    convert(tmp_path / "seeds", tmp_path / "out", quantize=(4, 32))
+    assert any("14 of SeedLM 4, 2 of affine 8 bits" in record.getMessage() for record in caplog.records)
+    source = open_source(tmp_path / "seeds")
+    model = build_model(source.config, source.tensors)
+    model.update(tree_unflatten([(name, tensor.read()) for name, tensor in source.tensors.items()]))
+    dense = tensors(tmp_path / "dense")
+    assert mx.array_equal(dense[Q], model.layers[0].self_attn.q_proj.dense(mx.float32))
+    assert not {"quantization", "seedlm"} & set(open_source(tmp_path / "dense").config)
+    assert mx.array_equal(tensors(tmp_path / "out")[Q], mx.quantize(dense[Q], 32, 4)[0])
+    assert converted(tmp_path / "dense")[0].shape == converted(tmp_path / "out")[0].shape
+
+
+def test_dequantize_of_dense_weights_is_refused(tmp_path, rng):
+    folder = write_hugging_face(tmp_path / "hf", llama_state(rng), LLAMA)
+    with pytest.raises(MlxeffError, match="dequantize: wanted a checkpoint that is quantised, got dense weights"):
+        convert(folder, tmp_path / "out", dequantize=True)
+    with pytest.raises(MlxeffError, match="dequantize: wanted it without quantize"):
+        convert(folder, tmp_path / "out", dequantize=True, quantize=(4, 32))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_weights_that_are_not_finite_are_not_quantised(tmp_path, rng, left_behind, value):
+    """As `seedlm` refuses them."""
+    state = llama_state(rng)
+    state[Q][3, 5] = value
+    folder = write_hugging_face(tmp_path / "hf", state, LLAMA)
+    with pytest.raises(MlxeffError) as caught:
+        convert(folder, tmp_path / "out", quantize=(4, 32))
+    assert str(caught.value) == f"tensor {Q}: wanted finite weights, got {value} at (3, 5)"
+    assert left_behind() == ["hf"]
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_a_head_beside_tied_embeddings(tmp_path, rng, caplog, same):
+    """Dropped, as stock mlx-lm drops it; said where it is another matrix."""
+    config = LLAMA | {"tie_word_embeddings": True}
+    state = llama_state(rng, config)
+    state["lm_head.weight"] = state["model.embed_tokens.weight"] * (1 if same else 2)
+    convert(write_hugging_face(tmp_path / "hf", state, config), tmp_path / "out")
+    lines = [record.getMessage() for record in caplog.records]
+    wanted = f"{tmp_path / 'hf'}: lm_head.weight is dropped, though it is not the embedding: config.json says that they"
+    assert [line[: len(wanted)] for line in lines] == ([] if same else [wanted])
+    assert "lm_head.weight" not in open_source(tmp_path / "out").tensors
 
 
 def gguf_file(path, rng, kind, metadata=None):

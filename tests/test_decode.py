@@ -1,17 +1,21 @@
 """The decode loop with a mock model that counts its calls, and with a tiny real one against a loop without a cache."""
 
+import contextlib
 import itertools
+import subprocess
+import sys
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
 from helpers import assert_close
-from mlxeff import MlxeffError, kernels
+from mlxeff import MlxeffError
 from mlxeff.decode import decode, prefill
+from mlxeff.ops import mlx_only
 from mlxeff.running import EXACT, RunOptions, Tally
 from mlxeff.sampling import make_logits_processors, make_sampler
-from tiny_model import CONFIG, random_model
+from tiny_model import CONFIG, quantise_folder, random_model, write_tiny_model
 
 VOCABULARY = 50
 GREEDY = make_sampler()
@@ -198,12 +202,30 @@ def test_greedy_tokens_equal_a_loop_without_a_cache(kind, processed):
     assert len(set(got)) > 3, "a constant sequence would compare nothing"
 
 
-@pytest.mark.parametrize("options", [{"temp": 1.0}, {"temp": 0.7, "top_p": 0.9}])
-def test_logits_that_are_no_numbers_are_one_line(options):
-    """On the native sampler; MLX's draws something from them."""
-    native, reason = kernels.native()
-    if native is None or kernels.device() != "cpu":
-        pytest.skip(reason or "the device is a GPU")
+@pytest.mark.parametrize("options", [{"temp": 0.0}, {"temp": 1.0}, {"temp": 0.7, "top_p": 0.9}])
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
+@pytest.mark.parametrize("bad", [[mx.nan], [0.0] * 9 + [mx.nan], [mx.inf], [0.0] * 9 + [mx.inf], [-mx.inf] * 261])
+def test_logits_that_are_no_numbers_are_one_line(options, native, dtype, bad):
+    """Greedy and sampled, by the native kernels and by MLX: no token is made of them."""
     model, cache, logits = start()
-    with pytest.raises(MlxeffError, match=r"^decoding: native kernel: sample: wanted logits without NaN"):
-        list(decode(model, cache, logits * mx.nan, make_sampler(**options), max_tokens=3))
+    logits = mx.concatenate([mx.array(bad), logits[0, len(bad) :]])[None].astype(dtype)
+    with contextlib.nullcontext() if native else mlx_only():
+        steps = decode(model, cache, logits, make_sampler(**options), max_tokens=3)
+        with pytest.raises(MlxeffError, match=r"^decoding: wanted logits without NaN and \+inf, one above -inf, got"):
+            next(steps)
+
+
+def test_a_weight_that_is_no_number_is_one_line(tmp_path):
+    """A NaN scale in a file: the command ends with a line and exit code 1, greedy and sampled, not with an empty
+    answer."""
+    folder = quantise_folder(write_tiny_model(tmp_path / "tiny"))
+    weights = dict(mx.load(str(folder / "model.safetensors")))
+    mx.eval(weights)
+    weights["model.layers.1.mlp.down_proj.scales"][3, 0] = mx.nan
+    mx.save_safetensors(str(folder / "model.safetensors"), weights, {"format": "mlx"})
+    for temperature in ("0", "1"):
+        command = [sys.executable, "-m", "mlxeff", "generate", "Hi", "--model", str(folder), "--temp", temperature]
+        ended = subprocess.run(command, capture_output=True, text=True)
+        assert (ended.returncode, ended.stdout) == (1, "")
+        assert ended.stderr.splitlines()[-1].startswith("mlxeff: error: decoding: wanted logits without NaN")

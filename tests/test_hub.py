@@ -19,6 +19,7 @@ import pytest
 
 from hub_server import COMMIT, Server
 from mlxeff import hub
+from mlxeff.checkpoint import choose_files, parts_of
 from mlxeff.errors import MlxeffError
 from mlxeff.hub import package
 from mlxeff.hub.huggingface import choose
@@ -491,6 +492,22 @@ def test_gguf_repositories(server):
     assert "wanted the file c.gguf, got a.gguf, b.gguf" in resolve(server, "org/two/c.gguf")["error"]
 
 
+def test_split_gguf_repositories(server):
+    """All parts are fetched for the name of one, or where they are all GGUF files of the repository."""
+    names = [f"q4/a-0000{i}-of-00002.gguf" for i in (1, 2)]
+    parts = {name: b"GGUF" + name.encode() for name in names}
+    server.add_repository("org/split", parts | {"README.md": b""})
+    server.add_repository("org/more", parts | {"b.gguf": b"GGUF2"})
+    for name in ("org/split", f"org/more/{names[0]}", f"org/more/{names[1]}"):
+        for offline in (False, True):
+            path = Path(resolve(server, name, offline=offline)["path"])
+            assert path.name in (Path(each).name for each in names)
+            assert [each.read_bytes() for each in parts_of(path)] == list(parts.values())
+    assert "wanted one of its GGUF files" in resolve(server, "org/more")["error"]
+    parts_of(path)[0].unlink()
+    assert "not in the cache and offline" in resolve(server, f"org/more/{names[1]}", offline=True)["error"]
+
+
 def test_incomplete_snapshot_is_not_used_offline(server):
     index = json.dumps({"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}).encode()
     files = {"config.json": b"{}", "model.safetensors.index.json": index,
@@ -501,6 +518,19 @@ def test_incomplete_snapshot_is_not_used_offline(server):
     assert "not in the cache and offline" in resolve(server, "org/shards", offline=True)["error"]
 
 
+def test_a_stale_index_does_not_make_a_snapshot_incomplete(server):
+    """What converting a sharded model again as one file leaves in a repository."""
+    index = json.dumps({"weight_map": {"a": SHARDS[0], "b": SHARDS[1]}}).encode()
+    files = {"config.json": b"{}", "model.safetensors.index.json": index, "model.safetensors": b"1"}
+    server.add_repository("org/stale", files)
+    folder = Path(resolve(server, "org/stale")["path"])
+    assert Path(resolve(server, "org/stale", offline=True)["path"]) == folder
+    assert choose_files(folder).files == (folder / "model.safetensors",)
+
+
+SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+
+
 @pytest.mark.parametrize(
     ("names", "chosen"),
     [
@@ -508,6 +538,8 @@ def test_incomplete_snapshot_is_not_used_offline(server):
         (["weights.safetensors", "consolidated.00.safetensors", "a.bin"], ["weights.safetensors"]),
         (["pytorch_model-1.bin", "training_args.bin"], ["pytorch_model-1.bin"]),
         (["checkpoint_average.pt", "optimizer.pt"], ["checkpoint_average.pt"]),
+        (["model.safetensors", *SHARDS], SHARDS),
+        (["model.safetensors", SHARDS[0]], ["model.safetensors", SHARDS[0]]),
     ],
 )
 def test_choice_of_weights(names, chosen):

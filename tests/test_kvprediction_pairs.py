@@ -439,6 +439,24 @@ def test_damaged_quantised_pairs(quantised, base, change, complaint):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("part", [".bias", ".scales", ".biases"])
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
+def test_some_tensors_of_another_float_type(quantised, base, part, dtype):
+    """The prediction differs by the rounding of these tensors and no more; nothing is refused by a kernel."""
+
+    def predicted() -> mx.array:
+        pair = load_pair(quantised, base)
+        return predict(pair.auxiliary, pair.predictor, base.model, mx.arange(30), base.model.new_cache())
+
+    want = predicted()
+    weights = dict(mx.load(str(quantised / "model.safetensors")))
+    mx.eval(want, weights)
+    changed = {name: value.astype(dtype) if name.endswith(part) else value for name, value in weights.items()}
+    mx.save_safetensors(str(quantised / "model.safetensors"), changed)
+    error = mx.abs(predicted() - want).max() / mx.abs(want).max()
+    assert error < 0.05  # bfloat16 keeps 8 bits of a scale
+
+
 def test_a_dense_pair_that_says_it_is_quantised(pair, base):
     edit(pair, quantization=scheme())
     with pytest.raises(MlxeffError, match=f"{pair}: missing 12 tensors: key_maps.0.biases"):

@@ -27,6 +27,7 @@ SAME_LAYER = {
     ("sampling", "ops"),
     ("sampling", "kernels"),
     ("running", "ops"),
+    ("hub", "checkpoint"),
     ("decode", "cache"),
     ("tuning", "modules"),
 }

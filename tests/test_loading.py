@@ -25,7 +25,15 @@ from mlxeff.assembly.model import load_path
 from mlxeff.models import openelm
 from mlxeff.ops import mlx_only
 from mlxeff.tokenizer import Tokenizer
-from tiny_model import CONFIG, GEMMA, quantise_folder, write_foreign, write_random_model, write_tiny_model
+from tiny_model import (
+    CONFIG,
+    GEMMA,
+    PHI,
+    quantise_folder,
+    write_foreign,
+    write_random_model,
+    write_tiny_model,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 native, _ = kernels.native()
@@ -322,6 +330,36 @@ def test_unsupported_options_are_refused(tiny_folder, options, message):
     assert str(caught.value) == f"load: {message}"
 
 
+GROWTH = """
+import gc, sys
+from pathlib import Path
+import mlx.core as mx
+from mlxeff.assembly.model import load_path
+
+def resident() -> int:
+    gc.collect()
+    mx.clear_cache()
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmRSS"))
+
+def load_30_times() -> int:
+    for _ in range(30):
+        load_path(Path(sys.argv[1]))
+    return resident()
+
+resident(), load_30_times()  # until the allocator's own pools have their size
+print(-load_30_times() + load_30_times())
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
+def test_loading_again_and_again_keeps_no_memory(tmp_path):
+    """The initial weights of a model are drawn from MLX's random state, whose graph must not keep them."""
+    folder = write_tiny_model(tmp_path / "tiny", {"num_hidden_layers": 16})
+    command = [sys.executable, "-c", GROWTH, str(folder)]
+    grown = int(subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout)
+    assert grown < 30 * 100, f"{grown} KiB in 30 loads"
+
+
 def test_fingerprint_tells_models_apart(tmp_path):
     folder, other = write_tiny_model(tmp_path / "a"), write_tiny_model(tmp_path / "b", seed=1)
     first = load_path(folder).fingerprint
@@ -377,12 +415,127 @@ def test_a_missing_shard(folder):
     assert shard in names.values()
 
 
-def test_an_index_that_lies(folder):
+def warnings(caplog) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+
+
+def test_an_index_that_lies(folder, caplog):
+    """Tensors that the index places elsewhere, and one that is nowhere: stock mlx-lm does not read the index."""
     names = split(folder)
     tensor = "model.norm.weight"
-    index = {"weight_map": names | {"model.extra.weight": names[tensor]}}
+    index = {
+        "weight_map": dict(zip(names, [*list(names.values())[1:], names[tensor]]))
+        | {"model.extra.weight": names[tensor]}
+    }
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert "model.extra.weight" in refused(folder)
+    load_path(folder)
+    (line,) = warnings(caplog)
+    assert line.startswith(f"{folder}: the index is stale, the shards are read without it: ")
+    assert_equals_mlx_lm(folder)
+
+
+INDEX = "model.safetensors.index.json"
+
+
+def one_file_beside_a_stale_index(folder):
+    """What saving a sharded model again as one file leaves."""
+    whole = (folder / "model.safetensors").read_bytes()
+    names = split(folder)
+    for shard in set(names.values()):
+        (folder / shard).unlink()
+    (folder / "model.safetensors").write_bytes(whole)
+    return f"{INDEX} is stale, model.safetensors are read without it"
+
+
+def other_shards_beside_a_stale_index(folder):
+    names = split(folder)
+    stale = {name: file.replace("00003", "00009") for name, file in names.items()}
+    (folder / INDEX).write_text(json.dumps({"weight_map": stale}))
+    return f"{INDEX} is stale, model-00001-of-00003.safetensors"
+
+
+def whole_beside_shards(folder):
+    whole = (folder / "model.safetensors").read_bytes()
+    split(folder)
+    (folder / "model.safetensors").write_bytes(whole)
+    return "not read, the weights are in other files: model.safetensors"
+
+
+def whole_beside_shards_without_index(folder):
+    line = whole_beside_shards(folder)
+    (folder / INDEX).unlink()
+    return line
+
+
+def a_shard_of_another_division(folder):
+    split(folder)
+    (folder / INDEX).unlink()
+    shutil.copy(folder / "model-00001-of-00003.safetensors", folder / "model-00002-of-00005.safetensors")
+    return "not read, the weights are in other files: model-00002-of-00005.safetensors"
+
+
+@pytest.mark.parametrize(
+    "change_files",
+    [
+        one_file_beside_a_stale_index,
+        other_shards_beside_a_stale_index,
+        whole_beside_shards,
+        whole_beside_shards_without_index,
+        a_shard_of_another_division,
+    ],
+)
+def test_other_files_beside_the_weights(folder, caplog, change_files):
+    """Runs as in stock mlx-lm, with one warning that names the files."""
+    want = change_files(folder)
+    load_path(folder)
+    (line,) = warnings(caplog)
+    assert line.startswith(f"{folder}: {want}")
+    assert_equals_mlx_lm(folder)
+
+
+def test_two_complete_sets_of_shards(folder):
+    split(folder)
+    (folder / INDEX).unlink()
+    for i in (1, 2):
+        shutil.copy(folder / f"model-0000{i}-of-00003.safetensors", folder / f"model-0000{i}-of-00002.safetensors")
+    assert "wanted one checkpoint, got model-00001-of-00002.safetensors and model-00001-of-00003" in refused(folder)
+
+
+UNREAD = {
+    "max_sequence_length": 2048,
+    "pad_token": "<pad>",
+    "tokenizer_padding_side": "left",
+    "partial_rotary_factor": 1.0,
+    "_flash_attn_2_enabled": True,
+    "resid_pdrop": 0.1,
+    "num_experts": 0,
+    "rope_traditional": False,
+    "clip_qkv": None,
+    "use_sliding_window": False,
+}
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3"])
+def test_config_keys_that_mean_nothing(tmp_path, caplog, kind):
+    folder = write_tiny_model(tmp_path / "tiny", {"model_type": kind, "head_dim": 16})
+    change_config(folder, **UNREAD)
+    load_path(folder)
+    (line,) = warnings(caplog)
+    wanted = ", ".join(sorted(set(UNREAD) - {"use_sliding_window"})[:4])
+    assert line == f"{folder}: config keys that change nothing in the model are not read: {wanted}, …"
+    assert_equals_mlx_lm(folder)
+
+
+@pytest.mark.parametrize(
+    "key", [{"partial_rotary_factor": 0.5}, {"rope_traditional": True}, {"num_experts": True}, {"attn_scale": 2.0}]
+)
+def test_config_keys_that_could_mean_something(folder, key):
+    change_config(folder, **key)
+    (name,) = key
+    message = refused(folder)
+    assert f"unknown keys ['{name}']" in message
+    assert message.endswith(f"delete them from config.json, or run with --ignore-keys {name}")
+    assert load_path(folder, {name: None}).model.vocab_size == 261
 
 
 Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
@@ -428,7 +581,8 @@ def test_configs_that_do_not_fit(folder, keys, message):
     assert message in refused(folder)
 
 
-JUNK = [None, True, 0, -1, 1.5, 1 << 40, 1e300, "x", [], ["a"], {}, {"a": 1}, [1], [[]]]
+HUGE = [1 << 31, 1 << 64, 10**400, 1e39, float("nan"), float("inf"), "x" * 1000, "a\nb", [0, 0], [1 << 40, 0]]
+JUNK = [None, True, 0, -1, 1.5, 1 << 40, 1e300, "x", [], ["a"], {}, {"a": 1}, [1], [[]], *HUGE]
 MORE_KEYS = """head_dim rope_scaling rope_parameters sliding_window layer_types quantization quantization_config
     max_window_layers use_sliding_window attention_bias text_config mlxeff""".split()
 
@@ -448,9 +602,61 @@ def test_any_value_at_any_key_of_a_config(tmp_path, kind):
                 loaded += 1
             except MlxeffError as error:
                 lines.add(str(error))
-    assert not any("\n" in line for line in lines)
+    assert not any("\n" in line or len(line) > 300 for line in lines)
     assert len(lines) > 100
     assert 0 < loaded < len(keys) * len(JUNK) / 2
+
+
+@pytest.mark.parametrize("kind", ["llama", "openelm"])
+def test_any_value_in_the_entries_of_a_config(tmp_path, tiny_folder, kind):
+    """As above, one level deeper: quantisation, of all and of one module, rope scaling, and the lists of OpenELM."""
+    folder = tmp_path / "model"
+    write_openelm(folder) if kind == "openelm" else quantised(tiny_folder, folder, 4, 32)
+    whole = json.loads((folder / "config.json").read_text())
+    rope = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "beta_fast": 32, "beta_slow": 1}
+    llama3 = rope | {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    sizes = {"group_size": 32, "bits": 4, "mode": "affine"}
+    entries = [("rope_scaling", rope), ("rope_scaling", llama3), ("quantization", sizes)]
+    changed = [(key, entry | {name: value}) for key, entry in entries for name in entry for value in JUNK]
+    changed += [
+        ("quantization", sizes | {"model.layers.0.mlp.up_proj": sizes | {name: value}})
+        for name in sizes
+        for value in JUNK
+    ]
+    if kind == "openelm":
+        lists = [(name, whole[name]) for name in ("num_query_heads", "num_kv_heads", "ffn_multipliers")]
+        changed = [(name, [value, *entry[1:]]) for name, entry in lists for value in JUNK]
+    lines = set()
+    for key, value in changed:
+        (folder / "config.json").write_text(json.dumps(whole | {key: value}))
+        try:
+            load_path(folder, lazy=True)
+        except MlxeffError as error:
+            lines.add(str(error))
+    assert not any("\n" in line or len(line) > 300 for line in lines)
+    assert len(lines) > 20
+
+
+@pytest.mark.parametrize("size", [0, -32, 1, 33, 1 << 40])
+@pytest.mark.parametrize("module", [None, "model.layers.0.mlp.up_proj"])
+@pytest.mark.parametrize("kind", ["llama", "phi3"])
+def test_a_group_size_that_is_none(tmp_path, tiny_folder, size, module, kind):
+    """A group size of 0 divides by zero in native code, so the process would end without a word."""
+    folder = tmp_path / "model"
+    if kind == "llama":
+        quantised(tiny_folder, folder, 4, 32)
+    else:
+        write_foreign(folder, PHI)
+    own = {"group_size": size, "bits": 4}
+    change_config(folder, quantization={"group_size": 32, "bits": 4, module: own} if module else own)
+    assert "config: quantization: {" in refused(folder)
+    assert "wanted group_size of (32, 64, 128)" in refused(folder)
+
+
+def test_a_packed_weight_of_another_integer_type(tmp_path, tiny_folder):
+    folder = quantised(tiny_folder, tmp_path / "quantised", 4, 32)
+    change(folder, lambda w: w | {Q_PROJ: w[Q_PROJ].astype(mx.int32)})
+    assert f"tensor {Q_PROJ}: wanted dtype mlx.core.uint32, got mlx.core.int32" in refused(folder)
 
 
 @pytest.mark.parametrize("text", [b"{", b"", b"[1, 2]", b"\xff\xfe", b'{"model_type": ' + b"[" * 100_000])

@@ -1,11 +1,13 @@
 """GGUF -> Hugging Face names, row order and config; oracle: mlx-lm's model on the weights the file was made from."""
 
+import gguf
 import mlx.core as mx
 import numpy as np
 import pytest
 
 import checkpoint_files as files
 from checkpoint_files import numbers
+from helpers import assert_close
 from mlxeff import MlxeffError
 from mlxeff.assembly.model import build_model
 from mlxeff.checkpoint import open_source
@@ -202,6 +204,102 @@ def test_linear_and_yarn_scaling(tmp_path, rng):
     assert config_from_gguf(source)["rope_scaling"] == {"rope_type": "linear", "type": "linear", "factor": 4.0}
     source.metadata.update({"llama.rope.scaling.type": "yarn", "llama.rope.scaling.original_context_length": 512})
     assert config_from_gguf(source)["rope_scaling"]["original_max_position_embeddings"] == 512
+
+
+LINEAR, YARN = {"rope_type": "linear", "type": "linear"}, {"rope_type": "yarn", "type": "yarn"}
+
+
+@pytest.mark.parametrize(
+    ("said", "wanted"),
+    [
+        ({}, None),
+        ({"rope.scale_linear": 4.0}, LINEAR | {"factor": 4.0}),  # llama.cpp's converter of 2023
+        ({"rope.scaling.factor": 4.0}, LINEAR | {"factor": 4.0}),  # llama.cpp's default type is linear
+        ({"rope.scaling.factor": 4}, LINEAR | {"factor": 4.0}),
+        ({"rope.scaling.factor": 2.0, "rope.scale_linear": 4.0}, LINEAR | {"factor": 2.0}),
+        ({"rope.scaling.type": "linear", "rope.scale_linear": 8.0}, LINEAR | {"factor": 8.0}),
+        ({"rope.scaling.type": "none", "rope.scaling.factor": 4.0}, None),
+        ({"rope.scaling.type": "linear"}, None),
+        ({"rope.scale_linear": 0.0}, None),  # llama.cpp: none
+        ({"rope.scaling.type": "linear", "rope.scaling.factor": 1.0, "rope.scaling.original_context_length": 9}, None),
+        ({"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.finetuned": True},
+         YARN | {"factor": 4.0, "original_max_position_embeddings": 512}),  # the context length, as llama.cpp
+        ({"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.original_context_length": 128,
+          "rope.scaling.attn_factor": 1.0, "rope.scaling.yarn_beta_fast": 16.0, "rope.scaling.yarn_beta_slow": 1.0},
+         YARN | {"factor": 4.0, "original_max_position_embeddings": 128, "beta_fast": 16.0}),
+    ],
+)  # fmt: skip
+def test_every_way_to_say_rope_scaling(tmp_path, rng, caplog, said, wanted):
+    """All keys are read: no notice of unused ones. The logits are mlx-lm's of the config."""
+    more = {f"llama.{key}": value for key, value in said.items()}
+    source = open_source(write(tmp_path / "x.gguf", "llama", tensors("llama", rng), **more))
+    config, weights = config_from_gguf(source), weights_from_gguf(source)
+    assert config["rope_scaling"] == wanted
+    assert caplog.messages == []
+    model, tokens = build_model(config, weights), mx.array([[1, 5, 9, 100, 31] * 4])
+    model.load_weights(list(weights.items()), strict=True)
+    got = model(tokens, model.new_cache())
+    assert_close(got, oracle(config, weights, tokens), str(said), rtol=2.0**-15)
+    if wanted:
+        plain = oracle(config | {"rope_scaling": None}, weights, tokens)
+        assert mx.abs(got - plain).max() > 0.01
+
+
+@pytest.mark.parametrize(
+    "said",
+    [{"rope.scaling.attn_factor": 1.2}, {"rope.scaling.yarn_ext_factor": 0.5}, {"rope.scaling.factor": -2.0}],
+)
+def test_rope_scaling_that_cannot_be_said(tmp_path, rng, said):
+    more = {f"llama.{key}": value for key, value in said.items()} | {"llama.rope.scaling.type": "yarn"}
+    source = open_source(write(tmp_path / "x.gguf", "llama", tensors("llama", rng), **more))
+    with pytest.raises(MlxeffError, match=r"rope\.scaling"):
+        config_from_gguf(source)
+
+
+def test_metadata_that_is_not_used_is_named(tmp_path, rng, caplog):
+    more = {"llama.attention.clamp_kqv": 8.0, "llama.vocab_size": 128, "mystery.key": 1, "general.name": "x"}
+    config_from_gguf(open_source(write(tmp_path / "x.gguf", "llama", tensors("llama", rng), **more)))
+    assert caplog.messages == ["x.gguf: metadata that is not used: llama.attention.clamp_kqv, mystery.key"]
+
+
+def split(folder, made) -> list:
+    """The file in parts, as the gguf library (and llama.cpp's gguf-split) writes them."""
+    writer = gguf.GGUFWriter(folder / "x.gguf", "llama", split_max_tensors=8)
+    for key, value in keys("llama").items():
+        (writer.add_float32 if isinstance(value, float) else writer.add_uint32)(key, value)
+    for name, (value, _) in made.items():
+        heads = {"attn_q": 4, "attn_k": 2}.get(name.split(".")[-2])
+        writer.add_tensor(name, interleave(value, heads) if heads else value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return sorted(folder.iterdir())
+
+
+def test_split_files_open_as_one(tmp_path, rng):
+    made = tensors("llama", rng)
+    parts = split(tmp_path, made)
+    assert [part.name for part in parts] == [f"x-0000{i}-of-00003.gguf" for i in (1, 2, 3)]
+    want = hugging_face(made)
+    for path in (*parts, tmp_path):
+        source = open_source(path)
+        assert source.files == tuple(parts)
+        weights = weights_from_gguf(source)
+        assert weights.keys() == want.keys()
+        assert all(mx.array_equal(value, want[name]) for name, value in weights.items())
+        assert config_from_gguf(source)["num_hidden_layers"] == 2
+    parts[1].rename(tmp_path / "other.gguf")
+    for path in (parts[0], parts[2], tmp_path):
+        with pytest.raises(MlxeffError, match=r"wanted 3 (parts|shards), got 2: x-00002-of-00003\.gguf"):
+            open_source(path)
+    with pytest.raises(MlxeffError, match=r"other\.gguf: wanted a whole GGUF file, got one part of 3"):
+        open_source(tmp_path / "other.gguf")
+    parts[0].rename(parts[1])
+    parts[1].rename(tmp_path / "x-00001-of-00002.gguf")
+    (tmp_path / "other.gguf").rename(tmp_path / "x-00002-of-00002.gguf")
+    with pytest.raises(MlxeffError, match=r"x-00001-of-00002\.gguf: wanted part 0 of 2, from 0, got part 0 of 3"):
+        open_source(tmp_path / "x-00001-of-00002.gguf")
 
 
 def test_built_in_model(smollm2_gguf):

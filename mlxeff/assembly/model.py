@@ -22,10 +22,12 @@ from ..checkpoint import Source, open_source
 from ..decode import Model
 from ..errors import MlxeffError, notices, some
 from ..models import llama, openelm
-from ..models.config import fits
+from ..models.config import fits, passed_over
 from ..models.decoder import DecoderModel
+from ..modules import PARTS, settle_random_state
 from ..ops import native_for
 from ..tokenizer import Tokenizer, from_folder, from_gguf
+from .quantization import check_sizes
 from .techniques import Stored, architecture, stored_in
 
 SAMPLE_BYTES = 1 << 16  # bytes at the beginning and the end of a weight file that enter the fingerprint
@@ -124,7 +126,10 @@ def _model(
         config = {"tie_word_embeddings": not any(name.startswith("lm_head.") for name in source.tensors)} | config
     for technique in stored_in(config):
         technique.check(source)
+    check_sizes(config)
     if kind in MODELS:
+        if unread := passed_over(MODELS[kind].Config, architecture(config)):
+            notices.warning("%s: config keys that change nothing in the model are not read: %s", path, some(unread))
         model = build_model(config, source.tensors if source.config else None)
         fill(model, _weights(source, config), str(path))
         return model, config
@@ -173,12 +178,15 @@ def build_model(config: dict, tensors: Collection[str] | None = None) -> nn.Modu
         raise MlxeffError(f"config: model_type: wanted one of {', '.join(MODELS)}, got {config.get('model_type')!r}")
     try:
         model = model_class(model_class.Config.from_dict(architecture(config)))
-    except OverflowError as error:
+    except (OverflowError, ValueError, RuntimeError) as error:
+        if isinstance(error, MlxeffError):
+            raise
         raise MlxeffError(f"config: sizes that no array can have: {error}") from error
     if (foreign := config.get("quantization_config")) and not config.get("quantization"):
         method = foreign.get("quant_method") if isinstance(foreign, dict) else foreign
         raise MlxeffError(f"config: quantization_config: wanted MLX's `quantization`, got quant_method {method!r}")
     _install(stored_in(config), model, config, tensors)
+    settle_random_state()
     return model.eval()
 
 
@@ -197,8 +205,14 @@ def fill(model: nn.Module, weights: dict[str, mx.array], origin: str) -> None:
     for name, value in weights.items():
         if value.shape != own[name].shape:
             raise MlxeffError(f"{origin}: tensor {name}: wanted shape {own[name].shape}, got {value.shape}")
-        if _is_float(value) != _is_float(own[name]):
+        packed = name.rpartition(".")[2] in PARTS and not _is_float(value)  # other integers are their module's business
+        if _is_float(value) != _is_float(own[name]) or (packed and value.dtype != own[name].dtype):
             raise MlxeffError(f"{origin}: tensor {name}: wanted dtype {own[name].dtype}, got {value.dtype}")
+    for name in [name for name in weights if name.endswith(".biases")]:  # half of them in another type than the scales
+        scales = f"{name.removesuffix('biases')}scales"
+        if scales in weights and weights[scales].dtype != weights[name].dtype:
+            wider = mx.result_type(weights[scales], weights[name])
+            weights |= {each: weights[each].astype(wider) for each in (scales, name)}
     if not native_for():  # the native kernels read weights of any type
         dtype = _arithmetic_dtype(weights, any(name.endswith(".scales") for name in weights))
         weights = {name: value.astype(dtype) if _is_float(value) else value for name, value in weights.items()}

@@ -17,6 +17,7 @@ from ..kvprediction.layers import PUBLISHED, kept_layers, pruned_map, published_
 from ..kvprediction.predictor import check_map, quantize
 from ..models.decoder import DecoderModel
 from ..models.openelm import SIZES
+from ..modules import settle_random_state
 from ..tuning import Tuned
 from .model import Loaded, fill, load_model
 
@@ -55,6 +56,7 @@ def load_pair(
         tuned = Tuned(auxiliary, **config.tuned) if config.tuned else None
     except MlxeffError as error:
         raise MlxeffError(f"{folder}: {error}") from error
+    settle_random_state()
     fill(predictor, weights, str(folder))
     if tuned:
         fill(tuned.modules, tuned_weights, f"{folder}: auxiliary")

@@ -5,6 +5,26 @@ from collections.abc import Collection
 import mlx.nn as nn
 
 from ..errors import MlxeffError
+from ..models.config import short
+from ..ops import BITS, GROUPS
+
+# Mode of MLX's quantisation → (bits, group sizes) that it has.
+MODES = {"affine": ((1, *BITS), GROUPS), "mxfp4": ((4,), (32,)), "mxfp8": ((8,), (32,)), "nvfp4": ((4,), (16,))}
+
+
+def check_sizes(config: dict) -> None:
+    """Raises MlxeffError where an entry of a config's `quantization` has bits or a group size that its mode does not
+    have: native code divides by them."""
+    quantization = config.get("quantization")
+    if not isinstance(quantization, dict):
+        return
+    for entry in (quantization, *(value for value in quantization.values() if isinstance(value, dict))):
+        mode, sizes = entry.get("mode", "affine"), (entry.get("bits"), entry.get("group_size"))
+        if not isinstance(mode, str) or mode not in MODES:
+            raise MlxeffError(f"config: quantization: {short(entry)}: wanted a mode of {', '.join(MODES)}")
+        for name, size, wanted in zip(("bits", "group_size"), sizes, MODES[mode], strict=True):
+            if name in entry and (type(size) is not int or size not in wanted):
+                raise MlxeffError(f"config: quantization: {short(entry)}: wanted {name} of {wanted} in mode {mode}")
 
 
 def install(model: nn.Module, quantization: dict, tensors: Collection[str] | None) -> None:
@@ -13,10 +33,11 @@ def install(model: nn.Module, quantization: dict, tensors: Collection[str] | Non
     Another one is quantised where `tensors`, the names of the tensors in the checkpoint, contain its scales. Where
     `tensors` is None, it is quantised if the group size divides its rows. Raises MlxeffError for an invalid entry."""
     if not isinstance(quantization, dict):
-        raise MlxeffError(f"config: quantization: wanted group_size and bits, got {quantization!r}")
+        raise MlxeffError(f"config: quantization: wanted group_size and bits, got {short(quantization)}")
     default = {key: quantization[key] for key in ("group_size", "bits", "mode") if key in quantization}
     if not {"group_size", "bits"} <= set(default):
         raise MlxeffError(f"config: quantization: wanted group_size and bits, got {sorted(default)}")
+    check_sizes({"quantization": quantization})
 
     def choose(path: str, module: nn.Module) -> bool | dict:
         """The parameters of the quantisation of one module; False: it is not quantised."""
@@ -32,4 +53,4 @@ def install(model: nn.Module, quantization: dict, tensors: Collection[str] | Non
     try:
         nn.quantize(model, **default, class_predicate=choose)
     except (ValueError, TypeError) as error:
-        raise MlxeffError(f"config: quantization: {quantization}: {str(error).splitlines()[0]}") from error
+        raise MlxeffError(f"config: quantization: {short(quantization)}: {str(error).splitlines()[0]}") from error

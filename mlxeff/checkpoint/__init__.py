@@ -5,7 +5,8 @@ Writes folders of safetensors. Every header is checked against the size of its f
 errors are `MlxeffError`s. This package knows nothing about models.
 """
 
-from .source import Source, open_source, read_json
+from .files import choose_files, parts_of, read_json
+from .source import Source, open_source
 from .tensor import Tensor
 from .writer import FLOATS, Piece, cast, check_new, plan_shards, save_arrays, write_folder
 
@@ -16,7 +17,9 @@ __all__ = [
     "Tensor",
     "cast",
     "check_new",
+    "choose_files",
     "open_source",
+    "parts_of",
     "plan_shards",
     "read_json",
     "save_arrays",

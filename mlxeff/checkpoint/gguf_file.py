@@ -93,7 +93,7 @@ class _Cursor:
 
 def read_gguf(path: Path) -> tuple[dict[str, Tensor], dict]:
     """(The tensors by name, the metadata: key → str, int, float, bool, list of str, or NumPy array of numbers). Raises
-    MlxeffError for a damaged file and for one part of a split file."""
+    MlxeffError for a damaged file. Of a split file this is one part; `split.no` and `split.count` say which."""
     with open(path, "rb") as file:
         if path.stat().st_size < 24:
             raise MlxeffError(f"{path.name}: incomplete: wanted at least 24 bytes, got {path.stat().st_size}")
@@ -111,11 +111,6 @@ def _parse(cursor: _Cursor) -> tuple[dict[str, Tensor], dict]:
         if key in metadata:
             raise cursor.fail(f"key {key!r} appears twice")
         metadata[key] = _value(cursor, cursor.unpack(UINT32))
-    if metadata.get("split.count", 0) not in (0, 1):
-        parts = metadata["split.count"]
-        raise MlxeffError(
-            f"{cursor.origin.name}: wanted a whole GGUF file, got one part of {parts}: merge the parts first"
-        )
     entries = [_entry(cursor) for _ in range(tensor_count)]
     return _place(cursor, entries, _alignment(cursor, metadata)), metadata
 

@@ -1,30 +1,20 @@
 """A path → the checkpoint there: its files, whether all of them are present, and its tensors by name.
 
-This module knows the file names that Hugging Face, mlx-lm, PyTorch and llama.cpp use. It knows nothing about models or
-the content of tensors.
+`files` chooses among the files of a folder. This module knows nothing about models or the content of tensors.
 """
 
-import json
-import math
-import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..errors import MlxeffError
+from ..errors import MlxeffError, notices, some
+from .files import SUFFIXES, choose_files, parts_of, read_json
 from .gguf_file import read_gguf
 from .safetensors_file import read_safetensors
 from .tensor import Tensor
 from .torch_file import read_torch
 
 READERS = {"safetensors": read_safetensors, "gguf": read_gguf, "torch": read_torch}
-# File suffix → format, for files that their first bytes do not identify.
-SUFFIXES = {".safetensors": "safetensors", ".gguf": "gguf", ".bin": "torch", ".pt": "torch", ".pth": "torch"}
-INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-# In a folder without an index, the weights are the files that match the first of these patterns with any match.
-PATTERNS = ("model*.safetensors", "*.safetensors", "pytorch_model*.bin", "*.pt", "*.pth", "*.gguf")
-SINGLE = (".pt", ".pth", ".gguf")  # several such files in one folder are different checkpoints, not shards of one
-SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})(\.\w+)")
-FLOATS = {"Infinity": math.inf, "-Infinity": -math.inf, "NaN": math.nan}  # transformers' tags for these floats
 
 
 @dataclass(frozen=True)
@@ -58,49 +48,48 @@ def open_source(path: str | Path) -> Source:
     raise MlxeffError(f"{path}: wanted a model folder or a weights file, got a path where nothing is")
 
 
-def read_json(path: str | Path) -> dict:
-    """The JSON object in a file. transformers writes infinite floats as `{"__float__": "Infinity"}`; they become
-    floats. Raises MlxeffError for a file that cannot be read or is no JSON object."""
-    path = Path(path)
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"), object_hook=_untag)
-    except OSError as error:
-        raise MlxeffError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:
-        raise MlxeffError(f"{path}: not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise MlxeffError(f"{path}: wanted a JSON object, got {type(value).__name__}")
-    return value
-
-
-def _untag(value: dict) -> dict | float:
-    """The float for a dict that is transformers' tag of one, otherwise the dict itself."""
-    tag = value.get("__float__")
-    return FLOATS[tag] if len(value) == 1 and isinstance(tag, str) and tag in FLOATS else value
-
-
 def _open_file(path: Path) -> Source:
     kind = _format(path)
-    tensors, metadata = READERS[kind](path)
-    return Source(path, kind, (path,), None if kind == "gguf" else _config(path.parent), tensors, metadata)
+    files = tuple(parts_of(path)) if kind == "gguf" else (path,)
+    tensors, metadata = _read(files, kind)
+    return Source(path, kind, files, None if kind == "gguf" else _config(path.parent), tensors, metadata)
 
 
 def _open_folder(folder: Path) -> Source:
     """The checkpoint in a folder, with the tensors of all its files."""
-    index = next((folder / name for name in INDEXES if (folder / name).is_file()), None)
-    weight_map = _weight_map(index) if index else {}
-    files = [folder / name for name in sorted(set(weight_map.values()))] if index else _weight_files(folder)
-    kind = _format(files[0])
+    chosen = choose_files(folder)
+    kind = _format(chosen.files[0])
+    tensors, metadata = _read(chosen.files, kind)
+    for problem in (*chosen.problems, *_misplaced(chosen.weight_map, tensors)):
+        notices.warning("%s: %s", folder, problem)
+    return Source(folder, kind, chosen.files, None if kind == "gguf" else _config(folder), tensors, metadata)
+
+
+def _read(files: Sequence[Path], kind: str) -> tuple[dict[str, Tensor], dict]:
+    """The tensors of all files by name, and their metadata together; of a key in several files the first one counts."""
     tensors, metadata = {}, {}
-    for file in files:
+    for number, file in enumerate(files):
         file_tensors, file_metadata = READERS[kind](file)
+        if kind == "gguf":
+            _check_part(file, file_metadata, number, len(files))
         if doubled := sorted(tensors.keys() & file_tensors.keys()):
             raise MlxeffError(f"{file.name}: tensor {doubled[0]!r} is already in {tensors[doubled[0]].origin.name}")
         tensors.update(file_tensors)
-        metadata.update(file_metadata)
-    if index:
-        _check_index(index, weight_map, tensors)
-    return Source(folder, kind, tuple(files), None if kind == "gguf" else _config(folder), tensors, metadata)
+        metadata = file_metadata | metadata
+    return tensors, metadata
+
+
+def _check_part(file: Path, metadata: dict, number: int, count: int) -> None:
+    """Raises MlxeffError unless the file says of itself that it is the part of this number, from 0, of so many."""
+    parts, own = metadata.get("split.count", 1) or 1, metadata.get("split.no", 0)
+    if parts == count and (count == 1 or own == number):
+        return
+    if count == 1:
+        raise MlxeffError(
+            f"{file.name}: wanted a whole GGUF file, got one part of {parts!r:.20}, whose name is not NAME-00001-of-"
+            "0000N.gguf: merge the parts, or give them these names"
+        )
+    raise MlxeffError(f"{file.name}: wanted part {number} of {count}, from 0, got part {own!r:.20} of {parts!r:.20}")
 
 
 def _config(folder: Path) -> dict | None:
@@ -125,56 +114,10 @@ def _format(path: Path) -> str:
     )
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    """The files of weights in a folder without an index. Raises MlxeffError where there are none, where they are
-    several checkpoints, and where a shard is missing that the other names announce."""
-    for pattern in PATTERNS:
-        files = sorted(file for file in folder.glob(pattern) if file.is_file() and not file.name.startswith("."))
-        if not files:
-            continue
-        if len(files) > 1 and files[0].suffix in SINGLE:
-            raise MlxeffError(
-                f"{folder}: wanted one checkpoint, got {', '.join(f.name for f in files)}: name one of them"
-            )
-        _check_shards(folder, files)
-        return files
-    raise MlxeffError(f"{folder}: no weights: looked for {', '.join(PATTERNS)}")
-
-
-def _check_shards(folder: Path, files: list[Path]) -> None:
-    """Raises MlxeffError where a file is named as one of N shards and not all of them are there."""
-    names = {file.name for file in files}
-    for file in files:
-        if match := SHARD.fullmatch(file.name):
-            stem, _, count, suffix = match.groups()
-            wanted = (f"{stem}-{i:05d}-of-{count}{suffix}" for i in range(1, int(count) + 1))
-            if missing := next((name for name in wanted if name not in names), None):
-                raise MlxeffError(
-                    f"{folder}: incomplete: wanted {int(count)} shards, got {len(names)}: {missing} is missing"
-                )
-
-
-def _weight_map(index: Path) -> dict[str, str]:
-    """The index's table tensor name → file name. Raises MlxeffError where a file is missing or in another folder."""
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise MlxeffError(f"{index}: wanted a weight_map of tensor to file names, got {type(weight_map).__name__}")
-    for name in weight_map.values():
-        if not isinstance(name, str) or Path(name).name != name or Path(name).suffix not in SUFFIXES:
-            raise MlxeffError(f"{index}: wanted weight files beside the index, got {name!r}")
-    shards = sorted(set(weight_map.values()))
-    missing = [name for name in shards if not (index.parent / name).is_file()]
-    if missing:
-        present = len(shards) - len(missing)
-        raise MlxeffError(
-            f"{index.parent}: incomplete: wanted {len(shards)} shards, got {present}: {', '.join(missing)} missing"
-        )
-    return weight_map
-
-
-def _check_index(index: Path, weight_map: dict[str, str], tensors: dict[str, Tensor]) -> None:
-    """Raises MlxeffError where a tensor is not in the file that the index names."""
-    for name, file in weight_map.items():
-        if name not in tensors or tensors[name].origin.name != file:
-            where = f"in {tensors[name].origin.name}" if name in tensors else "nowhere"
-            raise MlxeffError(f"{index.parent}: incomplete: wanted tensor {name!r} in {file}, got it {where}")
+def _misplaced(weight_map: dict[str, str], tensors: dict[str, Tensor]) -> list[str]:
+    """What to say of an index whose tensors are not where it says. The names and shapes that the model needs are
+    checked when it is built, whatever the index says."""
+    wrong = [name for name, file in weight_map.items() if name not in tensors or tensors[name].origin.name != file]
+    if not wrong:
+        return []
+    return [f"the index is stale, the shards are read without it: {len(wrong)} tensors are elsewhere: {some(wrong)}"]

@@ -168,7 +168,11 @@ def add_convert(parser: argparse.ArgumentParser) -> None:
         "--quantize",
         metavar="BITS[:GROUP]",
         type=_quantize,
-        help="quantise matrices to BITS, affine in groups of GROUP weights (default 64), as in 4 or 4:32",
+        help="quantise matrices to BITS, affine in groups of GROUP weights (default 64), as in 4 or 4:32, or by a "
+        "recipe of two widths: mixed_2_6, mixed_3_4, mixed_3_6, mixed_4_6",
+    )
+    parser.add_argument(
+        "--dequantize", action="store_true", help="write dense weights for what is quantised or seed-encoded"
     )
     parser.add_argument("--tokenizer", metavar="PATH", help="tokenizer folder or file (default: beside the weights)")
     group = parser.add_argument_group("SeedLM")
@@ -181,7 +185,8 @@ def add_convert(parser: argparse.ArgumentParser) -> None:
         type=_keep,
         action="append",
         help="do not encode layers whose names contain NAME: quantise them to BITS, affine (default 8), or leave them "
-        "as stored (16). none: encode all linear layers (default: embed,lm_head:8; repeatable)",
+        "as stored (16). none: encode all linear layers (default: embed,lm_head:8; repeatable). With --quantize: "
+        "the layers that get other bits (16: they stay dense)",
     )
     group.add_argument(
         "--calibrate",
@@ -213,6 +218,9 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--offline", action="store_true", help="never touch the network")
     group.add_argument(
         "--trust-remote-code", action="store_true", help="let mlx-lm run Python code that the model folder brings"
+    )
+    group.add_argument(
+        "--ignore-keys", metavar="KEY,…", type=_names, default=[], help="entries of config.json to read as absent"
     )
     group.add_argument(
         "--context-limit", metavar="N", type=positive, help="tokens in the context (default: the model's own limit)"
@@ -284,6 +292,11 @@ def _numbers(text: str) -> tuple[int, ...]:
     return tuple(positive(part) for part in text.split(","))
 
 
+def _names(text: str) -> list[str]:
+    """ "a,b" → ["a", "b"]."""
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
 def _filter(text: str) -> str:
     """A valid "KEY=VALUE" of --only, unchanged."""
     key, equals, value = text.partition("=")
@@ -300,11 +313,11 @@ def _checkpoint(text: str) -> tuple[str, str]:
     return size, model
 
 
-def _quantize(text: str) -> tuple[int, int]:
-    """ "4:32" → (4, 32), bits and group size."""
+def _quantize(text: str) -> tuple[int | str, int]:
+    """ "4:32" → (4, 32), bits and group size; "mixed_3_6" → ("mixed_3_6", 64)."""
     bits, _, group = text.partition(":")
     try:
-        return int(bits), int(group or 64)
+        return (bits if bits.startswith("mixed_") else int(bits)), int(group or 64)
     except ValueError:
         raise argparse.ArgumentTypeError(f"wanted BITS or BITS:GROUP, got {text!r}") from None
 

@@ -23,6 +23,7 @@ def run(options: argparse.Namespace) -> int:
                 options.dst,
                 dtype=options.dtype,
                 quantize=options.quantize,
+                dequantize=options.dequantize,
                 tokenizer=options.tokenizer,
                 dry_run=options.dry_run,
                 progress=progress,

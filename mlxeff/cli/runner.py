@@ -124,7 +124,7 @@ def start(options: argparse.Namespace) -> Runner:
     with output.bar(f"fetching {options.model}", "B", options.quiet) as progress:
         path = hub.resolve(options.model, offline=options.offline, progress=progress)
     began = time.perf_counter()
-    loaded = load_path(path, trust_remote_code=options.trust_remote_code)
+    loaded = load_path(path, dict.fromkeys(options.ignore_keys), trust_remote_code=options.trust_remote_code)
     setup = switch_on(Setup(loaded.model, options=run_options(options)), loaded, options)
     loaded.model.check(setup.options)
     seed = random.SystemRandom().getrandbits(SEED_BITS) if options.seed is None else options.seed

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import errno
 import fnmatch
-import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..errors import MlxeffError, notices
+from ..errors import MlxeffError, notices, some
 
 Progress = Callable[[int, int], None]  # called with (bytes done, bytes in total)
 SIDE_FILES = ("*.json", "*.jinja", "*.txt", "tokenizer.model", "*.tiktoken")  # config, tokenizer, chat template
@@ -26,6 +26,9 @@ WEIGHTS = (
     ("pytorch_model*.bin", "*.bin", "training_args.bin"),
     ("checkpoint*.pt", "*.pt", "*optimizer*"),
 )
+
+
+WHOLE = ("model.safetensors", "pytorch_model.bin")  # not fetched beside all shards of the same name
 
 
 class UnknownModelError(MlxeffError):
@@ -147,8 +150,8 @@ def choose(names: list[str], repository: str, file: str | None = None) -> tuple[
     ggufs = [name for name in names if name.endswith(".gguf")]
     if file is not None:
         if file not in ggufs:
-            raise MlxeffError(f"{repository}: wanted the file {file}, got {', '.join(ggufs) or 'no .gguf files'}")
-        return [file], file
+            raise MlxeffError(f"{repository}: wanted the file {file}, got {some(ggufs) or 'no .gguf files'}")
+        return _parts(file, ggufs), file
     top = [name for name in names if "/" not in name]
     side = [name for name in top if any(fnmatch.fnmatch(name, pattern) for pattern in SIDE_FILES)]
     side += [name for name in names if name.startswith("additional_chat_templates/")]
@@ -156,12 +159,30 @@ def choose(names: list[str], repository: str, file: str | None = None) -> tuple[
         weights = fnmatch.filter(top, usual)
         weights = weights or [name for name in fnmatch.filter(top, any_name) if not fnmatch.fnmatch(name, no_weights)]
         if weights:
-            return side + weights, None
-    if len(ggufs) == 1:
-        return ggufs, ggufs[0]
+            return side + [name for name in weights if not (name in WHOLE and _in_shards(name, weights))], None
+    if ggufs and set(_parts(min(ggufs), ggufs)) == set(ggufs):
+        return ggufs, min(ggufs)
     if ggufs:
-        raise MlxeffError(f"{repository}: wanted one of its GGUF files, named as {repository}/FILE: {', '.join(ggufs)}")
+        raise MlxeffError(f"{repository}: wanted one of its GGUF files, named as {repository}/FILE: {some(ggufs)}")
     raise MlxeffError(f"{repository}: wanted safetensors, PyTorch or GGUF weights, got {len(names)} files without any")
+
+
+def _parts(name: str, names: list[str]) -> list[str]:
+    """The names of all parts of the split GGUF file that `name` is a part of; `name` alone where it is whole."""
+    found = re.fullmatch(r"(.*)-\d{5}-of-(\d{5})\.gguf", name)
+    return [each for each in names if found and _is_part(each, found[1], found[2])] or [name]
+
+
+def _is_part(name: str, stem: str, count: str) -> bool:
+    return bool(re.fullmatch(rf"{re.escape(stem)}-\d{{5}}-of-{count}\.gguf", name))
+
+
+def _in_shards(name: str, names: list[str]) -> bool:
+    """Whether `names` has a complete set of shards of the file `name`, such as model-00001-of-00002.safetensors."""
+    stem, dot, suffix = name.rpartition(".")
+    counts = {found[1] for other in names if (found := re.fullmatch(rf"{stem}-\d{{5}}-of-(\d{{5}})\.{suffix}", other))}
+    shards = {count: [f"{stem}-{i:05d}-of-{count}{dot}{suffix}" for i in range(1, int(count) + 1)] for count in counts}
+    return any(wanted and set(wanted) <= set(names) for wanted in shards.values())
 
 
 def _in_cache(repository: str, file: str | None, revision: str | None) -> Path:
@@ -170,25 +191,33 @@ def _in_cache(repository: str, file: str | None, revision: str | None) -> Path:
 
     needed = [file] if file else ["config.json"]
     folder = Path(snapshot_download(repository, revision=revision, allow_patterns=needed, local_files_only=True))
-    ggufs = sorted(folder.glob("*.gguf"))
-    if file and (folder / file).exists():
-        return folder / file
+    ggufs = sorted(str(path.relative_to(folder)) for path in folder.rglob("*.gguf"))
     if not file and _has_weights(folder):
         return folder
-    if not file and len(ggufs) == 1:
-        return ggufs[0]
+    first = file if file else min(ggufs) if ggufs and set(_parts(min(ggufs), ggufs)) == set(ggufs) else None
+    if first and (folder / first).exists() and _all_parts(folder / first):
+        return folder / first
     raise errors.LocalEntryNotFoundError(f"{folder} is incomplete")
 
 
+def _all_parts(path: Path) -> bool:
+    """Whether a GGUF file is there with all its parts."""
+    from ..checkpoint import parts_of
+
+    try:
+        return bool(parts_of(path))
+    except MlxeffError:
+        return False
+
+
 def _has_weights(folder: Path) -> bool:
-    """Whether the folder has every shard that its index names, or any file of weights where it has no index."""
-    for index in (*folder.glob("*.safetensors.index.json"), *folder.glob("*.bin.index.json")):
-        try:
-            shards = set(json.loads(index.read_bytes())["weight_map"].values())
-        except (OSError, ValueError, LookupError, TypeError, AttributeError):
-            return False
-        return all((folder / shard).exists() for shard in shards)
-    return any(fnmatch.filter(os.listdir(folder), any_name) for _, any_name, _ in WEIGHTS)
+    """Whether the folder has all files of a checkpoint, by the rule that opens it later."""
+    from ..checkpoint import choose_files
+
+    try:
+        return choose_files(folder).files[0].suffix != ".gguf"
+    except (MlxeffError, OSError):
+        return False
 
 
 def _quiet_bar(progress: Progress | None) -> type:

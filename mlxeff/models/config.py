@@ -1,5 +1,7 @@
-"""Strict reading of a config.json into a dataclass: unknown and missing keys and values of a wrong type are errors."""
+"""Strict reading of a config.json into a dataclass: missing keys, values of a wrong type or size, and unknown keys that
+could change the result are errors."""
 
+import re
 from dataclasses import MISSING, fields
 from types import UnionType
 from typing import TypeVar, get_args, get_origin
@@ -25,17 +27,70 @@ IGNORED_KEYS = frozenset(
 )
 
 
+# Keys that describe the training, the tokenizer, the choice of a kernel or the folder itself. They are passed over with
+# a notice, whatever their values are.
+MEANINGLESS = re.compile(
+    r"""
+    _.* | transformers_.* | unsloth_.* | axolotl.* | hub_.* | push_to_hub | cache_implementation | .*_class
+    | (.*_)?(dropout|pdrop|layerdrop|droppath)(_.*)? | gradient_checkpointing.* | .*loss(_.*)? | label_smoothing.*
+    | init_.* | .*_init(_.*)? | initializer_.* | neftune_.* | ignore_index | train(ing)?_.* | num_labels
+    | (pad|bos|eos|unk|sep|cls|mask)_token(_ids?)? | tokenizer(_.*)? | padding_side | truncation_side
+    | (max_)?seq(uence)?_len(gth)? | model_max_length | n_ctx | n_positions
+    | (use_)?_?flash_att(n|ention).* | attn_implementation | use_(sdpa|xformers|memory_efficient_attention|fused_.*)
+    | (use_)?(bf16|fp16|fp32) | (param|compute)_dtype | .*_in_fp32 | return_.* | keys_to_ignore_.*
+    | output_(attentions|hidden_states|scores|router_logits)
+    | name | model_name(_or_path)? | author | description | license | language | tags | library_name | pipeline_tag
+    | datasets? | base_model | version | revision
+    """,
+    re.VERBOSE,
+)
+# Keys that other families have, and the values with which they change nothing in ours. They are passed over with a
+# notice; with another value they are an error.
+NEUTRAL = {
+    **dict.fromkeys(("partial_rotary_factor", "rotary_pct", "rope_ratio", "logit_scale", "logits_scaling"), 1),
+    **dict.fromkeys(("embedding_multiplier", "residual_multiplier", "embedding_scale"), 1),
+    **dict.fromkeys(("final_logit_softcapping", "attn_logit_softcapping", "num_experts", "num_local_experts"), 0),
+    **dict.fromkeys(("n_routed_experts", "num_nextn_predict_layers"), 0),
+    **dict.fromkeys(("qk_layernorm", "use_qk_norm", "parallel_attn", "use_parallel_residual"), False),
+    **dict.fromkeys(
+        ("rope_traditional", "alibi", "use_alibi", "use_bias", "bias", "use_mup", "rope_interleaved"), False
+    ),
+    **dict.fromkeys(("is_causal", "causal", "use_rope", "use_rmsnorm", "rms_norm"), True),
+    **dict.fromkeys(("hidden_activation", "activation_function"), "silu"),
+    "norm_type": "rmsnorm",
+    "position_embedding_type": "rope",
+}
+LARGEST = 2**31 - 1  # a dimension of an MLX array
+FLOAT_LIMIT = 1e38  # float32 reaches a little further
 T = TypeVar("T")
+
+
+def passed_over(cls: type, config: dict) -> list[str]:
+    """The keys of a config.json that the dataclass `cls` does not have and that change nothing in the model: they have
+    no value, or mean nothing for inference, or have a neutral value."""
+    names = set(config) - {field.name for field in fields(cls)} - IGNORED_KEYS
+    return sorted(name for name in names if changes_nothing(name, config[name]))
+
+
+def changes_nothing(name: str, value: object) -> bool:
+    """Whether an unknown entry of a config changes nothing in the model."""
+    if value is None or value in ([], {}, "") or MEANINGLESS.fullmatch(name):
+        return True
+    if name not in NEUTRAL or isinstance(value, bool) != isinstance(NEUTRAL[name], bool):
+        return False
+    return value == NEUTRAL[name]
 
 
 def read_config(cls: type[T], config: dict, ignored: frozenset[str] = frozenset()) -> T:
     """The dataclass `cls`, filled from the dict of a config.json. `ignored` are keys that may be there and are not
-    read. Raises MlxeffError for unknown and missing keys, and for values that are not of the annotated type."""
+    read, like those of `passed_over`. Raises MlxeffError for other unknown keys, for missing ones, and for values that
+    are not of the annotated type."""
     known = {field.name: field for field in fields(cls)}
     kind = config.get("model_type", cls.__name__)
-    if unknown := sorted(set(config) - set(known) - IGNORED_KEYS - ignored):
+    if unknown := sorted(set(config) - set(known) - IGNORED_KEYS - ignored - set(passed_over(cls, config))):
         raise MlxeffError(
-            f"{kind} config: unknown keys {unknown}; if they change nothing in the model, delete them from config.json"
+            f"{kind} config: unknown keys {short(unknown)}; if they change nothing in the model, delete them from "
+            f"config.json, or run with --ignore-keys {','.join(unknown)[:80]}"
         )
     missing = sorted(name for name, field in known.items() if name not in config and field.default is MISSING)
     if missing:
@@ -47,17 +102,28 @@ def read_config(cls: type[T], config: dict, ignored: frozenset[str] = frozenset(
     return cls(**{name: config[name] for name in known if name in config})
 
 
+def short(value: object) -> str:
+    """How messages quote a value of a file: at most 100 characters."""
+    text = repr(value)
+    return text if len(text) <= 100 else text[:99] + "…"
+
+
 def require(condition: bool, kind: str, key: str, wanted: str, got: object) -> None:
     """Raises MlxeffError unless `condition`: in the config of a model `kind`, the value of `key` should have been
     `wanted` (in words), and is `got`."""
     if not condition:
-        raise MlxeffError(f"{kind} config: {key}: wanted {wanted}, got {got!r}")
+        raise MlxeffError(f"{kind} config: {key}: wanted {wanted}, got {short(got)}")
 
 
 def fits(value: object, annotated: type | UnionType) -> bool:
-    """Whether a JSON value is of an annotated type. Integers are accepted as floats; true and false are no numbers."""
+    """Whether a JSON value is of an annotated type. Integers are accepted as floats; true and false are no numbers.
+    A number that no array size or no float32 can be is of no type."""
     if isinstance(annotated, UnionType):
         return any(fits(value, member) for member in get_args(annotated))
     if get_origin(annotated) is list:
         return isinstance(value, list) and all(fits(item, get_args(annotated)[0]) for item in value)
-    return type(value) is annotated or (annotated is float and type(value) is int)
+    if annotated is int:
+        return type(value) is int and abs(value) <= LARGEST
+    if annotated is float:
+        return type(value) in (int, float) and -FLOAT_LIMIT < value < FLOAT_LIMIT  # false for NaN
+    return type(value) is annotated

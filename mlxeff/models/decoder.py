@@ -13,7 +13,7 @@ from typing import Protocol
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..cache import KVCache
+from ..cache import KVCache, LayerCache
 from ..errors import MlxeffError
 from ..running import EXACT, RunOptions
 from .native import Native, native_executor
@@ -87,6 +87,10 @@ class DecoderModel(nn.Module):
         computes. Raises MlxeffError for an unknown kind."""
         shapes = [layer.cache_shape(self.window(i)) for i, layer in enumerate(self.layers)]
         return KVCache.of(shapes, kind, self._kv_type())
+
+    def layer_cache(self, layer: int) -> LayerCache:
+        """An empty cache of one layer, for a caller that runs the layers one by one."""
+        return LayerCache(self.window(layer))
 
     def make_cache(self) -> list[KVCache]:
         """[`new_cache()`]: what mlx-lm's `make_prompt_cache` gives for this model."""

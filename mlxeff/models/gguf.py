@@ -6,7 +6,6 @@ converter for the permutation of rows and for `rope_freqs`, mlx-lm for the entry
 nothing about the block formats inside the tensors; `checkpoint` reads those.
 """
 
-import math
 import re
 from collections import Counter
 from dataclasses import dataclass
@@ -15,7 +14,8 @@ import mlx.core as mx
 import numpy as np
 
 from ..checkpoint import Source, Tensor
-from ..errors import MlxeffError, notices
+from ..errors import MlxeffError, notices, some
+from .config import LARGEST, fits
 
 FAMILIES = ("llama", "qwen2", "qwen3")  # values of general.architecture
 # GGUF's names → Hugging Face's, of the modules outside and inside of the layers.
@@ -33,6 +33,13 @@ LAYER = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+# Beginnings of keys that concern the file, the tokenizer or how the file was made.
+NOT_THE_MODEL = ("general.", "tokenizer.", "split.", "quantize.", "imatrix.", "GGUF.")
+# Keys of the model that change nothing: what is known from the tensors, or a remark.
+NEUTRAL_KEYS = {"vocab_size", "tensor_data_layout", "rope.scaling.finetuned", "expert_used_count"}
+NEUTRAL_KEYS |= {"rope.scaling.original_context_length"}  # without YaRN
+ROPE_MAGNITUDES = ("rope.scaling.attn_factor", "rope.scaling.yarn_attn_factor", "rope.scaling.yarn_ext_factor")
+YARN_TURNS = {"beta_fast": 32.0, "beta_slow": 1.0}  # YaRN's limits, with the values where a file has none
 FREQUENCIES = "rope_freqs.weight"  # tensor (head size / 2): divisors of the rotary frequencies (Llama 3.1 and later)
 # (low_freq_factor, high_freq_factor, original_max_position_embeddings) of the known Llama 3 rope_scaling entries.
 LLAMA3_RULES = [(1.0, 4.0, context) for context in (8192, 4096, 2048, 16384, 32768, 131072)]
@@ -101,6 +108,7 @@ def config_from_gguf(source: Source) -> dict:
     for name in ("bos_token_id", "eos_token_id"):
         if type(token := source.metadata.get(f"tokenizer.ggml.{name}")) is int:
             config[name] = token
+    keys.say_unused()
     return config | _quantization(parameters(source, heads, groups))
 
 
@@ -141,6 +149,7 @@ class _Keys:
 
     def __init__(self, source: Source):
         self.origin, self.metadata, self.tensors = source.path.name, source.metadata, source.tensors
+        self.used: set[str] = set()  # keys that were asked for
         self.architecture = self.metadata.get("general.architecture")
         if not isinstance(self.architecture, str) or self.architecture not in FAMILIES:
             raise MlxeffError(
@@ -149,6 +158,7 @@ class _Keys:
 
     def get(self, key: str, default: object = None) -> object:
         """The value of "ARCHITECTURE.key"."""
+        self.used.add(f"{self.architecture}.{key}")
         return self.metadata.get(f"{self.architecture}.{key}", default)
 
     def integer(self, key: str, default: int | None = None) -> int:
@@ -156,7 +166,7 @@ class _Keys:
         value = self.get(key, default)
         if isinstance(value, np.ndarray) and value.size and (value == value[0]).all():
             value = int(value[0])
-        if type(value) is not int or value < 1:
+        if type(value) is not int or not 1 <= value <= LARGEST:
             raise MlxeffError(
                 f"{self.origin}: {self.architecture}.{key}: wanted one positive number, got {value!r:.60}"
             )
@@ -166,9 +176,20 @@ class _Keys:
         """A positive float, as the shortest decimal of its float32: 1e-05 rather than 9.9999997e-06. Raises
         MlxeffError."""
         value = self.get(key, default)
-        if not isinstance(value, float) or not math.isfinite(value) or value <= 0:
+        if not fits(value, float) or value <= 0:
             raise MlxeffError(f"{self.origin}: {self.architecture}.{key}: wanted a positive number, got {value!r:.60}")
         return float(str(np.float32(value)))
+
+    def say_unused(self) -> None:
+        """A notice that names the keys of the model that nothing asked for, and those of no known kind."""
+        own = f"{self.architecture}."
+        unknown = [
+            key
+            for key in self.metadata
+            if key not in self.used and not key.startswith(NOT_THE_MODEL) and key.removeprefix(own) not in NEUTRAL_KEYS
+        ]
+        if unknown:
+            notices.warning("%s: metadata that is not used: %s", self.origin, some(unknown))
 
 
 def _refuse_variants(keys: _Keys) -> None:
@@ -206,17 +227,34 @@ def _check_sizes(keys: _Keys, queries: int, hidden: int) -> None:
 
 def _rope_scaling(keys: _Keys, head_dim: int) -> dict | None:
     """The config entry `rope_scaling`. Raises MlxeffError for a rule that is not supported."""
-    rule = str(keys.get("rope.scaling.type", "none"))
-    if FREQUENCIES in keys.tensors:
-        return _llama3_rule(keys, head_dim)
+    rule, factor = str(keys.get("rope.scaling.type", "linear")), _rope_factor(keys)
     if rule == "none":
-        return None
-    if rule not in ("linear", "yarn") or keys.number("rope.scaling.attn_factor", 1.0) != 1.0:
+        factor = 1.0
+    elif rule not in ("linear", "yarn") or any(keys.number(key, 1.0) != 1.0 for key in ROPE_MAGNITUDES):
         raise MlxeffError(f"{keys.origin}: rope.scaling: wanted linear or yarn without attn_factor, got {rule!r:.60}")
-    scaling = {"rope_type": rule, "type": rule, "factor": keys.number("rope.scaling.factor")}
+    scaling = {"rope_type": rule, "type": rule, "factor": factor}
     if rule == "yarn":
-        scaling["original_max_position_embeddings"] = keys.integer("rope.scaling.original_context_length")
-    return scaling
+        context = keys.integer("rope.scaling.original_context_length", keys.integer("context_length"))
+        turns = {name: keys.number(f"rope.scaling.yarn_{name}", value) for name, value in YARN_TURNS.items()}
+        scaling |= {"original_max_position_embeddings": context}
+        scaling |= {name: value for name, value in turns.items() if value != YARN_TURNS[name]}
+    if FREQUENCIES in keys.tensors:
+        divisors = _llama3_rule(keys, head_dim)
+        if divisors and factor != 1.0:
+            raise MlxeffError(f"{keys.origin}: rope.scaling: wanted none beside {FREQUENCIES}, got {rule} {factor}")
+        if divisors or factor == 1.0:
+            return divisors
+    return None if factor == 1.0 else scaling
+
+
+def _rope_factor(keys: _Keys) -> float:
+    """The factor of rope scaling, 1 where there is none. Files of 2023 have it under another key. llama.cpp takes 0 for
+    no scaling."""
+    said = {key: keys.get(key) for key in ("rope.scaling.factor", "rope.scale_linear")}
+    for key, value in said.items():
+        if value is not None:
+            return 1.0 if fits(value, float) and value == 0 else keys.number(key)
+    return 1.0
 
 
 def _llama3_rule(keys: _Keys, head_dim: int) -> dict | None:

@@ -15,7 +15,7 @@ import mlx.nn as nn
 
 from ..modules import Embedding, Linear, RMSNorm
 from ..ops import swiglu
-from .config import fits, read_config, require
+from .config import LARGEST, fits, read_config, require
 from .decoder import DecoderModel
 from .parts import AttentionParts, DecoderLayer, EndParts, GatedParts, Heads, RotaryAttention, Rows
 from .rope import make_rope
@@ -28,7 +28,8 @@ FAMILIES: dict[str, dict] = {
     "qwen3": {"qk_norm": True},
 }
 MAX_LAYERS = 1000  # a config with more is refused as damaged; the largest model of the family has 126
-QWEN2_IGNORED = frozenset({"max_window_layers", "use_sliding_window"})  # `from_dict` turns them into `layer_types`
+# `from_dict` turns them into `layer_types` for Qwen; the other families do not read them.
+WINDOW_KEYS = frozenset({"max_window_layers", "use_sliding_window"})
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ class LlamaConfig:
             require(fits(full, int), kind, "max_window_layers", "int", full)
             require(fits(layers, int) and layers <= MAX_LAYERS, kind, "num_hidden_layers", "int", layers)
             config["layer_types"] = ["full_attention" if i < full else "sliding_attention" for i in range(layers)]
-        return read_config(cls, config | FAMILIES[kind], QWEN2_IGNORED if kind.startswith("qwen") else frozenset())
+        return read_config(cls, config | FAMILIES[kind], WINDOW_KEYS)
 
     def __post_init__(self):
         kind, heads = self.model_type, self.num_attention_heads
@@ -100,6 +101,8 @@ class LlamaConfig:
         require(self.hidden_act == "silu", kind, "hidden_act", "silu", self.hidden_act)
         require(not self.rope_interleaved, kind, "rope_interleaved", "false", self.rope_interleaved)
         require(not self.use_mrope, kind, "use_mrope", "false", self.use_mrope)
+        rows = heads * self.head_dim
+        require(rows <= LARGEST, kind, "num_attention_heads x head_dim", f"at most {LARGEST}", rows)
         types = self.layer_types
         valid = types is None or (
             len(types) == self.num_hidden_layers and set(types) <= {"full_attention", "sliding_attention"}

@@ -17,7 +17,7 @@ import mlx.nn as nn
 from ..errors import MlxeffError
 from ..modules import Embedding, Linear, RMSNorm
 from ..ops import swiglu
-from .config import read_config, require
+from .config import LARGEST, read_config, require
 from .decoder import DecoderModel
 from .parts import AttentionParts, DecoderLayer, EndParts, GatedParts, Heads, RotaryAttention, Rows
 from .rope import make_rope
@@ -115,10 +115,17 @@ class OpenELMConfig:
             got = getattr(self, name)
             require(isinstance(got, list) and len(got) == layers, "openelm", name, f"a list of {layers} numbers", got)
         for query, key in zip(self.num_query_heads, self.num_kv_heads, strict=True):
+            require(query > 0, "openelm", "num_query_heads", "numbers above 0", query)
             require(key > 0 and query % key == 0, "openelm", "num_kv_heads", f"a divisor of {query}", key)
         require(self.activation_fn_name == "swish", "openelm", "activation_fn_name", "swish", self.activation_fn_name)
         norm = self.normalization_layer_name
         require(norm == "rms_norm", "openelm", "normalization_layer_name", "rms_norm", norm)
+
+        widest = max(
+            self.head_dim * max(q + 2 * k for q, k in zip(self.num_query_heads, self.num_kv_heads, strict=True)),
+            *(2 * self.ffn_dim(layer) for layer in range(layers)),
+        )
+        require(widest <= LARGEST, "openelm", "the widest matrix", f"at most {LARGEST} rows", widest)
 
     def ffn_dim(self, layer: int) -> int:
         """Width F of the feed-forward network of the layer with this number."""

@@ -10,7 +10,7 @@ import mlx.core as mx
 
 from ..errors import MlxeffError
 from ..ops import Rope
-from .config import fits, require
+from .config import changes_nothing, fits, require, short
 
 ROPE_KEYS = frozenset(
     "rope_type type factor rope_theta original_max_position_embeddings low_freq_factor high_freq_factor "
@@ -27,20 +27,25 @@ RULES = {  # rope_type → the keys that it needs
 def make_rope(size: int, base: float, scaling: dict | None, kind: str) -> Rope:
     """The rotary embedding for heads of `size` dimensions, with the base `base` and Hugging Face's `rope_scaling` dict.
     `kind` names the model in errors. Raises MlxeffError for unknown, missing or invalid keys."""
-    scaling = scaling or {}
+    scaling = {
+        key: value for key, value in (scaling or {}).items() if key in ROPE_KEYS or not changes_nothing(key, value)
+    }
+    scaling = {key: value for key, value in scaling.items() if value is not None}
     rule = scaling.get("rope_type") or scaling.get("type") or "default"
     if unknown := sorted(set(scaling) - ROPE_KEYS):
-        raise MlxeffError(f"{kind} config: rope_scaling: unknown keys {unknown}")
+        raise MlxeffError(f"{kind} config: rope_scaling: unknown keys {short(unknown)}")
     require(isinstance(rule, str) and rule in RULES, kind, "rope_scaling", "default, linear, llama3 or yarn", rule)
     for key in sorted(set(scaling) - {"rope_type", "type"}):
         value = scaling[key]
-        require(value is None or (fits(value, float) and value > 0), kind, f"rope_scaling {key}", "above 0", value)
+        require(fits(value, float) and value > 0, kind, f"rope_scaling {key}", "above 0", value)
+        require(1e-9 < value < 1e12, kind, f"rope_scaling {key}", "above 1e-9 and below 1e12", value)
     if rule == "default":
         return Rope(size, base)
-    if missing := sorted(key for key in RULES[rule] if scaling.get(key) is None):
+    if missing := sorted(key for key in RULES[rule] if key not in scaling):
         raise MlxeffError(f"{kind} config: rope_scaling of type {rule}: missing keys {missing}")
     if rule == "linear":
         return Rope(size, base, scale=1 / scaling["factor"])
+    require(base > 1, kind, f"rope_theta beside rope_scaling of type {rule}", "above 1", base)
     wavelengths, magnitude = (_llama3 if rule == "llama3" else _yarn)(size, base, scaling)
     return Rope(size, None, wavelengths=wavelengths, magnitude=magnitude)
 
