@@ -17,7 +17,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from .. import hub, kernels
+from .. import hub, kernels, memory
 from ..checkpoint import Source, open_source
 from ..decode import Model
 from ..errors import MlxeffError, notices, some
@@ -109,13 +109,20 @@ def _model(
     path, kind = source.path, config.get("model_type")
     if not isinstance(kind, str):
         raise MlxeffError(f"{path}: config: model_type: wanted the name of an architecture, got {kind!r}")
+    if not lazy:
+        _require_memory(path, sum(tensor.nbytes for tensor in source.tensors.values()))
     if kind in llama.FAMILIES:  # Hugging Face and mlx-lm differ on what a missing key means: the file knows
         config = {"tie_word_embeddings": not any(name.startswith("lm_head.") for name in source.tensors)} | config
     for technique in stored_in(config):
         technique.check(source)
     if kind in MODELS:
         model = build_model(config, source.tensors if source.config else None)
-        fill(model, _weights(source, config), str(path))
+        before = mx.get_active_memory()
+        with memory.explained(str(path)):
+            fill(model, _weights(source, config), str(path))
+        if not lazy:  # what is not in memory yet, in the type that it will have there
+            total = sum(value.nbytes for _, value in tree_flatten(model.parameters()))
+            _require_memory(path, total - (mx.get_active_memory() - before))
         return model, config
     from ..models.adapter import load_adapter
 
@@ -126,6 +133,15 @@ def _model(
     return model, model.config
 
 
+def _require_memory(path: Path, need: int) -> None:
+    """Raises MlxeffError where weights of `need` bytes do not fit into the memory that this process may use."""
+
+    def fits(have: float) -> str:
+        return f"{have / need:.0%} of these would fit (mlxeff convert --quantize makes smaller ones)"
+
+    memory.require(need, f"{path}: the weights", fits)
+
+
 def _install(techniques: Iterable[Stored], model: nn.Module, config: dict, tensors: Collection[str] | None) -> None:
     """Put the techniques' modules in place of the model's own."""
     for technique in techniques:
@@ -134,7 +150,8 @@ def _install(techniques: Iterable[Stored], model: nn.Module, config: dict, tenso
 
 def _finish(model: Model, config: dict, path: Path) -> None:
     """Read the weights, and check those that can be checked only then."""
-    mx.eval(model.parameters())
+    with memory.explained(str(path)):
+        mx.eval(model.parameters())
     for technique in stored_in(config):
         technique.finish(model if isinstance(model, DecoderModel) else model.model, str(path))
 

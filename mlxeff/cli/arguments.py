@@ -173,7 +173,12 @@ def _add_text(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--top-k", type=int, default=0, help="keep the K most probable tokens; 0: off")
     group.add_argument("--min-p", type=float, default=0.0, help="keep tokens of P times the best; 0: off")
     group.add_argument("--repetition-penalty", metavar="X", type=float, help="divide logits of the last 20 tokens")
-    group.add_argument("--seed", type=natural, help="of the sampling; same seed, same words (default: random)")
+    group.add_argument(
+        "--seed",
+        type=natural,
+        help="of the sampling; same seed, same words, but for a rare one where a cache holds the prompt's beginning "
+        "(default: random)",
+    )
 
 
 def _numbers(text: str) -> tuple[int, ...]:
