@@ -17,6 +17,7 @@ from typing import Protocol
 
 import mlx.core as mx
 
+from . import memory
 from .cache import Cache
 from .errors import MlxeffError
 from .kernels import device
@@ -176,10 +177,10 @@ def decode(
             yield Step(token.item(), logprobs[0])
             if yielded != max_tokens:
                 token, logprobs, own = next_token, next_logprobs, next_own
-    except RuntimeError as error:  # raised at evaluation where a kernel refuses its input, such as logits that are NaN
-        if not str(error).startswith("native kernel: "):
+    except (MemoryError, RuntimeError) as error:  # raised at evaluation, such as a kernel's that refuses logits of NaN
+        if (reason := memory.failure(error)) is None:
             raise
-        raise MlxeffError(NOT_FINITE if "sample: wanted logits" in str(error) else f"decoding: {error}") from error
+        raise MlxeffError(NOT_FINITE if "sample: wanted logits" in str(error) else f"decoding: {reason}") from error
     finally:
         length = start + max(0, yielded - 1)
         if cache.length > length:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from . import kernels
+from . import kernels, memory
 from .cache import Cache, OtherPrecisionError, common_prefix
 from .decode import Following, Model, PlainFollowing, PlainReading, Progress, Reading, Step
 from .errors import MlxeffError, notices
@@ -129,7 +129,9 @@ def stream_generate(
         budget = limit - cache.length - len(ids) + 1
     mx.reset_peak_memory()
     step_size = prefill_step_size or kernels.PREFILL_STEP[kernels.device()]
-    logits = reading.read(model, cache, mx.array(ids), step_size, prompt_progress_callback, options)
+    require_memory(model, cache, len(ids), step_size, options)
+    with memory.explained("prompt"):
+        logits = reading.read(model, cache, mx.array(ids), step_size, prompt_progress_callback, options)
     seen = mx.array([*history, *ids]) if logits_processors else None
     sampler = sampler or make_sampler()
     steps = following.follow(model, cache, logits, sampler, logits_processors or (), seen, budget, options)
@@ -235,6 +237,24 @@ def _check_ids(ids: list[int], rows: int | None, tokenizer: Tokenizer) -> None:
                     f"prompt: the model has no token {name!r:.60}: its id is {token}, wanted one below {rows}"
                 )
             raise MlxeffError(f"prompt: wanted token ids from 0 to {(rows or 1 << 31) - 1}, got {token!r:.60}")
+
+
+def require_memory(model: Model, cache: Cache, tokens: int, step_size: int, options: RunOptions) -> None:
+    """Raises MlxeffError where the memory that this process may use cannot hold the KV cache and the computation of
+    `tokens` more tokens. Models that do not tell what they need are not checked."""
+    if not hasattr(model, "prefill_bytes"):
+        return
+
+    def fits(have: float) -> str:
+        low, high = 0, tokens
+        while low < high:  # the largest number of tokens that fits
+            middle = (low + high + 1) // 2
+            enough = model.prefill_bytes(cache, middle, step_size, options) <= have
+            low, high = (middle, high) if enough else (low, middle - 1)
+        return f"about {low} tokens would, more with a smaller --kv-dtype or --prefill-step" if low else "none would"
+
+    need = model.prefill_bytes(cache, tokens, step_size, options)
+    memory.require(need, f"prompt: the KV cache and computation of {tokens} tokens", fits)
 
 
 def fit_context(ids: list[int], cached: int, limit: int | None, max_tokens: int, truncate: bool) -> list[int]:

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = {
     "_native": -1,
     "names": -1,
-    **dict.fromkeys(("errors", "kernels", "ops", "running", "sampling", "checkpoint", "tokenizer", "hub"), 0),
+    **dict.fromkeys(("errors", "kernels", "memory", "ops", "running", "sampling", "checkpoint", "tokenizer", "hub"), 0),
     **dict.fromkeys(("cache", "decode", "modules", "tuning", "training", "calibration"), 1),
     **dict.fromkeys(("models", "kvprediction", "quantspec", "seedlm", "dynamoe", "vision", "alignment"), 2),
     **dict.fromkeys(("assembly", "generation"), 3),
@@ -26,6 +26,7 @@ SAME_LAYER = {
     ("ops", "kernels"),
     ("sampling", "ops"),
     ("sampling", "kernels"),
+    ("memory", "kernels"),
     ("running", "ops"),
     ("hub", "checkpoint"),
     ("decode", "cache"),

@@ -17,7 +17,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from .. import hub, kernels
+from .. import hub, kernels, memory
 from ..checkpoint import Source, open_source
 from ..decode import Model
 from ..errors import MlxeffError, notices, some
@@ -122,6 +122,8 @@ def _model(
     path, kind = source.path, config.get("model_type")
     if not isinstance(kind, str):
         raise MlxeffError(f"{path}: config: model_type: wanted the name of an architecture, got {kind!r}")
+    if not lazy:
+        _require_memory(path, sum(tensor.nbytes for tensor in source.tensors.values()))
     if kind in llama.FAMILIES:  # Hugging Face and mlx-lm have different defaults for this key, so the weights decide
         config = {"tie_word_embeddings": not any(name.startswith("lm_head.") for name in source.tensors)} | config
     for technique in stored_in(config):
@@ -131,7 +133,12 @@ def _model(
         if unread := passed_over(MODELS[kind].Config, architecture(config)):
             notices.warning("%s: config keys that change nothing in the model are not read: %s", path, some(unread))
         model = build_model(config, source.tensors if source.config else None)
-        fill(model, _weights(source, config), str(path))
+        before = mx.get_active_memory()
+        with memory.explained(str(path)):
+            fill(model, _weights(source, config), str(path))
+        if not lazy:  # what is not in memory yet, in the type that it will have there
+            total = sum(value.nbytes for _, value in tree_flatten(model.parameters()))
+            _require_memory(path, total - (mx.get_active_memory() - before))
         return model, config
     from ..models.adapter import load_adapter
 
@@ -142,6 +149,15 @@ def _model(
     return model, model.config
 
 
+def _require_memory(path: Path, need: int) -> None:
+    """Raises MlxeffError where weights of `need` bytes do not fit into the memory that this process may use."""
+
+    def fits(have: float) -> str:
+        return f"{have / need:.0%} of these would fit (mlxeff convert --quantize makes smaller ones)"
+
+    memory.require(need, f"{path}: the weights", fits)
+
+
 def _install(techniques: Iterable[Stored], model: nn.Module, config: dict, tensors: Collection[str] | None) -> None:
     """Let each technique replace modules of the model."""
     for technique in techniques:
@@ -150,7 +166,8 @@ def _install(techniques: Iterable[Stored], model: nn.Module, config: dict, tenso
 
 def _finish(model: Model, config: dict, path: Path) -> None:
     """Evaluate the weights, and let each technique check its own."""
-    mx.eval(model.parameters())
+    with memory.explained(str(path)):
+        mx.eval(model.parameters())
     for technique in stored_in(config):
         technique.finish(model if isinstance(model, DecoderModel) else model.model, str(path))
 

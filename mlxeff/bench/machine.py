@@ -9,7 +9,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from .. import __version__, kernels
+from .. import __version__, kernels, memory
 
 LINUX_SHARE, OTHER_SHARE = 0.85, 0.7  # that may be used: of the memory that is free, where known, else of all
 
@@ -78,11 +78,9 @@ def physical_bytes() -> int:
 
 
 def usable_bytes(device: str) -> float:
-    """Memory that a benchmark may take now: a share of what is free (Linux) or of all (elsewhere, where what counts as
-    free is mostly caches); on a GPU no more than it should hold at once."""
-    info = Path("/proc/meminfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    free = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
-    usable = LINUX_SHARE * free[0] if free else OTHER_SHARE * physical_bytes()
+    """Memory that a benchmark may take now: a share of what is available (Linux) or of all (elsewhere, where what
+    counts as free is mostly caches); on a GPU no more than it should hold at once."""
+    share = LINUX_SHARE if sys.platform == "linux" else OTHER_SHARE
+    usable = share * memory.available()[0]
     limit = mx.device_info().get("max_recommended_working_set_size") if device == "gpu" else None
     return min(usable, limit or usable)

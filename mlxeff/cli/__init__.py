@@ -43,8 +43,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"mlxeff: error: {error}", file=sys.stderr)
             output.drop()
             return 1
-        except (MlxeffError, MemoryError, OSError) as error:
+        except (MlxeffError, OSError) as error:
             return _fail(streams.explain(error), options, output)
+        except (MemoryError, RuntimeError) as error:
+            from ..memory import failure
+
+            if (reason := failure(error)) is None:
+                raise
+            return _fail(reason, options, output)
 
 
 def _run(argv: Sequence[str] | None, options: argparse.Namespace) -> int:

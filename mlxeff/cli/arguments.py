@@ -283,7 +283,11 @@ def _add_text(parser: argparse.ArgumentParser) -> None:
         help="make the last 20 tokens less probable: divide their logits by X",
     )
     group.add_argument(
-        "--seed", metavar="N", type=natural, help="seed of the sampling; one seed gives one text (default: random)"
+        "--seed",
+        metavar="N",
+        type=natural,
+        help="seed of the sampling; one seed gives one text, but for a rare word where a cache holds the beginning of "
+        "the prompt (default: random)",
     )
 
 

@@ -13,8 +13,9 @@ from typing import Protocol
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..cache import KVCache, LayerCache
+from ..cache import FLOAT_KINDS, KVCache, LayerCache
 from ..errors import MlxeffError
+from ..kernels import device
 from ..running import EXACT, RunOptions
 from .native import Native, native_executor
 from .parts import DecoderLayer, EndParts, LayerParts
@@ -91,6 +92,21 @@ class DecoderModel(nn.Module):
     def layer_cache(self, layer: int) -> LayerCache:
         """An empty cache of one layer, for a caller that runs the layers one by one."""
         return LayerCache(self.window(layer))
+
+    def prefill_bytes(self, cache: KVCache, new: int, step_size: int, options: RunOptions = EXACT) -> int:
+        """Bytes that reading `new` more tokens in chunks of `step_size` needs, counted low: the growth of the cache,
+        and the largest arrays of a chunk."""
+        length, capacity = cache.length + new + 1, LayerCache.step
+        name = cache.kind or options.kv or cache.dtype
+        width = FLOAT_KINDS[name].size if name in FLOAT_KINDS else 1
+        rows = -(-length // capacity) * capacity
+        grown = sum(2 * groups * size for groups, size in self.kv_shapes) * width * rows
+        held = cache.nbytes
+        chunk, attention = min(step_size, new), self.layers[0].attention
+        hidden = 4 * chunk * 2 * self.hidden_size  # the input and the output of a layer
+        # MLX's attention on a CPU makes the scores of all heads at once, in float32; the native kernels make none.
+        scores = 4 * attention.heads * chunk * length if self.native is None and device() == "cpu" else 0
+        return (grown if grown > held else 0) + hidden + scores
 
     def make_cache(self) -> list[KVCache]:
         """[`new_cache()`]: what mlx-lm's `make_prompt_cache` gives for this model."""
