@@ -71,6 +71,19 @@ def test_lazy_graphs_and_slices():
     assert mx.array_equal(native.decode_cpu(fmt, 64, part), codec.decode_ops(fmt, 64, arrays)[5:9]).item()
 
 
+@pytest.mark.parametrize("name", FORMATS)
+def test_columns_of_a_larger_matrix(name):
+    """The first blocks of every row, as views of the arrays."""
+    fmt, arrays = encoded(name, 37, 40 * FORMATS[name].columns)
+    cols = 6 * fmt.columns
+    shapes = {key: shape for key, (shape, _) in fmt.arrays(37, cols).items()}
+    part = {key: value if key == "exponent_bias" else value[:, : shapes[key][1]] for key, value in arrays.items()}
+    whole = codec.decode_ops(fmt, 40 * fmt.columns, arrays)
+    assert mx.array_equal(native.decode_cpu(fmt, cols, part), whole[:, :cols]).item()
+    x = mx.random.normal((3, cols), key=mx.random.key(3))
+    assert mx.allclose(native.matmul_cpu(fmt, part, x), x @ whole[:, :cols].T, rtol=0, atol=1e-4).item()
+
+
 def test_what_does_not_fit_is_refused():
     fmt, arrays = encoded("4.5", 4, 64)
     with pytest.raises(ValueError, match="x does not fit"):
