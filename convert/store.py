@@ -12,6 +12,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from ..errors import MlxeffError, notices
+from ..names import readable_by_mlx
 from ..seedlm.format import BlockFormat, check_arrays
 
 
@@ -45,7 +46,8 @@ class Store:
         if not path.is_file():
             return False
         try:
-            arrays, metadata = mx.load(str(path), return_metadata=True)
+            with readable_by_mlx(path) as file:
+                arrays, metadata = mx.load(file, format="safetensors", return_metadata=True)
             for name in names:
                 fmt, rows, cols = self.modules[name]
                 own = {kind: arrays[f"{name}.{kind}"] for kind in fmt.arrays(rows, cols)}
@@ -62,7 +64,8 @@ class Store:
         path, partial = self.folder / f"{unit}.safetensors", self.folder / f".{unit}.safetensors"
         flat = {f"{name}.{kind}": array for name, own in arrays.items() for kind, array in own.items()}
         try:
-            mx.save_safetensors(str(partial), flat, {"errors": json.dumps(errors)})
+            with open(partial, "wb") as file:
+                mx.save_safetensors(file, flat, {"errors": json.dumps(errors)})
             os.replace(partial, path)
         except (OSError, RuntimeError) as error:
             raise MlxeffError(f"{path}: cannot be written: {error}") from error
@@ -72,7 +75,8 @@ class Store:
     def read(self, name: str) -> list[mx.array]:
         """The arrays of a stored module, in the order of its format."""
         fmt, rows, cols = self.modules[name]
-        arrays = mx.load(str(self._files[name]))
+        with readable_by_mlx(self._files[name]) as file:
+            arrays = mx.load(file, format="safetensors")
         return [arrays[f"{name}.{kind}"] for kind in fmt.arrays(rows, cols)]
 
     @property

@@ -7,18 +7,18 @@ on first use, so that `import mlxeff` itself loads neither mlx nor any model cod
 import importlib
 import os
 
-from .errors import MlxeffError
-
 __version__ = "0.1.0"
 
 # Public name → the module that defines it.
 _PUBLIC = {
     "GenerationResponse": "generation",
+    "MlxeffError": "errors",
     "RunOptions": "running",
     "fit_kv_predictor": "assembly",
     "generate": "generation",
     "load": "assembly",
     "load_pair": "assembly",
+    "make_prompt_cache": "generation",
     "stream_generate": "generation",
 }
 
@@ -31,6 +31,7 @@ __all__ = [
     "generate",
     "load",
     "load_pair",
+    "make_prompt_cache",
     "stream_generate",
 ]
 

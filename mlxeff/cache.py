@@ -9,6 +9,7 @@ Shapes: B batch, H query heads, G KV heads, S new tokens, T cached tokens, E hea
 """
 
 import contextlib
+import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,10 +20,16 @@ import mlx.core as mx
 
 from .checkpoint import save_arrays
 from .errors import MlxeffError
+from .names import readable_by_mlx
 from .ops import attention
-from .running import EXACT, FULL_VIEW, RunOptions, Tally
+from .running import EXACT, FULL_VIEW, Ran, RunOptions, Tally
 
 FORMAT_VERSION = "1"  # of the cache files that `KVCache.save` writes
+GIVEN = "given"  # stands for an arithmetic in a cache file: keys and values that were appended without a forward pass
+
+
+class OtherPrecisionError(MlxeffError):
+    """A cache file holds keys and values of another numeric type or arithmetic than those that are wanted."""
 
 
 class Layer(Protocol):
@@ -112,18 +119,17 @@ class LayerCache:
     """Keys and values of one layer in two buffers (B, G, capacity, E). It has the methods of `NativeLayer`.
 
     `window` is the sliding window in tokens, None for full attention. `dtype` is the type of the buffers; None takes
-    the type of the first keys. `heads` are KV heads and head size (G, E), which `restore` compares; None: any.
-    Attention is computed in the type of the queries.
+    the type of the first keys. Attention is computed in the type of the queries.
     """
 
     step = 256  # tokens; the capacity of the buffers is a multiple of this
     storage = "dense"
 
-    def __init__(self, window: int | None = None, dtype: mx.Dtype | None = None, heads: tuple[int, int] | None = None):
+    def __init__(self, window: int | None = None, dtype: mx.Dtype | None = None):
         self.keys: mx.array | None = None
         self.values: mx.array | None = None
         self.length = 0  # cached tokens; the capacity of the buffers may be larger
-        self.window, self.dtype, self.heads = window, dtype, heads
+        self.window, self.dtype = window, dtype
         self._reserved = 0  # tokens that the next growth of the buffers has to provide for
 
     def attend(
@@ -177,13 +183,13 @@ class LayerCache:
 
     def restore(self, arrays: dict[str, mx.array], tokens: int) -> None:
         """See `Layer.restore`."""
-        if set(arrays) != {"keys", "values"} or arrays["keys"].dtype != arrays["values"].dtype:
+        if set(arrays) != {"keys", "values"} or arrays["keys"].shape != arrays["values"].shape:
+            raise ValueError(f"keys and values of {tokens} tokens")
+        if arrays["keys"].dtype != arrays["values"].dtype:
             raise ValueError("keys and values of one type")
         for array in arrays.values():
             if array.ndim != 4 or array.shape[2] != tokens or array.shape[0] != 1:
                 raise ValueError(f"keys and values of {tokens} tokens")
-            if self.heads is not None and self.heads != (array.shape[1], array.shape[3]):
-                raise ValueError(f"{self.heads[0]} heads of {self.heads[1]}")
             if array.dtype not in FLOAT_KINDS.values():
                 raise ValueError("keys and values that are floats")
         self.keys, self.values, self.length = arrays["keys"], arrays["values"], tokens
@@ -225,17 +231,12 @@ class LayerShape:
     head_size: int  # E
     window: int | None = None  # sliding window in tokens, None for full attention
 
-    @property
-    def heads(self) -> tuple[int, int]:
-        """(G, E)."""
-        return self.groups, self.head_size
-
 
 LayerMaker = Callable[[LayerShape], Layer]
 FLOAT_KINDS = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 # Kind of cache → function that makes the cache of one layer. `assembly.techniques` adds the kinds of the techniques.
 KINDS: dict[str, LayerMaker] = {
-    name: lambda shape, dtype=dtype: LayerCache(shape.window, dtype, shape.heads) for name, dtype in FLOAT_KINDS.items()
+    name: lambda shape, dtype=dtype: LayerCache(shape.window, dtype) for name, dtype in FLOAT_KINDS.items()
 }
 
 
@@ -246,18 +247,37 @@ class KVCache:
 
     def __init__(self, layers: Sequence[Layer], kind: str | None = None):
         self.layers, self.kind, self.tally = list(layers), kind, Tally()
+        self.shapes: list[LayerShape] | None = None  # of the layers; None where they are not known
+        self.dtype: str | None = None  # the type that the model computes keys in; None where it is not known
 
     @classmethod
-    def of(cls, shapes: Sequence[LayerShape], kind: str) -> "KVCache":
-        """A new cache of `kind` for layers of these shapes. Raises MlxeffError for a kind that is not in KINDS."""
-        if kind not in KINDS:
+    def of(cls, shapes: Sequence[LayerShape], kind: str | None, dtype: str | None = None) -> "KVCache":
+        """A new cache of `kind` for layers of these shapes; None: keys and values are stored as the model computes
+        them, in the type called `dtype`. Raises MlxeffError for a kind that is not in KINDS."""
+        if kind is not None and kind not in KINDS:
             raise MlxeffError(f"KV cache: wanted one of {', '.join(KINDS)}, got {kind!r}")
-        return cls([KINDS[kind](shape) for shape in shapes], kind)
+        cache = cls([LayerCache(shape.window) if kind is None else KINDS[kind](shape) for shape in shapes], kind)
+        cache.shapes, cache.dtype = list(shapes), dtype
+        return cache
 
     @property
     def length(self) -> int:
         """Cached tokens."""
         return self.layers[0].length
+
+    def is_trimmable(self) -> bool:
+        """True, for mlx-lm's `can_trim_prompt_cache`: tokens at the end can be dropped."""
+        return True
+
+    def trim(self, count: int) -> int:
+        """Drop the last `count` tokens, for mlx-lm's `trim_prompt_cache`; returns how many were dropped."""
+        before = self.length
+        return before - self.rewind(max(0, before - count))
+
+    @property
+    def state(self) -> None:
+        """Raises MlxeffError, for mlx-lm's `save_prompt_cache`: see `save`."""
+        raise MlxeffError("KV cache: mlx-lm cannot save it: use cache.save(path, tokens, fingerprint)")
 
     @property
     def nbytes(self) -> int:
@@ -313,15 +333,21 @@ class KVCache:
         for index, layer in enumerate(self.layers):
             arrays |= {f"{index}.{name}": value for name, value in layer.saved().items()}
         metadata = {"format": "mlxeff-kv-cache", "version": FORMAT_VERSION, "model": model, "storage": self._storage}
+        if self.tally:
+            metadata["computed"] = json.dumps(self._computed())
         save_arrays(Path(path), arrays, metadata, "the prompt cache")
 
-    def restore(self, path: str | os.PathLike, model: str) -> list[int]:
+    def restore(self, path: str | os.PathLike, model: str, options: RunOptions = EXACT) -> list[int]:
         """Fill this cache, which must be empty, from a file that `save` wrote; returns the ids of its tokens.
 
-        Raises MlxeffError for a file of another model (fingerprint `model`), of other layers or of another storage
-        format, and for a damaged or foreign file. The cache is then still empty.
+        Raises OtherPrecisionError for a file whose keys and values have another type than this cache stores, or were
+        computed in another arithmetic than that of `options`: both would change the result of an exact run without a
+        trace. A file that does not say what computed it counts as exact. Raises MlxeffError for a file of another model
+        (fingerprint `model`), of other layers or of another storage format, and for a damaged or foreign file. The
+        cache is then still empty.
         """
-        arrays, storage = _read(Path(path), model)
+        arrays, metadata = _read(Path(path), model)
+        storage = metadata.get("storage", LayerCache.storage)
         if storage != self._storage:
             raise MlxeffError(f"{path}: wanted a KV cache stored as {self._storage}, got {storage}")
         ids = arrays.pop("tokens", mx.zeros((0,), mx.uint32))
@@ -335,15 +361,49 @@ class KVCache:
         try:
             if set(parts) != {str(index) for index in range(len(self.layers))}:
                 raise ValueError
+            computed = _tally(metadata, len(tokens))
+            self._check_heads(parts)
+            self._check_precision(path, parts, computed, options)
             for index, layer in enumerate(self.layers):
                 layer.restore(parts[str(index)], len(tokens))
+        except OtherPrecisionError:
+            raise
         except ValueError:
             self.rewind(0)
             layers = len(self.layers)
             raise MlxeffError(
                 f"{path}: wanted a KV cache of {layers} layers for its {len(tokens)} tokens, got others"
             ) from None
+        self.tally.update(computed)
         return tokens
+
+    def _computed(self) -> list[list]:
+        """What computed the cached tokens, for a cache file: [backend, arithmetic, number of tokens] of each."""
+        rows = [[ran.backend, ran.compute, count] for ran, count in self.tally.items()]
+        given = self.length - self.tally.total()
+        return rows + ([["", GIVEN, given]] if given > 0 else [])
+
+    def _check_heads(self, parts: dict[str, dict[str, mx.array]]) -> None:
+        """Raises ValueError for dense arrays of other layers than those of this cache."""
+        if self._storage != LayerCache.storage or self.shapes is None:
+            return
+        for index, shape in enumerate(self.shapes):
+            for array in parts[str(index)].values():
+                if array.ndim != 4 or (array.shape[1], array.shape[3]) != (shape.groups, shape.head_size):
+                    raise ValueError(f"{shape.groups} heads of {shape.head_size}")
+
+    def _check_precision(self, path: str | os.PathLike, parts: dict, computed: Tally, options: RunOptions) -> None:
+        """Raises OtherPrecisionError where a file's arrays or what `computed` them is not what this cache stores or
+        `options` compute."""
+        wanted_type = (self.layers[0].stored_as if self.kind else self.dtype) or None
+        types = [str(array.dtype).removeprefix("mlx.core.") for part in parts.values() for array in part.values()]
+        got_type = " + ".join(dict.fromkeys(types))
+        if wanted_type is None or self._storage != LayerCache.storage:
+            wanted_type = got_type
+        arithmetic = " + ".join(dict.fromkeys(ran.compute for ran in computed))
+        if (got_type, arithmetic) != (wanted_type, options.compute):
+            got = f"{arithmetic} {got_type}"
+            raise OtherPrecisionError(f"{path}: wanted a KV cache of {options.compute} {wanted_type}, got {got}")
 
     @property
     def _storage(self) -> str:
@@ -361,8 +421,22 @@ def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
     return length
 
 
-def _read(path: Path, model: str) -> tuple[dict[str, mx.array], str]:
-    """Read a cache file of the model with fingerprint `model`: its arrays by name, and their storage format."""
+def _tally(metadata: dict[str, str], tokens: int) -> Tally:
+    """What computed the `tokens` tokens of a cache file. A file that does not say it counts as exact. Raises
+    ValueError for an entry that `save` did not write."""
+    rows = json.loads(metadata.get("computed", f'[["unknown", "exact", {tokens}]]'))
+    if not isinstance(rows, list) or not rows:
+        raise ValueError("no rows")
+    tally = Tally()
+    for row in rows:
+        if not isinstance(row, list) or [type(item) for item in row] != [str, str, int]:
+            raise ValueError(f"{row!r}")
+        tally[Ran(row[0], row[1])] += row[2]
+    return tally
+
+
+def _read(path: Path, model: str) -> tuple[dict[str, mx.array], dict[str, str]]:
+    """Read a cache file of the model with fingerprint `model`: its arrays by name, and the entries of its header."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -375,7 +449,7 @@ def _read(path: Path, model: str) -> tuple[dict[str, mx.array], str]:
     if metadata.get("model") != model:
         raise MlxeffError(f"{path}: wanted a prompt cache of this model ({model}), got one of {metadata.get('model')}")
     try:
-        arrays = mx.load(str(path), format="safetensors")
+        with readable_by_mlx(path) as name:
+            return mx.load(name, format="safetensors"), metadata
     except (RuntimeError, ValueError) as error:
         raise MlxeffError(f"{path}: wanted a prompt cache, got a damaged or foreign file ({error})") from error
-    return arrays, metadata.get("storage", LayerCache.storage)

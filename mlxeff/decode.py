@@ -128,6 +128,7 @@ def prefill(
     """
     tokens = tokens if tokens.ndim == 2 else tokens[None]
     total = tokens.shape[1]
+    step_size = min(step_size, total)  # MLX's slices end at 2^31 - 1
     cache.reserve(total + 1)
     for start in range(0, total, step_size):
         if progress:

@@ -14,7 +14,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from . import kernels
-from .cache import Cache, common_prefix
+from .cache import Cache, OtherPrecisionError, common_prefix
 from .decode import Following, Model, PlainFollowing, PlainReading, Progress, Reading, Step
 from .errors import MlxeffError, notices
 from .running import EXACT, RunOptions, Tally
@@ -60,10 +60,11 @@ def stream_generate(
     prompt: str | mx.array | list[int],
     max_tokens: int = 256,
     draft_model=None,
+    stream: mx.Stream | None = None,
     *,
     sampler: Sampler | None = None,
     logits_processors: Sequence[LogitsProcessor] | None = None,
-    prompt_cache: Cache | None = None,
+    prompt_cache: Cache | list | None = None,
     prefill_step_size: int | None = None,
     prompt_progress_callback: Progress | None = None,
     stop: str | Sequence[str] = (),
@@ -73,6 +74,12 @@ def stream_generate(
     reading: Reading | None = None,
     following: Following | None = None,
     options: RunOptions = EXACT,
+    max_kv_size: int | None = None,
+    kv_bits: int | None = None,
+    kv_group_size: int | None = None,  # noqa: ARG001 - this one and the next two have no effect
+    quantized_kv_start: int | None = None,  # noqa: ARG001
+    input_embeddings: mx.array | None = None,
+    num_draft_tokens: int | None = None,  # noqa: ARG001
 ) -> Iterator[GenerationResponse]:
     """Yield one `GenerationResponse` for each token; the last one has a `finish_reason`.
 
@@ -80,7 +87,8 @@ def stream_generate(
     max_tokens                -1: up to the end of the context
     sampler                   log-probabilities → token, see `sampling.make_sampler`; None: greedy
     logits_processors         see `sampling.make_logits_processors`
-    prompt_cache              a cache from `model.new_cache()`; `prompt` continues the tokens that it contains
+    prompt_cache              a cache from `model.new_cache()`, or the list of `make_prompt_cache`; `prompt` continues
+                              the tokens that it contains
     prefill_step_size         prompt tokens in one forward pass; None: kernels.PREFILL_STEP of the device
     prompt_progress_callback  called with (prompt tokens done, prompt tokens in total)
     stop                      strings that end the text; they are not part of it
@@ -91,22 +99,27 @@ def stream_generate(
                               None: the model computes every token
     following                 how the answer is decoded; None: one token in each forward pass
     options                   arithmetic and kind of KV cache, for this call
-    draft_model               exists only for mlx-lm's signature, and is refused
+
+    These exist only for mlx-lm's signature. draft_model, max_kv_size, kv_bits, input_embeddings and a stream of another
+    device are refused; kv_group_size, quantized_kv_start and num_draft_tokens, which only change those, have no effect.
 
     Raises MlxeffError for an empty or too long prompt, for ids outside of the vocabulary, and for arguments that the
     model does not support.
     """
-    if draft_model is not None:
-        raise MlxeffError("stream_generate: draft_model is not supported")
+    given = {"draft_model": draft_model, "max_kv_size": max_kv_size, "input_embeddings": input_embeddings}
+    _refuse("stream_generate", given | {"kv_bits": kv_bits}, stream)
+    _check_parts(model, tokenizer)
     if max_tokens == 0 or max_tokens < -1:
         raise MlxeffError(f"max_tokens: wanted 1 or more, or -1 for no limit, got {max_tokens}")
+    if prefill_step_size is not None and prefill_step_size < 1:
+        raise MlxeffError(f"prefill_step_size: wanted 1 or more, got {prefill_step_size}")
     began = time.perf_counter()
     reading, following = reading or PlainReading(), following or PlainFollowing()
     if options is not EXACT:
         model.check(options)
     ids = prompt_ids(tokenizer, prompt)
-    _check_ids(ids, model.vocab_size)
-    cache = prompt_cache if prompt_cache is not None else model.new_cache(options.kv)
+    _check_ids(ids, model.vocab_size, tokenizer)
+    cache = _one_cache(model, prompt_cache) if prompt_cache is not None else model.new_cache(options.kv)
     if options.kv not in (None, cache.kind):
         raise MlxeffError(f"prompt_cache: wanted a KV cache of the kind {options.kv}, got one of {cache.kind}")
     limit = context_limit or model.context_length
@@ -126,6 +139,45 @@ def stream_generate(
         yield from _respond(steps, finisher, began, len(ids), prompt_progress_callback)
     finally:
         steps.close()
+
+
+def make_prompt_cache(model: Model, max_kv_size: int | None = None) -> list[Cache]:
+    """A new KV cache of `model` for `prompt_cache`, as the list of one member that mlx-lm's function of that name
+    gives for a model of ours too. Raises MlxeffError for `max_kv_size`: this cache keeps every token."""
+    _refuse("make_prompt_cache", {"max_kv_size": max_kv_size})
+    return model.make_cache()
+
+
+def _refuse(function: str, arguments: dict[str, object], stream: mx.Stream | None = None) -> None:
+    """Raises MlxeffError for arguments of mlx-lm's `function` that were given and are not supported: each in
+    `arguments` that is not None, and a stream of another device than the default one."""
+    if names := [name for name, value in arguments.items() if value is not None]:
+        raise MlxeffError(f"{function}: {' and '.join(names)} {'are' if names[1:] else 'is'} not supported")
+    device = getattr(stream, "device", None)
+    if device is not None and device.type != mx.default_device().type:
+        raise MlxeffError(f"stream: wanted one of the default device, {mx.default_device()}, got one of {device}")
+
+
+def _check_parts(model: Model, tokenizer: Tokenizer) -> None:
+    """Raises MlxeffError for a model that is not one of `load`, and for a tokenizer that cannot stream text."""
+    if not hasattr(model, "new_cache"):
+        raise MlxeffError(f"model: wanted one of mlxeff.load, got {type(model).__module__}.{type(model).__name__}")
+    if not hasattr(tokenizer, "detokenizer"):
+        got = f"{type(tokenizer).__module__}.{type(tokenizer).__name__}"
+        raise MlxeffError(f"tokenizer: wanted one of mlxeff.load or mlx-lm's wrapper, got {got}")
+
+
+def _one_cache(model: Model, given: Cache | list) -> Cache:
+    """The cache for the model in what a caller gives: a cache, or a list as mlx-lm's `make_prompt_cache` returns it."""
+    if isinstance(given, list | tuple):
+        if len(given) == 1 and hasattr(given[0], "rewind"):
+            return given[0]
+        if hasattr(model, "wrap_cache"):
+            return model.wrap_cache(list(given))
+    elif hasattr(given, "rewind"):
+        return given
+    got = type(given[0] if isinstance(given, list | tuple) and given else given).__name__
+    raise MlxeffError(f"prompt_cache: wanted one of mlxeff.make_prompt_cache(model), got a list or an object of {got}")
 
 
 def _respond(
@@ -172,11 +224,16 @@ def prompt_ids(tokenizer: Tokenizer, prompt: str | mx.array | list[int]) -> list
     return ids
 
 
-def _check_ids(ids: list[int], rows: int | None) -> None:
+def _check_ids(ids: list[int], rows: int | None, tokenizer: Tokenizer) -> None:
     """Raises MlxeffError for ids without a row in the embedding table, which has `rows` rows (None: unknown). MLX would
-    read memory outside of the table."""
+    read memory outside of the table. Some tokenizers have tokens that their model lacks."""
     for token in ids:
         if not isinstance(token, int) or not 0 <= token < (rows or 1 << 31):
+            if isinstance(token, int) and 0 <= token < tokenizer.vocab_size:
+                name = tokenizer.decode([token])
+                raise MlxeffError(
+                    f"prompt: the model has no token {name!r:.60}: its id is {token}, wanted one below {rows}"
+                )
             raise MlxeffError(f"prompt: wanted token ids from 0 to {(rows or 1 << 31) - 1}, got {token!r:.60}")
 
 
@@ -264,6 +321,7 @@ class Session:
     ) -> Iterator[GenerationResponse]:
         """`stream_generate` for the prompt `ids`, which is the whole conversation: tokens in the cache are reused.
         `more`: arguments of `stream_generate`, which also names the errors."""
+        self._require_precision(options)
         if self.cache is None:
             self.cache = self.model.new_cache(options.kv)
         self.prompt = fit_context(ids, 0, context_limit or self.model.context_length, max_tokens, truncate)
@@ -285,15 +343,20 @@ class Session:
     def restore(self, path: Path, fingerprint: str, ids: Sequence[int], options: RunOptions = EXACT) -> None:
         """Continue with the cache that `save` wrote to `path`. Nothing happens where the file does not exist yet.
 
-        A notice says when the file has no token in common with the prompt `ids`. Raises MlxeffError for a file of
-        another model (`fingerprint`) or of another kind of cache, and for a folder that does not exist.
+        Keys and values of another precision than that of `options` are not reused: a notice says so, and the prompt is
+        computed anew. A notice says too when the file has no token in common with the prompt `ids`. Raises MlxeffError
+        for a file of another model (`fingerprint`) or of another storage format, and for a folder that does not exist.
         """
         if not path.exists():
             if not path.absolute().parent.is_dir():
                 raise MlxeffError(f"{path}: wanted an existing folder for the prompt cache, got none")
             return
         cache = self.model.new_cache(options.kv)
-        tokens = cache.restore(path, fingerprint)
+        try:
+            tokens = cache.restore(path, fingerprint, options)
+        except OtherPrecisionError as error:
+            notices.warning("%s: not reused, computed anew", error)
+            return
         if not common_prefix(tokens, ids[:-1]):
             notices.warning("%s: none of its %d tokens fit this prompt: computed anew", path, len(tokens))
         self.cache, self.tokens = cache, tokens
@@ -305,6 +368,14 @@ class Session:
             notices.warning("%s: not written: the prompt was interrupted", path)
             return
         self.cache.save(path, self.tokens, fingerprint)
+
+    def _require_precision(self, options: RunOptions) -> None:
+        """Drop the cache, with a notice, where another arithmetic than that of `options` computed it."""
+        computed = {ran.compute for ran in self.cache.tally} if self.cache is not None else set()
+        if computed - {options.compute}:
+            text = "KV cache: computed in %s products, wanted %s ones: not reused, computed anew"
+            notices.warning(text, " + ".join(sorted(computed)), options.compute)
+            self.cache, self.tokens = None, []
 
     def _rewind(self, shared: int, options: RunOptions) -> int:
         """Drop all cached tokens after the first `shared`; returns how many are left: fewer, with a notice, where the

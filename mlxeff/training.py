@@ -20,6 +20,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from .checkpoint import save_arrays
 from .errors import MlxeffError, notices
+from .names import readable_by_mlx
 
 BETAS = (0.9, 0.95)  # of Adam
 LAST_RATE = 0.1  # the last learning rate, as a share of the highest one
@@ -126,7 +127,8 @@ def _restore(path: Path, mark: str, trained: nn.Module, optimizer: optim.Optimiz
     if not path.exists():
         return []
     try:
-        arrays, metadata = mx.load(str(path), format="safetensors", return_metadata=True)
+        with readable_by_mlx(path) as name:
+            arrays, metadata = mx.load(name, format="safetensors", return_metadata=True)
         mx.eval(arrays)
         losses = json.loads(metadata.get("losses", "null"))
     except (RuntimeError, ValueError, RecursionError, OSError) as error:

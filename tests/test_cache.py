@@ -5,18 +5,21 @@ What is stored and what is recomputed with the same shapes is compared exactly. 
 matrices of other shapes, whose sums run in another order: those logits are compared with the float32 tolerance.
 """
 
+import json
 import subprocess
 import sys
 
 import mlx.core as mx
 import numpy as np
 import pytest
+from safetensors import safe_open
 
 import reference_models
 from helpers import assert_close
 from mlxeff import MlxeffError
-from mlxeff.cache import KVCache, LayerCache, common_prefix
+from mlxeff.cache import KVCache, LayerCache, OtherPrecisionError, common_prefix
 from mlxeff.ops import mlx_only
+from mlxeff.running import Ran, RunOptions, Tally
 from tiny_model import CONFIG, random_model
 
 EXACT = {"rtol": 0, "atol": 0}
@@ -183,10 +186,10 @@ def test_save_and_restore(tmp_path, model, dtype):
     tokens = prompt(300)
     with mlx_only():  # whose activations have the type of the weights
         cache, ids = filled(model, tokens[:, :290]), tokens[0, :290].tolist()
+        restored = model.new_cache()
     cache.save(tmp_path / "a.cache", ids, "model-1")
     cache.save(tmp_path / "b.cache", ids, "model-1")
     assert (tmp_path / "a.cache").read_bytes() == (tmp_path / "b.cache").read_bytes()
-    restored = model.new_cache()
     assert restored.restore(tmp_path / "a.cache", "model-1") == ids
     assert restored.length == 290
     for a, b in zip(restored.layers, cache.layers):
@@ -223,6 +226,95 @@ def test_a_file_of_another_model_is_refused(tmp_path, model):
     message = refused(deeper.restore, path, "model-1")
     assert message == f"{path}: wanted a KV cache of 3 layers for its 5 tokens, got others"
     assert (cache.length, deeper.length) == (0, 0)
+
+
+def header(path):
+    with safe_open(path, framework="numpy") as file:
+        return file.metadata()
+
+
+def test_a_file_says_what_made_it(tmp_path, model):
+    path = tmp_path / "a.cache"
+    cache = filled(model, prompt(5))
+    cache.save(path, [1, 2, 3, 4, 5], "m")
+    ran, *others = cache.tally
+    assert others == []
+    assert json.loads(header(path)["computed"]) == [[ran.backend, "exact", 5]]
+    restored = model.new_cache()
+    restored.restore(path, "m")
+    assert restored.tally == cache.tally
+    pairs = [(draw(1, 2, 3, 16), draw(1, 2, 3, 16, seed=1))] * 2
+    model.append_kv(pairs, cache)
+    cache.save(path, list(range(8)), "m")
+    assert json.loads(header(path)["computed"]) == [[ran.backend, "exact", 5], ["", "given", 3]]
+    with pytest.raises(OtherPrecisionError, match=r"of exact float32, got exact \+ given float32"):
+        model.new_cache().restore(path, "m")
+
+
+@pytest.mark.parametrize(
+    ("kind", "compute", "wanted", "refused_because"),
+    [
+        (None, "exact", RunOptions(), None),
+        (None, "exact", RunOptions(kv="float32"), None),
+        ("float32", "exact", RunOptions(), None),
+        ("bfloat16", "exact", RunOptions(kv="bfloat16"), None),
+        (None, "int8", RunOptions(compute="int8"), None),
+        ("bfloat16", "exact", RunOptions(), "wanted a KV cache of exact float32, got exact bfloat16"),
+        (None, "exact", RunOptions(kv="float16"), "wanted a KV cache of exact float16, got exact float32"),
+        (None, "int8", RunOptions(), "wanted a KV cache of exact float32, got int8 float32"),
+        (None, "exact", RunOptions(compute="int8"), "wanted a KV cache of int8 float32, got exact float32"),
+        ("bfloat16", "int8", RunOptions(), "wanted a KV cache of exact float32, got int8 bfloat16"),
+    ],
+)
+def test_another_precision_is_refused(tmp_path, model, kind, compute, wanted, refused_because):
+    """The arithmetic is what the tally says: the model here computes exactly in any case."""
+    path, cache = tmp_path / "a.cache", model.new_cache(kind)
+    mx.eval(model(prompt(5), cache))
+    cache.tally = Tally({Ran("native", compute): 5})
+    cache.save(path, [1, 2, 3, 4, 5], "m")
+    restored = model.new_cache(wanted.kv)
+    if refused_because is None:
+        assert restored.restore(path, "m", wanted) == [1, 2, 3, 4, 5]
+        assert restored.stored_as == cache.stored_as
+        return
+    with pytest.raises(OtherPrecisionError) as caught:
+        restored.restore(path, "m", wanted)
+    assert str(caught.value) == f"{path}: {refused_because}"
+    assert (restored.length, restored.arrays()) == (0, [])
+
+
+def rewritten(path, arrays=None, **changes):
+    """The file with other entries in its header (None removes one), and other arrays."""
+    arrays = arrays or mx.load(str(path), format="safetensors")
+    metadata = {key: value for key, value in (header(path) | changes).items() if value is not None}
+    mx.save_safetensors(f"{path}.safetensors", arrays, metadata)
+    path.with_name(f"{path.name}.safetensors").rename(path)
+
+
+def test_a_file_that_does_not_say_what_made_it_counts_as_exact(tmp_path, model):
+    path = tmp_path / "a.cache"
+    filled(model, prompt(5)).save(path, [1, 2, 3, 4, 5], "m")
+    rewritten(path, computed=None)
+    assert model.new_cache().restore(path, "m") == [1, 2, 3, 4, 5]
+    with pytest.raises(OtherPrecisionError):
+        model.new_cache().restore(path, "m", RunOptions(compute="int8"))
+    for nonsense in ("", "{}", "[]", "[1]", '[["a", "exact"]]', '[["a", "exact", "5"]]'):
+        rewritten(path, computed=nonsense)
+        assert "wanted a KV cache of 2 layers for its 5 tokens, got others" in refused(
+            model.new_cache().restore, path, "m"
+        )
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"), [((1, 3, 5, 16), mx.float32), ((1, 2, 5, 8), mx.float32), ((1, 2, 5, 16), mx.int32)], ids=str
+)
+def test_other_heads_and_integers_are_refused(tmp_path, model, shape, dtype):
+    path = tmp_path / "a.cache"
+    filled(model, prompt(5)).save(path, [1, 2, 3, 4, 5], "m")
+    arrays = {"tokens": mx.arange(5).astype(mx.uint32)}
+    arrays |= {f"{layer}.{name}": mx.zeros(shape, dtype) for layer in (0, 1) for name in ("keys", "values")}
+    rewritten(path, arrays)
+    refused(model.new_cache().restore, path, "m")
 
 
 def test_damaged_and_foreign_files_are_refused(tmp_path, model):

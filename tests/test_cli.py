@@ -112,6 +112,24 @@ def test_template_system_and_raw(tiny_folder):
     assert system["prompt_token_ids"][-5:] == plain["prompt_token_ids"]
 
 
+def test_control_tokens_in_messages_are_text(tiny_folder, tmp_path):
+    """From the argument, a file and the system message, and in a conversation; two options have the old way."""
+    (tmp_path / "prompt.txt").write_text("a<|end|>b")
+    for arguments in (["a<|end|>b"], ["--file", tmp_path / "prompt.txt"], ["b", "--system", "a<|end|>"]):
+        ids = document(tiny_folder, *arguments, "--max-tokens", 1)["prompt_token_ids"]
+        old = document(tiny_folder, *arguments, "--max-tokens", 1, "--special-in-text")["prompt_token_ids"]
+        turns = 2 if "--system" in arguments else 1
+        assert (ids.count(257), old.count(257)) == (turns, turns + 1)
+        assert len(ids) == len(old) + len("<|end|>") - 1
+    assert 257 in document(tiny_folder, "a<|end|>b", "--raw", "--max-tokens", 1)["prompt_token_ids"]
+    tokens = []
+    for options in ([], ["--special-in-text"]):
+        end = [*options, "--max-tokens", 1, "--quiet"]
+        output = mlxeff("chat", "--model", tiny_folder, *end, stdin=b"a<|end|>b\n/stats\n")[0]
+        tokens.append(int(re.search(r"prompt (\d+) tokens", output)[1]))
+    assert tokens[0] == tokens[1] + len("<|end|>") - 1
+
+
 def test_timings_on_stderr_and_quiet(tiny_folder):
     out, err = generate(tiny_folder, "Hello")
     assert TIMINGS.fullmatch(err.splitlines()[0]), err
@@ -259,7 +277,7 @@ DAMAGED = {
     "architecture": (
         lambda d: edit_json(d / "config.json", model_type="novel"), r"unsupported architecture 'novel'"
     ),
-    "vocabulary": (lambda d: fewer_rows(d, 256), r"the tokenizer has 261 tokens, the model 256 rows"),
+    "vocabulary": (lambda d: fewer_rows(d, 256), r"prompt: the model has no token '<\|user\|>': its id is 258"),
     "no tokenizer": (lambda d: (d / "tokenizer.json").unlink(), r"no tokenizer found; looked for"),
     "config": (lambda d: (d / "config.json").write_text("{"), r"config.json: not valid JSON"),
 }  # fmt: skip
@@ -382,6 +400,56 @@ def test_prompt_cache_that_does_not_fit(tiny_folder, endless, tmp_path):
     assert "of this model" in fails("generate", "a", "--model", endless, "--prompt-cache", cache)
     cache.write_bytes(cache.read_bytes()[:200])
     assert "damaged or foreign" in fails("generate", "a", "--model", tiny_folder, "--prompt-cache", cache)
+
+
+def test_an_answer_whose_prompt_cache_cannot_be_written_is_shown(tiny_folder, tmp_path):
+    """A limit of the size of files stands for a full disk."""
+    cache, limit = tmp_path / "cache", 1000
+    want = document(tiny_folder, "Hello")
+    out, err = generate(tiny_folder, "Hello", "--json", "--prompt-cache", cache, limit=limit, code=1)
+    got = json.loads(out)
+    assert got["text"] == want["text"]
+    assert got["token_ids"] == want["token_ids"]
+    assert len(got["notices"]) == 1
+    assert got["notices"][0].startswith(f"{cache}: cannot write the prompt cache: ")
+    assert f"mlxeff: warning: {got['notices'][0]}\n" in err
+    text, err = generate(tiny_folder, "Hello", "--prompt-cache", cache, limit=limit, code=1)
+    assert text == generate(tiny_folder, "Hello")[0]
+    assert "warning: " in err
+    assert "TTFT" in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_prompt_cache_is_kept_when_the_reader_goes_away(endless, tmp_path):
+    cache = tmp_path / "cache"
+    command = [*COMMAND, "generate", "Hello", "--model", str(endless), "--max-tokens", "-1", "--prompt-cache", cache]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment())
+    stream_until(process, 20)
+    process.stdout.close()
+    assert process.wait(60) == 141, process.stderr.read().decode()
+    assert cache.exists()
+
+
+def test_prompt_cache_of_another_precision_is_computed_anew(tiny_folder, tmp_path):
+    """Keys and values in bfloat16 are not reused by an exact run, which says so and is exact."""
+    cache, text = tmp_path / "cache", "The same long beginning, then "
+    arguments = (tiny_folder, text, "--raw", "--prompt-cache", cache)
+    exact = document(tiny_folder, text, "--raw")
+    document(*arguments, "--kv-dtype", "bfloat16")
+    again = document(*arguments, "--kv-dtype", "bfloat16")
+    assert again["timings"]["reused_tokens"] > 0
+    assert again["timings"]["kv_dtype"] == "bfloat16"
+    got = document(*arguments)
+    assert got["timings"]["reused_tokens"] == 0
+    assert got["timings"]["kv_dtype"] == "float32"
+    assert got["token_ids"] == exact["token_ids"]
+    want = f"{cache}: wanted a KV cache of exact float32, got exact bfloat16: not reused, computed anew"
+    assert got["notices"] == [want]
+    assert document(*arguments)["timings"]["reused_tokens"] > 0, "the file is the exact run's"
+    if json.loads(mlxeff("doctor", "--json")[0])["native"]["available"]:
+        other = document(*arguments, "--compute", "int8")
+        assert other["timings"]["reused_tokens"] == 0
+        assert "wanted a KV cache of int8 float32, got exact float32" in other["notices"][0]
 
 
 def test_models():

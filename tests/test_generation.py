@@ -12,7 +12,7 @@ from mlxeff.convert import convert
 
 from mlxeff import MlxeffError, generate, generation, load, stream_generate
 from mlxeff.generation import Session, fit_context
-from mlxeff.running import EXACT, Tally
+from mlxeff.running import EXACT, Ran, Tally
 from mlxeff.sampling import make_logits_processors, make_sampler
 from tiny_model import CONTEXT, MAMBA, write_foreign
 
@@ -360,6 +360,17 @@ def test_an_interrupted_answer_keeps_the_session_right(tiny, taken):
     longer = ids + got + [65, 66]
     assert tokens_of(session.stream(longer, max_tokens=15)) == fresh(model, tokenizer, longer, max_tokens=15)
     assert session.reused == len(ids) + taken - 1
+
+
+def test_a_session_does_not_reuse_another_arithmetic(tiny, caplog):
+    model, tokenizer = tiny
+    session, ids = Session(model, tokenizer), tokenizer.encode("The quick brown fox")
+    list(session.stream(ids, max_tokens=5))
+    session.cache.tally = Tally({Ran("native", "int8"): session.cache.length})
+    with caplog.at_level(logging.WARNING, logger="mlxeff"):
+        got = tokens_of(session.stream(ids, max_tokens=15))
+    assert (session.reused, got) == (0, fresh(model, tokenizer, ids, max_tokens=15))
+    assert "KV cache: computed in int8 products, wanted exact ones: not reused, computed anew" in caplog.text
 
 
 def test_an_interrupted_prefill_is_forgotten(tiny):

@@ -14,6 +14,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = {
     "_native": -1,
+    "names": -1,
     **dict.fromkeys(("errors", "kernels", "ops", "running", "sampling", "checkpoint", "tokenizer", "hub"), 0),
     **dict.fromkeys(("cache", "decode", "modules", "tuning", "training", "calibration"), 1),
     **dict.fromkeys(("models", "kvprediction", "quantspec", "seedlm", "dynamoe", "vision", "alignment"), 2),

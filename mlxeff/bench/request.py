@@ -21,6 +21,7 @@ from .arms import Arm
 from .samples import Samples
 
 LENGTHS = (128, 512, 2048)
+INT_MAX = 2**31 - 1
 ACTIVATIONS = "float32 in the native CPU kernels, else the weights' type"
 
 
@@ -100,7 +101,7 @@ def _set_threads(count: int) -> None:
     native, reason = kernels.native()
     if native is None:
         raise MlxeffError(f"--threads: only the native CPU kernels have them: {reason}")
-    native.set_num_threads(count)
+    native.set_num_threads(min(count, INT_MAX))  # which has a limit of its own
 
 
 def _suite(request: Request) -> tuple[list[ttft.Group], dict]:

@@ -10,7 +10,8 @@ from pathlib import Path
 from statistics import median
 
 from ..checkpoint import temporary_beside
-from ..errors import MlxeffError
+from ..errors import MlxeffError, notices
+from ..names import json_text
 
 
 class Samples:
@@ -34,6 +35,7 @@ class Samples:
     ):
         self.path, self.keys, self.holds, self.remedy = path, tuple(keys), holds, remedy
         self.all: list[dict] = []
+        self.failed = False  # whether a sample could not be written
         if path is None:
             return
         if path.exists() and path.stat().st_size:
@@ -65,7 +67,7 @@ class Samples:
         target = self.path if mode == "a" else temporary_beside(self.path)
         try:
             with open(target, mode, encoding="utf-8") as file:
-                file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+                file.writelines(json_text(line) + "\n" for line in lines)
             if mode == "w":
                 os.replace(target, self.path)
         except OSError as error:
@@ -76,10 +78,14 @@ class Samples:
         return tuple(sample[name] for name in self.keys)
 
     def add(self, sample: dict) -> None:
-        """Keep a new sample."""
+        """Keep a new sample. Where the file takes no more, a notice says so, and samples are kept in memory only."""
         self.all.append(sample)
-        if self.path is not None:
-            self._write([sample], "a")
+        if self.path is not None and not self.failed:
+            try:
+                self._write([sample], "a")
+            except MlxeffError as error:
+                self.failed = True
+                notices.warning("%s: this sample and those that follow are not kept there", error)
 
     def done(self) -> set[tuple]:
         """The keys of all samples."""

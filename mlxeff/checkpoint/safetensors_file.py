@@ -12,6 +12,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from ..errors import MlxeffError
+from ..names import readable_by_mlx
 from .tensor import DTYPES, Tensor, check_shape
 
 MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
@@ -27,7 +28,8 @@ class _Arrays:
         """The lazy array called `name`. Raises MlxeffError where the file is not the one whose header was read."""
         if name not in self.waiting:
             try:
-                self.waiting = mx.load(str(self.path), format="safetensors")
+                with readable_by_mlx(self.path) as file:
+                    self.waiting = mx.load(file, format="safetensors")
             except (RuntimeError, ValueError, OSError) as error:
                 raise MlxeffError(f"{self.path.name}: {_one_line(error)}") from error
         if name not in self.waiting:

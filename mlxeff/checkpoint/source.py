@@ -56,6 +56,7 @@ def _open_file(path: Path) -> Source:
 
 
 def _open_folder(folder: Path) -> Source:
+    """The checkpoint in a folder, with the tensors of all its files."""
     chosen = choose_files(folder)
     kind = _format(chosen.files[0])
     tensors, metadata = _read(chosen.files, kind)

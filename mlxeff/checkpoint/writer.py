@@ -60,12 +60,13 @@ def save_arrays(path: Path, arrays: dict[str, mx.array], metadata: dict[str, str
     temporary = temporary_beside(path, ".safetensors")
     try:
         mx.eval(arrays)
-        mx.save_safetensors(str(temporary), arrays, metadata)
+        with open(temporary, "wb") as file:
+            mx.save_safetensors(file, arrays, metadata)
         wanted, got = sum(a.nbytes for a in arrays.values()), temporary.stat().st_size
         if got < wanted:
             raise OSError(f"wanted {wanted} bytes on disk, got {got} (disk full?)")
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, ValueError, TypeError) as error:
         raise MlxeffError(f"{path}: cannot write {what}: {error}") from error
     finally:
         with contextlib.suppress(OSError):
@@ -122,6 +123,8 @@ def check_new(destination: Path) -> None:
         raise MlxeffError(f"{destination}: wanted a new folder, got a path that exists")
     if not destination.absolute().parent.is_dir():
         raise MlxeffError(f"{destination}: wanted an existing parent folder, got none")
+    if not os.access(destination.absolute().parent, os.W_OK):  # a long computation would be in vain
+        raise MlxeffError(f"{destination}: wanted a parent folder that may be written to, got one that may not")
 
 
 def write_folder(

@@ -1,15 +1,17 @@
-"""`mlxeff doctor`: which backends are active here, and why not the others."""
+"""`mlxeff doctor`: the backends of this machine, and the reasons why it lacks others."""
 
 import argparse
-import json
 import platform
 import sys
 
+from . import output, streams
+
 
 def run(options: argparse.Namespace) -> int:
+    """Print the report; returns the exit code."""
     facts = report()
     if options.json:
-        print(json.dumps(facts, indent=2))
+        streams.print_json(facts)
         return 0
     native, metal = facts["native"], facts["metal"]
     print(f"mlxeff    {facts['mlxeff']}, Python {facts['python']}, {facts['system']}")
@@ -20,15 +22,15 @@ def run(options: argparse.Namespace) -> int:
         print(f"CPU       native kernels: {native['level']} (of {others}), {native['threads']} threads")
     else:
         print(f"CPU       MLX's own kernels; native ones: {native['reason']}")
-    print(f"cache     {facts['cache']}")
+    print(f"cache     {facts['cache'] or 'none: ' + output.cache_place()[1]}")
     return 0
 
 
 def report() -> dict:
-    """What `--json` prints."""
+    """The document that `--json` prints (docs/json.md)."""
     import mlx.core as mx
 
-    from .. import __version__, hub, kernels
+    from .. import __version__, kernels
 
     native, reason = kernels.native()
     return {
@@ -48,5 +50,5 @@ def report() -> dict:
             "levels": native.isa_available().split() if native else [],
             "threads": native.num_threads() if native else 1,
         },
-        "cache": str(hub.cache_dir()),
+        "cache": output.cache_place()[0],
     }

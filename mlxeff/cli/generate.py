@@ -1,17 +1,17 @@
-"""`mlxeff generate`: one prompt → a streamed answer, or one JSON document."""
+"""`mlxeff generate`: one prompt → its answer, printed while it is generated, or one JSON document."""
 
 import argparse
 import contextlib
-import json
 import sys
 from pathlib import Path
 
 from ..errors import MlxeffError, notices
-from . import output
+from . import output, streams
 from .runner import Answer, Runner, start
 
 
 def run(options: argparse.Namespace) -> int:
+    """Answer the prompt; returns the exit code."""
     from ..decode import require_seam
 
     cache_file = Path(options.prompt_cache or "")
@@ -22,7 +22,7 @@ def run(options: argparse.Namespace) -> int:
         if options.prompt_cache:
             require_seam(runner.loaded.model, "cache", "--prompt-cache")
             runner.session.restore(cache_file, runner.loaded.fingerprint, ids, runner.setup.options)
-        answer = Answer()
+        answer, broken = Answer(), None
         try:
             with contextlib.closing(runner.stream(ids, answer)) as pieces:
                 for text in pieces:
@@ -30,19 +30,37 @@ def run(options: argparse.Namespace) -> int:
                         print(text, end="", flush=True)
         except KeyboardInterrupt:
             answer.interrupted = True
-        if options.prompt_cache:
-            runner.session.save(cache_file, runner.loaded.fingerprint)
+        except (streams.OutputError, BrokenPipeError) as error:
+            broken = error  # the prompt has been computed all the same: its cache is kept
+        if not (broken or options.json or answer.text.endswith("\n")):
+            print(flush=True)
+        saved = not options.prompt_cache or _save(runner, cache_file, answer)
+        if broken:
+            raise broken
         _finish(runner, answer, options, lines)
-    return 130 if answer.interrupted else 0
+    return 130 if answer.interrupted else 0 if saved else 1
+
+
+def _save(runner: Runner, path: Path, answer: Answer) -> bool:
+    """Write the prompt cache; returns whether that succeeded. A failure is a warning: the answer is there."""
+    try:
+        runner.session.save(path, runner.loaded.fingerprint)
+    except MlxeffError as error:
+        notices.warning("%s", streams.explain(error))
+        return False
+    except KeyboardInterrupt:
+        answer.interrupted = True
+        notices.warning("%s: not written: interrupted", path)
+        return False
+    return True
 
 
 def _finish(runner: Runner, answer: Answer, options: argparse.Namespace, lines: list[str]) -> None:
+    """Print what follows the answer: the timings, or the whole document. `lines` are the notices."""
     stats = runner.stats(answer)
     if options.json:
-        print(json.dumps(document(runner, answer, stats, lines), ensure_ascii=False, indent=2))
+        streams.print_json(document(runner, answer, stats, lines))
         return
-    if not answer.text.endswith("\n"):
-        print(flush=True)
     if not options.quiet:
         print(output.timing_line(stats, runner.setup.summary()), file=sys.stderr)
         if stats["finish_reason"] == "length" and stats["generated_tokens"] == options.max_tokens:
@@ -50,7 +68,7 @@ def _finish(runner: Runner, answer: Answer, options: argparse.Namespace, lines: 
 
 
 def document(runner: Runner, answer: Answer, stats: dict, lines: list[str]) -> dict:
-    """The document that `--json` prints (docs/json.md)."""
+    """The document that `--json` prints (docs/json.md). `lines` are the notices."""
     import mlx.core as mx
 
     from .. import __version__
@@ -70,39 +88,32 @@ def document(runner: Runner, answer: Answer, stats: dict, lines: list[str]) -> d
 
 
 def _prompt(options: argparse.Namespace) -> str:
-    """The prompt's text, from the argument, a file or standard input."""
+    """The text of the prompt: from the argument, a file or standard input. Raises MlxeffError where there is none."""
     if options.prompt is not None and options.prompt != "-":
         if options.file:
             raise MlxeffError("generate: wanted a prompt or --file, got both")
-        return _not_empty(options.prompt, "prompt")
+        return _not_empty(streams.require_text(options.prompt, "prompt"), "prompt")
     if options.file:
         try:
             data = Path(options.file).read_bytes()
         except OSError as error:
             raise MlxeffError(f"{options.file}: cannot be read: {error.strerror or error}") from error
-        return _not_empty(_decode(data, options.file), options.file)
+        return _not_empty(streams.decode(data, options.file), options.file)
     if options.prompt is None and sys.stdin.isatty():
         raise MlxeffError('generate: wanted a prompt, got none: mlxeff generate "…", --file FILE or text on stdin')
-    return _not_empty(_decode(sys.stdin.buffer.read(), "standard input"), "standard input")
-
-
-def _decode(data: bytes, origin: str) -> str:
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise MlxeffError(
-            f"{origin}: wanted UTF-8 text, got byte 0x{data[error.start]:02x} at position {error.start}"
-        ) from None
+    return _not_empty(streams.decode(streams.read_input(), "standard input"), "standard input")
 
 
 def _not_empty(text: str, origin: str) -> str:
+    """The text itself. Raises MlxeffError where it is empty."""
     if not text.strip():
         raise MlxeffError(f"{origin}: wanted a prompt, got an empty one")
     return text
 
 
 def _ids(runner: Runner, prompt: str, options: argparse.Namespace) -> list[int]:
-    """Token ids of the prompt, through the chat template where the model has one."""
+    """Token ids of the prompt, through the chat template if the model has one. Raises MlxeffError for a system message
+    that has no place."""
     from ..generation import prompt_ids
 
     tokenizer = runner.loaded.tokenizer
@@ -118,4 +129,5 @@ def _ids(runner: Runner, prompt: str, options: argparse.Namespace) -> list[int]:
         notices.info("%s has no chat template (a base model?): the prompt is continued as plain text", options.model)
         return prompt_ids(tokenizer, prompt)
     messages = [{"role": "system", "content": options.system}] if options.system else []
-    return tokenizer.apply_chat_template([*messages, {"role": "user", "content": prompt}])
+    messages.append({"role": "user", "content": prompt})
+    return tokenizer.apply_chat_template(messages, special_in_text=options.special_in_text)

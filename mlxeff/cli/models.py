@@ -1,20 +1,18 @@
-"""`mlxeff models`: the built-in names, and what is in the cache."""
+"""`mlxeff models`: lists the built-in models and those in the cache."""
 
 import argparse
-import json
+
+from . import output, streams
 
 
 def run(options: argparse.Namespace) -> int:
+    """Print the list; returns the exit code."""
     from .. import hub
 
-    rows = hub.models()
+    rows, (cache, reason) = hub.models(), output.cache_place()
     if options.json:
-        print(
-            json.dumps(
-                {"cache": str(hub.cache_dir()), "default": hub.DEFAULT_MODEL, "models": rows, "pairs": hub.pairs()},
-                indent=2,
-            )
-        )
+        facts = {"cache": cache, "default": hub.DEFAULT_MODEL, "models": rows, "pairs": hub.pairs()}
+        streams.print_json(facts)
         return 0
     table = [("NAME", "SOURCE", "SIZE", "CACHED")]
     for row in rows:
@@ -27,11 +25,12 @@ def run(options: argparse.Namespace) -> int:
     for line in table:
         print("  ".join([*(text.ljust(width) for text, width in zip(line[:3], widths)), line[3]]))
     print(f"\nPairs of KV Prediction, for generate --kv-predict: {', '.join(hub.pairs())}")
-    print(f"Any Hugging Face id, model folder or .gguf file works too. Built-in model's cache: {hub.cache_dir()}")
+    print(f"Any Hugging Face id, model folder or .gguf file works too. Built-in model's cache: {cache or reason}")
     return 0
 
 
 def _size(count: int | None) -> str:
+    """A number of bytes in words."""
     if count is None:
         return "-"
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import MlxeffError
+from ..names import expand
 from .catalog import BUILTIN, DEFAULT_MODEL, PAIRS, OnHub, Packaged, cache_dir
 
 __all__ = ["BUILTIN", "DEFAULT_MODEL", "OnHub", "Packaged", "cache_dir", "models", "pairs", "resolve", "resolve_pair"]
@@ -33,7 +34,7 @@ def resolve(name: str, *, offline: bool = False, progress: Progress | None = Non
 
     Raises MlxeffError for an unknown name and for a failed download; its message says what the user can do.
     """
-    path = Path(name).expanduser()
+    path = expand(name)
     if name and path.exists():
         return _local(path)
     offline = offline or os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
@@ -77,7 +78,7 @@ def pairs() -> list[str]:
 
 def resolve_pair(name: str | Path) -> Path:
     """The folder of a KV Prediction pair: `name` itself, or the folder of one of `pairs()`. Raises MlxeffError."""
-    folder = Path(name).expanduser()
+    folder = expand(name)
     if folder.is_dir():
         return folder
     if str(name) in pairs():

@@ -7,16 +7,27 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..errors import MlxeffError
+from ..names import expand
+
+
+def _home() -> Path:
+    """The user's home folder. Raises MlxeffError where there is none: no HOME, and no entry in the password file."""
+    try:
+        return Path.home()
+    except RuntimeError:
+        raise MlxeffError("no home folder to keep downloads in: set HOME or MLXEFF_CACHE to a folder") from None
+
 
 def cache_dir() -> Path:
     """The folder for downloaded files: $MLXEFF_CACHE; otherwise on macOS ~/Library/Caches/mlxeff, and elsewhere
-    $XDG_CACHE_HOME/mlxeff or ~/.cache/mlxeff."""
+    $XDG_CACHE_HOME/mlxeff or ~/.cache/mlxeff. Raises MlxeffError where there is no home folder."""
     if os.environ.get("MLXEFF_CACHE"):
-        return Path(os.environ["MLXEFF_CACHE"]).expanduser()
+        return expand(os.environ["MLXEFF_CACHE"])
     if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "mlxeff"
+        return _home() / "Library" / "Caches" / "mlxeff"
     base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base and os.path.isabs(base) else Path.home() / ".cache") / "mlxeff"
+    return (Path(base) if base and os.path.isabs(base) else _home() / ".cache") / "mlxeff"
 
 
 @dataclass(frozen=True)
@@ -44,7 +55,7 @@ class Packaged:
         """Whether the extracted file exists and has its full size. (`package.fetch` checked its hash.)"""
         try:
             return self.place().stat().st_size == self.size
-        except OSError:
+        except (OSError, MlxeffError):
             return False
 
 

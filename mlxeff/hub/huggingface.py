@@ -47,8 +47,10 @@ def snapshot(repository: str, file: str | None, *, revision: str | None, offline
     Without a connection a complete snapshot in the cache is used, with a notice. Raises UnknownModelError where there
     is no such repository, MlxeffError for every other failure.
     """
-    from huggingface_hub import errors
+    from huggingface_hub import constants, errors
 
+    if str(constants.HF_HUB_CACHE).startswith("~"):  # the library would make a folder of that name
+        raise MlxeffError(f"{repository}: no home folder to keep downloads in: set HOME or HF_HOME to a folder")
     try:
         if offline:
             return _in_cache(repository, file, revision)
@@ -250,7 +252,7 @@ def cached_repositories() -> dict[str, dict[str, Any]]:
 
     try:
         repositories = scan_cache_dir().repos
-    except (errors.CacheNotFound, OSError, ValueError):
+    except (errors.CacheNotFound, OSError, ValueError, RuntimeError):  # the last: no home folder
         return {}
     models = {}
     for repository in repositories:

@@ -7,7 +7,6 @@ The auxiliary is layers of the base itself, `{"layers": [0, 2, …]}`, whose wei
 """
 
 import hashlib
-import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -17,6 +16,7 @@ from mlx.utils import tree_flatten
 
 from ..checkpoint import Piece, cast, open_source, read_json, write_folder
 from ..errors import MlxeffError
+from ..names import json_text
 from ..ops import BITS, GROUPS
 from ..tuning import Tuned
 from .layers import shared_layers
@@ -142,7 +142,6 @@ def write_pair(
     folder: Path,
     describe: Callable[[Path], PairConfig],
     predictor: Predictor,
-    progress=None,
     tuned: Tuned | None = None,
     half: bool = False,
 ) -> None:
@@ -150,7 +149,7 @@ def write_pair(
 
     def finish(partial: Path) -> None:
         config = {key: value for key, value in asdict(describe(partial)).items() if value is not None}
-        text = json.dumps(config, indent=1, ensure_ascii=False)
+        text = json_text(config, indent=1)
         (partial / "config.json").write_text(text, encoding="utf-8")
 
-    write_folder(folder, pieces(predictor, tuned, half), finish, progress=progress)
+    write_folder(folder, pieces(predictor, tuned, half), finish)

@@ -43,6 +43,7 @@ def predict(
         raise MlxeffError(f"KV prediction: wanted an empty cache and keep ≥ 1, got {cache.length} tokens, keep {keep}")
     tokens = tokens if tokens.ndim == 2 else tokens[None]
     total = tokens.shape[1]
+    step_size = min(step_size, total)  # MLX's slices end at 2^31 - 1
     first, stop = predicted_range(total, keep, sinks)
     if first == stop:
         return prefill(base, cache, tokens, step_size, progress, options)

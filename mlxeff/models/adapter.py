@@ -16,6 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..errors import MlxeffError
+from ..names import is_utf8
 from ..running import EXACT, Ran, RunOptions, Tally
 
 RAN = Ran("mlx", EXACT.compute)  # what computes all calls of these models
@@ -51,6 +52,20 @@ class AdapterCache:
             self.length = length
         return self.length
 
+    def is_trimmable(self) -> bool:
+        """Whether tokens at the end can be dropped, for mlx-lm's `can_trim_prompt_cache`."""
+        return all(layer.is_trimmable() for layer in self.layers)
+
+    def trim(self, count: int) -> int:
+        """Drop the last `count` tokens, for mlx-lm's `trim_prompt_cache`; returns how many were dropped."""
+        before = self.length
+        return before - self.rewind(max(0, before - count))
+
+    @property
+    def state(self) -> None:
+        """Raises MlxeffError, for mlx-lm's `save_prompt_cache`: it can save `layers`."""
+        raise MlxeffError("KV cache: wanted a list of mlx-lm's caches to save, got this one: give its `layers`")
+
     def reserve(self, tokens: int) -> None:
         """Does nothing: mlx-lm's caches decide themselves how to grow."""
 
@@ -78,8 +93,8 @@ class AdapterModel:
 
     @property
     def vocab_size(self) -> int | None:
-        """Rows of the embedding table, from the model's config; None where the config has no such entry."""
-        return self._key("vocab_size")
+        """Rows of the embedding table, from the model's config or mlx-lm's default; None where neither has an entry."""
+        return self._key("vocab_size") or getattr(getattr(self.model, "args", None), "vocab_size", None)
 
     def _key(self, name: str) -> int | None:
         """An entry of the config; multimodal models have those of their language model under "text_config"."""
@@ -102,6 +117,20 @@ class AdapterModel:
         if kind is not None:
             self.check(RunOptions(kv=kind))
         return AdapterCache(make_prompt_cache(self.model))
+
+    def make_cache(self) -> list[AdapterCache]:
+        """[`new_cache()`]: what mlx-lm's `make_prompt_cache` gives for this model."""
+        return [self.new_cache()]
+
+    def wrap_cache(self, layers: list) -> AdapterCache:
+        """The cache of mlx-lm's own caches, one for each layer. Raises MlxeffError where they are of another model, or
+        do not tell how many tokens they hold."""
+        lengths = {getattr(layer, "offset", None) for layer in layers}
+        if len(layers) != len(self.new_cache().layers) or len(lengths) != 1 or None in lengths:
+            raise MlxeffError("prompt_cache: wanted one of mlxeff.make_prompt_cache(model), got a list of other caches")
+        cache = AdapterCache(layers)
+        cache.length = lengths.pop()
+        return cache
 
     def __call__(self, tokens: mx.array, cache: AdapterCache, options: RunOptions = EXACT) -> mx.array:
         """Ids (B, S) of the tokens that follow the cached ones → logits (B, S, V). Appends the tokens to `cache`."""
@@ -152,6 +181,8 @@ def load_adapter(
 
     Raises MlxeffError where mlx-lm cannot load the model.
     """
+    if not is_utf8(folder):
+        raise MlxeffError(f"{folder}: wanted a folder name in UTF-8 for a model that runs through mlx-lm")
     with _keep_file_limit():
         from mlx_lm.utils import load_model
     options = {"get_model_classes": _prepared(prepare)} if prepare else {}

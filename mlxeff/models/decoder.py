@@ -13,7 +13,7 @@ from typing import Protocol
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..cache import KVCache, LayerCache
+from ..cache import KVCache
 from ..errors import MlxeffError
 from ..running import EXACT, RunOptions
 from .native import Native, native_executor
@@ -85,10 +85,17 @@ class DecoderModel(nn.Module):
     def new_cache(self, kind: str | None = None) -> KVCache:
         """An empty cache of `kind`, one of cache.KINDS; None: keys and values are stored in the type that the executor
         computes. Raises MlxeffError for an unknown kind."""
-        if kind is None:
-            shapes = (layer.cache_shape().heads if isinstance(layer, DecoderLayer) else None for layer in self.layers)
-            return KVCache([LayerCache(self.window(i), heads=heads) for i, heads in enumerate(shapes)])
-        return KVCache.of([layer.cache_shape(self.window(i)) for i, layer in enumerate(self.layers)], kind)
+        shapes = [layer.cache_shape(self.window(i)) for i, layer in enumerate(self.layers)]
+        return KVCache.of(shapes, kind, self._kv_type())
+
+    def make_cache(self) -> list[KVCache]:
+        """[`new_cache()`]: what mlx-lm's `make_prompt_cache` gives for this model."""
+        return [self.new_cache()]
+
+    def _kv_type(self) -> str:
+        """The name of the type in which the executor computes keys and values."""
+        dtype = mx.float32 if self.native is not None else self.embed(mx.zeros((1, 1), mx.int32)).dtype
+        return str(dtype).removeprefix("mlx.core.")
 
     def __call__(self, tokens: mx.array, cache: KVCache, options: RunOptions = EXACT) -> mx.array:
         """Ids (B, S) of the tokens that follow the cached ones → logits (B, S, V). Appends the tokens to `cache`."""

@@ -72,8 +72,8 @@ def _yarn(size: int, base: float, scaling: dict) -> tuple[mx.array, float]:
         """The dimension that makes this number of turns within the original context."""
         return size * math.log(context / (turns * 2 * math.pi)) / (2 * math.log(base))
 
-    low = max(math.floor(dimension(scaling.get("beta_fast", 32))), 0)
-    high = min(math.ceil(dimension(scaling.get("beta_slow", 1))), size - 1)
+    low = max(math.floor(dimension(scaling.get("beta_fast") or 32)), 0)
+    high = min(math.ceil(dimension(scaling.get("beta_slow") or 1)), size - 1)
     ramp = mx.clip((mx.arange(size // 2, dtype=mx.float32) - low) / max(high - low, 0.001), 0, 1)
     kept = base ** (mx.arange(0, size, 2, dtype=mx.float32) / size)
     stretched = factor * kept
