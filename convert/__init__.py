@@ -15,7 +15,7 @@ import mlx.core as mx
 
 from .. import __version__, calibration
 from ..assembly.model import fingerprint
-from ..checkpoint import Source, check_new, open_source, plan_shards, write_folder
+from ..checkpoint import Source, check_new, claim, open_source, plan_shards, write_folder
 from ..errors import MlxeffError, notices, some
 from ..seedlm.encode import search_backend
 from ..seedlm.install import metadata
@@ -83,13 +83,14 @@ def convert(
     check_new(destination)
     conversion.refuse_differences(source.path)
     _say_untied(source, conversion)
-    if options.seedlm:
-        backend = search_backend(options.seedlm.format)
-        held["store"] = _encode(source, destination, found, conversion, tokens, text, encoding, backend)
-        report.encoding = conversion.choice.report(held["store"].errors, backend)
-    _write(source, destination, conversion, tokens, progress)
-    if options.seedlm:
-        held["store"].remove()
+    with claim(destination):  # so that no two processes write one store of finished layers
+        if options.seedlm:
+            backend = search_backend(options.seedlm.format)
+            held["store"] = _encode(source, destination, found, conversion, tokens, text, encoding, backend)
+            report.encoding = conversion.choice.report(held["store"].errors, backend)
+        _write(source, destination, conversion, tokens, progress)
+        if options.seedlm:
+            held["store"].remove()
     return report
 
 

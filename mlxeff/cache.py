@@ -119,8 +119,7 @@ class LayerCache:
     """Keys and values of one layer in two buffers (B, G, capacity, E). It has the methods of `NativeLayer`.
 
     `window` is the sliding window in tokens, None for full attention. `dtype` is the type of the buffers; None takes
-    the type of the first keys.
-    Attention is computed in the type of the queries.
+    the type of the first keys. Attention is computed in the type of the queries.
     """
 
     step = 256  # tokens; the capacity of the buffers is a multiple of this
@@ -231,11 +230,6 @@ class LayerShape:
     groups: int  # G, KV heads
     head_size: int  # E
     window: int | None = None  # sliding window in tokens, None for full attention
-
-    @property
-    def heads(self) -> tuple[int, int]:
-        """(G, E)."""
-        return self.groups, self.head_size
 
 
 LayerMaker = Callable[[LayerShape], Layer]

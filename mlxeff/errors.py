@@ -14,12 +14,9 @@ from collections.abc import Iterable, Iterator
 notices = logging.getLogger("mlxeff")
 
 
-ENDING = 120  # of these, how many are kept at the end of a message that is cut: how to go on stands there
-
-
 class MlxeffError(ValueError):
     """Bad input, or a situation that the user can correct; `str(error)` is the line to show. A message that quotes a
-    file is cut to `longest` characters in its middle, and its line ends become spaces."""
+    file is put on one line and cut in its middle to `longest` characters, since how to go on stands at its end."""
 
     longest = 300
 
@@ -27,12 +24,12 @@ class MlxeffError(ValueError):
         super().__init__(one_line(str(message), self.longest))
 
 
-def one_line(text: str, longest: int = MlxeffError.longest) -> str:
-    """The text in one line of at most `longest` characters that can be printed: white space becomes single spaces, and
-    of a longer text the beginning and the end are kept."""
-    text = " ".join(text.split()) if any(letter in text for letter in "\n\r\t") else text
-    text = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
-    return text if len(text) <= longest else f"{text[: longest - ENDING - 3]} … {text[-ENDING:]}"
+def one_line(text: str, limit: int = 300) -> str:
+    """`text` on one line of at most `limit` characters that can be printed: of a longer one the beginning and the end
+    are kept."""
+    line = " ".join(text.split()) if len(text.splitlines()) > 1 else text
+    line = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in line)
+    return line if len(line) <= limit else f"{line[: limit * 3 // 5]}…{line[-(limit * 2 // 5 - 1) :]}"
 
 
 def some(names: Iterable[str]) -> str:

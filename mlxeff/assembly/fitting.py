@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from .. import hub
-from ..checkpoint import check_new
+from ..checkpoint import check_new, claim
 from ..decode import require_seam
 from ..errors import MlxeffError, notices
 from ..kvprediction.files import PairConfig, write_pair
@@ -153,7 +153,8 @@ def fit_kv_predictor(base: str, aux: str, out: str | Path, *, progress: Progress
     check_new(Path(out))
     if unknown := sorted(set(settings) - {field.name for field in fields(KvPredictorSettings)}):
         raise MlxeffError(f"fit_kv_predictor: unknown options {unknown}")
-    return _fit_kv_predictor(KvPredictorSettings(base, aux, out, **settings), progress)
+    with claim(Path(out)):  # so that no two processes write one unfinished training
+        return _fit_kv_predictor(KvPredictorSettings(base, aux, out, **settings), progress)
 
 
 def _fit_kv_predictor(settings: KvPredictorSettings, progress: Progress) -> dict:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from statistics import median
 
+from ..checkpoint import temporary_beside
 from ..errors import MlxeffError, notices
 from ..names import json_text
 
@@ -63,7 +64,7 @@ class Samples:
 
     def _write(self, lines: Sequence[dict], mode: str) -> None:
         """Append, or with mode "w" replace the file as a whole."""
-        target = self.path if mode == "a" else self.path.with_name(f".{self.path.name}.{os.getpid()}")
+        target = self.path if mode == "a" else temporary_beside(self.path)
         try:
             with open(target, mode, encoding="utf-8") as file:
                 file.writelines(json_text(line) + "\n" for line in lines)

@@ -8,7 +8,7 @@ errors are `MlxeffError`s. This package knows nothing about models.
 from .files import choose_files, parts_of, read_json
 from .source import Source, open_source
 from .tensor import Tensor
-from .writer import FLOATS, Piece, cast, check_new, plan_shards, save_arrays, write_folder
+from .writer import FLOATS, Piece, cast, check_new, claim, plan_shards, save_arrays, temporary_beside, write_folder
 
 __all__ = [
     "FLOATS",
@@ -18,10 +18,12 @@ __all__ = [
     "cast",
     "check_new",
     "choose_files",
+    "claim",
     "open_source",
     "parts_of",
     "plan_shards",
     "read_json",
     "save_arrays",
+    "temporary_beside",
     "write_folder",
 ]

@@ -6,6 +6,8 @@ https://huggingface.co/docs/safetensors/index#format. This module knows nothing 
 """
 
 import contextlib
+import fcntl
+import glob
 import json
 import math
 import os
@@ -55,7 +57,7 @@ def cast(array: mx.array, spec: tuple[str, str, tuple[int, ...]]) -> mx.array:
 def save_arrays(path: Path, arrays: dict[str, mx.array], metadata: dict[str, str], what: str) -> None:
     """Write one safetensors file. An existing file at `path` is replaced only by a complete one. `what` says in errors
     what the file is. Raises MlxeffError where it cannot be written."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.safetensors")
+    temporary = temporary_beside(path, ".safetensors")
     try:
         mx.eval(arrays)
         with open(temporary, "wb") as file:
@@ -69,6 +71,37 @@ def save_arrays(path: Path, arrays: dict[str, mx.array], metadata: dict[str, str
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def temporary_beside(path: Path, suffix: str = "") -> Path:
+    """A hidden path beside `path` that no other process uses, to be renamed to it when it is complete. Those of
+    processes that no longer run are removed."""
+    stem = f".{path.name}."
+    _remove_abandoned(path.parent, stem, suffix)
+    return path.with_name(f"{stem}{os.getpid()}{suffix}")
+
+
+@contextlib.contextmanager
+def claim(destination: Path) -> Iterator[None]:
+    """Hold the path `destination` for this process inside the block. Raises MlxeffError where another process holds it,
+    or where its parent folder cannot be written. The operating system frees it when the process ends."""
+    path = destination.absolute().with_name(f".{destination.name}.lock")
+    try:
+        file = open(path, "a")  # noqa: SIM115, closed below
+    except OSError as error:
+        raise MlxeffError(f"{destination}: cannot be written: {error.strerror or error}") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            mine = os.fstat(file.fileno()).st_ino == path.stat().st_ino
+        except (BlockingIOError, FileNotFoundError):
+            mine = False  # of another process, or removed by it a moment ago
+        if not mine:
+            raise MlxeffError(f"{destination}: another process is making it")
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
 
 
 def plan_shards(pieces: list[Piece], shard_bytes: int = SHARD_BYTES) -> list[list[Piece]]:
@@ -143,10 +176,21 @@ def _check_space(parent: Path, wanted: int) -> None:
 def _partial(destination: Path) -> Path:
     """The hidden path to write to. Unfinished folders of processes that no longer run are removed."""
     stem = f".{destination.name}.partial-"
-    for left in destination.parent.glob(stem.replace("[", "[[]") + "*"):
-        if left.name[len(stem) :].isdigit() and not _alive(int(left.name[len(stem) :])):
-            shutil.rmtree(left, ignore_errors=True)
+    _remove_abandoned(destination.parent, stem)
     return destination.parent / f"{stem}{os.getpid()}"
+
+
+def _remove_abandoned(folder: Path, stem: str, suffix: str = "") -> None:
+    """Remove files and folders called `stem`, number of a process, `suffix`, whose process no longer runs."""
+    for left in folder.glob(f"{glob.escape(stem)}*{glob.escape(suffix)}"):
+        number = left.name[len(stem) : len(left.name) - len(suffix)]
+        if not (number.isascii() and number.isdigit()) or _alive(int(number)):
+            continue
+        if left.is_dir() and not left.is_symlink():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            with contextlib.suppress(OSError):
+                left.unlink(missing_ok=True)
 
 
 def _alive(process: int) -> bool:

