@@ -1,12 +1,14 @@
-# Everything a newcomer types. Needs Python 3.10 or newer and nothing else; `make demo PYTHON=/path/to/python` picks one.
-# .venv is made once and holds the checkout in editable form: it follows the Python sources, and is renewed when
-# pyproject.toml or the native kernels in cpu/ change.
+# Shortcuts for users and developers; `make help` lists them. They need Python 3.10 or newer and install everything
+# else into .venv. `make demo PYTHON=/path/to/python` chooses the Python. The checkout is installed in editable form, so
+# changes of the Python sources take effect at once. It is installed again when pyproject.toml or the native kernels
+# change.
 
 VENV = .venv
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip --disable-pip-version-check -q
 CANDIDATES = $(or $(PYTHON),python3 python3.13 python3.12 python3.14 python3.11 python3.10 python)
-# Prints the version; fails on one that is too old, and on an Intel (or Rosetta) Python on a Mac, for which MLX is not built.
+# Prints the version of a Python. Fails if it is too old, and on a Mac if it is for Intel (Rosetta): MLX is not built for
+# that.
 PROBE = import platform, sys; \
   intel = sys.platform == "darwin" and platform.machine() != "arm64"; \
   print("%d.%d%s" % (sys.version_info[0], sys.version_info[1], " for Intel" if intel else "")); \
@@ -20,27 +22,27 @@ PROMPT = Explain in two sentences why the sky is blue.
 
 help:
 	@echo "make demo         install into .venv, fetch the built-in model, stream an answer with its timings"
-	@echo "make demo-kvp     answer a long prompt without and with KV Prediction, by the pairs that come with the package"
-	@echo "make kvp-pair     train the smaller of these anew, in build/kvp-trained (10 minutes on two cores)"
+	@echo "make demo-kvp     answer a long prompt without KV Prediction and with the pairs that come with the package"
+	@echo "make kvp-pair     train the smaller one of these pairs again, into build/kvp-trained (10 minutes on two cores)"
 	@echo "make test         install the test extras into .venv, run the tests (make test ARGS='-k cache' for some)"
-	@echo "make lint         check style and formatting; make format mends both"
+	@echo "make lint         check style and formatting; make format corrects what it can"
 	@echo "make wheel-check  build the wheel, install it in a clean environment, try it from several folders"
 	@echo "make native-check run the C++ kernels under sanitizers"
-	@echo "make arm-check    the C++ kernels on emulated 64-bit ARM, make old-cpu-check on emulated old x86-64 CPUs"
+	@echo "make arm-check    run the C++ kernels on emulated 64-bit ARM; make old-cpu-check on emulated old x86-64 CPUs"
 	@echo "                  (Debian: apt install g++-aarch64-linux-gnu qemu-user)"
 	@echo "make clean        remove .venv, builds and caches (the models in the user's cache stay)"
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m mlxeff generate "$(PROMPT)"
 
-# With the pairs that come with the package. The answer stands among the prompt's 60 definitions; without keep=64 the smaller one misses it.
+# The prompt is a list of 60 definitions and asks for one of them. The smaller pair finds the answer only with keep=64.
 KVP_ASK = $(BIN)/python -m mlxeff generate --raw --file benchmarks/data/demo-prompt.txt --stop Definition: --max-tokens 16
 demo-kvp: $(VENV)/.installed
 	$(KVP_ASK)
 	$(KVP_ASK) --kv-predict smollm2-135m-0-21
 	$(KVP_ASK) --kv-predict smollm2-135m-0-18:keep=64
 
-# How the smaller one was made.
+# How the smaller pair was made.
 KVP_TRAINED = build/kvp-trained
 kvp-pair: $(KVP_TRAINED)/config.json
 
@@ -64,8 +66,9 @@ format: $(VENV)/.installed-dev
 wheel-check: $(VENV)/.installed-dev
 	$(BIN)/python .ci/wheel_check.py
 
-# The kernels under the address, undefined-behaviour and thread sanitizers, and the symbols of each instruction-set level.
-# Level amx is emulated under the first two, so that its indices are checked on every machine with AVX-512.
+# Runs the kernels under the address, undefined-behaviour and thread sanitizers, and checks the symbols of the library.
+# AMX is emulated under the first two sanitizers, so that the indices of the AMX code are checked on every machine with
+# AVX-512.
 CONFIGURE = PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S cpu -G Ninja -DMLXEFF_BUILD_DRIVER=ON
 native-check: $(VENV)/.installed-dev $(VENV)/.installed-test
 	$(CONFIGURE) -B build/address -DMLXEFF_SANITIZE=address,undefined -DMLXEFF_AMX_EMULATED=ON
@@ -78,7 +81,8 @@ native-check: $(VENV)/.installed-dev $(VENV)/.installed-test
 	$(BIN)/ninja -C build/plain --quiet
 	MLXEFF_CPU_LIBRARY=build/plain/libmlxeff_cpu.so $(BIN)/python -m pytest tests/test_cpu_symbols.py
 
-# Levels neon, dotprod and i8mm, each on a CPU that has no more. The emulator cannot fork a process with threads.
+# Runs the levels neon, dotprod and i8mm, each on an emulated CPU that has no higher level. The emulator cannot fork a
+# process with threads.
 arm-check: $(VENV)/.installed-dev
 	$(CONFIGURE) -B build/arm -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++
 	$(BIN)/ninja -C build/arm --quiet mlxeff_driver
@@ -86,7 +90,7 @@ arm-check: $(VENV)/.installed-dev
 	  qemu-aarch64 -L /usr/aarch64-linux-gnu -cpu $$cpu build/arm/mlxeff_driver nofork quick || exit 1; \
 	done
 
-# No illegal instruction on x86-64 without AVX2 and without AVX-512.
+# Runs the kernels on emulated x86-64 CPUs without AVX2 and without AVX-512, where a newer instruction is illegal.
 old-cpu-check: $(VENV)/.installed-dev
 	$(CONFIGURE) -B build/plain
 	$(BIN)/ninja -C build/plain --quiet mlxeff_driver
@@ -98,7 +102,8 @@ clean:
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# Takes the first candidate that is new enough and has venv; python -m venv leaves half a folder behind when it fails.
+# Uses the first candidate that is new enough, if it has the module venv. Where python -m venv fails, it leaves an
+# unfinished folder behind, which is removed.
 $(BIN)/python:
 	@found=; seen=; \
 	for python in $(CANDIDATES); do \

@@ -1,9 +1,9 @@
-"""Build the sdist and the wheel, and try the wheel as a user has it.
+"""Build the source distribution and the wheel, and try the wheel in the situations that users have.
 
-Checked: every source file of the package and of the folders mapped into it is in the wheel; the wheel built from the
-sdist holds the same; every module imports and the command runs in four situations: the wheel in a clean environment,
-the wheel with a checkout as the working directory, a bare checkout, an editable install. Run by `make wheel-check` with
-the development extra; knows nothing of the tests.
+It checks that the wheel contains every source file of the package and of the folders that become part of it, and that
+the wheel built from the source distribution contains the same files. Then it imports every module and runs the command
+in four situations: the wheel in a clean environment, the wheel with a checkout as the working directory, a bare
+checkout, and an editable install. `make wheel-check` runs it; it needs the development extra. It runs no tests.
 """
 
 import os
@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 import zipfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 if sys.version_info >= (3, 11):
@@ -21,6 +22,7 @@ else:
     import tomli as tomllib
 
 ROOT = Path(__file__).resolve().parent.parent
+# A program that imports the modules named in its arguments and checks that they come from the folder named first.
 IMPORT_ALL = """
 import importlib, importlib.resources, sys
 place, *names = sys.argv[1:]
@@ -31,13 +33,14 @@ kernels = [path for path in importlib.resources.files("mlxeff.metal").iterdir() 
 assert kernels and all(path.read_text(encoding="utf-8") for path in kernels), "no Metal kernels"
 print(f"   {len(names)} modules import, all from {place}, and {len(kernels)} files of Metal kernels")
 """
+# The environment for all commands, without Python's variables.
 CLEAN = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
 CLEAN["PYTHONDONTWRITEBYTECODE"] = "1"
 START = time.monotonic()
 
 
-def run(command, cwd, **environment):
-    """Run a command or end with its output; returns what it printed."""
+def run(command: Sequence[object], cwd: Path, **environment: str) -> str:
+    """Run a command; returns its output. Where it fails, the check ends and prints the output."""
     result = subprocess.run(
         [str(part) for part in command],
         cwd=cwd,
@@ -52,12 +55,13 @@ def run(command, cwd, **environment):
     return result.stdout
 
 
-def say(what):
+def say(what: str) -> None:
+    """Print the title of a step and the seconds since the start."""
     print(f"-- {what} ({time.monotonic() - START:.0f} s)", flush=True)
 
 
-def source_files():
-    """Names inside the wheel, as the checkout's folders give them."""
+def source_files() -> Iterator[str]:
+    """The names that the files of the checkout should have in the wheel."""
     packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["scikit-build"]["wheel"]["packages"]
     folders = {folder: target for target, folder in packages.items()}
     for folder, target in folders.items():
@@ -66,24 +70,26 @@ def source_files():
                 yield f"{target}/{path.relative_to(ROOT / folder).as_posix()}"
 
 
-def wheel_names(wheel):
+def wheel_names(wheel: Path) -> set[str]:
+    """The names of all files in a wheel but its metadata."""
     with zipfile.ZipFile(wheel) as archive:
         return {name for name in archive.namelist() if ".dist-info/" not in name}
 
 
-def build(folder):
-    """Build sdist and wheel (the wheel from the sdist, as a package index's user gets it); returns the wheel.
-
-    The native kernels are compiled once: the wheel straight from the checkout is built without them.
+def build(folder: Path) -> Path:
+    """Build the source distribution, a wheel from it, and a wheel from the checkout, and compare their files; returns
+    the path of the first wheel. The wheel from the checkout is built without the native kernels, so that they are
+    compiled only once.
     """
     run([sys.executable, "-m", "build", "--outdir", folder, ROOT], folder)
     direct = folder / "direct"
     run([sys.executable, "-m", "build", "--wheel", "-Cwheel.cmake=false", "--outdir", direct, ROOT], folder)
     [wheel], [same], [sdist] = folder.glob("*.whl"), direct.glob("*.whl"), folder.glob("*.tar.gz")
-    names, wanted = wheel_names(wheel), set(source_files())
+    names, expected = wheel_names(wheel), set(source_files())
     native = {name for name in names if name.startswith("mlxeff/_native.")}
-    if names - native != wanted or wheel_names(same) != wanted:
-        sys.exit(f"wheel check: missing {sorted(wanted - names)}, not in the sources {sorted(names - native - wanted)}")
+    if names - native != expected or wheel_names(same) != expected:
+        surplus = sorted(names - native - expected)
+        sys.exit(f"wheel check: missing {sorted(expected - names)}, not in the sources {surplus}")
     if shutil.which("c++") and not native:
         sys.exit("wheel check: there is a C++ compiler, but the native kernels were not built")
     print(f"   {wheel.name} {wheel.stat().st_size} bytes, {sdist.name} {sdist.stat().st_size} bytes")
@@ -91,13 +97,17 @@ def build(folder):
     return wheel
 
 
-def module_names(wheel):
+def module_names(wheel: Path) -> list[str]:
+    """The names of all modules in a wheel."""
     names = sorted(name for name in wheel_names(wheel) if name.endswith(".py") and not name.endswith("__main__.py"))
     return [name.removesuffix(".py").removesuffix("/__init__").replace("/", ".") for name in names]
 
 
-def try_everything(python, cwd, package, modules, command, **environment):
-    """Import each module and run the command's cheap verbs; `package` is where mlxeff has to come from."""
+def try_everything(
+    python: Path, cwd: Path, package: str, modules: Sequence[str], command: Sequence[object], **environment: str
+) -> None:
+    """Import all modules with `python`, which has to find them below the folder `package`, and run the command for its
+    version and its help."""
     print(run([python, "-c", IMPORT_ALL, package, *modules], cwd, **environment), end="")
     version = run([*command, "--version"], cwd, **environment).strip()
     usage = run([*command, "--help"], cwd, **environment)
@@ -106,14 +116,15 @@ def try_everything(python, cwd, package, modules, command, **environment):
     print(f"   {version}")
 
 
-def generate(command, cwd):
+def generate(command: Sequence[object], cwd: Path) -> None:
+    """Generate some tokens with the built-in model."""
     text = run([*command, "generate", "Hello", "--max-tokens", "4", "--temp", "0"], cwd)
     if not text.strip():
         sys.exit("wheel check: mlxeff generate printed nothing")
     print(f"   generated: {text.strip()!r}")
 
 
-def main():
+def main() -> None:
     with tempfile.TemporaryDirectory(prefix="mlxeff-wheel-") as name:
         folder = Path(name).resolve()
         elsewhere = folder / "elsewhere"

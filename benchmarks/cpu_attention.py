@@ -1,10 +1,12 @@
-"""Microbenchmark of the native attention kernels: decode in GB/s of keys and values read, prefill in GFLOPS.
+"""Microbenchmark of the native attention kernels: decode and verification of a draft in GB/s of keys and values read,
+prefill in GFLOPS.
 
     python benchmarks/cpu_attention.py [--isa avx2] [--quick]
 
-Decode visits several caches in turn, together over 256 MB, so that they come from memory (or from a shared last-level
-cache that is larger). The FLOPS of prefill count the causal half: 4 E S (S + 1) / 2 a query head; of the backward pass
-14 E instead, as it recomputes the scores twice. Times are medians; process CPU time at one thread, wall time at two.
+Decode is one token, verification eight. Both visit several caches in turn, together over 256 MB, so that they come from
+memory (or from a shared last-level cache that is larger). The FLOPS of prefill count the causal half: 4 E S (S + 1) / 2
+a query head; of the backward pass 14 E instead, as it recomputes the scores twice. Times are medians; process CPU time
+at one thread, wall time at two.
 """
 
 import argparse
@@ -29,13 +31,13 @@ def median_us(call, threads: int, budget: float) -> float:
     return 1e6 * median_time(lambda _: call(), budget, 5, clock)
 
 
-def decode(heads, groups, size, depth, threads, budget, dtype):
+def decode(heads, groups, size, tokens, depth, threads, budget, dtype):
     rng = np.random.default_rng(0)
     cache_bytes = 2 * groups * depth * size * np.dtype(dtype).itemsize
     copies = max(1, -(-256_000_000 // cache_bytes))
     fill = rng.standard_normal((2, 1, groups, depth, size), dtype=np.float32).astype(dtype)
     caches = [fill.copy() for _ in range(copies)]
-    q = rng.standard_normal((1, heads, 1, size), dtype=np.float32)
+    q = rng.standard_normal((1, heads, tokens, size), dtype=np.float32)
     out = np.empty_like(q)
     calls = [attention_args(q, keys, values, out, size**-0.5) for keys, values in caches]
     inner = max(1, min(copies, 64))
@@ -87,12 +89,13 @@ def main():
     for threads in (1, 2):
         set_threads(threads)
         for name, (heads, groups, size) in SHAPES.items():
-            for depth in (512, 2048, 4096):
-                us, rate, copies = decode(heads, groups, size, depth, threads, budget, np.float16)
-                print(
-                    f"{threads} thread(s) {name:13} decode  fp16 T={depth:5} {us:9.1f} us {rate:7.1f} GB/s"
-                    f" ({copies} caches)"
-                )
+            for label, tokens in (("decode", 1), ("verify", 8)):
+                for depth in (512, 2048, 4096):
+                    us, rate, copies = decode(heads, groups, size, tokens, depth, threads, budget, np.float16)
+                    print(
+                        f"{threads} thread(s) {name:13} {label:7} fp16 T={depth:5} {us:9.1f} us {rate:7.1f} GB/s"
+                        f" ({copies} caches)"
+                    )
             for length in (512, 2048):
                 for mode, label in ((0, "exact"), (1, "bf16")):
                     us, rate = prefill(heads, groups, size, length, threads, budget, mode, np.float16)

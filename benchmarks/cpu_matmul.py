@@ -43,13 +43,13 @@ class ColdWeights:
             for i in range(count)
         ]
         self.weights = [
-            QuantizedWeight(*(address(a) for a in arrays), n, k, bits, group, F16) for arrays in self.arrays
+            QuantizedWeight(*(address(a) for a in arrays), n, k, k, bits, group, F16) for arrays in self.arrays
         ]
 
     def __call__(self, i, x, y, mode):
         (m, k), n = x.shape, y.shape[1]
         weight = self.weights[i % len(self.weights)]
-        assert lib.mlxeff_qmm(ctypes.byref(weight), address(x), k, F32, address(y), n, F32, m, mode) == OK
+        assert lib.mlxeff_qmm(ctypes.byref(weight), address(x), k, F32, address(y), n, F32, m, mode, 0) == OK
 
 
 def on_each_thread(threads, work):

@@ -73,7 +73,7 @@ class ColdSeeds:
     def __call__(self, i, x, y, mode):
         (m, k), n = x.shape, y.shape[1]
         weight = self.weights[i % len(self.weights)]
-        assert lib.mlxeff_seedlm_matmul(ctypes.byref(weight), address(x), k, F32, address(y), n, F32, m, mode) == OK
+        assert lib.mlxeff_seedlm_matmul(ctypes.byref(weight), address(x), k, F32, address(y), n, F32, m, mode, 0) == OK
 
 
 class ColdMlx:

@@ -47,10 +47,10 @@ def arms(seeds: list[Path], folder: Path) -> dict[str, Engine]:
     return {name: engine for name, engine in found.items() if engine.path.exists()}
 
 
-def measure(seeds: list[Path], threads: list[int], rounds: int, folder: Path | None = None) -> list[dict]:
+def measure(seeds: list[Path], threads: list[int], rounds: int) -> list[dict]:
     """One sample a round, number of threads and arm: seconds to the first token, tokens a second after it (lists); or
     `error`, one line."""
-    folder = folder or work_folder("peers")
+    folder = work_folder("peers")
     folder.mkdir(parents=True, exist_ok=True)
     chosen, measurer, samples = arms(seeds, folder), Measurer(folder, {}, {}, LIMIT), []
     for number in range(rounds):

@@ -11,7 +11,6 @@ The last line is one JSON document with every sample; --save writes it to benchm
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 import time
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING
 import saving
 from mlxeff.bench.samples import median_of
 from mlxeff.bench.tables import card_lines, table
+from peers.worker import peak_rss
 from places import ROOT
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ def train(batch: int, tokens: int, passes: int) -> dict:
         "cpu_seconds": busy[1:],  # of all threads: what the machine's other work changes least
         "loss": value.item(),
         "gflop": 6e-9 * weights * batch * tokens,  # of the matrix products, without attention's
-        "rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform == "linux" else 1024**2),
+        "rss_mib": peak_rss(),
     }
 
 

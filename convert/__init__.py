@@ -143,7 +143,7 @@ def _encode(
     windows = None
     if options.tokens:
         tokenizer = folder.calibration_tokenizer(source, tokens, config)
-        windows = calibration.windows(text, tokenizer, options.tokens, str(source.path))
+        windows = calibration.windows(text, tokenizer, options.tokens, str(source.path), config["vocab_size"])
     work = [fingerprint(source, config), options.as_dict(), metadata(), __version__]
     work.append(None if windows is None else hashlib.sha256(windows.tobytes()).hexdigest())
     store = Store(destination, json.dumps(work, sort_keys=True), conversion.choice.seeded)

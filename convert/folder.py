@@ -26,6 +26,7 @@ COMPANIONS = (
     "chat_template.jinja",
     "chat_template.json",
 )
+TEMPLATES = "additional_chat_templates"  # a folder with further ones
 # For OpenELM, whose release has no tokenizer: what stock mlx-lm needs beside Llama 2's tokenizer.model.
 LLAMA_TOKENIZER = {
     "tokenizer_class": "LlamaTokenizer",
@@ -47,7 +48,12 @@ class TokenizerFiles:
 
     @property
     def found(self) -> list[str]:
-        return ["built from the GGUF metadata"] if self.metadata else [file.name for file in self.files]
+        return ["built from the GGUF metadata"] if self.metadata else [str(self.target(file)) for file in self.files]
+
+    @staticmethod
+    def target(file: Path) -> Path:
+        """Where a file belongs in the converted folder."""
+        return Path(TEMPLATES, file.name) if file.parent.name == TEMPLATES else Path(file.name)
 
 
 def find_tokenizer(source: Source, tokenizer: str | Path | None) -> TokenizerFiles:
@@ -58,6 +64,7 @@ def find_tokenizer(source: Source, tokenizer: str | Path | None) -> TokenizerFil
     if source.format == "gguf" and not tokenizer:
         return TokenizerFiles((), "tokenizer.ggml.tokens" in source.metadata)
     files = tuple(place / name for name in (*VOCABULARIES, *COMPANIONS) if (place / name).is_file())
+    files += tuple(sorted((place / TEMPLATES).glob("*.jinja")))
     found = any(file.name in VOCABULARIES for file in files)
     if tokenizer and not found:
         raise MlxeffError(f"{place}: no tokenizer: looked for {', '.join(VOCABULARIES)}")
@@ -78,7 +85,9 @@ def write(folder: Path, config: dict, tokens: TokenizerFiles, source: Source) ->
     """config.json, the tokenizer and generation_config.json into `folder`."""
     _write_json(folder / "config.json", config)
     for file in tokens.files:
-        shutil.copyfile(file, folder / file.name)
+        target = folder / tokens.target(file)
+        target.parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, target)
     if tokens.metadata:
         from_gguf(source.metadata, str(source.path)).save(folder)
     names = {file.name for file in tokens.files}

@@ -2,6 +2,7 @@
 
 from ..checkpoint import Source
 from ..models.gguf import Parameter, config_from_gguf, parameters
+from ..tokenizer.gguf import end_ids
 from .plan import Family, Spec, Weight
 
 
@@ -11,6 +12,9 @@ def recognises(source: Source) -> bool:
 
 def read(source: Source) -> Family:
     config = config_from_gguf(source)
+    if "tokenizer.ggml.tokens" in source.metadata:  # the file may know some by their names only
+        ends = end_ids(source.metadata, str(source.path))
+        config |= {"eos_token_id": ends if len(ends) > 1 else ends[0]} if ends else {}
     found = parameters(source, config["num_attention_heads"], config["num_key_value_heads"])
     return Family(f"gguf {config['model_type']}", config, [_weight(parameter) for parameter in found], uniform=True)
 

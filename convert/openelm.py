@@ -12,7 +12,7 @@ import mlx.core as mx
 
 from ..checkpoint import Source, Tensor
 from ..errors import MlxeffError
-from ..models.openelm import make_divisible, multipliers
+from ..models.openelm import make_divisible, multipliers, published_config
 from . import llama
 from .plan import Family, Weight
 
@@ -85,30 +85,18 @@ def config_from_shapes(source: Source, tensors: dict[str, Tensor]) -> dict:
     heads = [_heads(shapes, i, head_dim) for i in range(layers)]
     widths = [shapes.get(f"layers.{i}.ffn.proj_2.weight", 2)[1] for i in range(layers)]
     ratios, divisor = _ffn_multipliers(widths, model_dim)
-    return {
-        "model_type": "openelm",
-        "architectures": ["OpenELMForCausalLM"],
+    return published_config("270M") | {  # the published sizes share what the shapes do not tell
         "num_transformer_layers": layers,
         "model_dim": model_dim,
         "head_dim": head_dim,
         "num_gqa_groups": heads[0][0] // heads[0][1],
-        "qkv_multipliers": [0.5, 1.0],
         "num_query_heads": [queries for queries, _ in heads],
         "num_kv_heads": [groups for _, groups in heads],
         "ffn_multipliers": ratios,
         "ffn_dim_divisor": divisor,
         "ffn_with_glu": shapes.get("layers.0.ffn.proj_1.weight", 2)[0] == 2 * widths[0],
-        "activation_fn_name": "swish",
-        "normalization_layer_name": "rms_norm",
-        "normalize_qk_projections": True,
         "share_input_output_layers": "classifier.weight" not in tensors,
-        "rope_freq_constant": 10000,
-        "rope_max_length": 4096,
-        "max_context_length": 2048,
         "vocab_size": ROWS if rows == PADDED_ROWS else rows,
-        "initializer_range": 0.02,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
     }
 
 

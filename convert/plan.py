@@ -9,6 +9,7 @@ import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import mlx.core as mx
@@ -93,7 +94,7 @@ class Conversion:
     def tensors(self) -> int:
         return sum(len(piece.specs) for piece in self.pieces)
 
-    def refuse_differences(self, origin: object) -> None:
+    def refuse_differences(self, origin: str | Path) -> None:
         """Raises MlxeffError unless the checkpoint has what the model has."""
         if self.missing:
             raise MlxeffError(f"{origin}: missing {len(self.missing)} tensors: {some(self.missing)}")

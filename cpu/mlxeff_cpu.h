@@ -5,6 +5,10 @@
 //     written only when the code is MLXEFF_OK.
 //   * Matrices are row-major. A stride `ld*` counts elements between the starts of two rows; the elements of a
 //     row are contiguous.
+//   * A weight matrix (N, K) may be a part of a larger one, some of its columns: its rows then begin `ld` values apart,
+//     ld > K. Of what lies between them nothing is read but the rest of a block or byte that the last column cuts.
+//   * A product y = x @ W^T with `accumulate` != 0 is y += x @ W^T instead: y is fp32, and each finished fp32 sum is
+//     added to it once.
 //   * Arrays need the alignment of their element type only, and may not overlap an output.
 //   * Calls are safe from several threads at once. One call at a time uses the thread pool; the others run on the
 //     thread they were called from.
@@ -59,21 +63,21 @@ MLXEFF_API int mlxeff_num_threads(void);
 MLXEFF_API int mlxeff_set_num_threads(int n);
 
 // --- qmatmul.cpp: affine-quantised matrices in MLX's packed layout --------------------------------------------
-// A weight matrix W (N, K): w = q * scale + bias. `packed` holds N rows of K * bits / 32 uint32 words, values packed
-// from the least significant bit on, across word borders; `scales` and `biases` are (N, K / group).
-// bits in {2, 3, 4, 5, 6, 8}; group in {32, 64, 128} divides K.
+// A weight matrix W (N, K): w = q * scale + bias. `packed` holds N rows of K * bits / 32 uint32 words, ld * bits / 32
+// apart, values packed from the least significant bit on, across word borders; `scales` and `biases` are
+// (N, K / group), rows ld / group apart. bits in {2, 3, 4, 5, 6, 8}; group in {32, 64, 128} divides K and ld.
 typedef struct {
   const uint32_t* packed;
   const void* scales;
   const void* biases;
-  int64_t N, K;
+  int64_t N, K, ld;
   int bits, group;
   int scale_dtype;  // of scales and biases
 } mlxeff_qweight;
 
 // y (M, N) = x (M, K) @ W^T. `mode` is MLXEFF_EXACT, MLXEFF_COMPUTE_BF16 or MLXEFF_COMPUTE_INT8.
 MLXEFF_API int mlxeff_qmm(const mlxeff_qweight* w, const void* x, int64_t ldx, int x_dtype, void* y, int64_t ldy,
-                          int y_dtype, int64_t M, int mode);
+                          int y_dtype, int64_t M, int mode, int accumulate);
 // out (count, K): the dequantised rows ids[0], ids[1], ... of W. An id outside [0, N) is MLXEFF_BAD_ARGUMENT.
 MLXEFF_API int mlxeff_qmm_rows(const mlxeff_qweight* w, const int32_t* ids, int64_t count, void* out, int64_t ld,
                                int out_dtype);
@@ -84,12 +88,13 @@ MLXEFF_API int mlxeff_dequantize(const mlxeff_qweight* w, void* out, int64_t ld,
 // A weight matrix W (N, K) in SeedLM blocks of `columns` consecutive values of a row; mlxeff/seedlm/format.py states
 // the layout and the decoding. (columns, states) = (8, 3): `seeds` are the uint32 blocks (N, blocks), the other two
 // arrays are null; (8, 4) and (12, 4): seeds uint16 (N, blocks), coefficients (N, blocks), exponents (N, blocks / 2),
-// blocks even. blocks = ceil(K / columns), rounded up to even for states = 4. A seed is not 0. |exponent_bias| <= 96.
+// blocks even. blocks = ceil(ld / columns), rounded up to even for states = 4; the first K values of a row are W's.
+// A seed is not 0. |exponent_bias| <= 96.
 typedef struct {
   const void* seeds;
   const uint16_t* coefficients;
   const uint8_t* exponents;
-  int64_t N, K;
+  int64_t N, K, ld;
   int columns, states;
   int exponent_bias;
 } mlxeff_seedlm_weight;
@@ -97,7 +102,7 @@ typedef struct {
 // y (M, N) = x (M, K) @ W^T. INT8 applies to M <= 8 on CPUs with AVX-512 VBMI, and rounds the register's states to
 // their leading byte too; elsewhere it means BF16.
 MLXEFF_API int mlxeff_seedlm_matmul(const mlxeff_seedlm_weight* w, const void* x, int64_t ldx, int x_dtype, void* y,
-                                    int64_t ldy, int y_dtype, int64_t M, int mode);
+                                    int64_t ldy, int y_dtype, int64_t M, int mode, int accumulate);
 // out (count, K): the decoded rows ids[0], ids[1], ... of W. An id outside [0, N) is MLXEFF_BAD_ARGUMENT.
 MLXEFF_API int mlxeff_seedlm_rows(const mlxeff_seedlm_weight* w, const int32_t* ids, int64_t count, void* out,
                                   int64_t ld, int out_dtype);
@@ -129,13 +134,15 @@ MLXEFF_API int mlxeff_seedlm_encode(const mlxeff_seedlm_encode_args* args);
 // --- matmul.cpp: dense matrices -------------------------------------------------------------------------------
 // y (M, N) = x (M, K) @ w (N, K)^T. Modes: MLXEFF_EXACT, MLXEFF_COMPUTE_BF16. Each operand has its own dtype.
 MLXEFF_API int mlxeff_matmul(const void* x, int64_t ldx, int x_dtype, const void* w, int64_t ldw, int w_dtype, void* y,
-                             int64_t ldy, int y_dtype, int64_t M, int64_t N, int64_t K, int mode);
+                             int64_t ldy, int y_dtype, int64_t M, int64_t N, int64_t K, int mode, int accumulate);
 // dx (M, K) = dy (M, N) @ w (N, K): the gradient of mlxeff_matmul with respect to x.
 MLXEFF_API int mlxeff_matmul_dx(const void* dy, int64_t lddy, int dy_dtype, const void* w, int64_t ldw, int w_dtype,
-                                void* dx, int64_t lddx, int dx_dtype, int64_t M, int64_t N, int64_t K, int mode);
+                                void* dx, int64_t lddx, int dx_dtype, int64_t M, int64_t N, int64_t K, int mode,
+                                int accumulate);
 // dw (N, K) = dy (M, N)^T @ x (M, K): the gradient with respect to w.
 MLXEFF_API int mlxeff_matmul_dw(const void* dy, int64_t lddy, int dy_dtype, const void* x, int64_t ldx, int x_dtype,
-                                void* dw, int64_t lddw, int dw_dtype, int64_t M, int64_t N, int64_t K, int mode);
+                                void* dw, int64_t lddw, int dw_dtype, int64_t M, int64_t N, int64_t K, int mode,
+                                int accumulate);
 
 // --- attention.cpp ----------------------------------------------------------------------------------------------
 // A (B, heads, tokens, E) array: element (b, h, t, e) is data[b * batch + h * head + t * token + e]. So a part of a
@@ -165,11 +172,9 @@ MLXEFF_API int mlxeff_attention_backward(const mlxeff_attention_args* forward, c
                                          const mlxeff_heads* dq, const mlxeff_heads* dk, const mlxeff_heads* dv);
 
 // --- norm.cpp: RMSNorm --------------------------------------------------------------------------------------------
-// y (rows, n) = x / sqrt(mean(x^2) + eps) * weight (n), null for ones. With a residual, x += residual first, in place
-// and rounded to x's dtype. y may be x.
-MLXEFF_API int mlxeff_rms_norm(void* x, int64_t ldx, int x_dtype, const void* residual, int64_t ldr, int residual_dtype,
-                               const void* weight, int weight_dtype, void* y, int64_t ldy, int y_dtype, int64_t rows,
-                               int64_t n, float eps);
+// y (rows, n) = x / sqrt(mean(x^2) + eps) * weight (n), null for ones. y may be x.
+MLXEFF_API int mlxeff_rms_norm(const void* x, int64_t ldx, int x_dtype, const void* weight, int weight_dtype, void* y,
+                               int64_t ldy, int y_dtype, int64_t rows, int64_t n, float eps);
 // The same over the last axis of (B, H, S, E). y may be x.
 MLXEFF_API int mlxeff_head_norm(const mlxeff_heads* x, const mlxeff_heads* y, int64_t B, int64_t H, int64_t S,
                                 int64_t E, const void* weight, int weight_dtype, float eps);

@@ -1,1 +1,1 @@
-"""The Metal kernels: one .metal a family. `mlxeff.kernels` reads them."""
+"""The sources of the Metal kernels, one .metal file for each family of kernels. `mlxeff.kernels` reads them."""

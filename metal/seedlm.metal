@@ -1,25 +1,29 @@
-// SeedLM (arXiv 2410.10714): products with weights that are decoded from seeds inside the kernel. The stored layouts
-// are in mlxeff/seedlm/format.py; a block stands for the C weights
+// SeedLM (arXiv 2410.10714): kernels that decode a seed-encoded matrix W, and multiply by it without storing the
+// decoded weights. mlxeff/seedlm/format.py defines the stored form. A block decodes to the C weights
 //
 //   w[c] = fl32(isum[c] * fl32(2^e / 32767)),  isum[c] = sum_p q[p] (V[c][p] - 32768),  V[c][p] = state number c P + p.
 //
-// State n is the 16-bit window of one bit stream at bit n. The stream is the seed (16 bits) and an extension, which
-// depends linearly over GF(2) on the seed: XOR of two table entries. A window that ends below bit 23 of a word becomes
-// the float 1 + V 2^(k-23) with one AND, since the exponent bits are already there: no shift, no conversion, and those
-// are the slow instructions of Apple's GPUs.
+// State n consists of the bits n ... n + 15 of a stream of bits. The stream is the seed (16 bits) and its extension,
+// which is the XOR of two table entries, one for each byte of the seed (mlxeff/seedlm/lfsr.py).
 //
-// Letters: C columns and P states a block, R rows a simdgroup computes. Sums are float32 whatever the inputs' type.
-// Input pointers are template parameters: MLX passes arrays of fewer than 8 elements in the constant address space.
+// On Apple's GPUs, shifts and conversions from integer to float are slow instructions. The kernel for one token avoids
+// them: a word with the stream's bits in its lower 23 bits and the exponent of 1.0 above them is a float, and one AND
+// that clears all stream bits but those of a state V, from bit k of the word on, leaves the float 1 + V 2^(k-23).
+//
+// Letters: C columns and P states per block, R rows of W that a simdgroup computes together. Sums are float32 whatever
+// the type of the inputs. The types of input pointers are template parameters, because MLX passes arrays of fewer than
+// 8 elements in the constant address space and others in device memory.
 
 using namespace metal;
 
+// A stored block.
 struct Block {
   uint seed;          // 16 bits
-  uint coefficients;  // 4 bits each from bit 0, two's complement; higher bits are undefined
-  uint code;          // 4 bits
+  uint coefficients;  // P numbers of 4 bits in two's complement, from bit 0 on; the bits above them are undefined
+  uint code;          // exponent code, 4 bits
 };
 
-// Format "4": one word a block.
+// Reads the blocks of format "4": one word per block.
 template <typename Words>
 struct Packed {
   static constant constexpr const int C = 8;
@@ -27,7 +31,7 @@ struct Packed {
   using Entry = uint;
 
   Words blocks;
-  uint count;  // blocks a row
+  uint count;  // blocks per row
 
   Block load(uint index) const {
     uint word = blocks[index];
@@ -35,7 +39,7 @@ struct Packed {
   }
 };
 
-// Formats "4.5" and "3": three arrays.
+// Reads the blocks of the formats "4.5" and "3": three arrays. Entry is the type of a table entry, see `extend`.
 template <int C_, int P_, typename Entry_, typename Seeds, typename Coefficients, typename Exponents>
 struct Planar {
   static constant constexpr const int C = C_;
@@ -45,20 +49,21 @@ struct Planar {
   Seeds seeds;
   Coefficients coefficients;
   Exponents exponents;
-  uint count;
+  uint count;  // blocks per row, an even number, so `index` is even exactly where the block's number in its row is
 
-  Block load(uint index) const {  // count is even: the index has the block's parity
+  Block load(uint index) const {
     uint pair = exponents[index >> 1];
     return Block{seeds[index], coefficients[index], (index & 1) != 0 ? pair >> 4 : pair & 15};
   }
 };
 
+// 2^exponent, for normal floats.
 inline float power_of_two(int exponent) { return as_type<float>(uint(exponent + 127) << 23); }
 
-// The 4 stream bits that follow a register state; taps 0, 1, 3, 12.
+// The 4 bits of the stream that follow a register state. The taps of the register are the bits 0, 1, 3 and 12.
 inline uint next_four(uint state) { return (state ^ state >> 1 ^ state >> 3 ^ state >> 12) & 15; }
 
-// Up to 32 stream bits after the state, lowest first; the state becomes the one that ends with them.
+// The next `count` bits of the stream after the state, up to 32, lowest first. `state` moves past them.
 inline uint next_bits(thread uint& state, int count) {
   uint bits = 0;
 #pragma unroll
@@ -70,7 +75,8 @@ inline uint next_bits(thread uint& state, int count) {
   return bits;
 }
 
-// The extension: bits 16 ... C P + 14 of the stream; `uint` holds 32 of them, `uint2` 64.
+// The extension of a seed: the bits from 16 on that a block of `states` states needs, `states` - 1 bits. A uint has
+// room for 32 of them, a uint2 for 64.
 template <int states>
 inline void extend(uint seed, thread uint& bits) {
   bits = next_bits(seed, states - 1);
@@ -81,7 +87,8 @@ inline void extend(uint seed, thread uint2& bits) {
   bits.y = next_bits(seed, states - 33);
 }
 
-// Entries 0 ... 255 for the low byte of a seed, 256 ... 511 for the high one. Ends with a barrier.
+// Fills the look-up tables of a threadgroup: entries 0 ... 255 for the low byte of a seed, 256 ... 511 for the high
+// byte. All threads of the threadgroup call it; it ends with a barrier.
 template <typename Store, typename Entry>
 inline void fill_tables(threadgroup Entry* tables, uint thread_index, uint thread_count) {
   for (uint i = thread_index; i < 512; i += thread_count) {
@@ -92,7 +99,8 @@ inline void fill_tables(threadgroup Entry* tables, uint thread_index, uint threa
   threadgroup_barrier(mem_flags::mem_threadgroup);
 }
 
-// words[j] holds the stream's bits 8 j ... 8 j + 22 from bit 0: windows j 8 + k are its bits k ... k + 15.
+// Cuts the stream into words: words[j] has the stream's bits 8 j ... 8 j + 22 from its bit 0 on, so state 8 j + k is
+// its bits k ... k + 15, for k < 8. Higher bits are undefined.
 template <int count>
 inline void stream_words(uint seed, uint extension, thread uint* words) {
   uint first = seed | extension << 16;
@@ -107,22 +115,25 @@ inline void stream_words(uint seed, uint2 extension, thread uint* words) {
   words[4] = extension.x >> 16 | extension.y << 16;
   words[5] = extension.x >> 24 | extension.y << 8;
 }
+// The words of a seed's stream, with the extension from the tables.
 template <typename Store, typename Entry>
 inline void look_up(uint seed, const threadgroup Entry* tables, thread uint* words) {
   stream_words<Store::C * Store::P / 8>(seed, tables[seed & 255] ^ tables[256 + (seed >> 8)], words);
 }
 
-// q[p] 2^(4p - 23), exact: the nibble becomes the mantissa of 1 + (q + 8) 2^(4p - 23).
+// q[p] 2^(4p-23), exactly and without a shift: with its sign bit inverted, the coefficient is q + 8, and where it lies
+// it is the mantissa of the float 1 + (q + 8) 2^(4p-23).
 inline float coefficient(uint coefficients, int p) {
   uint bits = (coefficients & 15u << 4 * p) ^ (0x3F800000u | 8u << 4 * p);
   return as_type<float>(bits) - (1.0f + power_of_two(4 * p - 20));
 }
 
-// 2^(e + shift): the scale of a block before the division by 32767.
+// 2^(e + shift), with e the exponent of a block: its scale before the division by 32767, if shift is 0.
 inline float block_power(uint code, int bias, int shift) {
   return as_type<float>((code << 23) + (uint(bias - 8 + 127 + shift) << 23));
 }
 
+// The C columns of x from `column` on, of the token `row`; zeros beyond the last column.
 template <int C, typename Vectors>
 inline void load_columns(Vectors vectors, uint row, uint column, uint cols, thread float* values) {
   uint index = row * cols + column;
@@ -137,7 +148,8 @@ inline void load_columns(Vectors vectors, uint row, uint column, uint cols, thre
 
 // ---- Decoding ----------------------------------------------------------------------------------------------------
 
-// The C weights of a block, to the bit: every step before the last product is exact.
+// The C weights of a block, the same to the bit as from every other decoder: all steps before the last product are
+// exact.
 template <typename Store>
 inline void decode_block(Block block, thread const uint* words, int bias, thread float* weights) {
   float q[Store::P];
@@ -157,7 +169,8 @@ inline void decode_block(Block block, thread const uint* words, int bias, thread
   }
 }
 
-// One block of `row` to out[0 ... cols - 1]. A thread a block; no tables, since a group would use them only once.
+// Decodes one block of the row `row` of W into out[0 ... cols - 1], which is the row. One thread per block. It computes
+// the extension without tables, because a threadgroup would use the tables only once.
 template <typename Store, typename T>
 inline void decode_row_block(Store store, int bias, uint row, uint block, uint cols, device T* out) {
   if (block * Store::C >= cols) return;
@@ -177,8 +190,13 @@ inline void decode_row_block(Store store, int bias, uint row, uint block, uint c
 
 // ---- One token ---------------------------------------------------------------------------------------------------
 
-// What a product needs of C columns of x, for all rows, in the AND-only form. With f = 1 + V 2^(k-23) and
-// xs = x 2^(23-k-4p), sum_c f xs - offset = 2^(-4p) sum_c x (V - 32768); 2^(-4p) meets the 2^(4p-23) of `coefficient`.
+// The product of a block with C columns of x, without shifts and conversions. `prepare` computes what depends on x
+// only, once for all rows. With the float f = 1 + V 2^(k-23) of a state (see the top of this file) and xs = x
+// 2^(23-k-4p),
+//
+//   sum_c f xs - offset[p] = 2^(-4p) sum_c x (V - 32768),
+//
+// where the factor 2^(-4p) cancels with the 2^(4p-23) of `coefficient`, up to 2^(-23).
 template <int C, int P>
 struct Windows {
   float scaled[C * P];
@@ -201,7 +219,7 @@ struct Windows {
     }
   }
 
-  // 32767 sum_c w[c] x[c]
+  // 32767 sum_c w[c] x[c].
   float dot(Block block, thread const uint* words, int bias) const {
     uint floats[C * P / 8];
 #pragma unroll
@@ -221,7 +239,8 @@ struct Windows {
   }
 };
 
-// The plain form: a shift and a conversion a state. Slower on Apple's GPUs, more accurate: no large offsets cancel.
+// The same product with a shift and a conversion for each state. It is slower on Apple's GPUs, and more accurate,
+// because no large offsets cancel.
 template <int C, int P>
 struct Shifts {
   float x[C];
@@ -231,6 +250,7 @@ struct Shifts {
     for (int c = 0; c < C; c++) x[c] = columns[c];
   }
 
+  // 32767 sum_c w[c] x[c].
   float dot(Block block, thread const uint* words, int bias) const {
     float sum = 0;
 #pragma unroll
@@ -247,14 +267,14 @@ struct Shifts {
   }
 };
 
-// Index of the first block of each of R rows; rows beyond the last one repeat it.
+// The index of the first block of each of R rows from `first` on. In place of rows beyond the last one, the last one.
 template <int R>
 inline void row_starts(uint first, uint rows, uint count, thread uint* starts) {
 #pragma unroll
   for (int r = 0; r < R; r++) starts[r] = min(first + r, rows - 1) * count;
 }
 
-// Adds the products of one block column to the sums of R rows, times 32767.
+// Adds the products with block number `block` of R rows to the sums of these rows, times 32767.
 template <typename Form, int R, typename Store, typename Vectors, typename Entry>
 inline void add_block(Store store, Vectors vectors, int bias, uint block, uint cols, thread const uint* starts,
                       const threadgroup Entry* tables, thread float* sums) {
@@ -271,8 +291,9 @@ inline void add_block(Store store, Vectors vectors, int bias, uint block, uint c
   }
 }
 
-// out (rows) = W x. Threadgroups of 256 threads, R rows a simdgroup, the lanes over the blocks of a row: 32 neighbours
-// read one line. Every lane keeps x ready for its block and uses it for R rows.
+// out (rows) = W x, for one token. A threadgroup has 256 threads in 8 simdgroups. A simdgroup computes R rows, and its
+// lanes take neighbouring blocks of a row, so that their loads fall into one cache line. A lane prepares the columns of
+// x for its block once and uses them for R rows.
 template <typename Form, int R, typename Store, typename Vectors, typename T>
 inline void matvec(Store store, Vectors vectors, int bias, uint rows, uint cols, device T* out,
                    threadgroup typename Store::Entry* tables, uint group, uint simdgroup, uint lane) {
@@ -291,7 +312,7 @@ inline void matvec(Store store, Vectors vectors, int bias, uint rows, uint cols,
 
 // ---- A few tokens ------------------------------------------------------------------------------------------------
 
-// Adds the products of one block column, decoded once, to the sums of N tokens and R rows.
+// Adds the products with block number `block` of R rows to the sums of N tokens and R rows. Blocks are decoded once.
 template <int N, int R, typename Store, typename Vectors, typename Entry>
 inline void add_block_of_each(Store store, Vectors vectors, int bias, uint block, uint cols, thread const uint* starts,
                               const threadgroup Entry* tables, thread float* sums) {
@@ -314,7 +335,8 @@ inline void add_block_of_each(Store store, Vectors vectors, int bias, uint block
   }
 }
 
-// out (N, rows) = vectors (N, cols) W^T. As matvec, but the weights are decoded first and used N times.
+// out (N, rows) = vectors (N, cols) W^T, for N tokens. Threads are used as in matvec, but weights are decoded and then
+// used N times.
 template <int N, int R, typename Store, typename Vectors, typename T>
 inline void matvecs(Store store, Vectors vectors, int bias, uint rows, uint cols, device T* out,
                     threadgroup typename Store::Entry* tables, uint group, uint simdgroup, uint lane) {
@@ -334,14 +356,15 @@ inline void matvecs(Store store, Vectors vectors, int bias, uint rows, uint cols
 
 // ---- Many tokens -------------------------------------------------------------------------------------------------
 
-// Columns a step, and the distance of rows in threadgroup memory: 4 more, against bank conflicts.
+// A tile of W in threadgroup memory.
 template <typename Store>
 struct Tile {
   static constant constexpr const int rows = 64;
-  static constant constexpr const int depth = 2 * Store::C;
-  static constant constexpr const int pitch = 2 * Store::C + 4;
+  static constant constexpr const int depth = 2 * Store::C;      // columns: two blocks
+  static constant constexpr const int pitch = 2 * Store::C + 4;  // distance of rows; 4 more against bank conflicts
 };
 
+// Loads a tile of the inputs: M tokens from `token` on, and the columns of a tile of W from `column` on; zeros outside.
 template <int M, typename Store, typename Vectors>
 inline void load_tokens(Vectors vectors, uint token, uint column, uint tokens, uint cols, threadgroup float* tile,
                         uint thread_index) {
@@ -352,7 +375,8 @@ inline void load_tokens(Vectors vectors, uint token, uint column, uint tokens, u
   }
 }
 
-// 64 rows, two blocks of each: one block a thread. Beyond the last block, zero; beyond the last row, the last row.
+// Decodes a tile of W: 64 rows and two blocks of each, one block per thread. It has zeros in place of blocks beyond the
+// last one, and the last row in place of rows beyond it.
 template <typename Store>
 inline void load_weights(Store store, int bias, uint row, uint block, uint rows, threadgroup float* tile,
                          const threadgroup typename Store::Entry* tables, uint thread_index) {
@@ -369,9 +393,9 @@ inline void load_weights(Store store, int bias, uint row, uint block, uint rows,
   for (int c = 0; c < Store::C; c++) target[c] = weights[c];
 }
 
-// out (tokens, rows) = vectors (tokens, cols) W^T. A threadgroup of 128 threads makes M x 64 outputs, each of its 2 x 2
-// simdgroups M/2 x 32 of them as 8 x 8 matrices in float32; a step decodes 64 x 2C weights once into threadgroup
-// memory, unrounded.
+// out (tokens, rows) = vectors (tokens, cols) W^T, for many tokens. A threadgroup has 128 threads and computes outputs
+// of M tokens and 64 rows of W. Its 2 x 2 simdgroups compute M/2 x 32 of them each, as float32 matrices of 8 x 8. Each
+// step loads 2 C columns: the weights of a tile are decoded once into threadgroup memory, as float32.
 template <int M, typename Store, typename Vectors, typename T>
 inline void matmul(Store store, Vectors vectors, int bias, uint rows, uint cols, uint tokens, device T* out,
                    threadgroup typename Store::Entry* tables, threadgroup float* token_tile,
@@ -405,7 +429,7 @@ inline void matmul(Store store, Vectors vectors, int bias, uint rows, uint cols,
       }
     }
   }
-  // The two neighbours that a lane holds of an 8 x 8 matrix.
+  // Of an 8 x 8 matrix a lane has two neighbouring elements, at this row and column and the next column.
   uint at_token = token + own_token + (lane / 4 & 4) + lane / 2 % 4;
   uint at_row = row + own_row + (lane / 4 & 2) * 2 + lane % 2 * 2;
 #pragma unroll

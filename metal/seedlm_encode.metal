@@ -1,51 +1,62 @@
-// The SeedLM encoder: for each block of C weights the seed, coefficients and exponent of least error, of all 65,535
-// seeds. The same choice, to the bit, as cpu/seedlm_search*.cpp and mlxeff/seedlm/search.py make; the method is theirs:
+// The SeedLM encoder: for each block of C weights w it finds, among all 65,535 seeds, the seed, the P coefficients and
+// the exponent with the least error sum_c h[c] (w[c] - decoded[c])^2, h being the metric. mlxeff/seedlm/search.py
+// defines the method and its terms; its result and that of cpu/seedlm/seedlm_search*.cpp is the same to the bit.
 //
-//   d[n] = sum_c u[n + c P] h[c] w[c], once for each place n of the register's cycle, serves P seeds;
-//   energy[n] = b^T G[n]^-1 b, b = (d[n] … d[n + P - 1]); no coefficients of seed n have an error below |w|^2 - energy;
-//   only seeds that this bound leaves are evaluated with rounded coefficients: some ten a block.
+// Seeds are numbered by their place n in the register's cycle, in which the states of seed n are the states n, n + 1,
+// …; u[n] is state n minus 32768, divided by 32768. Then for each block
 //
-// Three kernels. `write_inverse`, a thread a seed: G^-1, once for each metric h. `scan`: the largest energy of each
-// class of 64 neighbouring seeds. `choose`, a simdgroup a block: the classes that may hold the best seed again, their
-// seeds' energies, and the evaluation. The scan is the work: 65,536 (C + P (P + 1) / 2 + P) operations a block, 19
-// float operations a seed for C = 8, P = 3. A threadgroup scans 2048 seeds for 32 blocks, so that it reads each entry of
-// the tables once for 32 blocks from device memory and once for 4 from threadgroup memory.
+//   d[n] = sum_c u[n + c P] h[c] w[c], which is computed once and serves P seeds,
+//   energy[n] = b^T G[n]^-1 b with b = (d[n] … d[n + P - 1]), where G[n] is the Gram matrix of seed n under h.
 //
-// Energies are good to `slack` of |w|^2, whatever the order and fusing of their operations. Evaluation is exact to the bit
-// instead: float32 additions, multiplications, divisions and fma, which IEEE 754 rounds alike everywhere, in one order; no
-// product is added to anything but by fma, and nothing underflows that matters. MLX compiles without fast math.
+// No coefficients of seed n have an error below |w|^2 - energy[n], where |w|^2 is sum_c h[c] w[c]^2. Only seeds that
+// can still be better than the best one by this bound are evaluated with rounded coefficients: some ten per block.
 //
-// Sizes: u, 65,536 + 64 states, (V - 32768) / 32768; words, (65,536) bits 0 … 62 of the stream from there; both repeat
-// the first seed at place 65,535. table (E, 65,536): the upper part of G^-1, E = P (P + 1) / 2, off-diagonals doubled.
-// Blocks come scaled by a power of two, the largest weight in [1/2, 1); `base` is the exponent of code 0 in that scale.
+// There are three kernels. `write_inverse` computes G^-1 of every seed, once for each metric, with one thread per seed.
+// `scan` computes all energies and keeps the largest one in each class of 64 neighbouring seeds. `choose` has one
+// simdgroup per block: it computes the energies again in the classes that can contain the best seed, and evaluates
+// seeds. Most of the time is spent in the scan, which needs 65,536 (C + P (P + 1) / 2 + P) operations per block, or 19
+// float operations per seed for C = 8 and P = 3. A threadgroup scans 2048 seeds for 32 blocks: it reads each entry of
+// the tables once from device memory for these 32 blocks, and once from threadgroup memory for 4 of them.
+//
+// Energies may be computed in any order and with any fusing of operations: they are off by at most `slack` of |w|^2.
+// The evaluation is exact to the bit instead. It consists of float32 additions, multiplications, divisions and fma in a
+// fixed order, which IEEE 754 rounds in the same way everywhere. A product is added to another number only by fma, and
+// nothing underflows that could change the result. MLX compiles without fast math.
+//
+// Inputs: `states`, u of 65,536 + 64 places; `words` (65,536), the first 63 bits of the stream of each seed; both
+// repeat the first seed at place 65,535. `table` (E, 65,536), E = P (P + 1) / 2: the upper triangle of G^-1, with the
+// elements beside the diagonal doubled. `scaled` (blocks, C): the blocks, each scaled by a power of two so that its
+// largest weight is in [1/2, 1). `base`: the exponent that the code 0 means for the scaled block. `metric` (C): h.
 
 using namespace metal;
 
 constant constexpr const uint seeds_count = 65535, table_width = 65536, class_size = 64, class_count = 1024;
-constant constexpr const uint pitch = 36;          // of a step's entries in threadgroup memory: against bank conflicts
-constant constexpr const int stage = 8;            // steps whose entries are in threadgroup memory
-constant constexpr const int together = 4;         // blocks a thread scans
-constant constexpr const uint most_pending = 96;   // seeds that wait for evaluation
-constant constexpr const float slack = 6e-4f;
-constant constexpr const float most_condition = 4000.0f;  // trace(G) trace(G^-1) of the seeds that are considered
-constant constexpr const float excluded = 4200.0f;        // in the table, whatever the rounding there
-constant constexpr const float least_miss = 8.8817842e-16f;  // 2^-50: smaller differences count as none
-constant constexpr const int least_exponent = -24;        // of coefficients of a scaled block
+constant constexpr const uint pitch = 36;          // distance of the entries of a step; 4 more against bank conflicts
+constant constexpr const int stage = 8;            // steps whose table entries are in threadgroup memory at a time
+constant constexpr const int together = 4;         // blocks that a thread scans together
+constant constexpr const uint most_pending = 96;   // seeds that can wait for evaluation
+constant constexpr const float slack = 6e-4f;      // largest error of an energy, as a share of |w|^2
+constant constexpr const float most_condition = 4000.0f;  // seeds with a larger trace(G) trace(G^-1) are not evaluated
+constant constexpr const float excluded = 4200.0f;  // the same limit in the table, where rounding must exclude no seed
+constant constexpr const float least_miss = 8.8817842e-16f;  // 2^-50: smaller differences w - decoded count as 0
+constant constexpr const int least_exponent = -24;           // a scaled block gets no smaller exponent
 
+// 2^exponent, for normal floats.
 inline float power_of_two(int exponent) { return as_type<float>(uint(exponent + 127) << 23); }
 
-// G = L D L^T with ones on L's diagonal; t least-squares.
+// The factors of a Gram matrix G = L D L^T, where L has ones on its diagonal, and the least-squares coefficients t.
 template <int P>
 struct Fit {
   float L[P][P], D[P], t[P];
 };
 
-// Factors G (its lower part) and inverts L; returns trace(G) trace(G^-1), or infinity for a singular matrix.
+// Factors G, of which the lower triangle is read, into `fit`, and inverts L. Returns trace(G) trace(G^-1), or infinity
+// for a singular matrix.
 template <int P>
 inline float factor(thread const float (&G)[P][P], thread Fit<P>& fit, thread float (&inverse)[P][P]) {
   float trace = 0, inverse_trace = 0;
 #pragma unroll
-  for (int j = 0; j < P; j++) {  // until the end `inverse` holds L D
+  for (int j = 0; j < P; j++) {  // in this loop, `inverse` contains L D
     float pivot = G[j][j];
 #pragma unroll
     for (int k = 0; k < j; k++) pivot = fma(-inverse[j][k], fit.L[j][k], pivot);
@@ -77,7 +88,7 @@ inline float factor(thread const float (&G)[P][P], thread Fit<P>& fit, thread fl
   return trace * inverse_trace;
 }
 
-// Adds column c of a block, with the states u[p], to the Gram matrix.
+// Adds one column of a block, with the states u (P) and the metric of the column, to the Gram matrix G.
 template <int P>
 inline void add_column(float metric, thread const float* u, thread float (&G)[P][P]) {
 #pragma unroll
@@ -88,7 +99,8 @@ inline void add_column(float metric, thread const float* u, thread float (&G)[P]
   }
 }
 
-// The table's column of one seed: zeros, hence no energy, where G is too close to a singular matrix.
+// Writes the entries of one seed, number `index`, into the table: G^-1, or zeros, hence no energy, where G is almost
+// singular.
 template <int C, int P, typename States, typename Metric>
 inline void write_inverse(States states, Metric metric, uint index, device float* table) {
   float G[P][P] = {}, N[P][P];
@@ -114,7 +126,7 @@ inline void write_inverse(States states, Metric metric, uint index, device float
 
 // ---- Scan --------------------------------------------------------------------------------------------------------
 
-// b^T G^-1 b, with the entries of G^-1 `distance` apart.
+// b^T G^-1 b, where the entries of G^-1 are `distance` apart.
 template <int P, typename Entries>
 inline float energy_of(Entries entries, uint distance, thread const float* b) {
   float energy = 0;
@@ -129,10 +141,11 @@ inline float energy_of(Entries entries, uint distance, thread const float* b) {
   return energy;
 }
 
-// Element k after a lane's first seed; a gap after each 64 keeps the 32 lanes in different banks.
+// The place of state k in threadgroup memory. An unused place after each 64 states lets the 32 lanes, which are 64
+// states apart, read from different banks.
 inline uint padded(uint k) { return k + (k >> 6); }
 
-// d of place k for N blocks, whose metric times weights are hw.
+// Computes d for place k of the cycle and N blocks into d[…][at]; hw are the products h w of the blocks.
 template <int C, int P, int N>
 inline void products(const threadgroup float* states, uint k, thread const float* hw, thread float (*d)[P], int at) {
 #pragma unroll
@@ -143,7 +156,8 @@ inline void products(const threadgroup float* states, uint k, thread const float
   }
 }
 
-// One seed for N blocks: the newest d, the energies, and the window d moved on.
+// One step of the scan, for the seed at place k and N blocks: computes the newest value of d and the energies, updates
+// the largest energies, and moves d, which has P values for each block, to the next seed.
 template <int C, int P, int N>
 inline void scan_step(const threadgroup float* states, const threadgroup float* entries, uint k, thread const float* hw,
                       thread float (*d)[P], thread float* largest) {
@@ -156,7 +170,8 @@ inline void scan_step(const threadgroup float* states, const threadgroup float* 
   }
 }
 
-// Entries of `stage` steps of the 32 lanes from device memory: [entry][step] at a distance of `pitch`.
+// Loads the table entries for `stage` steps of the 32 lanes from device memory: rows [entry][step] of 32 lanes, `pitch`
+// apart.
 template <int E, typename Table>
 inline void load_entries(Table table, uint first, threadgroup float* entries, uint thread_index) {
   for (uint i = thread_index; i < E * stage * 32; i += 256) {
@@ -165,8 +180,9 @@ inline void load_entries(Table table, uint first, threadgroup float* entries, ui
   }
 }
 
-// maxima (blocks, 1024): the largest energies of the classes. A threadgroup of 8 simdgroups scans 32 classes (grid y),
-// a lane a class, for 4 blocks a simdgroup. Threadgroup memory: 2144 states and E * stage * pitch entries.
+// Computes maxima (blocks, 1024), the largest energy of each block in each class. A threadgroup of 8 simdgroups scans
+// 32 classes, those that its y in the grid says. Each lane scans one class, for the 4 blocks of its simdgroup.
+// Threadgroup memory: `own_states`, 2144 floats, and `entries`, E * stage * pitch floats.
 template <int C, int P, typename States, typename Table, typename Scaled, typename Metric>
 inline void scan(States states, Table table, Scaled scaled, Metric metric, uint blocks, device float* maxima,
                  threadgroup float* own_states, threadgroup float* entries, uint2 group, uint simdgroup, uint lane) {
@@ -197,22 +213,24 @@ inline void scan(States states, Table table, Scaled scaled, Metric metric, uint 
 
 // ---- Evaluation --------------------------------------------------------------------------------------------------
 
-// A scaled block, as every lane of its simdgroup holds it.
+// A scaled block; every lane of its simdgroup has a copy.
 template <int C>
 struct Problem {
-  float w[C], h[C], hw[C], norm;
-  int lowest, highest;  // exponents
-  bool refine;
+  float w[C], h[C], hw[C];  // weights, metric, their product
+  float norm;               // |w|^2
+  int lowest, highest;      // limits of the exponent
+  bool refine;              // whether neighbours of rounded coefficients are tried too
 };
 
+// Rounded coefficients q for an exponent; the cost is by how much they increase the error over that of unrounded ones.
 template <int P>
 struct Rounded {
   float cost;
   int exponent, q[P];
 };
 
-// What a lane found; `word` begins with the seed. Of seeds with the same error the lowest is kept, and zeros (word 0) if
-// no seed is better.
+// The best encoding that a lane has found. `word` is the stream of the seed, which begins with the seed; the word 0
+// stands for a block of zeros. Of seeds with the same error the lowest is kept.
 template <int P>
 struct Best {
   float error;
@@ -222,8 +240,10 @@ struct Best {
   uint seed() const { return uint(word) & 0xFFFF; }
 };
 
+// State n of a stream, minus 32768.
 inline int state_of(ulong word, int n) { return int(uint(word >> n) & 0xFFFF) - 32768; }
 
+// The least-squares coefficients of a block for the seed of `word`; false where its Gram matrix is almost singular.
 template <int C, int P>
 inline bool solve(thread const Problem<C>& block, ulong word, thread Fit<P>& fit) {
   float G[P][P] = {}, N[P][P], b[P] = {};
@@ -249,18 +269,19 @@ inline bool solve(thread const Problem<C>& block, ulong word, thread Fit<P>& fit
     for (int j = i + 1; j < P; j++) fit.t[i] = fma(-fit.L[j][i], fit.t[j], fit.t[i]);
   }
 #pragma unroll
-  for (int i = 0; i < P; i++) fit.t[i] = fma(-1.0f / 32768.0f, fit.t[i], fit.t[i]);  // of states / 32767
+  for (int i = 0; i < P; i++) fit.t[i] = fma(-1.0f / 32768.0f, fit.t[i], fit.t[i]);  // blocks decode with / 32767
   return true;
 }
 
-// Tries the coefficients p, p - 1, … 0 around t / 2^exponent; `cost` is what the later ones contribute.
+// Tries integers for the coefficients p, p - 1, … 0, at most `reach` away from the rounded t / 2^exponent, and keeps
+// the best combination. `cost` is the contribution of the coefficients after p, which are already chosen.
 template <int P, int p>
 struct Choose {
   static inline void run(thread const Fit<P>& fit, int exponent, int reach, float cost, thread int* q,
                          thread float* misses, thread Rounded<P>& best) {
     float unit = power_of_two(exponent);
     int middle = int(clamp(rint(fit.t[p] * power_of_two(-exponent)), -8.0f, 7.0f));
-    for (int step = 0; step <= 2 * reach; step++) {  // 0, -1, +1
+    for (int step = 0; step <= 2 * reach; step++) {  // offsets 0, -1, +1
       q[p] = middle + (step + 1) / 2 * (step % 2 != 0 ? -1 : 1);
       if (q[p] < -8 || q[p] > 7) continue;
       misses[p] = fma(float(q[p]), unit, -fit.t[p]);
@@ -283,7 +304,7 @@ struct Choose<P, -1> {
   }
 };
 
-// sum_p q[p] (V[c][p] - 32768)
+// isum[c] = sum_p q[p] (V[c][p] - 32768).
 template <int P>
 inline float column_sum(ulong word, int c, thread const int* q) {
   int sum = 0;
@@ -292,7 +313,7 @@ inline float column_sum(ulong word, int c, thread const int* q) {
   return float(sum);
 }
 
-// What the error is of the block that these coefficients decode to.
+// The error of the block that the seed of `word` and these coefficients decode to.
 template <int C, int P>
 inline float error_of(thread const Problem<C>& block, ulong word, thread const Rounded<P>& rounded) {
   float scale = power_of_two(rounded.exponent) * (1.0f / 32767.0f), error = 0;
@@ -305,7 +326,7 @@ inline float error_of(thread const Problem<C>& block, ulong word, thread const R
   return error;
 }
 
-// Keeps the seed that `word` begins with if it is better.
+// Evaluates the seed of `word` with rounded coefficients, and keeps it in `best` if it is better.
 template <int C, int P>
 inline void evaluate(thread const Problem<C>& block, ulong word, thread Best<P>& best) {
   Fit<P> fit;
@@ -327,7 +348,8 @@ inline void evaluate(thread const Problem<C>& block, ulong word, thread Best<P>&
 
 // ---- Choice ------------------------------------------------------------------------------------------------------
 
-// What a simdgroup holds of its block while it searches.
+// The search for the best seed of one block, by one simdgroup. `pending` are places of seeds that wait for evaluation,
+// until there is one for each lane.
 template <int C, int P, typename Words, typename States, typename Table>
 struct Search {
   Words words;
@@ -336,10 +358,11 @@ struct Search {
   threadgroup uint* pending;
   uint lane;
   Problem<C> block;
-  Best<P> best;  // of the lane
-  float least;   // seeds of no more energy are no better than the best
-  uint count;    // of pending
+  Best<P> best;  // the best encoding that this lane has found
+  float least;   // a seed with this energy or less cannot be better than the best one of the simdgroup
+  uint count;    // number of pending seeds
 
+  // The energy of the seed at place `index`.
   float energy(uint index) const {
     float b[P];
 #pragma unroll
@@ -351,9 +374,10 @@ struct Search {
     return energy_of<P>(table + index, table_width, b);
   }
 
+  // Sets `least` after the best encoding of a lane has changed.
   void update() { least = (1 - slack) * block.norm - simd_min(best.error); }
 
-  // The better of a lane's two seeds of a class.
+  // Evaluates a first seed in each lane: the one with more energy of the lane's two seeds of the class.
   void begin(uint of_class) {
     uint index = of_class * class_size + lane;
     if (energy(index + 32) > energy(index)) index += 32;
@@ -361,6 +385,7 @@ struct Search {
     update();
   }
 
+  // Adds the seeds of a class that can be better than the best one to `pending`.
   void visit(uint of_class) {
     for (uint half_class = 0; half_class < 64; half_class += 32) {
       uint index = of_class * class_size + half_class + lane;
@@ -372,6 +397,7 @@ struct Search {
     if (count >= 32) evaluate_pending();
   }
 
+  // Evaluates all pending seeds.
   void evaluate_pending() {
     simdgroup_barrier(mem_flags::mem_threadgroup);
     for (uint i = lane; i < count; i += 32) evaluate<C, P>(block, words[pending[i]], best);
@@ -380,6 +406,8 @@ struct Search {
     update();
   }
 
+  // Searches all seeds. `maxima` are the largest energies of this block in the classes. The class with the largest of
+  // them comes first, because a good first seed excludes most of the others.
   void run(const device float* maxima) {
     float most = -1;
     uint of_class = 0;
@@ -395,6 +423,7 @@ struct Search {
   }
 };
 
+// The scaled block number `block`.
 template <int C, typename Scaled, typename Metric>
 inline Problem<C> load_problem(Scaled scaled, Metric metric, int base, bool refine, uint block) {
   Problem<C> problem;
@@ -412,7 +441,7 @@ inline Problem<C> load_problem(Scaled scaled, Metric metric, int base, bool refi
   return problem;
 }
 
-// What is stored of a block, and the C weights that it stands for.
+// Writes the stored values of a block, and the C weights that it decodes to.
 template <int C, int P>
 inline void write_block(thread const Best<P>& best, int base, int bias, uint block, device uint16_t* seeds,
                         device int8_t* coefficients, device uint8_t* codes, device float* decoded) {
@@ -427,7 +456,8 @@ inline void write_block(thread const Best<P>& best, int base, int bias, uint blo
   for (int c = 0; c < C; c++) decoded[block * C + c] = column_sum<P>(best.word, c, q) * scale;
 }
 
-// A block, by one simdgroup; `maxima` are what `scan` found. A base that no exponent fits leaves zeros.
+// Searches one block with one simdgroup and writes its best encoding. `maxima` is the result of `scan`. A block becomes
+// zeros where no exponent from `base` to `base` + 15 can be used for it.
 template <int C, int P, typename Words, typename States, typename Table, typename Scaled, typename Metric>
 inline void choose(Words words, States states, Table table, Scaled scaled, Metric metric, int base, int bias, bool refine,
                    const device float* maxima, uint block, uint lane, threadgroup uint* pending, device uint16_t* seeds,

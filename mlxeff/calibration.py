@@ -39,12 +39,15 @@ def read_text(path: str | Path | None) -> tuple[str, str]:
     return text, f"{name} (sha256 {hashlib.sha256(raw).hexdigest()[:12]})"
 
 
-def windows(text: str, tokenizer: Tokenizer, tokens: int, origin: str) -> np.ndarray:
+def windows(text: str, tokenizer: Tokenizer, tokens: int, origin: str, rows: int = 1 << 31) -> np.ndarray:
     """Token ids (W, T): W · T ≤ `tokens`, in windows that are spread evenly over the text.
 
-    `origin` begins the messages. Raises MlxeffError for a text that is shorter than one window.
+    `origin` begins the messages. Raises MlxeffError for a text that is shorter than one window, and for one with a
+    token that has no row among the `rows` of the model's embedding table.
     """
     ids = np.array(tokenizer.encode(text, add_special_tokens=False), np.int32)
+    if len(ids) and ids.max() >= rows:  # MLX would read memory outside of the table
+        raise MlxeffError(f"{origin}: calibration text: wanted token ids below {rows}, got {ids.max()}")
     length = min(WINDOW, tokens)
     count, most = max(1, tokens // length), len(ids) // length
     if most == 0:

@@ -18,8 +18,14 @@ class MlxeffError(ValueError):
     """Bad input, or a situation that the user can correct; `str(error)` is the line to show."""
 
 
+def one_line(text: str, limit: int = 300) -> str:
+    """`text` on one line of at most `limit` characters: of a longer one the beginning and the end are kept."""
+    line = " ".join(text.split())
+    return line if len(line) <= limit else f"{line[: limit * 2 // 3]}…{line[-(limit // 3 - 1) :]}"
+
+
 def some(names: Iterable[str]) -> str:
-    """The first of them, for a message."""
+    """The first four names, joined by commas, for a message; "…" stands for the others."""
     names = list(names)
     return ", ".join(names[:4]) + (", …" if len(names) > 4 else "")
 

@@ -118,7 +118,7 @@ def stream_generate(
     if options is not EXACT:
         model.check(options)
     ids = prompt_ids(tokenizer, prompt)
-    _check_ids(ids, model.vocab_size)
+    _check_ids(ids, model.vocab_size, tokenizer)
     cache = _one_cache(model, prompt_cache) if prompt_cache is not None else model.new_cache(options.kv)
     if options.kv not in (None, cache.kind):
         raise MlxeffError(f"prompt_cache: wanted a KV cache of the kind {options.kv}, got one of {cache.kind}")
@@ -226,11 +226,16 @@ def prompt_ids(tokenizer: Tokenizer, prompt: str | mx.array | list[int]) -> list
     return ids
 
 
-def _check_ids(ids: list[int], rows: int | None) -> None:
+def _check_ids(ids: list[int], rows: int | None, tokenizer: Tokenizer) -> None:
     """Raises MlxeffError for ids without a row in the embedding table, which has `rows` rows (None: unknown). MLX would
-    read memory outside of the table."""
+    read memory outside of the table. Some tokenizers have tokens that their model lacks."""
     for token in ids:
         if not isinstance(token, int) or not 0 <= token < (rows or 1 << 31):
+            if isinstance(token, int) and 0 <= token < tokenizer.vocab_size:
+                name = tokenizer.decode([token])
+                raise MlxeffError(
+                    f"prompt: the model has no token {name!r:.60}: its id is {token}, wanted one below {rows}"
+                )
             raise MlxeffError(f"prompt: wanted token ids from 0 to {(rows or 1 << 31) - 1}, got {token!r:.60}")
 
 

@@ -20,15 +20,15 @@ def quantized_matrix(module: nn.Module) -> ops.Quantized:
 
 
 def is_matrix(module: nn.Module) -> bool:
-    """Whether it holds one matrix, as a linear layer does: dense, quantised or seed-encoded."""
+    """Whether a module has one matrix, as a linear layer has: dense, quantised or seed-encoded."""
     return isinstance(module, (nn.Linear, nn.QuantizedLinear)) or hasattr(module, "to_dense")
 
 
 def dense(module: nn.Module) -> mx.array:
     """The matrix (N, K) of a linear layer or an embedding in float32, decoded where it is quantised or seed-encoded.
 
-    Affine scales and biases of half precision are widened first, so that no product is rounded to their type: the
-    native kernels multiply by the same numbers.
+    Affine scales and biases in half precision are widened to float32 before they are multiplied, so that the weights
+    are the ones that the native kernels multiply by.
     """
     if hasattr(module, "to_dense"):
         return module.dense(mx.float32)
@@ -56,7 +56,9 @@ class Linear(nn.Linear):
     def __call__(self, x: mx.array) -> mx.array:
         return ops.linear(x, self["weight"], self.get("bias"))
 
-    def to_quantized(self, group_size=None, bits=None, mode="affine", quantize_input=False) -> nn.Module:
+    def to_quantized(
+        self, group_size: int | None = None, bits: int | None = None, mode: str = "affine", quantize_input: bool = False
+    ) -> nn.Module:
         """The layer with its weight quantised, as in MLX. With `quantize_input` it is MLX's own class, which quantises
         the activations too."""
         if quantize_input:
@@ -90,7 +92,9 @@ class Embedding(nn.Embedding):
         """Hidden states (…, dims) → logits (…, rows)."""
         return ops.linear(x, self["weight"])
 
-    def to_quantized(self, group_size=None, bits=None, mode="affine", quantize_input=False) -> nn.Module:
+    def to_quantized(
+        self, group_size: int | None = None, bits: int | None = None, mode: str = "affine", quantize_input: bool = False
+    ) -> nn.Module:
         """The embedding with its table quantised, as in MLX."""
         if quantize_input:
             return super().to_quantized(group_size, bits, mode, quantize_input)  # raises: MLX has no such embedding

@@ -27,8 +27,8 @@ from . import kernels
 
 FLOATS = (mx.float32, mx.float16, mx.bfloat16)
 BITS, GROUPS = (2, 3, 4, 5, 6, 8), (32, 64, 128)  # bits and group sizes of affine quantisation
-CHOSEN_GROUPS = (64, 32)  # of these, where no group size is asked for: the first one that fits
-COMPUTE = ("exact", "bf16", "int8")  # arithmetic of the native products (models/fused.py)
+CHOSEN_GROUPS = (64, 32)  # group sizes to choose from where none is asked for: the first one that fits
+COMPUTE = ("exact", "bf16", "int8")  # arithmetic of the matrix products in the native kernels (models/native.py)
 ACCELERATE = sys.platform == "darwin"  # on macOS, MLX multiplies float32 matrices with Apple's BLAS (matrix units)
 SMALLEST_TABLE = 256  # positions in a table of rotary angles; larger tables have a power of two of them
 
@@ -110,8 +110,8 @@ class Quantized:
 
 
 def fitting_group(*columns: int) -> int | None:
-    """The group size for matrices with these numbers of columns, where none is asked for: the first of CHOSEN_GROUPS
-    that divides them all, or None."""
+    """The group size for matrices with these numbers of columns where the user asks for none: the first of
+    CHOSEN_GROUPS that divides all of them; None where no one does."""
     return next((size for size in CHOSEN_GROUPS if not any(count % size for count in columns)), None)
 
 

@@ -56,7 +56,7 @@ class Tally(Counter):
     """`Ran` → number of tokens that it computed."""
 
     def since(self, before: "Tally") -> "Tally":
-        """The tokens that were counted after `before`, an earlier copy of this tally, was made."""
+        """The tokens counted since `before`, an earlier copy of this tally."""
         return Tally({ran: count - before[ran] for ran, count in self.items() if count > before[ran]})
 
     def report(self) -> dict:

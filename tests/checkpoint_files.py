@@ -14,6 +14,16 @@ import gguf
 import mlx.core as mx
 import numpy as np
 
+PEAK = """
+import resource, sys
+def peak():
+    # Linux carries ru_maxrss over from the process that forked this one; VmHWM is this program's own.
+    if sys.platform == "darwin":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    status = dict(line.split(":", 1) for line in open("/proc/self/status"))
+    return int(status["VmHWM"].split()[0]) * 1024
+"""  # begins a program of its own: the bytes of memory that it held at most
+
 STORAGES = {"float32": "FloatStorage", "float16": "HalfStorage", "uint16": "BFloat16Storage", "int64": "LongStorage"}
 STORAGES |= {"float64": "DoubleStorage", "bool": "BoolStorage", "uint8": "ByteStorage", "int32": "IntStorage"}
 

@@ -74,3 +74,97 @@ def tiny_folder(tmp_path_factory):
     from tiny_model import write_tiny_model
 
     return write_tiny_model(tmp_path_factory.mktemp("models") / "tiny-llama")
+
+
+@pytest.fixture(scope="session")
+def prose():
+    """Some thousand lines of English and Python code that every Python has."""
+    topics = pytest.importorskip("pydoc_data.topics").topics
+    return [line for topic in sorted(topics) for line in topics[topic].splitlines() if line.strip()]
+
+
+@pytest.fixture(scope="session")
+def metadata():
+    """Tokenizer metadata of the built-in GGUF file."""
+    from mlxeff import hub
+    from mlxeff.checkpoint import open_source
+
+    return dict(open_source(hub.resolve(hub.DEFAULT_MODEL)).metadata)
+
+
+@pytest.fixture(scope="session")
+def smollm2(metadata):
+    from mlxeff.tokenizer import from_gguf
+
+    return from_gguf(metadata, "smollm2.gguf")
+
+
+@pytest.fixture(scope="session")
+def proto(prose):
+    """A SentencePiece model of 1000 tokens."""
+    from tokenizer_files import train_sentencepiece
+
+    return train_sentencepiece(prose[:3000])
+
+
+@pytest.fixture(scope="session")
+def reference(proto):
+    import sentencepiece
+
+    return sentencepiece.SentencePieceProcessor(model_proto=proto)
+
+
+@pytest.fixture
+def llama2_folder(tmp_path, proto):
+    (tmp_path / "tokenizer.model").write_bytes(proto)
+    return tmp_path
+
+
+@pytest.fixture
+def spm_metadata(reference):
+    """The same vocabulary in GGUF's form."""
+    from tokenizer_files import piece_type
+
+    ids = range(reference.get_piece_size())
+    return {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": [reference.id_to_piece(i) for i in ids],
+        "tokenizer.ggml.scores": [reference.get_score(i) for i in ids],
+        "tokenizer.ggml.token_type": [piece_type(reference, i) for i in ids],
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 2,
+        "tokenizer.ggml.unknown_token_id": 0,
+    }
+
+
+@pytest.fixture
+def small_metadata():
+    """A byte-level BPE of 280 tokens in GGUF's form."""
+    import json
+
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    library = Tokenizer(models.BPE())
+    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=280, special_tokens=["<s>", "<|im_end|>"], initial_alphabet=alphabet)
+    library.train_from_iterator(["the cat sat on the mat", "the dog and the log", "été 🤖"] * 20, trainer)
+    model = json.loads(library.to_str())["model"]
+    tokens = sorted(model["vocab"], key=model["vocab"].get)
+    return {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "gpt-2",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": [3, 3] + [1] * (len(tokens) - 2),
+        "tokenizer.ggml.merges": [" ".join(merge) for merge in model["merges"]],
+        "tokenizer.ggml.bos_token_id": 0,
+        "tokenizer.ggml.eos_token_id": 1,
+    }
+
+
+@pytest.fixture
+def json_folder(tmp_path, small_metadata):
+    from mlxeff.tokenizer import from_gguf
+
+    from_gguf(small_metadata, "x").save(tmp_path)
+    return tmp_path

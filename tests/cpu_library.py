@@ -4,6 +4,7 @@ They are those of the installed extension, or of the library that MLXEFF_CPU_LIB
 neither the package nor MLX is imported). Their types are read from the header.
 """
 
+import copy
 import ctypes
 import os
 import re
@@ -78,7 +79,7 @@ def set_threads(n):
 class QuantizedWeight(ctypes.Structure):
     _pointer, _long, _int = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     _fields_ = [("packed", _pointer), ("scales", _pointer), ("biases", _pointer), ("N", _long), ("K", _long),
-                ("bits", _int), ("group", _int), ("scale_dtype", _int)]  # fmt: skip
+                ("ld", _long), ("bits", _int), ("group", _int), ("scale_dtype", _int)]  # fmt: skip
 
 
 def cast(values, dtype):
@@ -129,10 +130,30 @@ class Quantized:
         self.packed = pack(self.q, bits)
         self.scales = cast(scale, scale_dtype)
         self.biases = cast(-scale * (1 << bits) / 2 * rng.uniform(0.8, 1.2, scale.shape), scale_dtype)
-        self.c = QuantizedWeight(
-            address(self.packed), address(self.scales), address(self.biases), n, k, bits, group, scale_dtype
-        )
-        self.group = group
+        self.bits, self.group, self.scale_dtype = bits, group, scale_dtype
+        self._bind(0, k)
+
+    def _bind(self, begin, count):
+        """The ctypes form of the columns [begin, begin + count) of the arrays."""
+        (n, words), word, group = self.packed.shape, begin * self.bits // 32, begin // self.group
+        first = self.packed[:, word:], self.scales[:, group:], self.biases[:, group:]
+        columns = words * 32 // self.bits
+        self.c = QuantizedWeight(*map(address, first), n, count, columns, self.bits, self.group, self.scale_dtype)
+
+    def columns(self, begin, count):
+        """The columns [begin, begin + count), as a matrix of their own and in place, amid columns that are poisoned."""
+        words = slice(begin * self.bits // 32, (begin + count) * self.bits // 32)
+        groups = slice(begin // self.group, (begin + count) // self.group)
+        own, part = copy.copy(self), copy.copy(self)
+        own.q = self.q[:, begin : begin + count]
+        part.packed = np.full_like(self.packed, 0xFFFFFFFF)
+        part.scales, part.biases = (empty(a.shape, self.scale_dtype) for a in (self.scales, self.biases))
+        for name, where in (("packed", words), ("scales", groups), ("biases", groups)):
+            setattr(own, name, np.ascontiguousarray(getattr(self, name)[:, where]))
+            getattr(part, name)[:, where] = getattr(own, name)
+        own._bind(0, count)
+        part._bind(begin, count)
+        return own, part
 
     def scale_bias(self):
         return (np.repeat(widen(a), self.group, axis=1) for a in (self.scales, self.biases))
@@ -142,16 +163,16 @@ class Quantized:
         return self.q * scale + bias
 
 
-def qmm(weight, x, y_dtype, mode=EXACT):
-    y = empty((x.shape[0], weight.c.N), y_dtype)
-    call("mlxeff_qmm", ctypes.byref(weight.c), *operand(x), *operand(y), x.shape[0], mode)
+def qmm(weight, x, y_dtype, mode=EXACT, added_to=None):
+    y = empty((x.shape[0], weight.c.N), y_dtype) if added_to is None else added_to.copy()
+    call("mlxeff_qmm", ctypes.byref(weight.c), *operand(x), *operand(y), x.shape[0], mode, added_to is not None)
     return y
 
 
-def matmul(name, a, b, out_shape, sizes, out_dtype=F32, mode=EXACT):
+def matmul(name, a, b, out_shape, sizes, out_dtype=F32, mode=EXACT, added_to=None):
     """`name` is matmul, matmul_dx or matmul_dw; sizes = (M, N, K)."""
-    out = empty(out_shape, out_dtype)
-    call(f"mlxeff_{name}", *operand(a), *operand(b), *operand(out), *sizes, mode)
+    out = empty(out_shape, out_dtype) if added_to is None else added_to.copy()
+    call(f"mlxeff_{name}", *operand(a), *operand(b), *operand(out), *sizes, mode, added_to is not None)
     return out
 
 

@@ -13,12 +13,12 @@ _pointer, _long, _int = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 
 class SeedWeight(ctypes.Structure):
     _fields_ = [("seeds", _pointer), ("coefficients", _pointer), ("exponents", _pointer), ("N", _long), ("K", _long),
-                ("columns", _int), ("states", _int), ("exponent_bias", _int)]  # fmt: skip
+                ("ld", _long), ("columns", _int), ("states", _int), ("exponent_bias", _int)]  # fmt: skip
 
 
 _weight = ctypes.POINTER(SeedWeight)
 _operand = [_pointer, _long, _int]
-lib.mlxeff_seedlm_matmul.argtypes = [_weight, *_operand, *_operand, _long, _int]
+lib.mlxeff_seedlm_matmul.argtypes = [_weight, *_operand, *_operand, _long, _int, _int]
 lib.mlxeff_seedlm_rows.argtypes = [_weight, _pointer, _long, _pointer, _long, _int]
 lib.mlxeff_seedlm_decode.argtypes = [_weight, _pointer, _long, _int]
 
@@ -43,24 +43,41 @@ class Seeded:
         self.arrays = codec.pack(self.format, blocks)
         first = self.arrays["seeds" if self.format.planar else "blocks"]
         others = [address(self.arrays[n]) if self.format.planar else None for n in ("coefficients", "exponents")]
-        self.c = SeedWeight(
-            address(first), *others, self.rows, cols, self.format.columns, self.format.states, blocks.exponent_bias
-        )
+        arrays, layout = (address(first), *others), (self.format.columns, self.format.states, blocks.exponent_bias)
+        self.c = SeedWeight(*arrays, self.rows, cols, cols, *layout)
 
     @classmethod
     def random(cls, name, rng, rows, cols, bias=-7):
         return cls(name, random_blocks(FORMATS[name], rng, rows, cols, bias), cols)
+
+    def columns(self, begin, count):
+        """The columns [begin, begin + count), as a matrix of their own and in place, amid blocks that are poisoned.
+
+        `begin` is at an even block."""
+        fmt, blocks, first = self.format, self.blocks, begin // self.format.columns
+        own = [a[:, first : first + fmt.blocks(count)] for a in (blocks.seeds, blocks.coefficients, blocks.codes)]
+        seeds, coefficients, codes = blocks.seeds.copy(), blocks.coefficients.copy(), blocks.codes.copy()
+        around = np.ones(seeds.shape[1], bool)
+        around[first : first - (-count // fmt.columns)] = False
+        seeds[:, around], coefficients[:, around], codes[:, around] = 0xFFFF, -1, 15
+        part = Seeded(fmt.name, codec.Blocks(seeds, coefficients, codes, blocks.exponent_bias), self.cols)
+        part.cols = part.c.K = count
+        part.c.seeds += first * (2 if fmt.planar else 4)
+        if fmt.planar:
+            part.c.coefficients += first * 2
+            part.c.exponents += first // 2
+        return Seeded(fmt.name, codec.Blocks(*own, blocks.exponent_bias), count), part
 
     def dense(self):
         """float32 (rows, cols), by the NumPy reference."""
         return codec.decode(self.format, self.blocks, self.cols)
 
 
-def matmul(weight, x, y_dtype=F32, mode=EXACT):
-    y = empty((x.shape[0], weight.rows), y_dtype)
+def matmul(weight, x, y_dtype=F32, mode=EXACT, added_to=None):
+    y = empty((x.shape[0], weight.rows), y_dtype) if added_to is None else added_to.copy()
     code = lib.mlxeff_seedlm_matmul(
         ctypes.byref(weight.c), address(x), x.strides[0] // x.itemsize, dtype_of(x), address(y), y.shape[1], y_dtype,
-        x.shape[0], mode)  # fmt: skip
+        x.shape[0], mode, added_to is not None)  # fmt: skip
     assert code == OK, lib.mlxeff_error_string(code)
     return y
 

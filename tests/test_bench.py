@@ -1,5 +1,6 @@
 """`mlxeff bench ttft`: real processes on tiny models; the file of samples, what is left out, what is computed."""
 
+import argparse
 import json
 from statistics import median
 
@@ -11,7 +12,9 @@ from helpers import assert_close
 from mlxeff.assembly.model import build_model, load_path
 from mlxeff.assembly.pair import load_pair
 from mlxeff.bench import arms, kvp_paper, report, ttft
-from mlxeff.bench.samples import Samples
+from mlxeff.bench.samples import Samples, median_of
+from mlxeff.bench.selection import condition, selected
+from mlxeff.bench.tables import table
 from mlxeff.decode import Setup, prefill
 from mlxeff.errors import MlxeffError
 from mlxeff.kvprediction import predict
@@ -20,7 +23,7 @@ from mlxeff.kvprediction.predict import SINKS
 from mlxeff.models.openelm import multipliers, published_config
 from mlxeff.ops import native_for
 from test_cli import fails, mlxeff
-from tiny_model import random_model, write_byte_tokenizer, write_tiny_model
+from tiny_model import write_random_model, write_tiny_model
 
 KEYS = {"device", "batch", "tokens", "arm", "round", "ttft_s", "step_s", "load_average"}
 
@@ -54,12 +57,7 @@ def checkpoints(tmp_path_factory):
     place = tmp_path_factory.mktemp("openelm")
     found = []
     for size, layers in (("270M", 2), ("450M", 3), ("1_1B", 4), ("3B", 8)):
-        config, path = openelm(size, layers), place / size
-        path.mkdir()
-        (path / "config.json").write_text(json.dumps(config))
-        weights = dict(tree_flatten(random_model(config).parameters()))
-        mx.save_safetensors(str(path / "model.safetensors"), weights, {"format": "mlx"})
-        write_byte_tokenizer(path)
+        path = write_random_model(place / size, openelm(size, layers))
         found += ["--checkpoint", f"{size.replace('_', '.')}={path}"]
     return found
 
@@ -194,10 +192,31 @@ def test_flops_count_what_each_model_reads(folder, pair):
 
 def test_filters():
     fields = {"arm": "OE1.1B-KVP-LP-0.50", "device": "cpu", "batch": 64, "tokens": 59}
-    assert ttft.selected(fields, [])
-    assert ttft.selected(fields, ["arm=KVP", "batch=1", "batch=64"])
-    assert not ttft.selected(fields, ["batch=6"])
-    assert not ttft.selected(fields, ["arm=KVP", "tokens=64"])
+    assert selected(fields, [])
+    assert selected(fields, ["arm=KVP", "batch=1", "batch=64"])
+    assert not selected(fields, ["batch=6"])
+    assert not selected(fields, ["arm=KVP", "tokens=64"])
+
+
+def test_a_condition_names_a_key_and_a_value():
+    checked = condition(ttft.FILTERS)
+    assert checked("arm=a=b") == "arm=a=b"
+    for text in ("round=1", "arm", "arm=", "=1"):
+        with pytest.raises(argparse.ArgumentTypeError, match="wanted KEY=VALUE with a KEY of arm, device, batch"):
+            checked(text)
+
+
+def test_a_median_is_of_all_values_of_the_samples_with_these_fields():
+    samples = [{"a": 1, "b": 1, "s": [1, 9]}, {"a": 1, "b": 2, "s": 2}, {"a": 2, "s": 7}, {"a": 1, "error": "none"}]
+    assert median_of(samples, "s", a=1) == 2
+    assert median_of(samples, "s", a=1, b=1) == 5
+    assert median_of(samples, "s", a=3) is None
+    assert median_of(samples, "t") is None
+
+
+def test_a_table_has_rows():
+    assert table(["a", "b"], [["1", "2"]]) == "| a | b |\n| --- | --- |\n| 1 | 2 |"
+    assert table(["a", "b"], []) == ""
 
 
 def test_medians_and_spread():
@@ -216,6 +235,17 @@ def test_samples_refuse_what_they_do_not_know(tmp_path):
         Samples(path, {"a": 1}, ["k"])
     with pytest.raises(MlxeffError, match="cannot be written"):
         Samples(tmp_path / "none" / "s", {"a": 1}, ["k"])
+
+
+def test_samples_that_are_not_held_are_measured_again(tmp_path):
+    path = tmp_path / "s.jsonl"
+    for value in (1, 2):
+        Samples(path, {"a": 1}, ["k"]).add({"k": value, "good": value == 2})
+    again = Samples(path, {"a": 1}, ["k"], lambda sample: sample["good"])
+    assert again.done() == {(2,)}
+    assert len(path.read_text().splitlines()) == 2
+    with pytest.raises(MlxeffError, match=r"\(a differ\): begin anew"):
+        Samples(path, {"a": 2}, ["k"], remedy="begin anew")
 
 
 @pytest.mark.parametrize(

@@ -185,3 +185,10 @@ def test_a_text_has_the_name_and_the_hash_of_its_file(tmp_path):
         calibration.read_text(tmp_path / "some.txt")
     with pytest.raises(MlxeffError, match=r"none\.txt: cannot be read: No such file"):
         calibration.read_text(str(tmp_path / "none.txt"))
+
+
+def test_a_text_with_a_token_that_the_model_has_no_row_for():
+    """A tokenizer may have more tokens than its model."""
+    assert calibration.windows("a" * 600, Bytes(), 512, "here", 98).shape == (2, 256)
+    with pytest.raises(MlxeffError, match="here: calibration text: wanted token ids below 97, got 97"):
+        calibration.windows("a" * 600, Bytes(), 512, "here", 97)

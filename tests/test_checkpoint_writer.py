@@ -13,6 +13,7 @@ from collections import namedtuple
 import mlx.core as mx
 import pytest
 
+import checkpoint_files as files
 from mlxeff import MlxeffError
 from mlxeff.checkpoint import Piece, open_source, plan_shards, write_folder
 
@@ -143,15 +144,8 @@ def test_killed_process(tmp_path, arrays, left_behind):
 
 
 MEMORY = """
-import resource, sys
 import mlx.core as mx, numpy as np, gguf, safetensors
 from mlxeff.checkpoint import Piece, open_source, write_folder
-def peak():
-    # Linux carries ru_maxrss over from the process that forked this one; VmHWM is this program's own.
-    if sys.platform == "darwin":
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    status = dict(line.split(":", 1) for line in open("/proc/self/status"))
-    return int(status["VmHWM"].split()[0]) * 1024
 source = open_source(sys.argv[1])
 def pack(tensor):
     return list(mx.quantize(tensor.read().astype(mx.float32), 32, 8))
@@ -171,8 +165,6 @@ def test_peak_memory(tmp_path, form):
     """Below 1.3 times the largest source shard, here with 8 tensors a shard, read, cast and quantised."""
     import numpy as np
 
-    import checkpoint_files as files
-
     names = [f"{i}.weight" for i in range(8)]
     data = {name: np.full((1024, 2048), i, np.float16) for i, name in enumerate(names)}
     for shard in (1, 2):
@@ -184,5 +176,5 @@ def test_peak_memory(tmp_path, form):
             path = tmp_path / f"model-0000{shard}-of-00002.safetensors"
             mx.save_safetensors(str(path), {name: mx.array(value) for name, value in part.items()})
     shard_bytes = sum(value.nbytes for value in data.values())
-    peak = int(run(MEMORY, tmp_path, tmp_path / "out").stdout)
+    peak = int(run(files.PEAK + MEMORY, tmp_path, tmp_path / "out").stdout)
     assert 0 < peak < 1.3 * shard_bytes, f"{peak / shard_bytes:.2f} times the largest shard"

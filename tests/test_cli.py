@@ -112,6 +112,24 @@ def test_template_system_and_raw(tiny_folder):
     assert system["prompt_token_ids"][-5:] == plain["prompt_token_ids"]
 
 
+def test_control_tokens_in_messages_are_text(tiny_folder, tmp_path):
+    """From the argument, a file and the system message, and in a conversation; two options have the old way."""
+    (tmp_path / "prompt.txt").write_text("a<|end|>b")
+    for arguments in (["a<|end|>b"], ["--file", tmp_path / "prompt.txt"], ["b", "--system", "a<|end|>"]):
+        ids = document(tiny_folder, *arguments, "--max-tokens", 1)["prompt_token_ids"]
+        old = document(tiny_folder, *arguments, "--max-tokens", 1, "--special-in-text")["prompt_token_ids"]
+        turns = 2 if "--system" in arguments else 1
+        assert (ids.count(257), old.count(257)) == (turns, turns + 1)
+        assert len(ids) == len(old) + len("<|end|>") - 1
+    assert 257 in document(tiny_folder, "a<|end|>b", "--raw", "--max-tokens", 1)["prompt_token_ids"]
+    tokens = []
+    for options in ([], ["--special-in-text"]):
+        end = [*options, "--max-tokens", 1, "--quiet"]
+        output = mlxeff("chat", "--model", tiny_folder, *end, stdin=b"a<|end|>b\n/stats\n")[0]
+        tokens.append(int(re.search(r"prompt (\d+) tokens", output)[1]))
+    assert tokens[0] == tokens[1] + len("<|end|>") - 1
+
+
 def test_timings_on_stderr_and_quiet(tiny_folder):
     out, err = generate(tiny_folder, "Hello")
     assert TIMINGS.fullmatch(err.splitlines()[0]), err
@@ -259,7 +277,7 @@ DAMAGED = {
     "architecture": (
         lambda d: edit_json(d / "config.json", model_type="novel"), r"unsupported architecture 'novel'"
     ),
-    "vocabulary": (lambda d: fewer_rows(d, 256), r"the tokenizer has 261 tokens, the model 256 rows"),
+    "vocabulary": (lambda d: fewer_rows(d, 256), r"prompt: the model has no token '<\|user\|>': its id is 258"),
     "no tokenizer": (lambda d: (d / "tokenizer.json").unlink(), r"no tokenizer found; looked for"),
     "config": (lambda d: (d / "config.json").write_text("{"), r"config.json: not valid JSON"),
 }  # fmt: skip

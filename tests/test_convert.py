@@ -24,9 +24,10 @@ from mlxeff.convert.openelm import config_from_shapes
 
 import checkpoint_files as files
 from mlxeff import MlxeffError
-from mlxeff.assembly.model import build_model
+from mlxeff.assembly.model import build_model, load_path
 from mlxeff.checkpoint import Source, Tensor, open_source
 from mlxeff.models.openelm import SIZES, published_config
+from tiny_model import write_tiny_model
 
 TOKENS = mx.array([[1, 5, 9, 100, 31]])
 LLAMA = {
@@ -257,8 +258,8 @@ def test_quantised_folder_passes_through(tmp_path, rng, caplog):
         convert(tmp_path / "q", tmp_path / "no", quantize=(4, 32))
 
 
-def gguf_file(path, rng, kind):
-    """The Llama of LLAMA as a GGUF file, its q and k rows in llama.cpp's order."""
+def gguf_file(path, rng, kind, metadata=None):
+    """The Llama of LLAMA as a GGUF file, its q and k rows in llama.cpp's order, with further metadata."""
     state, names = (
         llama_state(rng),
         {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"},
@@ -275,7 +276,9 @@ def gguf_file(path, rng, kind):
         tensors[names[name.removesuffix(".weight")] + ".weight"] = (value, kind if value.ndim == 2 else "F32")
     keys = {"block_count": 2, "context_length": 256, "embedding_length": 64, "feed_forward_length": 96}
     keys |= {"attention.head_count": 4, "attention.head_count_kv": 2, "attention.layer_norm_rms_epsilon": 1e-5}
-    return files.write_gguf(path, "llama", {f"llama.{k}": v for k, v in keys.items()}, tensors), state
+    return files.write_gguf(
+        path, "llama", {f"llama.{k}": v for k, v in keys.items()} | (metadata or {}), tensors
+    ), state
 
 
 def test_gguf_of_full_precision(tmp_path, rng, caplog):
@@ -300,6 +303,60 @@ def test_gguf_blocks_stay_as_they_are(tmp_path, rng, kind):
     assert config["quantization_config"] == config["quantization"]
 
 
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_gguf_end_tokens_in_stock_mlx_lm(tmp_path, rng, kind):
+    """Those that the file names for the end of a turn or a message, and those that are known by their names only."""
+    from mlx_lm import load as load_with_mlx_lm
+
+    texts = ["<unk>", "<s>", "<eos>", "<turn>", "<message>", "<|im_end|>", "<|im_start|>", "\u2581"]
+    texts += [chr(character) for character in range(0x21, 0x7F)]
+    tokens = [*texts, *(f"x{i}" for i in range(128 - len(texts)))]
+    metadata = {
+        "model": kind,
+        "pre": "gpt-2",
+        "tokens": tokens,
+        "token_type": [2, 3, 3, 4, 3, 1, 4] + [1] * 121,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "eot_token_id": 3,
+        "eom_token_id": 4,
+    }
+    metadata |= {"scores": [0.0] * 128} if kind == "llama" else {"merges": ["x x"]}
+    if kind == "gpt2":
+        metadata["tokens"] = [*tokens[:-1], "xx"]
+    path, _ = gguf_file(tmp_path / "x.gguf", rng, "F32", {f"tokenizer.ggml.{k}": v for k, v in metadata.items()})
+    ends = {2, 3, 4, 5}
+    assert load_path(path).tokenizer.eos_token_ids == ends
+    convert(path, tmp_path / "out")
+    assert json.loads((tmp_path / "out/config.json").read_text())["eos_token_id"] == [2, 3, 4, 5]
+    assert load_path(tmp_path / "out").tokenizer.eos_token_ids == ends
+    theirs = load_with_mlx_lm(str(tmp_path / "out"))[1]
+    assert theirs.eos_token_ids == ends
+    for text in ("a<|im_start|>b<|im_end|>", "<turn>"):
+        want = load_path(path).tokenizer.encode(text)
+        assert load_path(tmp_path / "out").tokenizer.encode(text) == theirs.encode(text) == want
+
+
+def test_end_tokens_and_templates_of_a_folder_are_kept(tmp_path):
+    """Also those of generation_config.json and of additional_chat_templates/, with --tokenizer too."""
+    from mlx_lm import load as load_with_mlx_lm
+
+    source = write_tiny_model(tmp_path / "in", {"eos_token_id": [257, 258]})
+    (source / "generation_config.json").write_text('{"eos_token_id": [259]}')
+    (source / "additional_chat_templates").mkdir()
+    (source / "additional_chat_templates/tool_use.jinja").write_text("T")
+    (source / "chat_template.jinja").write_text("D")
+    messages = [{"role": "user", "content": "x"}]
+    for name, more in (("a", {}), ("b", {"tokenizer": source}), ("c", {"quantize": (4, 32)})):
+        report = convert(source, tmp_path / name, **more)
+        assert "additional_chat_templates/tool_use.jinja" in report.tokenizer
+        ours, theirs = load_path(tmp_path / name).tokenizer, load_with_mlx_lm(str(tmp_path / name))[1]
+        assert ours.eos_token_ids == {257, 258, 259}
+        assert theirs.eos_token_ids == load_with_mlx_lm(str(source))[1].eos_token_ids == {257, 259}
+        text = ours.apply_chat_template(messages, tokenize=False, tools=[{}])
+        assert text == theirs.apply_chat_template(messages, tokenize=False, tools=[{}], chat_template="tool_use") == "T"
+
+
 @pytest.mark.slow
 def test_built_in_gguf_in_stock_mlx_lm(tmp_path, smollm2_gguf):
     """The whole way: GGUF -> folder -> mlx-lm with its own tokenizer -> the right word."""
@@ -309,6 +366,7 @@ def test_built_in_gguf_in_stock_mlx_lm(tmp_path, smollm2_gguf):
     assert report.tokenizer == ["built from the GGUF metadata"]
     assert report.parameters == 134_515_008
     model, tokenizer = load(str(tmp_path / "out"))
+    assert tokenizer.eos_token_ids == load_path(smollm2_gguf).tokenizer.eos_token_ids
     assert generate(model, tokenizer, "The capital of France is", max_tokens=1).strip() == "Paris"
 
 
@@ -422,14 +480,7 @@ def test_disk_full_leaves_nothing(tmp_path, rng, left_behind):
 
 
 MEMORY = """
-import resource, sys
 import mlxeff.convert, gguf, safetensors
-def peak():
-    # Linux carries ru_maxrss over from the process that forked this one; VmHWM is this program's own.
-    if sys.platform == "darwin":
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    status = dict(line.split(":", 1) for line in open("/proc/self/status"))
-    return int(status["VmHWM"].split()[0]) * 1024
 before = peak()
 mlxeff.convert.convert(sys.argv[1], sys.argv[2], dtype="float16")
 print(peak() - before)
@@ -445,6 +496,6 @@ def test_peak_memory(tmp_path, rng):
     (tmp_path / "hf").mkdir()
     (tmp_path / "hf" / "config.json").write_text(json.dumps(config))
     shard = write_torch(tmp_path / "hf" / "pytorch_model.bin", state).stat().st_size
-    command = [sys.executable, "-c", textwrap.dedent(MEMORY), tmp_path / "hf", tmp_path / "out"]
+    command = [sys.executable, "-c", textwrap.dedent(files.PEAK + MEMORY), tmp_path / "hf", tmp_path / "out"]
     peak = int(subprocess.check_output(command, text=True))
     assert 0 < peak < 1.3 * shard, f"{peak / shard:.2f} times the shard"

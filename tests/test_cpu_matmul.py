@@ -16,6 +16,7 @@ from cpu_library import (
     address,
     assert_close,
     cast,
+    empty,
     lib,
     matmul,
     product,
@@ -105,11 +106,42 @@ def test_strided_operands_and_infinities(level):
     assert np.isfinite(np.delete(y, 3, 0)).all()
 
 
+@pytest.mark.parametrize("w_dtype", [F32, F16, BF16])
+def test_columns_of_a_larger_matrix(level, w_dtype):
+    """The same bits as from a copy of the columns; what lies around them is not read."""
+    rng = np.random.default_rng(7)
+    for n, begin, k in ((1, 0, 1), (37, 0, 31), (70, 3, 64), (33, 64, 300)):
+        w = empty((n, 400), w_dtype)
+        w[:, begin : begin + k] = own = cast(rng.standard_normal((n, k)), w_dtype)
+        for m in (1, 3, 8, 40):
+            x = rng.standard_normal((m, k), np.float32)
+            for mode in (EXACT, COMPUTE_BF16):
+                got, want = (
+                    matmul("matmul", x, a, (m, n), (m, n, k), F32, mode) for a in (w[:, begin : begin + k], own)
+                )
+                np.testing.assert_array_equal(got, want, f"{level} {w_dtype} {n} {begin} + {k} {m} {mode}")
+
+
+@pytest.mark.parametrize("threads", [1, 5])
+@pytest.mark.parametrize("mode", [EXACT, COMPUTE_BF16])
+def test_accumulation(level, threads, mode):
+    """Each finished sum is added once, in fp32, to what the output holds."""
+    rng = np.random.default_rng(8)
+    assert lib.mlxeff_set_num_threads(threads) == OK
+    for m, n, k in ((1, 37, 70), (3, 33, 67), (8, 130, 5), (40, 70, 300), (7, 5, 0)):
+        x, w, dy, y = (rng.standard_normal(s, np.float32) for s in ((m, k), (n, k), (m, n), (m, n)))
+        for name, a, b, held in (("matmul", x, w, y), ("matmul_dx", dy, w, x), ("matmul_dw", dy, x, w)):
+            if held.size:
+                got = matmul(name, a, b, held.shape, (m, n, k), F32, mode, added_to=held)
+                want = held + matmul(name, a, b, held.shape, (m, n, k), F32, mode)
+                np.testing.assert_array_equal(got, want, f"{level} {name} {m} {n} {k}")
+
+
 def test_empty_and_bad():
     x = np.ones((2, 4), np.float32)
     y = np.full((2, 2), 9, np.float32)
-    call = lambda m, n, k, dtype=F32, mode=EXACT: lib.mlxeff_matmul(  # noqa: E731
-        address(x), 4, dtype, address(x), 4, F32, address(y), 2, F32, m, n, k, mode)  # fmt: skip
+    call = lambda m, n, k, dtype=F32, mode=EXACT, y_dtype=F32, accumulate=0: lib.mlxeff_matmul(  # noqa: E731
+        address(x), 4, dtype, address(x), 4, F32, address(y), 2, y_dtype, m, n, k, mode, accumulate)  # fmt: skip
     assert call(0, 2, 4) == OK
     assert (y == 9).all()
     assert call(2, 2, 0) == OK
@@ -118,6 +150,7 @@ def test_empty_and_bad():
     assert call(-1, 2, 4) == BAD_ARGUMENT
     assert call(2, 2, 4, dtype=5) == BAD_DTYPE
     assert call(2, 2, 4, mode=2) == BAD_DTYPE
+    assert call(2, 2, 4, y_dtype=BF16, accumulate=1) == BAD_DTYPE
     assert call(2, 2, 4) == OK
     assert (y == 4).all()
     assert widen(cast([1.0], BF16)) == 1

@@ -20,9 +20,11 @@ from cpu_library import (
     Quantized,
     address,
     assert_close,
+    call,
     cast,
     empty,
     lib,
+    operand,
     product,
     qmm,
 )  # fmt: skip
@@ -137,7 +139,7 @@ def test_strided_rows(level):
         )
     y = np.full((20, 60), 7.0, np.float32)
     x = np.ascontiguousarray(storage[:, :96])
-    assert lib.mlxeff_qmm(ctypes.byref(weight.c), address(x), 96, F32, address(y), 60, F32, 20, EXACT) == OK
+    assert lib.mlxeff_qmm(ctypes.byref(weight.c), address(x), 96, F32, address(y), 60, F32, 20, EXACT, 0) == OK
     assert (y[:, 50:] == 7).all()
     assert np.array_equal(y[:, :50], qmm(weight, x, F32))
 
@@ -190,6 +192,68 @@ def test_rows_and_dequantize(level, bits):
             assert np.array_equal(rows, out[ids])
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
+@pytest.mark.parametrize("group", [32, 64, 128])
+def test_columns_of_a_larger_matrix(level, bits, group):
+    """The same bits as from a copy of the columns; what lies around them is not read."""
+    rng = np.random.default_rng(bits * 1000 + group + 2)
+    for n, scale_dtype in ((1, F32), (37, F16), (70, BF16)):
+        weight = Quantized(rng, n, 9 * group, bits, group, scale_dtype)
+        for begin, count in ((0, 1), (0, 3), (0, 8), (2, 5), (6, 3)):
+            own, part = weight.columns(begin * group, count * group)
+            what = f"{level} {bits} bit g{group} N={n} groups {begin} + {count}"
+            for m in (1, 3, 8, 40):
+                x = rng.standard_normal((m, count * group), np.float32)
+                assert_close(qmm(own, x, F32), product(x, own.dense()), 4e-6, what)
+                for mode in (EXACT, COMPUTE_BF16, COMPUTE_INT8):
+                    np.testing.assert_array_equal(qmm(part, x, F32, mode), qmm(own, x, F32, mode), f"{what} {m} {mode}")
+            ids = rng.integers(0, n, 5).astype(np.int32)
+            want, out, rows = (empty((k, count * group), F32) for k in (n, n, 5))
+            call("mlxeff_dequantize", ctypes.byref(own.c), want, count * group, F32)
+            call("mlxeff_dequantize", ctypes.byref(part.c), out, count * group, F32)
+            call("mlxeff_qmm_rows", ctypes.byref(part.c), ids, 5, rows, count * group, F32)
+            np.testing.assert_array_equal(out, want, what)
+            np.testing.assert_array_equal(rows, want[ids], what)
+
+
+def test_rows_of_a_larger_matrix(level):
+    """A part of the rows of some columns, each pointer moved by whole rows."""
+    rng = np.random.default_rng(15)
+    whole, part = Quantized(rng, 90, 320, 4, 32, F16).columns(64, 192)
+    x = rng.standard_normal((5, 192), np.float32)
+    want = qmm(whole, x, F32)
+    for begin, count in ((0, 31), (17, 33), (89, 1)):
+        c = type(part.c).from_buffer_copy(part.c)
+        c.packed, c.N = part.c.packed + begin * part.packed.strides[0], count
+        c.scales, c.biases = (a + begin * part.scales.strides[0] for a in (part.c.scales, part.c.biases))
+        y = empty((5, count), F32)
+        call("mlxeff_qmm", ctypes.byref(c), *operand(x), *operand(y), 5, EXACT, 0)
+        np.testing.assert_array_equal(y, want[:, begin : begin + count], f"{level} rows {begin} + {count}")
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
+def test_accumulation(level, threads, bits):
+    """Each finished sum is added once, in fp32, to what y holds."""
+    rng = np.random.default_rng(bits + 20)
+    for n in (1, 37, 301):
+        weight = Quantized(rng, n, 160, bits, 32, F16)
+        for m in (1, 3, 8, 40):
+            x, y = rng.standard_normal((m, 160), np.float32), rng.standard_normal((m, n), np.float32)
+            for mode in (EXACT, COMPUTE_BF16, COMPUTE_INT8):
+                got, want = qmm(weight, x, F32, mode, added_to=y), y + qmm(weight, x, F32, mode)
+                np.testing.assert_array_equal(got, want, f"{level} {bits} bit {n} {m} {mode}")
+
+
+def test_blocks_of_columns_accumulate_to_the_product(level):
+    rng = np.random.default_rng(16)
+    weight = Quantized(rng, 45, 416, 4, 32)
+    for m in (1, 4, 40):
+        x, y = rng.standard_normal((m, 416), np.float32), np.zeros((m, 45), np.float32)
+        for begin, count in ((0, 32), (32, 96), (128, 288)):
+            y = qmm(weight.columns(begin, count)[1], x[:, begin : begin + count], F32, added_to=y)
+        assert_close(y, product(x, weight.dense()), 4e-6, f"{level} M={m}")
+
+
 def test_same_as_mlx():
     mx = pytest.importorskip("mlx.core")
     rng = np.random.default_rng(12)
@@ -208,14 +272,24 @@ def test_refuses_bad_arguments():
     weight = Quantized(np.random.default_rng(0), 4, 64, 4, 32)
     x, y = np.zeros((1, 64), np.float32), np.zeros((1, 4), np.float32)
 
-    def call(m=1, x_dtype=F32, mode=EXACT, y=y, **changes):
+    def code(m=1, x_dtype=F32, mode=EXACT, y=y, y_dtype=F32, accumulate=0, **changes):
         changed = type(weight.c)(*(changes.get(name, getattr(weight.c, name)) for name, _ in weight.c._fields_))
         return lib.mlxeff_qmm(
-            ctypes.byref(changed), address(x), 64, x_dtype, y is not None and address(y), 4, F32, m, mode
+            ctypes.byref(changed),
+            address(x),
+            64,
+            x_dtype,
+            y is not None and address(y),
+            4,
+            y_dtype,
+            m,
+            mode,
+            accumulate,
         )
 
-    assert call() == OK
-    assert call(m=0) == OK
+    assert code() == OK
+    assert code(m=0) == OK
+    assert code(accumulate=1) == OK
     for changes in (
         {"bits": 7},
         {"bits": 1},
@@ -225,10 +299,12 @@ def test_refuses_bad_arguments():
         {"N": -1},
         {"packed": None},
         {"m": -1},
+        {"ld": 32},
+        {"ld": 80},
         {"y": None},
     ):
-        assert call(**changes) == BAD_ARGUMENT, changes
-    for changes in ({"scale_dtype": 3}, {"x_dtype": 9}, {"mode": 3}):
-        assert call(**changes) == BAD_DTYPE, changes
+        assert code(**changes) == BAD_ARGUMENT, changes
+    for changes in ({"scale_dtype": 3}, {"x_dtype": 9}, {"mode": 3}, {"y_dtype": F16, "accumulate": 1}):
+        assert code(**changes) == BAD_DTYPE, changes
     ids, out = np.array([0, 4], np.int32), np.zeros((2, 64), np.float32)
     assert lib.mlxeff_qmm_rows(ctypes.byref(weight.c), address(ids), 2, address(out), 64, F32) == BAD_ARGUMENT

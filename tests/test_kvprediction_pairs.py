@@ -15,7 +15,7 @@ import checkpoint_files as files
 from helpers import assert_close
 from kvp import questions
 from kvp.pairs import SHIPPED, TRAINED
-from mlxeff import hub
+from mlxeff import fit_kv_predictor, hub
 from mlxeff.assembly.model import load_model, load_path
 from mlxeff.assembly.pair import load_pair, make_auxiliary
 from mlxeff.decode import Setup
@@ -713,3 +713,11 @@ def test_models_without_a_tokenizer_load_as_auxiliaries(tmp_path, base_folder):
     model, mark = load_model(bare)
     assert model.vocab_size == 261
     assert mark == load_path(base_folder).fingerprint
+
+
+def test_a_text_with_a_token_that_the_base_has_no_row_for(tmp_path):
+    """A tokenizer may have more tokens than its model; MLX would read outside of the embedding table."""
+    base, text = write_tiny_model(tmp_path / "base", {"vocab_size": 259, "num_hidden_layers": 3}), tmp_path / "text.txt"
+    text.write_text("the cat " * 300 + "<|assistant|>")
+    with pytest.raises(MlxeffError, match=r"^text: the model has no token '<\|assistant\|>': its id is 259"):
+        fit_kv_predictor(str(base), "layers:0-1", str(tmp_path / "pair"), tokens=2000, text=str(text))

@@ -20,12 +20,12 @@ from mlx.utils import tree_flatten
 
 import checkpoint_files as files
 from helpers import assert_close
-from mlxeff import MlxeffError, kernels, load
+from mlxeff import MlxeffError, kernels, load, stream_generate
 from mlxeff.assembly.model import load_path
 from mlxeff.models import openelm
 from mlxeff.ops import mlx_only
 from mlxeff.tokenizer import Tokenizer
-from tiny_model import CONFIG, quantise_folder, random_model, write_byte_tokenizer, write_tiny_model
+from tiny_model import CONFIG, GEMMA, quantise_folder, write_foreign, write_random_model, write_tiny_model
 
 ROOT = Path(__file__).resolve().parent.parent
 native, _ = kernels.native()
@@ -235,12 +235,17 @@ def write_openelm(folder):
         "ffn_multipliers": [0.5, 4.0],
         "ffn_dim_divisor": 32,
     }
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(config))
-    weights = dict(tree_flatten(random_model(config).parameters()))
-    mx.save_safetensors(str(folder / "model.safetensors"), weights, {"format": "mlx"})
-    write_byte_tokenizer(folder)
-    return folder
+    return write_random_model(folder, config)
+
+
+@pytest.mark.parametrize(("name", "expected"), [("OpenELM-270M-Instruct", True), ("OpenELM-270M", False)])
+def test_an_openelm_is_instruct_by_the_name_of_its_own_folder(tmp_path, name, expected):
+    """Not by the names of the folders above it, of which one here has the word of this test's name."""
+    folder = write_openelm(tmp_path / name)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    del config["chat_template"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    assert load_path(folder).tokenizer.has_chat_template is expected
 
 
 def test_openelm_folder(tmp_path):
@@ -479,10 +484,46 @@ def test_quantised_weights_that_do_not_fit(tmp_path, tiny_folder):
 
 
 def test_a_tokenizer_with_more_tokens_than_the_model(tmp_path):
-    folder = write_tiny_model(tmp_path / "small", {"vocab_size": 200})
-    wanted = f"{folder}: vocabulary mismatch: the tokenizer has 261 tokens, the model 200 rows"
-    assert refused(folder) == wanted
+    """It runs, as in mlx-lm; only a prompt with a token that has no row is refused."""
+    folder = write_tiny_model(tmp_path / "small", {"vocab_size": 259})
+    loaded = load_path(folder)
+    assert (loaded.tokenizer.vocab_size, loaded.model.vocab_size) == (261, 259)
+    assert list(stream_generate(loaded.model, loaded.tokenizer, "Hello", max_tokens=3))
+    wanted = "prompt: the model has no token '<|assistant|>': its id is 259, wanted one below 259"
+    ids = loaded.tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}])
+    for prompt in (ids, "Hello<|assistant|>"):
+        with pytest.raises(MlxeffError) as error:
+            next(stream_generate(loaded.model, loaded.tokenizer, prompt))
+        assert str(error.value) == wanted
     assert load_path(write_tiny_model(tmp_path / "padded", {"vocab_size": 320})).tokenizer.vocab_size == 261
+
+
+def test_a_foreign_model_with_fewer_rows_than_tokens(tmp_path):
+    """Also where its config leaves the number of rows to mlx-lm's default."""
+    folder = write_foreign(tmp_path / "gemma", GEMMA)
+    entry = {"content": "<pad>", "special": True, "normalized": False}
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"added_tokens_decoder": {"261": entry}}))
+    model, tokenizer = load(str(folder))
+    assert list(stream_generate(model, tokenizer, "Hello", max_tokens=2))
+    with pytest.raises(MlxeffError, match="the model has no token '<pad>': its id is 261, wanted one below 261"):
+        next(stream_generate(model, tokenizer, "Hello<pad>"))
+    del model.config["vocab_size"]
+    assert model.vocab_size == model.model.args.vocab_size == 261
+
+
+@pytest.mark.parametrize("foreign", [False, True], ids=["llama", "gemma3_text"])
+def test_end_tokens_are_those_of_all_files(tmp_path, foreign):
+    """With lists in config.json and generation_config.json, as Phi-3 and Llama 3 have them; mlx-lm's are a part."""
+    from mlx_lm import load as load_with_mlx_lm
+
+    folder = write_foreign(tmp_path / "m", GEMMA) if foreign else write_tiny_model(tmp_path / "m")
+    change_config(folder, eos_token_id=[258, 257])
+    assert load_path(folder).tokenizer.eos_token_ids == {257, 258}
+    (folder / "generation_config.json").write_text('{"eos_token_id": [259, 260]}')
+    assert load_path(folder).tokenizer.eos_token_ids == {257, 258, 259, 260}
+    assert load_with_mlx_lm(str(folder))[1].eos_token_ids == {257, 259, 260}
+    assert load_path(folder, {"eos_token_id": 1}).tokenizer.eos_token_ids == {1, 257}
 
 
 def test_no_tokenizer(folder):

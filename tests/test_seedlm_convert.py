@@ -30,7 +30,13 @@ from mlxeff.seedlm.encode import encode
 from mlxeff.seedlm.format import FORMATS
 from mlxeff.seedlm.install import entry, metadata
 from mlxeff.seedlm.linear import SeedLinear, SeedModule
-from tiny_model import PHI, quantise_folder, random_model, write_byte_tokenizer, write_foreign, write_tiny_model
+from tiny_model import (
+    PHI,
+    quantise_folder,
+    write_foreign,
+    write_random_model,
+    write_tiny_model,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.skipif(kernels.native()[0] is None, reason=kernels.native()[1])
@@ -327,11 +333,7 @@ def test_openelm(tmp_path):
         "num_kv_heads": [1, 2],
         "ffn_multipliers": [0.5, 1.0], "ffn_dim_divisor": 32,
     }  # fmt: skip
-    folder = tmp_path / "openelm"
-    folder.mkdir()
-    mx.save_safetensors(str(folder / "model.safetensors"), dict(tree_flatten(random_model(config).parameters())))
-    (folder / "config.json").write_text(json.dumps(config))
-    write_byte_tokenizer(folder)
+    folder = write_random_model(tmp_path / "openelm", config)
     (tmp_path / "text").write_text(TEXT)
     convert(folder, tmp_path / "out", seedlm="4.5", calibrate=tmp_path / "text", calibration_tokens=512)
     loaded = load_path(tmp_path / "out")

@@ -28,7 +28,7 @@ from seedlm_calls import Seeded, SeedWeight, decode, matmul, rows
 from seedlm_models import rounds_to_int8
 
 ROWS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 33)  # of x
-SHAPES = ((1, 576), (3, 1536), (17, 1), (37, 100), (70, 24), (33, 257))
+SHAPES = ((1, 576), (3, 1536), (17, 1), (37, 100), (70, 24), (33, 257), (35, 25))
 
 
 @pytest.fixture(params=(1, 2, 5))
@@ -200,23 +200,76 @@ def test_nothing_beyond_the_arrays_is_read(level, name):
             libc.mprotect(ctypes.c_void_p(guard), ctypes.c_size_t(page), 3)
 
 
+def columns_to_take(fmt):
+    """(begin, count): one block, odd numbers of blocks, all of them, a last block that is cut; from inside, too."""
+    blocks = (0, 1), (0, 3), (0, 19), (0, 40), (2, 33)
+    whole = [(begin * fmt.columns, count * fmt.columns) for begin, count in blocks]
+    return [*whole, (0, 26), (18 * fmt.columns, 2)]
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_columns_of_a_larger_matrix(level, name):
+    """The same bits as from a copy of the columns."""
+    rng = np.random.default_rng(17)
+    for count in (1, 37):
+        weight = Seeded.random(name, rng, count, 40 * FORMATS[name].columns)
+        for begin, cols in columns_to_take(FORMATS[name]):
+            own, part = weight.columns(begin, cols)
+            what = f"{level} {name} {count} rows, columns {begin} + {cols}"
+            np.testing.assert_array_equal(decode(part), weight.dense()[:, begin : begin + cols], what)
+            np.testing.assert_array_equal(rows(part, [count - 1, 0]), own.dense()[[count - 1, 0]], what)
+            for m in (1, 3, 8, 40):
+                x = rng.standard_normal((m, cols), np.float32)
+                for mode in (EXACT, COMPUTE_BF16, COMPUTE_INT8):
+                    got, want = matmul(part, x, mode=mode), matmul(own, x, mode=mode)
+                    np.testing.assert_array_equal(got, want, f"{what} M={m} mode {mode}")
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_accumulation(level, name):
+    """Each finished sum is added once, in fp32, to what y holds."""
+    rng = np.random.default_rng(18)
+    for count, cols in ((1, 24), (37, 100), (301, 50)):
+        weight = Seeded.random(name, rng, count, cols)
+        for m in ROWS:
+            x, y = rng.standard_normal((m, cols), np.float32), rng.standard_normal((m, count), np.float32)
+            for mode in (EXACT, COMPUTE_BF16, COMPUTE_INT8):
+                got, want = matmul(weight, x, mode=mode, added_to=y), y + matmul(weight, x, mode=mode)
+                np.testing.assert_array_equal(got, want, f"{level} {name} M={m} {count}x{cols} mode {mode}")
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_blocks_of_columns_accumulate_to_the_product(level, name):
+    rng, wide = np.random.default_rng(19), FORMATS[name].columns
+    weight = Seeded.random(name, rng, 35, 13 * wide)
+    for m in (1, 4, 40):
+        x, y = rng.standard_normal((m, 13 * wide), np.float32), np.zeros((m, 35), np.float32)
+        for begin, count in ((0, 2 * wide), (2 * wide, 6 * wide), (8 * wide, 5 * wide)):
+            y = matmul(weight.columns(begin, count)[1], x[:, begin : begin + count], added_to=y)
+        assert_close(y, product(x, weight.dense()), 4e-6, f"{level} {name} M={m}")
+
+
 def test_bad_arguments():
     weight = Seeded.random("4.5", np.random.default_rng(9), 4, 32)
     x, y = np.ones((2, 32), np.float32), np.zeros((2, 4), np.float32)
 
-    def call(ldx=32, dtype=F32, m=2, mode=EXACT, **fields):
+    def call(ldx=32, dtype=F32, m=2, mode=EXACT, y_dtype=F32, accumulate=0, **fields):
         c = SeedWeight.from_buffer_copy(weight.c)
         for field, value in fields.items():
             setattr(c, field, value)
-        return lib.mlxeff_seedlm_matmul(ctypes.byref(c), address(x), ldx, dtype, address(y), 4, F32, m, mode)
+        return lib.mlxeff_seedlm_matmul(
+            ctypes.byref(c), address(x), ldx, dtype, address(y), 4, y_dtype, m, mode, accumulate
+        )
 
     assert call() == OK
     bad = ({"seeds": None}, {"exponents": None}, {"K": 0}, {"N": -1}, {"columns": 9}, {"columns": 12, "states": 3},
-           {"exponent_bias": 97}, {"exponent_bias": -97}, {"ldx": 31}, {"m": -1})  # fmt: skip
+           {"exponent_bias": 97}, {"exponent_bias": -97}, {"ld": 31}, {"ldx": 31}, {"m": -1})  # fmt: skip
     for change in bad:
         assert call(**change) == BAD_ARGUMENT, change
     assert call(dtype=7) == BAD_DTYPE
     assert call(mode=3) == BAD_DTYPE
+    assert call(y_dtype=F16, accumulate=1) == BAD_DTYPE
+    assert call(accumulate=1) == OK
     ids = np.array([0, 4], np.int32)
     out = np.zeros((2, 32), np.float32)
     assert lib.mlxeff_seedlm_rows(ctypes.byref(weight.c), address(ids), 2, address(out), 32, F32) == BAD_ARGUMENT

@@ -1,132 +1,21 @@
 """Tokenizers against independent oracles: sentencepiece itself, transformers' converter, a plain BPE written here."""
 
-import io
 import itertools
 import json
 import logging
 import random
+import re
 import unicodedata
 from pathlib import Path
 
 import pytest
 import regex
 
-from mlxeff import hub
 from mlxeff.errors import MlxeffError
 from mlxeff.tokenizer import OPENELM_INSTRUCT_TEMPLATE, from_folder, from_gguf
 from mlxeff.tokenizer.backends import byte_of_char
 from mlxeff.tokenizer.gguf import SPLITS
-
-ALPHABET = [
-    *"abcXYZ 0123456789.,!?'\n\t_-()[]{}<>/|\"\\", "  ", "\r\n", "é", "ß", "中", "文", "日本", "한", "🤖", "👩‍🚀",
-    "e\u0301", "\u00a0", "\u3000", "٣", "Ⅷ", "½", "ﬁ", "\u200b", "I'll", "don't", "DON'T", " 12", "ñ", "Ω", "ш",
-    "\x00", "\x7f", "\ufeff",
-]  # fmt: skip
-CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi 🤖"}]
-
-
-def random_lines(count, seed=0, alphabet=ALPHABET):
-    chooser = random.Random(seed)
-    return ["".join(chooser.choice(alphabet) for _ in range(chooser.randint(0, 50))) for _ in range(count)]
-
-
-@pytest.fixture(scope="module")
-def prose():
-    """Some thousand lines of English and Python code that every Python has."""
-    topics = pytest.importorskip("pydoc_data.topics").topics
-    return [line for topic in sorted(topics) for line in topics[topic].splitlines() if line.strip()]
-
-
-@pytest.fixture(scope="module")
-def metadata():
-    """Tokenizer metadata of the built-in GGUF file."""
-    from mlxeff.checkpoint import open_source
-
-    return dict(open_source(hub.resolve(hub.DEFAULT_MODEL)).metadata)
-
-
-@pytest.fixture(scope="module")
-def smollm2(metadata):
-    return from_gguf(metadata, "smollm2.gguf")
-
-
-def train_sentencepiece(lines, **options):
-    import sentencepiece
-
-    model = io.BytesIO()
-    usual = {
-        "model_type": "bpe",
-        "byte_fallback": True,
-        "split_digits": True,
-        "normalization_rule_name": "identity",
-        "remove_extra_whitespaces": False,
-        "allow_whitespace_only_pieces": True,
-        "minloglevel": 2,
-    }
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(lines), model_writer=model, vocab_size=1000, **usual | options
-    )
-    return model.getvalue()
-
-
-@pytest.fixture(scope="module")
-def proto(prose):
-    return train_sentencepiece(prose[:3000])
-
-
-@pytest.fixture(scope="module")
-def reference(proto):
-    import sentencepiece
-
-    return sentencepiece.SentencePieceProcessor(model_proto=proto)
-
-
-@pytest.fixture
-def llama2_folder(tmp_path, proto):
-    (tmp_path / "tokenizer.model").write_bytes(proto)
-    return tmp_path
-
-
-def piece_type(model, token):
-    kinds = {2: model.is_unknown, 3: model.is_control, 5: model.is_unused, 6: model.is_byte}
-    return next((kind for kind, holds in kinds.items() if holds(token)), 1)
-
-
-@pytest.fixture
-def spm_metadata(reference):
-    ids = range(reference.get_piece_size())
-    return {
-        "tokenizer.ggml.model": "llama",
-        "tokenizer.ggml.tokens": [reference.id_to_piece(i) for i in ids],
-        "tokenizer.ggml.scores": [reference.get_score(i) for i in ids],
-        "tokenizer.ggml.token_type": [piece_type(reference, i) for i in ids],
-        "tokenizer.ggml.bos_token_id": 1,
-        "tokenizer.ggml.eos_token_id": 2,
-        "tokenizer.ggml.unknown_token_id": 0,
-    }
-
-
-@pytest.fixture
-def small_metadata():
-    """A byte-level BPE of 280 tokens in GGUF's form."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-
-    library = Tokenizer(models.BPE())
-    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=280, special_tokens=["<s>", "<|im_end|>"], initial_alphabet=alphabet)
-    library.train_from_iterator(["the cat sat on the mat", "the dog and the log", "été 🤖"] * 20, trainer)
-    model = json.loads(library.to_str())["model"]
-    tokens = sorted(model["vocab"], key=model["vocab"].get)
-    return {
-        "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": "gpt-2",
-        "tokenizer.ggml.tokens": tokens,
-        "tokenizer.ggml.token_type": [3, 3] + [1] * (len(tokens) - 2),
-        "tokenizer.ggml.merges": [" ".join(merge) for merge in model["merges"]],
-        "tokenizer.ggml.bos_token_id": 0,
-        "tokenizer.ggml.eos_token_id": 1,
-    }
+from tokenizer_files import ALPHABET, CHAT, random_lines, train_sentencepiece, write_config
 
 
 def stream(tokenizer, ids):
@@ -250,7 +139,7 @@ def test_detokenizer_is_fresh_at_each_access_and_resets(smollm2):
 
 def test_smollm2_special_tokens_and_template(smollm2):
     assert (smollm2.vocab_size, smollm2.bos_token_id, smollm2.eos_token_id) == (49152, 1, 2)
-    assert smollm2.eos_token_ids == {0, 2}  # <|endoftext|> ends a text too
+    assert smollm2.eos_token_ids == {0, 2, 4}  # as llama.cpp: <|endoftext|> and <reponame> end an answer too
     text = smollm2.apply_chat_template(CHAT, tokenize=False)
     turns = "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi 🤖<|im_end|>\n<|im_start|>assistant\n"
     assert text == turns
@@ -312,14 +201,75 @@ def test_gguf_without_a_named_split_says_so(small_metadata, caplog, pre):
         ({"merges": ["zz qq"]}, r"x.gguf: tokens and merges do not fit together"),
         ({"merges": ["nospace"]}, r"x.gguf: tokens and merges do not fit together"),
         ({"merges": None}, r"tokenizer.ggml.merges: wanted a list of texts, got nothing"),
-        ({"eos_token_id": 280}, r"tokenizer.ggml.eos_token_id: wanted an id below 280, got 280"),
         ({"eos_token_id": "two"}, r"tokenizer.ggml.eos_token_id: wanted a number, got str 'two'"),
+        ({"eos_token_id": float("inf")}, r"tokenizer.ggml.eos_token_id: wanted a number, got float inf"),
+        (
+            {"token_type": [float("inf")] * 280},
+            r"token_type: wanted numbers, got a list of 280, first inf",
+        ),
+        ({"tokens": ["a\ud800"] * 280}, r"tokenizer.ggml.tokens: wanted valid Unicode, got token 0: 'a\\ud800'"),
     ],
 )
 def test_gguf_errors_name_key_wanted_and_got(small_metadata, change, message):
     changed = small_metadata | {f"tokenizer.ggml.{key}": value for key, value in change.items()}
     with pytest.raises(MlxeffError, match=message):
         from_gguf(changed, "x.gguf")
+
+
+def test_gguf_ids_without_a_token_have_no_effect(small_metadata, caplog):
+    tokenizer = from_gguf(small_metadata | {"tokenizer.ggml.eos_token_id": 280}, "x.gguf")
+    assert caplog.messages == ["x.gguf: without effect: tokenizer.ggml.eos_token_id: wanted an id below 280, got 280"]
+    assert (tokenizer.eos_token_id, tokenizer.eos_token_ids) == (None, {1})  # <|im_end|> is known by its name
+
+
+@pytest.mark.parametrize("kind", [1, 2, 3, 4, 5, 6, 0, -7, 99])
+def test_gguf_end_tokens_are_llama_cpps_whatever_their_type(small_metadata, kind):
+    """By name, by the file's keys, and the ends of what was to be filled in. The sets are those of llama.cpp's
+    `special_eog_ids`."""
+    names = ["<|eot_id|>", "<|eom_id|>", "</s>", "<|fim_pad|>", "<|repo_name|>", "<|file_sep|>", "<|im_start|>"]
+    at = len(small_metadata["tokenizer.ggml.tokens"])
+    more = {
+        "tokenizer.ggml.tokens": [*small_metadata["tokenizer.ggml.tokens"], *names],
+        "tokenizer.ggml.token_type": [*small_metadata["tokenizer.ggml.token_type"], *[kind] * len(names)],
+    }
+    tokenizer = from_gguf(small_metadata | more, "x.gguf")
+    assert tokenizer.eos_token_ids == {1, *range(at, at + 6)}
+    ids = tokenizer.encode("a<|eot_id|>b")
+    assert ids.count(at) == 1, "an end token is a control token"
+    assert (tokenizer.encode("<|im_start|>") == [at + 6]) is (kind in (2, 3, 4)), "others are what their type says"
+    assert tokenizer.decode([*ids, at + 6], skip_special_tokens=True) == "ab" + "<|im_start|>" * (kind not in (2, 3))
+    named = {f"tokenizer.ggml.{name}_token_id": 100 + i for i, name in enumerate(("eos", "eot", "eom", "fim_rep"))}
+    tokenizer = from_gguf(small_metadata | more | named, "x.gguf")
+    assert tokenizer.eos_token_ids == {1, at, at + 1, at + 2, at + 3, at + 5, 100, 101, 102, 103}
+
+
+@pytest.mark.parametrize(
+    ("names", "ends"),
+    [
+        (["<|end|>", "<|return|>"], {0, 1, 2}),
+        (["<|end|>", "<|return|>", "<|call|>"], {0, 2, 3}),
+        (["<|end|>", "<|flush|>", "<|calls|>"], {0, 2, 3}),
+        (["</s>", "<|tool_response>"], {0, 2}),
+        (["<EOT>", "[e~[", "<｜end▁of▁sentence｜>"], {0, 1, 2, 3}),
+    ],
+)
+def test_gguf_end_tokens_of_families_with_several(small_metadata, names, ends):
+    at = len(small_metadata["tokenizer.ggml.tokens"])
+    changed = small_metadata | {
+        "tokenizer.ggml.tokens": [*small_metadata["tokenizer.ggml.tokens"], *names],
+        "tokenizer.ggml.token_type": [*small_metadata["tokenizer.ggml.token_type"], *[3] * len(names)],
+        "tokenizer.ggml.eos_token_id": at - 1,
+    }
+    assert from_gguf(changed, "x.gguf").eos_token_ids - {1} == {at - 1 + i for i in ends}
+
+
+def test_gguf_keys_that_are_not_known_are_said_once(small_metadata, caplog):
+    known = {"tokenizer.ggml.padding_token_id": 1, "tokenizer.ggml.fim_pre_token_id": 1, "tokenizer.chat_template": "x"}
+    from_gguf(small_metadata | known | {"tokenizer.chat_template.tool_use": "y", "general.name": "z"}, "x.gguf")
+    assert caplog.messages == []
+    from_gguf(small_metadata | {"tokenizer.ggml.novel": 1, "tokenizer.ggml.suppress_tokens": [1]}, "x.gguf")
+    want = "x.gguf: not known and not used: tokenizer.ggml.novel, tokenizer.ggml.suppress_tokens"
+    assert caplog.messages == [want]
 
 
 # --- SentencePiece --------------------------------------------------------------------------------------------------
@@ -402,6 +352,32 @@ def test_gguf_sentencepiece_saved_equals_transformers(spm_metadata, tmp_path, pr
 def test_gguf_sentencepiece_adds_a_space_after_every_special_token(spm_metadata):
     tokenizer = from_gguf(spm_metadata, "llama.gguf")
     assert tokenizer.decode(tokenizer.encode("the</s>the", add_special_tokens=False)) == "the</s> the"
+
+
+@pytest.mark.parametrize("kind", [3, 4])
+def test_gguf_sentencepiece_chat_tokens_of_any_type(spm_metadata, tmp_path, kind, prose):
+    """As in llama.cpp a control or user-defined token stays whole wherever it stands, and the text after it begins with
+    the vocabulary's space. A converted folder gives the same ids, in transformers too."""
+    from transformers import AutoTokenizer
+
+    names = ["<|im_start|>", "<|im_end|>"]
+    size = len(spm_metadata["tokenizer.ggml.tokens"])
+    more = {"tokens": names, "scores": [0.0, 0.0], "token_type": [kind, 1]}
+    changed = spm_metadata | {f"tokenizer.ggml.{k}": spm_metadata[f"tokenizer.ggml.{k}"] + v for k, v in more.items()}
+    del changed["tokenizer.ggml.eos_token_id"]  # that of Llama 2, then
+    tokenizer, plain = from_gguf(changed, "x.gguf"), from_gguf(spm_metadata, "x.gguf")
+    assert tokenizer.eos_token_ids == {2, size + 1}
+    tokenizer.save(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    again, theirs = from_folder(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    for line in prose[:100]:
+        text = f"<|im_start|>{line}<|im_end|>\n"
+        want = [1, size, *plain.encode(line)[1:], size + 1, *plain.encode("\n")[1:]]
+        assert tokenizer.encode(text) == again.encode(text) == want, line
+        if not line.startswith(" "):
+            assert theirs(text)["input_ids"] == want, line
+    shown = tokenizer.decode(tokenizer.encode("<|im_start|>the<|im_end|>"), skip_special_tokens=True)
+    assert shown.strip() == ("the" if kind == 3 else "<|im_start|> the")
 
 
 def test_gguf_sentencepiece_without_scores(spm_metadata):
@@ -491,7 +467,44 @@ def complaint_of(folder):
     else:
         return None
     assert "\n" not in complaint
+    assert len(complaint) <= 300
     return complaint
+
+
+def test_pieces_that_are_not_utf_8_give_one_line(tmp_path, proto):
+    at = proto.index("▁the".encode())
+    (tmp_path / "tokenizer.model").write_bytes(proto[:at] + b"\xff\xfe" + proto[at + 2 :])
+    assert re.search(r"tokenizer.model: piece \d+: wanted UTF-8, got other bytes", complaint_of(tmp_path))
+
+
+def test_a_post_processor_without_its_token_gives_one_line(json_folder):
+    """The library would panic, which is no `Exception`."""
+    path = json_folder / "tokenizer.json"
+    steps = {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}], "pair": []}
+    for processor in (steps, {"type": "Sequence", "processors": [steps]}):
+        spec = json.loads(path.read_text()) | {"post_processor": json.loads(json.dumps(processor))}
+        for step in spec["post_processor"].get("processors", [spec["post_processor"]]):
+            step["special_tokens"] = {}
+            step["single"].append({"Sequence": {"id": "A", "type_id": 0}})
+        path.write_text(json.dumps(spec))
+        assert "post_processor: wanted the id of its token '<s>', got none" in complaint_of(json_folder)
+
+
+def test_a_panic_of_the_library_is_our_error(json_folder, monkeypatch):
+    class PanicException(BaseException):
+        pass
+
+    tokenizer = from_folder(json_folder)
+    monkeypatch.setattr(tokenizer._backend, "encode", lambda *_: (_ for _ in ()).throw(PanicException("no\nentry")))
+    with pytest.raises(MlxeffError, match=r": PanicException: no entry$"):
+        tokenizer.encode("a")
+
+
+def test_messages_are_short(tmp_path, json_folder):
+    write_config(json_folder, chat_template="{{ raise_exception('x\ny' * 9999) }}")
+    with pytest.raises(MlxeffError, match=r"^/.*: chat template: x yx y.*…") as error:
+        from_folder(json_folder).apply_chat_template(CHAT)
+    assert len(str(error.value)) <= 300
 
 
 def test_config_files_that_are_no_json_objects(llama2_folder):
@@ -503,28 +516,32 @@ def test_config_files_that_are_no_json_objects(llama2_folder):
         from_folder(llama2_folder)
 
 
-def test_a_named_token_outside_the_vocabulary(llama2_folder):
+def test_a_named_token_outside_the_vocabulary(llama2_folder, caplog):
     (llama2_folder / "tokenizer_config.json").write_text('{"eos_token": "<none>"}')
-    with pytest.raises(MlxeffError, match="eos_token is '<none>', which is not in the vocabulary"):
-        from_folder(llama2_folder)
+    tokenizer = from_folder(llama2_folder)
+    assert caplog.messages == [f"{llama2_folder}: without effect: not in the vocabulary: eos_token '<none>'"]
+    assert (tokenizer.eos_token_id, tokenizer.eos_token_ids, tokenizer.bos_token_id) == (None, set(), 1)
 
 
-@pytest.fixture
-def json_folder(tmp_path, small_metadata):
-    from_gguf(small_metadata, "x").save(tmp_path)
-    return tmp_path
-
-
-def write_config(folder, **entries):
-    path = folder / "tokenizer_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | entries))
-
-
-def test_eos_ids_of_generation_config_join_the_tokenizers_own(json_folder):
+def test_eos_ids_of_all_files_join_the_tokenizers_own(json_folder, caplog):
+    caplog.set_level(logging.INFO, "mlxeff")
+    (json_folder / "config.json").write_text('{"eos_token_id": 1}')
+    (json_folder / "generation_config.json").write_text('{"eos_token_id": [1]}')
+    assert from_folder(json_folder).eos_token_ids == {1}
+    assert caplog.messages == []
     (json_folder / "config.json").write_text('{"eos_token_id": 7}')
+    (json_folder / "generation_config.json").unlink()
     assert from_folder(json_folder).eos_token_ids == {1, 7}
-    (json_folder / "generation_config.json").write_text('{"eos_token_id": [8, 9]}')
-    assert from_folder(json_folder).eos_token_ids == {1, 8, 9}
+    caplog.clear()
+    (json_folder / "generation_config.json").write_text('{"eos_token_id": [8, 9, -1, "x", true]}')
+    assert from_folder(json_folder).eos_token_ids == {1, 7, 8, 9}
+    texts = "tokenizer 1 '<|im_end|>'; config.json 7 '&'; generation_config.json 8 \"'\", 9 '('"
+    assert caplog.messages == [f"{json_folder}: end tokens differ, each ends an answer: {texts}"]
+    (json_folder / "config.json").write_text('{"text_config": {"eos_token_id": [5]}}')
+    assert from_folder(json_folder).eos_token_ids == {1, 5, 8, 9}
+    (json_folder / "generation_config.json").write_text('{"eos_token_id": ')
+    assert from_folder(json_folder).eos_token_ids == {1, 5}, "as in mlx-lm, a damaged file counts as none"
+    assert "generation_config.json: wanted JSON" in caplog.messages[-2]
     tokenizer = from_folder(json_folder, eos_token_ids=5)
     assert tokenizer.eos_token_ids == {1, 5}
     tokenizer.add_eos_token("<s>")
@@ -556,9 +573,37 @@ def test_added_tokens_of_the_config_are_added(json_folder):
     assert AutoTokenizer.from_pretrained(json_folder)("the<|new|>cat")["input_ids"] == ids
     assert tokenizer.decode(ids) == "the<|new|>cat"
     assert tokenizer.decode(ids, skip_special_tokens=True) == "thecat"
-    write_config(json_folder, added_tokens_decoder={"305": entry})
-    with pytest.raises(MlxeffError, match=r"token '<\|new\|>': tokenizer_config.json says id 305, got 280"):
-        from_folder(json_folder)
+
+
+@pytest.mark.parametrize("place", ["added_tokens.json", "tokenizer_config.json"])
+def test_stale_ids_of_added_tokens_have_no_effect(json_folder, caplog, place):
+    """tokenizer.json decides; a token that it lacks comes after its last one. So do transformers' ids."""
+    from transformers import AutoTokenizer
+
+    stale = {"<|im_end|>": 300, "<|new|>": 305, "<s>": 0}
+    if place == "added_tokens.json":
+        (json_folder / place).write_text(json.dumps(stale))
+    else:
+        entries = {str(token): {"content": text, "special": True} for text, token in stale.items()}
+        write_config(json_folder, added_tokens_decoder=entries)
+    tokenizer = from_folder(json_folder)
+    ids = tokenizer.encode("<|im_end|><|new|>")
+    assert ids == AutoTokenizer.from_pretrained(json_folder)("<|im_end|><|new|>")["input_ids"] == [1, 280]
+    names = "'<|im_end|>' 300, '<|new|>' 305"
+    want = f"{json_folder}: without effect: ids of added tokens that are others in the vocabulary: {names}"
+    assert caplog.messages == [want]
+
+
+def test_stale_added_tokens_beside_a_sentencepiece_model(llama2_folder, caplog, reference):
+    size = reference.get_piece_size()
+    stale = {"</s>": size + 1, "<|new|>": size, "<|old|>": 7}
+    (llama2_folder / "added_tokens.json").write_text(json.dumps(stale))
+    tokenizer = from_folder(llama2_folder)
+    assert tokenizer.encode("</s><|new|>", add_special_tokens=False) == [2, size]
+    assert tokenizer.vocab_size == size + 1
+    names = f"'<|old|>' 7, '</s>' {size + 1}"
+    want = f"{llama2_folder}: without effect: ids of added tokens that are others in the vocabulary: {names}"
+    assert caplog.messages == [want]
 
 
 def test_truncation_and_padding_stored_in_tokenizer_json_are_off(json_folder):

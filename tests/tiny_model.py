@@ -85,12 +85,20 @@ def random_model(config: dict, seed: int = 0, scale: float = 0.2):
 
 
 def write_tiny_model(folder: Path, config: dict | None = None, seed: int = 0) -> Path:
-    """Write config, weights and tokenizer; returns the folder."""
-    config = CONFIG | (config or {})
+    """A folder with the random model of CONFIG, changed by `config`; returns it."""
+    return write_random_model(folder, CONFIG | (config or {}), seed)
+
+
+def write_random_model(folder: Path, config: dict, seed: int = 0) -> Path:
+    """A folder with a random model of `config`; returns it."""
+    return write_model(folder, config, dict(tree_flatten(random_model(config, seed).parameters())))
+
+
+def write_model(folder: Path, config: dict, weights: dict[str, mx.array]) -> Path:
+    """Write config, weights and the byte tokenizer into a new folder; returns it."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config))
-    model = random_model(config, seed)
-    mx.save_safetensors(str(folder / "model.safetensors"), dict(tree_flatten(model.parameters())), {"format": "mlx"})
+    mx.save_safetensors(str(folder / "model.safetensors"), weights, {"format": "mlx"})
     write_byte_tokenizer(folder)
     return folder
 
@@ -104,11 +112,7 @@ def write_foreign(folder: Path, config: dict) -> Path:
         name: value if value.ndim == 1 or "A_log" in name else mx.random.normal(value.shape) * 0.2
         for name, value in tree_flatten(module.Model(module.ModelArgs.from_dict(config)).parameters())
     }
-    folder.mkdir()
-    mx.save_safetensors(str(folder / "model.safetensors"), weights, {"format": "mlx"})
-    (folder / "config.json").write_text(json.dumps(config))
-    write_byte_tokenizer(folder)
-    return folder
+    return write_model(folder, config, weights)
 
 
 def write_byte_tokenizer(folder: Path, template: str | None = TEMPLATE) -> None:

@@ -112,8 +112,8 @@ def unpack(folder: Path) -> Path:
     archives = folder / "archives"
     archive = archives / f"llama_cpp_python-{LLAMA_VERSION}.tar.gz"
     if not archive.exists():
-        wanted = ["--no-deps", "--no-binary", "llama_cpp_python", f"llama_cpp_python=={LLAMA_VERSION}"]
-        pip(folder, "llama.cpp", ["download", *wanted, "--dest", str(archives)])
+        source = ["--no-deps", "--no-binary", "llama_cpp_python", f"llama_cpp_python=={LLAMA_VERSION}"]
+        pip(folder, "llama.cpp", ["download", *source, "--dest", str(archives)])
     place = archives / archive.name.removesuffix(".tar.gz")
     shutil.rmtree(place, ignore_errors=True)
     try:

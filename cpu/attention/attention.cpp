@@ -16,10 +16,23 @@
 namespace mlxeff {
 namespace {
 
-constexpr int64_t decode_rows = 12;     // rows of a group up to which the decode kernel is faster
 constexpr int64_t rows_per_task = 192;  // of a blocked task: packing K and V is shared by them
 constexpr int64_t smallest_part = 256;  // keys; a smaller part costs more to merge than it gains
 constexpr int64_t part_step = 128;
+
+// Rows of a group up to which the few-row kernel runs. It converts keys and values once for each tile of rows; the
+// blocked kernel does so once for all rows, but has to pack them. Measured on a Zen 4 with T = 512, 2048 and 8192, one
+// thread and two, heads of 64 elements: few-row takes 0.3 to 0.7 of the blocked kernel's time up to 12 rows and 0.7 to
+// 0.9 of it at 24. They are equal at 48 rows or more with AVX-512, at 30 to 36 with AVX2. At the scalar level, where an
+// fp16 element takes many instructions to convert, they are equal at 4 rows (in fp32 beyond 64). In the bf16 mode AMX
+// leaves the blocked kernel with little more than the packing, which lasts as long as the few-row kernel with some 12
+// rows (an estimate). Where no keys precede the queries, few-row takes 0.8 to 1.1 of the time from 18 rows on; there
+// the blocked kernel gives the first tokens of a text the same bits as it does in a longer one.
+int64_t decode_rows(const AttentionArgs& a) {
+  if (active_isa() == Isa::scalar && a.k.dtype != MLXEFF_F32) return 4;
+  const bool amx = active_isa() == Isa::amx && a.mode == MLXEFF_COMPUTE_BF16;
+  return amx || a.T == a.S ? 12 : 32;
+}
 
 bool valid_heads(const Heads& x) { return x.data != nullptr; }
 bool known_dtypes(const AttentionArgs& a) {
@@ -41,7 +54,7 @@ int check(const AttentionArgs* a) {
 AttentionPlan plan_attention(const AttentionArgs& a, int threads) {
   AttentionPlan plan = {};
   const int64_t R = a.H / a.G;
-  plan.decode = a.S * R <= decode_rows;
+  plan.decode = a.S * R <= decode_rows(a);
   plan.block = plan.decode ? a.S : min_of(a.S, max_of(8, ceil_div(rows_per_task, R)));
   // Several blocks a thread, so that the longer causal blocks even out.
   while (!plan.decode && plan.block * R > 48 && plan.block > 8 && a.B * a.G * ceil_div(a.S, plan.block) < 4 * threads)

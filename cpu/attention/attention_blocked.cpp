@@ -1,4 +1,4 @@
-// Attention by blocks: for prefill, and for groups of queries too large for the decode kernel.
+// Attention by blocks: for prefill, and for groups of queries too large for the few-row kernel.
 //
 //   for each block of keys:  scores = Q K^T;  weights = softmax, online;  O = O * factor + weights V
 //

@@ -25,6 +25,16 @@ class Team {
         n, chunk, [](void* context, int64_t begin, int64_t end) { (*static_cast<Body*>(context))(begin, end); }, &body);
   }
 
+  // The same with body(row) for each of `rows` rows.
+  template <class Body>
+  void for_rows(int64_t rows, Body&& body) {
+    for_chunks(rows, row_chunk(rows), [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row) body(row);
+    });
+  }
+  // A piece of rows that each take about as long: several for each member, so that they end together.
+  int64_t row_chunk(int64_t rows) const { return max_of(1, rows / (8 * count)); }
+
  private:
   friend class Pool;
   Team(int count, class Pool* pool) : count(count), pool_(pool) {}

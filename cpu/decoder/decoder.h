@@ -1,32 +1,23 @@
-// A whole decoder (RMSNorm, GQA attention with RoPE, gated feed-forward) as one call: token ids -> logits.
+// A whole decoder (RMSNorm, GQA attention with RoPE, feed-forward) as one call: token ids -> logits. It opens at two
+// places: what a layer remembers (kv/kv_store.h) and its feed-forward (feed_forward.h).
 #pragma once
+#include <functional>
 #include <initializer_list>
 #include <memory>
 #include <mutex>
 #include <vector>
 
-#include "products/product.h"
+#include "decoder/feed_forward.h"
+#include "kv/kv_store.h"
 
 namespace mlxeff {
 
-// y = x W^T + bias; bias (N) is fp32 or null.
-struct Linear {
-  WeightMatrix weight = {};
-  const float* bias = nullptr;
-};
-
 // Norm weights are fp32; q_norm and k_norm (head_dim) are null where the model has none. window 0: full attention.
 struct DecoderLayer {
-  const float *attention_norm, *q_norm, *k_norm, *ffn_norm;
-  Linear q, k, v, o, gate, up, down;
+  const float *attention_norm, *q_norm, *k_norm, *feed_forward_norm;
+  Linear q, k, v, o;
   int64_t heads, groups, window;
-};
-
-// Keys and values of one layer: (batch, groups, capacity, head_dim), row-major.
-struct KvBuffer {
-  void *keys, *values;
-  int64_t capacity;
-  int dtype;
+  std::unique_ptr<FeedForward> feed_forward;
 };
 
 // What a reading pass writes of one layer, fp32, null where it is not wanted: its normed input (batch, length, dim),
@@ -49,40 +40,44 @@ struct DecoderSpec {
   WeightMatrix embedding;
   Linear head;
   std::vector<DecoderLayer> layers;
+
+  AttentionSizes sizes(const DecoderLayer& layer) const { return {layer.heads, layer.groups, head_dim, layer.window}; }
 };
 
+class Pass;
+
+// Each call appends `length` tokens of each of `batch` sequences after `offset` tokens held by stores[layer], and
+// returns an MLXEFF_* code: MLXEFF_BAD_ARGUMENT for a token outside the vocabulary or a store without room.
 class Decoder {
  public:
   explicit Decoder(DecoderSpec spec);
 
-  // Append tokens (batch, length) after `offset` tokens in the cache, kv[layer]; write fp32 logits of all of them,
-  // (batch, length, vocabulary), or of each sequence's last one, (batch, vocabulary).
-  // Returns an MLXEFF_* code; MLXEFF_BAD_ARGUMENT for a token outside the vocabulary or a cache that is too short.
-  int forward(const int32_t* tokens, int64_t batch, int64_t length, int64_t offset, const KvBuffer* kv, float* logits,
-              bool all_rows, int mode);
+  const DecoderSpec& spec() const { return spec_; }
 
-  // The same without the head: readings[layer] of all tokens. Of the last layer nothing else is computed, and kv ends
-  // before it.
-  int read(const int32_t* tokens, int64_t batch, int64_t length, int64_t offset, const KvBuffer* kv,
-           const LayerReading* readings, int mode);
+  // Tokens (batch, length) -> fp32 logits of all of them, (batch, length, vocabulary), or of each sequence's last one,
+  // (batch, vocabulary).
+  int forward(const int32_t* tokens, int64_t batch, int64_t length, int64_t offset, KvStore* const* stores,
+              float* logits, bool all_rows, const RunOptions& options);
 
-  // Append keys and values that are given for all layers: the keys are normed and rotated here.
-  int append(int64_t batch, int64_t length, int64_t offset, const KvBuffer* kv, const KvRows* given);
+  // The same without the head: readings[layer] of all tokens. Of the last layer nothing else is computed, and `stores`
+  // ends before it.
+  int read(const int32_t* tokens, int64_t batch, int64_t length, int64_t offset, KvStore* const* stores,
+           const LayerReading* readings, const RunOptions& options);
+
+  // Keys and values that are given for all layers; the keys are normed and rotated here.
+  int append(int64_t batch, int64_t length, int64_t offset, KvStore* const* stores, const KvRows* given,
+             const RunOptions& options);
 
  private:
-  struct Result {
-    float* logits;
-    bool all_rows;
-    const LayerReading* readings;  // null: logits are wanted
-  };
-  int pass(const int32_t* tokens, int64_t batch, int64_t length, int64_t offset, const KvBuffer* kv,
-           const Result& result, int mode);
+  // A pass over tokens that calls run(pass) on every member of the team; it uses the stores of the first `layers`.
+  int pass(const int32_t* tokens, const Span& span, KvStore* const* stores, size_t layers, const RunOptions& options,
+           const std::function<void(Pass&)>& run);
 
   // The parts of the workspace, `widths` floats each; none without memory.
   std::vector<float*> workspace(std::initializer_list<int64_t> widths);
 
   DecoderSpec spec_;
-  int64_t widest_heads_ = 0, widest_groups_ = 0, widest_ffn_ = 0;
+  int64_t widest_heads_ = 0, widest_groups_ = 0;
   std::mutex busy_;  // the workspace serves one call at a time
   std::unique_ptr<float[]> workspace_;
   size_t workspace_floats_ = 0;

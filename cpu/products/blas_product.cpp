@@ -47,15 +47,15 @@ size_t workspace_bytes(const BlasArgs&) { return 0; }
 void bind(BlasArgs&, void*) {}
 void prepare(const BlasArgs&, int64_t, int64_t) {}
 
-int64_t piece(const BlasArgs& args, int) {
-  return max_of(16, min_of(widest_block, block_floats / args.w->K / 16 * 16));
-}
+int64_t piece(const BlasArgs& args, int) { return max_of(16, min_of(widest_block, block_floats / args.w.K / 16 * 16)); }
 
 int run(const BlasArgs& args, int64_t n_begin, int64_t n_end) {
-  const WeightMatrix& w = *args.w;
+  const WeightMatrix& w = args.w;
   const float* block;
+  int64_t ld = w.K;
   if (w.kind() == WeightMatrix::Kind::dense && w.dtype == MLXEFF_F32) {
-    block = static_cast<const float*>(w.dense) + n_begin * w.K;
+    block = static_cast<const float*>(w.dense) + n_begin * w.ld;
+    ld = w.ld;
   } else {
     float* const rows = static_cast<float*>(scratch(Scratch::panel, size_t((n_end - n_begin) * w.K) * 4));
     if (!rows) return MLXEFF_NO_MEMORY;
@@ -64,7 +64,7 @@ int run(const BlasArgs& args, int64_t n_begin, int64_t n_end) {
   }
   const OneThread one_thread;
   cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasTrans, int(args.M), int(n_end - n_begin), int(w.K), 1, args.x, int(w.K),
-              block, int(w.K), 0, args.y + n_begin, int(w.N));
+              block, int(ld), args.accumulate ? 1 : 0, args.y + n_begin, int(w.N));
   return MLXEFF_OK;
 }
 

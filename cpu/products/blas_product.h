@@ -10,12 +10,13 @@
 
 namespace mlxeff {
 
-// x (M, K) and y (M, N) are fp32 and contiguous.
+// x (M, K) and y (M, N) are fp32 and contiguous. Where a product is added to y, the BLAS rounds in an order of its own.
 struct BlasArgs {
-  const WeightMatrix* w;
+  WeightMatrix w;
   const float* x;
   float* y;
   int64_t M;
+  bool accumulate;
 };
 
 // The table, or null where the build has no BLAS, or M rows are too few to be worth its packing of both operands.

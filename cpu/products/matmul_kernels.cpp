@@ -9,6 +9,7 @@
 #include "products/matmul_kernels.h"
 #include "products/panel_product.h"
 #include "products/qmatmul_decode.h"
+#include "products/row_lines.h"
 
 namespace mlxeff {
 namespace MLXEFF_ISA {
@@ -27,8 +28,6 @@ void bind(MatmulArgs& args, void* workspace) {
   args.a_f32 = static_cast<float*>(workspace);
   args.a_bf16 = static_cast<bf16*>(workspace);
 }
-
-Output output(const MatmulArgs& args) { return {args.c, args.ldc, args.c_dtype}; }
 
 // Sixteen bytes of each of VL rows, transposed: out[i] lane r = row r, column i, as fp32. Rows and columns that do not
 // exist are zero.
@@ -127,11 +126,13 @@ void direct_strip(const MatmulArgs& args, int64_t n, int64_t lanes) {
   constexpr int chains = rows == 1 ? 4 : rows == 2 ? 2 : 1, columns = columns_of<T>;
   const int64_t lda = a_stride(args), ldb = args.b.ld;
   const T* const b = static_cast<const T*>(args.b.data) + n * ldb;
-  const char* next = reinterpret_cast<const char*>(b + (n + VL < args.N ? VL * ldb : 0));
+  RowLines<true> next;
+  next.start(reinterpret_cast<const char*>(b + (n + VL < args.N ? VL * ldb : 0)), args.K * int64_t(sizeof(T)),
+             ldb * int64_t(sizeof(T)));
   vf sum[rows][chains] = {};
-  for (int64_t k = 0; k < args.K; k += columns, next += VL * 16) {
+  for (int64_t k = 0; k < args.K; k += columns) {
 #pragma GCC unroll 4
-    for (int line = 0; line < VL * 16; line += 64) __builtin_prefetch(next + line, 0, 3);
+    for (int line = 0; line < VL * 16; line += 64) next.fetch();
     vf w[columns];
     load_columns(b + k, ldb, lanes, args.K - k, w);
 #pragma GCC unroll 8
@@ -145,7 +146,7 @@ void direct_strip(const MatmulArgs& args, int64_t n, int64_t lanes) {
     total[m] = sum[m][0];
     for (int i = 1; i < chains; ++i) total[m] += sum[m][i];
   }
-  store_strip(total, args.M, lanes, output(args), n);
+  store_strip(total, args.M, lanes, args.c, n);
 }
 
 template <class T>
@@ -190,7 +191,7 @@ void fill_panel(const MatmulArgs& args, int64_t n, int64_t n_end, int64_t k_begi
 template <class T>
 int run_panel(const MatmulArgs& args, int64_t n_begin, int64_t n_end) {
   return panel_product(
-      args.a_f32, a_stride(args), args.M, args.K, n_begin, n_end, output(args),
+      args.a_f32, a_stride(args), args.M, args.K, n_begin, n_end, args.c,
       [&](int64_t n, int64_t k, int64_t k_end, float* panel) { fill_panel<T>(args, n, n_end, k, k_end, panel); });
 }
 
@@ -230,7 +231,7 @@ void fill_pairs(const MatmulArgs& args, int64_t n, int64_t n_end, int64_t k_begi
 template <class T>
 int run_amx(const MatmulArgs& args, int64_t n_begin, int64_t n_end) {
   return amx_product(
-      args.a_bf16, a_stride(args), args.M, args.K, n_begin, n_end, output(args),
+      args.a_bf16, a_stride(args), args.M, args.K, n_begin, n_end, args.c,
       [&](int64_t n, int64_t k, int64_t k_end, bf16* panel) { fill_pairs<T>(args, n, n_end, k, k_end, panel); });
 }
 #endif

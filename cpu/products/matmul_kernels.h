@@ -16,14 +16,12 @@ struct MatmulOperand {
 
 struct MatmulArgs {
   MatmulOperand a, b;
-  void* c;
-  int64_t ldc;
-  int c_dtype;
+  ProductOutput c;
   int64_t M, N, K;
   int mode;
   // Set by bind: the copy of A that the kernels read, padded with zeros.
-  float* a_f32;
-  bf16* a_bf16;
+  float* a_f32 = nullptr;
+  bf16* a_bf16 = nullptr;
 };
 
 using MatmulKernels = ProductKernels<MatmulArgs>;  // prepare: m_begin a multiple of 16

@@ -6,6 +6,7 @@
 #include "base/pool.h"
 #include "products/amx_tile.h"
 #include "products/gemm_tile.h"
+#include "products/product_output.h"
 
 namespace mlxeff {
 namespace MLXEFF_ISA {
@@ -19,12 +20,6 @@ constexpr int64_t panel_depth = 256;  // 256 x 32 fp32 = 32 KiB stay in the firs
 constexpr int64_t amx_panel_depth =
     1024;                               // longer: loading and storing accumulator tiles costs as much as two products
 constexpr int64_t rows_at_once = 1024;  // of a, before a panel is filled anew; bounds the accumulators
-
-struct Output {
-  void* data;
-  int64_t ld;
-  int dtype;
-};
 
 MLXEFF_INLINE bool amx_mode(int mode) {
 #if defined(MLXEFF_AMX)
@@ -56,29 +51,11 @@ static inline int64_t panel_piece(int64_t N, bool amx, int threads) {
   return round_up(ceil_div(N, rounds * threads), panel_width);
 }
 
-// c [m_begin .. + rows, n_begin .. + columns) = values [rows][stride], converted.
-static inline void store_block(const float* values, int64_t stride, int64_t rows, int64_t columns, const Output& c,
-                               int64_t m_begin, int64_t n_begin) {
-  const int64_t size = int64_t(dtype_size(c.dtype));
-  for (int64_t m = 0; m < rows; ++m)
-    from_floats(static_cast<char*>(c.data) + ((m_begin + m) * c.ld + n_begin) * size, c.dtype, values + m * stride,
-                columns);
-}
-
-// The same for one vector a row, as the direct kernels leave them.
-static inline void store_strip(const vf* values, int64_t rows, int64_t columns, const Output& c, int64_t n_begin) {
-  for (int64_t m = 0; m < rows; ++m) {
-    float row[VL];
-    store(row, values[m]);
-    store_block(row, VL, 1, columns, c, m, n_begin);
-  }
-}
-
 // Columns [n_begin, n_end) of c in fp32. fill(n, k, k_end, panel) stores rows [k, k_end) of columns n on as
 // panel [k_end - k][panel_width]; k = 0 comes first.
 template <class Fill>
 static int panel_product(const float* a, int64_t lda, int64_t M, int64_t K, int64_t n_begin, int64_t n_end,
-                         const Output& c, Fill fill) {
+                         const ProductOutput& c, Fill fill) {
   float* const panel = static_cast<float*>(scratch(Scratch::panel, size_t(panel_depth * panel_width) * 4));
   float* const sums =
       static_cast<float*>(scratch(Scratch::accumulator, size_t(min_of(M, rows_at_once) * panel_width) * 4));
@@ -102,7 +79,7 @@ static int panel_product(const float* a, int64_t lda, int64_t M, int64_t K, int6
 // fill(n, k, k_end, panel) stores panel [(k_end - k) / 2][panel_width][2], zeros where k_end lies beyond K.
 template <class Fill>
 static int amx_product(const bf16* a, int64_t lda, int64_t M, int64_t K, int64_t n_begin, int64_t n_end,
-                       const Output& c, Fill fill) {
+                       const ProductOutput& c, Fill fill) {
   const int64_t panels = ceil_div(n_end - n_begin, panel_width), columns = panels * panel_width;
   const int64_t padded_rows = round_up(M, 32), padded_k = round_up(K, 32), depth = min_of(padded_k, amx_panel_depth);
   bf16* const weights = static_cast<bf16*>(scratch(Scratch::panel, size_t(depth * columns) * 2));

@@ -15,7 +15,7 @@ class Product {
   template <class Self, class F>
   static auto visit(Self& self, F&& f) {
     if (self.blas_) return f(*self.blas_, self.b_);
-    switch (self.matrix_->kind()) {
+    switch (self.matrix().kind()) {
       case WeightMatrix::Kind::quantised: return f(*self.quantised_, self.q_);
       case WeightMatrix::Kind::seeds: return f(*self.seeds_, self.s_);
       case WeightMatrix::Kind::dense: break;
@@ -25,38 +25,24 @@ class Product {
 
  public:
   Product() = default;
-  // `mode` is MLXEFF_EXACT, _BF16 or _INT8; a dense matrix takes INT8 for BF16.
-  Product(const WeightMatrix& w, const float* x, float* y, int64_t rows, int mode)
-      : matrix_(&w), quantised_(&MLXEFF_DISPATCH(qmatmul_kernels)), seeds_(&MLXEFF_DISPATCH(seedlm_kernels)),
+  // `mode` is MLXEFF_EXACT, _BF16 or _INT8; a dense matrix takes INT8 for BF16. With `accumulate` y += x W^T.
+  Product(const WeightMatrix& w, const float* x, float* y, int64_t rows, int mode, bool accumulate = false)
+      : quantised_(&MLXEFF_DISPATCH(qmatmul_kernels)), seeds_(&MLXEFF_DISPATCH(seedlm_kernels)),
         dense_(&MLXEFF_DISPATCH(matmul_kernels)) {
     const int float_mode = mode == MLXEFF_EXACT ? MLXEFF_EXACT : MLXEFF_COMPUTE_BF16;
     const bool rounds = w.kind() == WeightMatrix::Kind::quantised && mode == MLXEFF_COMPUTE_INT8;
     if (!rounds && (mode == MLXEFF_EXACT || active_isa() != Isa::amx)) blas_ = blas_kernels(rows);
-    b_ = {&w, x, y, rows};
+    b_ = {w, x, y, rows, accumulate};
+    const ProductOutput out = {y, w.N, MLXEFF_F32, accumulate};
     switch (w.kind()) {
-      case WeightMatrix::Kind::quantised:
-        q_ = {w.quantised, x,       w.K, MLXEFF_F32, y,       w.N,     MLXEFF_F32, rows,
-              mode,        nullptr, 0,   nullptr,    nullptr, nullptr, nullptr};
-        break;
-      case WeightMatrix::Kind::seeds:
-        s_ = {w.seeds, x, w.K, MLXEFF_F32, y, w.N, MLXEFF_F32, rows, mode, nullptr, nullptr, nullptr, 0};
-        break;
+      case WeightMatrix::Kind::quantised: q_ = {w.quantised, x, w.K, MLXEFF_F32, out, rows, mode}; break;
+      case WeightMatrix::Kind::seeds: s_ = {w.seeds, x, w.K, MLXEFF_F32, out, rows, mode}; break;
       case WeightMatrix::Kind::dense:
-        d_ = {{x, w.K, MLXEFF_F32, false},
-              {w.dense, w.K, w.dtype, true},
-              y,
-              w.N,
-              MLXEFF_F32,
-              rows,
-              w.N,
-              w.K,
-              float_mode,
-              nullptr,
-              nullptr};
+        d_ = {{x, w.K, MLXEFF_F32, false}, {w.dense, w.ld, w.dtype, true}, out, rows, w.N, w.K, float_mode};
     }
   }
 
-  const WeightMatrix& matrix() const { return *matrix_; }
+  const WeightMatrix& matrix() const { return b_.w; }
   int64_t workspace_bytes() const {
     return round_up(
         int64_t(visit(*this, [](const auto& kernels, const auto& args) { return kernels.workspace_bytes(args); })), 64);
@@ -76,7 +62,7 @@ class Product {
 
   // Whether `other`, of the same x, needs it in the same form; share_input then replaces its bind and prepare.
   bool same_input(const Product& other) const {
-    const WeightMatrix &a = *matrix_, &b = *other.matrix_;
+    const WeightMatrix &a = matrix(), &b = other.matrix();
     if (a.kind() != b.kind()) return false;
     switch (a.kind()) {
       case WeightMatrix::Kind::quantised:
@@ -102,7 +88,6 @@ class Product {
   }
 
  private:
-  const WeightMatrix* matrix_ = nullptr;
   const QmatmulKernels* quantised_ = nullptr;
   const SeedlmKernels* seeds_ = nullptr;
   const MatmulKernels* dense_ = nullptr;

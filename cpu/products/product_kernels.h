@@ -8,6 +8,15 @@
 
 namespace mlxeff {
 
+// What a product writes: y (M, N), its rows `ld` elements apart. The finished fp32 sums are rounded to the dtype of y;
+// or each is added once to what y, which is fp32 then, holds before.
+struct ProductOutput {
+  void* data;
+  int64_t ld;
+  int dtype;
+  bool accumulate;
+};
+
 template <class Args>
 struct ProductKernels {
   size_t (*workspace_bytes)(const Args& args);

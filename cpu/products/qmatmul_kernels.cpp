@@ -230,11 +230,11 @@ int run(const QmmArgs& args, int64_t n_begin, int64_t n_end) {
 
 template <int bits>
 void dequantize_row_bits(const mlxeff_qweight& w, int64_t n, void* out, int out_dtype) {
-  const char* packed = reinterpret_cast<const char*>(w.packed) + n * row_bytes(w);
+  const char* packed = reinterpret_cast<const char*>(w.packed) + n * row_stride(w);
   for (int64_t k = 0; k < w.K; k += 32) {
     uint32_t words[bits + 1] = {};
     memcpy(words, packed + k * bits / 8, bits * 4);
-    const int64_t g = n * (w.K / w.group) + k / w.group, size = int64_t(dtype_size(w.scale_dtype));
+    const int64_t g = n * scale_stride(w) + k / w.group, size = int64_t(dtype_size(w.scale_dtype));
     float scale, bias, values[32];
     to_floats(&scale, static_cast<const char*>(w.scales) + g * size, w.scale_dtype, 1);
     to_floats(&bias, static_cast<const char*>(w.biases) + g * size, w.scale_dtype, 1);

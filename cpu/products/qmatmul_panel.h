@@ -21,7 +21,7 @@ struct StripPair {
 };
 static StripPair load_strip_pair(const mlxeff_qweight& w, int64_t n, int64_t n_end, float bias_shift, float* buffer) {
   StripPair pair = {};
-  Prefetcher next;
+  Prefetcher<true> next;
   next.start(w, n);
   for (; pair.count < 2 && n + pair.count * VL < n_end; ++pair.count) {
     const int64_t first = n + pair.count * VL;
@@ -51,7 +51,7 @@ static int run_panel_exact(const QmmArgs& args, int64_t n_begin, int64_t n_end) 
   float* const strips = static_cast<float*>(scratch(Scratch::strip, size_t(2 * strip_floats(w)) * 4));
   if (!strips) return MLXEFF_NO_MEMORY;
   StripPair pair = {};
-  return panel_product(args.x_f32, args.ldx_f32, args.M, w.K, n_begin, n_end, output(args),
+  return panel_product(args.x_f32, args.ldx_f32, args.M, w.K, n_begin, n_end, args.y,
                        [&](int64_t n, int64_t k, int64_t k_end, float* panel) {
                          if (k == 0) pair = load_strip_pair(w, n, n_end, 0, strips);
                          for (int j = 0; j < 2; ++j)
@@ -128,7 +128,7 @@ static int run_panel_int8(const QmmArgs& args, int64_t n_begin, int64_t n_end) {
       float y[int8_tile_rows * panel_width];
       const int64_t rows = min_of(height, args.M - m);
       tiles[rows - 1](args, m, panel, pair, y);
-      store_block(y, panel_width, rows, min_of(panel_width, n_end - n), output(args), m, n);
+      store_block(y, panel_width, rows, min_of(panel_width, n_end - n), args.y, m, n);
     }
   }
   return MLXEFF_OK;
@@ -140,7 +140,7 @@ static int run_panel_amx(const QmmArgs& args, int64_t n_begin, int64_t n_end) {
   const mlxeff_qweight& w = args.w;
   float* const strips = static_cast<float*>(scratch(Scratch::strip, size_t(2 * strip_floats(w)) * 4));
   if (!strips) return MLXEFF_NO_MEMORY;
-  return amx_product(args.x_bf16, padded_stride(w.K, 2), args.M, w.K, n_begin, n_end, output(args),
+  return amx_product(args.x_bf16, padded_stride(w.K, 2), args.M, w.K, n_begin, n_end, args.y,
                      [&](int64_t n, int64_t k, int64_t k_end, bf16* panel) {
                        const StripPair pair = load_strip_pair(w, n, n_end, 0, strips);
                        for (int j = 0; j < 2; ++j)

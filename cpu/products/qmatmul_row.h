@@ -20,7 +20,7 @@
 namespace mlxeff {
 namespace MLXEFF_ISA {
 
-constexpr int64_t prefetch_distance = 4096;
+constexpr int64_t prefetch_distance = 4096;  // bytes in use between what is read and what is asked for
 
 // Lanes and vector types of the int8 products: 256 bits suffice to keep ahead of the memory and have three ports.
 #if defined(__AVX2__)
@@ -96,18 +96,15 @@ MLXEFF_INLINE bf spread_scales_int8(const float* scales, int64_t first) {
   return scales[first / group_words] - bf{};
 }
 
-// scales[g] = scale of group g of row n, times its factor if there are any; returns bias * x_sum, whose lanes are
-// to be summed.
+// scales[g] = scale of group g of a row, times its factor if there are any; returns bias * x_sum, whose lanes are to be
+// summed.
 template <class T>
-MLXEFF_INLINE vf load_row_scales(const QmmArgs& args, int64_t n, float bias_shift, const float* factors,
-                                 float* scales) {
-  const int64_t groups = args.w.K / args.w.group;
-  const T* const row_scales = static_cast<const T*>(args.w.scales) + n * groups;
-  const T* const row_biases = static_cast<const T*>(args.w.biases) + n * groups;
+MLXEFF_INLINE vf load_row_scales(const T* row_scales, const T* row_biases, int64_t groups, const float* x_sum,
+                                 float bias_shift, const float* factors, float* scales) {
   vf total = zero();
   for (int64_t g = 0; g < groups; g += VL) {
     const vf scale = load_up_to(row_scales + g, groups - g), bias = load_up_to(row_biases + g, groups - g);
-    total = fma(bias_shift * scale + bias, load(args.x_sum + g), total);
+    total = fma(bias_shift * scale + bias, load(x_sum + g), total);
     store(scales + g, factors ? scale * load(factors + g) : scale);
   }
   return total;
@@ -119,11 +116,11 @@ MLXEFF_INLINE vf word_value(vu words, int j) {
 }
 
 template <int bits, int group>
-static float row_exact(const QmmArgs& args, const char* packed, const float* scales, vf total) {
+static float row_exact(const QmmArgs& args, const char* packed, int64_t distance, const float* scales, vf total) {
   const int64_t words = args.w.K * bits / 32;
   const float* x = args.x_f32;
   for (int64_t i = 0; i < words; i += VL, x += exact_step<bits>) {
-    __builtin_prefetch(packed + i * 4 + prefetch_distance, 0, 3);
+    __builtin_prefetch(packed + i * 4 + distance, 0, 3);
     const vu q = load_words_up_to<vu>(packed + i * 4, words - i);
     vf even = word_value<bits>(q, 0) * load(x), odd = word_value<bits>(q, 1) * load(x + VL);
 #pragma GCC unroll 8
@@ -204,11 +201,11 @@ MLXEFF_INLINE vf dot_digits(vu q, const int8_t* x) {
 }
 
 template <int bits, int group>
-static float row_digits(const QmmArgs& args, const char* packed, const float* scales, vf total) {
+static float row_digits(const QmmArgs& args, const char* packed, int64_t distance, const float* scales, vf total) {
   const int64_t words = args.w.K * bits / 32;
   const int8_t* x = args.x_int8;
   for (int64_t i = 0; i < words; i += VL, x += digits * exact_step<bits>) {
-    __builtin_prefetch(packed + i * 4 + prefetch_distance, 0, 3);
+    __builtin_prefetch(packed + i * 4 + distance, 0, 3);
     const vf dot = dot_digits<bits>(load_words_up_to<vu>(packed + i * 4, words - i), x);
     total = fma(dot, spread_scales<bits * group / 32>(scales, i), total);
   }
@@ -216,12 +213,12 @@ static float row_digits(const QmmArgs& args, const char* packed, const float* sc
 }
 
 template <int bits, int group>
-static float row_int8(const QmmArgs& args, const char* packed, const float* scales, vf bias) {
+static float row_int8(const QmmArgs& args, const char* packed, int64_t distance, const float* scales, vf bias) {
   const int64_t words = args.w.K * bits / 32;
   const int8_t* x = args.x_int8;
   bf total[2] = {};
   for (int64_t i = 0; i < words; i += 2 * BL, x += 2 * int8_step<bits>) {
-    __builtin_prefetch(packed + i * 4 + prefetch_distance, 0, 3);
+    __builtin_prefetch(packed + i * 4 + distance, 0, 3);
 #pragma GCC unroll 2
     for (int half = 0; half < 2; ++half) {
       const int64_t at = i + half * BL;
@@ -321,23 +318,26 @@ static int run_rows_as(const QmmArgs& args, int64_t n_begin, int64_t n_end) {
   const auto row_product = int8              ? row_int8<bits, group>
                            : by_digits<bits> ? row_digits<bits, group>
                                              : row_exact<bits, group>;
-  const int64_t padded = round_up(w.K / group, VL) + VL, bytes = row_bytes(w),
-                scale_bytes = w.K / group * int64_t(sizeof(T));
-  const int64_t ahead = max_of(1, prefetch_distance / bytes);
+  const int64_t groups = w.K / group, scale_step = w.ld / group, padded = round_up(groups, VL) + VL;
+  const int64_t bytes = row_bytes(w), stride = row_stride(w), ahead = max_of(1, prefetch_distance / bytes);
+  // Where rows have gaps: the same place of a later row.
+  const int64_t distance = bytes == stride ? prefetch_distance : ceil_div(prefetch_distance, bytes) * stride;
   float* const scales = static_cast<float*>(scratch(Scratch::strip, size_t(padded) * 4));
   if (!scales) return MLXEFF_NO_MEMORY;
   memset(scales, 0, size_t(padded) * 4);
+  const T* row_scales = static_cast<const T*>(w.scales) + n_begin * scale_step;
+  const T* row_biases = static_cast<const T*>(w.biases) + n_begin * scale_step;
   float out[16];
-  for (int64_t n = n_begin; n < n_end; ++n) {
-    for (int64_t i = 0; i < scale_bytes; i += 64) {
-      __builtin_prefetch(static_cast<const char*>(w.scales) + (n + ahead) * scale_bytes + i, 0, 3);
-      __builtin_prefetch(static_cast<const char*>(w.biases) + (n + ahead) * scale_bytes + i, 0, 3);
+  for (int64_t n = n_begin; n < n_end; ++n, row_scales += scale_step, row_biases += scale_step) {
+    for (int64_t g = ahead * scale_step; g < ahead * scale_step + groups; g += 64 / int64_t(sizeof(T))) {
+      __builtin_prefetch(row_scales + g, 0, 3);
+      __builtin_prefetch(row_biases + g, 0, 3);
     }
-    const vf bias = load_row_scales<T>(args, n, shift, factors, scales);
-    const char* const packed = reinterpret_cast<const char*>(w.packed) + n * bytes;
+    const vf bias = load_row_scales(row_scales, row_biases, groups, args.x_sum, shift, factors, scales);
+    const char* const packed = reinterpret_cast<const char*>(w.packed) + n * stride;
     const int64_t slot = (n - n_begin) % 16;
-    out[slot] = row_product(args, packed, scales, bias);
-    if (slot == 15 || n + 1 == n_end) store_block(out, 0, 1, slot + 1, output(args), 0, n - slot);
+    out[slot] = row_product(args, packed, distance, scales, bias);
+    if (slot == 15 || n + 1 == n_end) store_block(out, 0, 1, slot + 1, args.y, 0, n - slot);
   }
   return MLXEFF_OK;
 }

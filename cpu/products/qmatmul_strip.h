@@ -13,11 +13,10 @@
 #include "products/panel_product.h"
 #include "products/qmatmul_int8.h"
 #include "products/qmatmul_kernels.h"
+#include "products/row_lines.h"
 
 namespace mlxeff {
 namespace MLXEFF_ISA {
-
-MLXEFF_INLINE Output output(const QmmArgs& args) { return {args.y, args.ldy, args.y_dtype}; }
 
 // One strip as the kernels read it: packed rows, and scales and biases with a group's VL values side by side.
 struct Strip {
@@ -27,33 +26,41 @@ struct Strip {
   const float* biases;
 };
 
+// Bytes of packed words in use in a row, and between two rows; values between two rows of scales.
 MLXEFF_INLINE int64_t row_bytes(const mlxeff_qweight& w) { return w.K * w.bits / 8; }
+MLXEFF_INLINE int64_t row_stride(const mlxeff_qweight& w) { return w.ld * w.bits / 8; }
+MLXEFF_INLINE int64_t scale_stride(const mlxeff_qweight& w) { return w.ld / w.group; }
 MLXEFF_INLINE int64_t strip_floats(const mlxeff_qweight& w) {  // scratch that load_strip needs
   return 2 * VL * round_up(w.K / w.group, 4) + VL * round_up(w.K / w.group, 4) + VL * row_bytes(w) / 4;
 }
 
 // Fetches the next strip while the present one is read and computed, in the order of its addresses. Lines are asked for
 // at an even pace over all of that time, reading the scales included: a core has few outstanding misses, and memory
-// that is left waiting once is not caught up with.
+// that is left waiting once is not caught up with. There are kernels for rows with gaps and for rows without: counting
+// the lines of a row costs the latter up to 8 %.
+template <bool gaps>
 struct Prefetcher {
-  const char *packed = nullptr, *scales = nullptr, *biases = nullptr;
-  int64_t group_bytes = 0;    // of scales
+  RowLines<gaps> packed;
+  const char *scales = nullptr, *biases = nullptr;
+  int64_t group_bytes = 0;    // of scales, with the gaps between rows
   int64_t pace = 0, due = 0;  // sixteenths of a line a block of 32 values
 
   static constexpr int lines_with_scales = 2;  // for each four groups of scales or biases
   inline __attribute__((always_inline)) void start(const mlxeff_qweight& w, int64_t n) {
-    const int64_t size = int64_t(dtype_size(w.scale_dtype)), groups = w.K / w.group, lines = VL * row_bytes(w) / 64;
-    packed = reinterpret_cast<const char*>(w.packed) + n * row_bytes(w);
-    scales = static_cast<const char*>(w.scales) + n * groups * size;
-    biases = static_cast<const char*>(w.biases) + n * groups * size;
-    group_bytes = VL * size;
+    const int64_t bytes = row_bytes(w), stride = row_stride(w), groups = w.K / w.group,
+                  step = scale_stride(w) * int64_t(dtype_size(w.scale_dtype));
+    const int64_t lines = bytes == stride ? VL * bytes / 64 : VL * ceil_div(bytes, 64);
+    packed.start(reinterpret_cast<const char*>(w.packed) + n * stride, bytes, stride);
+    scales = static_cast<const char*>(w.scales) + n * step;
+    biases = static_cast<const char*>(w.biases) + n * step;
+    group_bytes = VL * step / groups;
     pace = max_of(0, 16 * (lines - ceil_div(groups, 4) * 2 * lines_with_scales)) / (w.K / 32) + 1;
   }
   inline __attribute__((always_inline)) void fetch(int lines) {
-    for (int i = 0; i < lines; ++i, packed += 64) __builtin_prefetch(packed, 0, 3);
+    for (int i = 0; i < lines; ++i) packed.fetch();
   }
   inline __attribute__((always_inline)) void block() {
-    for (due += pace; due >= 16; due -= 16, packed += 64) __builtin_prefetch(packed, 0, 3);
+    for (due += pace; due >= 16; due -= 16) packed.fetch();
   }
   inline __attribute__((always_inline)) void group() {
     __builtin_prefetch(scales, 0, 3);
@@ -63,17 +70,20 @@ struct Prefetcher {
   }
 };
 
-// out [groups][VL] = VL rows of a scale or bias matrix, transposed and converted; rows beyond `rows` repeat the last.
-static inline void load_scales(const void* matrix, int dtype, int64_t groups, int64_t n, int64_t rows, float* rows_f32,
-                               float* out, Prefetcher& next) {
-  const int64_t padded = round_up(groups, 4);
+// out [groups][VL] = VL rows of the scale or bias matrix of w, transposed and converted; rows beyond `rows` repeat the
+// last.
+template <bool gaps>
+static inline void load_scales(const mlxeff_qweight& w, const void* matrix, int64_t n, int64_t rows, float* rows_f32,
+                               float* out, Prefetcher<gaps>& next) {
+  const int64_t groups = w.K / w.group, padded = round_up(groups, 4);
+  const int64_t step = scale_stride(w) * int64_t(dtype_size(w.scale_dtype));
   for (int r = 0; r < VL; ++r) {
-    const int64_t offset = (n + min_of(r, rows - 1)) * groups * int64_t(dtype_size(dtype));
-    to_floats(rows_f32 + r * padded, static_cast<const char*>(matrix) + offset, dtype, groups);
+    const char* const row = static_cast<const char*>(matrix) + (n + min_of(r, rows - 1)) * step;
+    to_floats(rows_f32 + r * padded, row, w.scale_dtype, groups);
     for (int64_t g = groups; g < padded; ++g) rows_f32[r * padded + g] = 0;
   }
   for (int64_t g = 0; g < padded; g += 4) {
-    next.fetch(Prefetcher::lines_with_scales);
+    next.fetch(Prefetcher<gaps>::lines_with_scales);
     vu quad[4];
     load_words4(reinterpret_cast<const char*>(rows_f32 + g), padded * 4, quad);
     for (int i = 0; i < 4; ++i) store(out + (g + i) * VL, (vf)quad[i]);
@@ -81,21 +91,21 @@ static inline void load_scales(const void* matrix, int dtype, int64_t groups, in
 }
 
 // Rows [n, n + rows) of W, rows <= VL, in the strip form. `bias_shift` times the scale is added to each bias.
+template <bool gaps>
 static inline Strip load_strip(const mlxeff_qweight& w, int64_t n, int64_t rows, float bias_shift, float* buffer,
-                               Prefetcher& next) {
-  const int64_t groups = w.K / w.group, padded = round_up(groups, 4), bytes = row_bytes(w);
+                               Prefetcher<gaps>& next) {
+  const int64_t groups = w.K / w.group, padded = round_up(groups, 4), bytes = row_bytes(w), stride = row_stride(w);
   float *scales = buffer, *biases = scales + VL * padded, *rows_f32 = biases + VL * padded;
-  load_scales(w.scales, w.scale_dtype, groups, n, rows, rows_f32, scales, next);
-  load_scales(w.biases, w.scale_dtype, groups, n, rows, rows_f32, biases, next);
+  load_scales(w, w.scales, n, rows, rows_f32, scales, next);
+  load_scales(w, w.biases, n, rows, rows_f32, biases, next);
   if (bias_shift != 0)
     for (int64_t i = 0; i < VL * groups; i += VL) store(biases + i, load(biases + i) + load(scales + i) * bias_shift);
-  const char* packed = reinterpret_cast<const char*>(w.packed) + n * bytes;
-  if (rows < VL) {  // the last strip of W, completed by copies of its last row
-    char* copy = reinterpret_cast<char*>(rows_f32 + VL * padded);
-    for (int r = 0; r < VL; ++r) memcpy(copy + r * bytes, packed + min_of(r, rows - 1) * bytes, size_t(bytes));
-    packed = copy;
-  }
-  return {packed, bytes, scales, biases};
+  const char* packed = reinterpret_cast<const char*>(w.packed) + n * stride;
+  if (rows == VL) return {packed, stride, scales, biases};
+  // The last strip of W is completed by copies of its last row.
+  char* const copy = reinterpret_cast<char*>(rows_f32 + VL * padded);
+  for (int r = 0; r < VL; ++r) memcpy(copy + r * bytes, packed + min_of(r, rows - 1) * stride, size_t(bytes));
+  return {copy, bytes, scales, biases};
 }
 
 // The sums of a group's products, in chains: one row of x alone does not keep the arithmetic units busy.
@@ -135,8 +145,8 @@ struct Part<rows, true> {
   }
 };
 
-template <int bits, int rows, bool int8>
-static void strip_product(const QmmArgs& args, const Strip& strip, Prefetcher next, vf y[]) {
+template <int bits, int rows, bool int8, bool gaps>
+static void strip_product(const QmmArgs& args, const Strip& strip, Prefetcher<gaps> next, vf y[]) {
   const int64_t group = args.w.group, groups = args.w.K / group;
   vf sum[rows];
 #pragma GCC unroll 8
@@ -157,39 +167,47 @@ static void strip_product(const QmmArgs& args, const Strip& strip, Prefetcher ne
   for (int m = 0; m < rows; ++m) y[m] = sum[m];
 }
 
-typedef void StripKernel(const QmmArgs&, const Strip&, Prefetcher, vf*);
+template <bool gaps>
+using StripKernel = void(const QmmArgs&, const Strip&, Prefetcher<gaps>, vf*);
 
 // The kernel for `rows` rows of x: 4- and 8-bit weights have kernels for several (qmatmul_row.h has those for one), the
 // others for one.
-template <int bits, bool int8>
-static StripKernel* strip_kernel(int64_t rows) {
+template <int bits, bool int8, bool gaps>
+static StripKernel<gaps>* strip_kernel(int64_t rows) {
   if constexpr (bits == 4 || bits == 8) {
 #if defined(__AVX512F__) || defined(__aarch64__)
-    if (rows > 4) return strip_product<bits, 8, int8>;
+    if (rows > 4) return strip_product<bits, 8, int8, gaps>;
 #endif
-    return rows > 2 ? strip_product<bits, 4, int8> : strip_product<bits, 2, int8>;
+    return rows > 2 ? strip_product<bits, 4, int8, gaps> : strip_product<bits, 2, int8, gaps>;
   } else {
-    return strip_product<bits, 1, int8>;
+    return strip_product<bits, 1, int8, gaps>;
   }
 }
 
-template <int bits>
-static int run_strips(const QmmArgs& args, int64_t n_begin, int64_t n_end) {
+template <int bits, bool gaps>
+static int run_strips_of(const QmmArgs& args, int64_t n_begin, int64_t n_end) {
   const bool int8 = args.mode == MLXEFF_COMPUTE_INT8;
-  StripKernel* const kernel = int8 ? strip_kernel<bits, true>(args.M) : strip_kernel<bits, false>(args.M);
+  StripKernel<gaps>* const kernel =
+      int8 ? strip_kernel<bits, true, gaps>(args.M) : strip_kernel<bits, false, gaps>(args.M);
   float* const buffer = static_cast<float*>(scratch(Scratch::strip, size_t(strip_floats(args.w)) * 4));
   if (!buffer) return MLXEFF_NO_MEMORY;
   const float bias_shift = int8 ? byte_offset<bits> : 0;
   for (int64_t n = n_begin; n < n_end; n += VL) {
     const int64_t rows = min_of(VL, n_end - n);
-    Prefetcher next;
+    Prefetcher<gaps> next;
     next.start(args.w, min_of(n + VL, args.w.N - 1));
     const Strip strip = load_strip(args.w, n, rows, bias_shift, buffer, next);
     vf y[direct_rows];
     kernel(args, strip, next, y);
-    store_strip(y, args.M, rows, output(args), n);
+    store_strip(y, args.M, rows, args.y, n);
   }
   return MLXEFF_OK;
+}
+
+template <int bits>
+static int run_strips(const QmmArgs& args, int64_t n_begin, int64_t n_end) {
+  return args.w.K == args.w.ld ? run_strips_of<bits, false>(args, n_begin, n_end)
+                               : run_strips_of<bits, true>(args, n_begin, n_end);
 }
 
 }  // namespace MLXEFF_ISA

@@ -27,6 +27,10 @@ static int threaded_product(const ProductKernels<Args>& kernels, Args& args, int
   return result;
 }
 
+static inline bool output_known(const ProductOutput& y) {
+  return y.accumulate ? y.dtype == MLXEFF_F32 : dtype_known(y.dtype);
+}
+
 // decode(n, where) for the rows ids[0], ids[1], ... of `rows`, or with null ids for the first `count`; `piece` rows at
 // once.
 template <class Decode>

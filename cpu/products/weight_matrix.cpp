@@ -3,8 +3,59 @@
 #include "decoder/decoder_kernels.h"
 #include "products/qmatmul_kernels.h"
 #include "seedlm/seedlm_kernels.h"
+#include "seedlm/seedlm_layout.h"
 
 namespace mlxeff {
+namespace {
+
+int64_t in_dtype(int64_t values, int dtype) { return values * int64_t(dtype_size(dtype)); }
+
+// W without what comes before `row` and, in each row, before `column`; N and K stay.
+WeightMatrix from(WeightMatrix w, int64_t row, int64_t column) {
+  switch (w.kind()) {
+    case WeightMatrix::Kind::quantised: {
+      mlxeff_qweight& q = w.quantised;
+      const int64_t scale = (row * w.ld + column) / q.group;
+      q.packed += (row * w.ld + column) / 32 * q.bits;
+      q.scales = static_cast<const char*>(q.scales) + in_dtype(scale, q.scale_dtype);
+      q.biases = static_cast<const char*>(q.biases) + in_dtype(scale, q.scale_dtype);
+      break;
+    }
+    case WeightMatrix::Kind::seeds: {
+      mlxeff_seedlm_weight& s = w.seeds;
+      const int64_t block = row * seed_row_blocks(s).stride + column / s.columns;
+      s.seeds = static_cast<const char*>(s.seeds) + block * (s.states == 3 ? 4 : 2);
+      if (s.states == 3) break;
+      s.coefficients += block;
+      s.exponents += block / 2;
+      break;
+    }
+    case WeightMatrix::Kind::dense:
+      w.dense = static_cast<const char*>(w.dense) + in_dtype(row * w.ld + column, w.dtype);
+  }
+  return w;
+}
+
+}  // namespace
+
+int slice_rows(const WeightMatrix& w, int64_t begin, int64_t count, WeightMatrix* part) {
+  if (begin < 0 || count < 1 || begin > w.N - count) return MLXEFF_BAD_ARGUMENT;
+  *part = from(w, begin, 0);
+  part->N = part->quantised.N = part->seeds.N = count;
+  return MLXEFF_OK;
+}
+
+int slice_columns(const WeightMatrix& w, int64_t begin, int64_t count, WeightMatrix* part) {
+  if (begin < 0 || count < 1 || begin > w.K - count) return MLXEFF_BAD_ARGUMENT;
+  const WeightMatrix::Kind kind = w.kind();
+  if (kind == WeightMatrix::Kind::quantised && (begin % w.quantised.group != 0 || count % w.quantised.group != 0))
+    return MLXEFF_BAD_ARGUMENT;
+  if (kind == WeightMatrix::Kind::seeds && begin % (w.seeds.columns * (w.seeds.states == 3 ? 1 : 2)) != 0)
+    return MLXEFF_BAD_ARGUMENT;
+  *part = from(w, 0, begin);
+  part->K = part->quantised.K = part->seeds.K = count;
+  return MLXEFF_OK;
+}
 
 void read_row(const WeightMatrix& w, int64_t n, float* out) {
   switch (w.kind()) {
@@ -14,7 +65,7 @@ void read_row(const WeightMatrix& w, int64_t n, float* out) {
     case WeightMatrix::Kind::seeds: MLXEFF_DISPATCH(seedlm_kernels).decode_row(w.seeds, n, out, MLXEFF_F32); break;
     case WeightMatrix::Kind::dense:
       MLXEFF_DISPATCH(decoder_kernels)
-          .load(out, static_cast<const char*>(w.dense) + n * w.K * int64_t(dtype_size(w.dtype)), w.dtype, w.K);
+          .load(out, static_cast<const char*>(w.dense) + in_dtype(n * w.ld, w.dtype), w.dtype, w.K);
   }
 }
 

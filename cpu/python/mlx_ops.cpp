@@ -102,7 +102,7 @@ void blocked_dx(int64_t N, int64_t K, const MatrixView& dy, const MatrixView& dx
     check(decode(row, n, weights.get()), "gradient: ");
     const char* const columns = dy.data + row * int64_t(dtype_size(dy.dtype));
     check(mlxeff_matmul_dx(columns, dy.ld, dy.dtype, weights.get(), K, MLXEFF_F32, row ? part.get() : sum, K,
-                           MLXEFF_F32, dy.rows, n, K, MLXEFF_EXACT),
+                           MLXEFF_F32, dy.rows, n, K, MLXEFF_EXACT, 0),
           "gradient: ");
     if (row)
       for (int64_t i = 0; i < count; ++i) sum[i] += part[size_t(i)];
@@ -134,7 +134,7 @@ class LinearProduct : public NativePrimitive {
     const int64_t N = product_ == Product::y ? c.columns : a.columns,
                   K = product_ == Product::y ? a.columns : c.columns;
     dispatch([=] {
-      check(kernel(a.data, a.ld, a.dtype, b.data, b.ld, b.dtype, c.data, c.ld, c.dtype, M, N, K, MLXEFF_EXACT),
+      check(kernel(a.data, a.ld, a.dtype, b.data, b.ld, b.dtype, c.data, c.ld, c.dtype, M, N, K, MLXEFF_EXACT, 0),
             "linear: ");
     });
   }
@@ -202,18 +202,21 @@ class QuantizedProduct : public NativePrimitive {
     const MatrixView a = matrix(inputs[0]), out = matrix_of(outputs[0]);
     // The packed words and the scales are made row-contiguous by quantized_matmul.
     const mx::array &packed = inputs[1], &scales = inputs[2], &biases = inputs[3];
+    const int64_t columns = packed.shape(1) * 32 / bits_;
     const mlxeff_qweight w = {packed.data<uint32_t>(),
                               scales.data<char>(),
                               biases.data<char>(),
                               packed.shape(0),
-                              packed.shape(1) * 32 / bits_,
+                              columns,
+                              columns,
                               bits_,
                               group_,
                               dtype_of(scales)};
     if (gradient_) dispatch([=] { quantized_dx(w, a, out); });
     else
       dispatch([=, mode = mode_] {
-        check(mlxeff_qmm(&w, a.data, a.ld, a.dtype, out.data, out.ld, out.dtype, a.rows, mode), "quantized_matmul: ");
+        check(mlxeff_qmm(&w, a.data, a.ld, a.dtype, out.data, out.ld, out.dtype, a.rows, mode, 0),
+              "quantized_matmul: ");
       });
   }
   std::vector<mx::array> vjp(const std::vector<mx::array>& primals, const std::vector<mx::array>& cotangents,

@@ -60,8 +60,8 @@ class RmsNorm : public NativePrimitive {
     if (x.size() == 0) return;
     const MatrixView in = matrix(x), out = matrix_of(outputs[0]);
     dispatch([=] {
-      check(mlxeff_rms_norm(in.data, in.ld, in.dtype, nullptr, 0, 0, weight, weight_dtype, out.data, out.ld, out.dtype,
-                            in.rows, in.columns, eps),
+      check(mlxeff_rms_norm(in.data, in.ld, in.dtype, weight, weight_dtype, out.data, out.ld, out.dtype, in.rows,
+                            in.columns, eps),
             "rms_norm: ");
     });
   }

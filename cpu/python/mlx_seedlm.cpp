@@ -33,6 +33,7 @@ mlxeff_seedlm_weight SeedLayout::weight(const std::vector<mx::array>& inputs, si
           planar ? inputs[first + 2].data<uint8_t>() : nullptr,
           rows,
           cols,
+          cols,
           columns,
           states,
           exponent_bias};
@@ -76,7 +77,7 @@ class SeedMatmul : public NativePrimitive {
     if (gradient_) dispatch([=] { seed_dx(weight, x, y); });
     else
       dispatch([=, mode = mode_] {
-        check(mlxeff_seedlm_matmul(&weight, x.data, x.ld, x.dtype, y.data, y.ld, y.dtype, x.rows, mode), "seedlm: ");
+        check(mlxeff_seedlm_matmul(&weight, x.data, x.ld, x.dtype, y.data, y.ld, y.dtype, x.rows, mode, 0), "seedlm: ");
       });
   }
   std::vector<mx::array> vjp(const std::vector<mx::array>& primals, const std::vector<mx::array>& cotangents,

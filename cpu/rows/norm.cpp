@@ -31,21 +31,11 @@ using namespace mlxeff;
 
 extern "C" {
 
-int mlxeff_rms_norm(void* x, int64_t ldx, int x_dtype, const void* residual, int64_t ldr, int residual_dtype,
-                    const void* weight, int weight_dtype, void* y, int64_t ldy, int y_dtype, int64_t rows, int64_t n,
-                    float eps) {
+int mlxeff_rms_norm(const void* x, int64_t ldx, int x_dtype, const void* weight, int weight_dtype, void* y, int64_t ldy,
+                    int y_dtype, int64_t rows, int64_t n, float eps) {
   if (!x || !y || rows < 0 || n < 1) return MLXEFF_BAD_ARGUMENT;
-  if (!dtype_known(x_dtype) || !dtype_known(y_dtype) || (residual && !dtype_known(residual_dtype)) ||
-      (weight && !dtype_known(weight_dtype)))
-    return MLXEFF_BAD_DTYPE;
-  const NormArgs args = {matrix(x, ldx, x_dtype),
-                         matrix(y, ldy, y_dtype),
-                         matrix(residual, ldr, residual_dtype),
-                         weight,
-                         weight_dtype,
-                         1,
-                         n,
-                         eps};
+  if (!dtype_known(x_dtype) || !dtype_known(y_dtype) || (weight && !dtype_known(weight_dtype))) return MLXEFF_BAD_DTYPE;
+  const NormArgs args = {matrix(x, ldx, x_dtype), matrix(y, ldy, y_dtype), weight, weight_dtype, 1, n, eps};
   const NormKernels& kernels = MLXEFF_DISPATCH(norm_kernels);
   return run(rows, piece / n, [&](int64_t begin, int64_t end) { return kernels.rows(args, begin, end); });
 }
@@ -61,7 +51,7 @@ int mlxeff_head_norm(const mlxeff_heads* x, const mlxeff_heads* y, int64_t B, in
       return NormRows{static_cast<char*>(at.data) + b * at.batch * int64_t(dtype_size(at.dtype)), at.token, at.head,
                       at.dtype};
     };
-    const NormArgs args = {heads(*x), heads(*y), {}, weight, weight_dtype, H, E, eps};
+    const NormArgs args = {heads(*x), heads(*y), weight, weight_dtype, H, E, eps};
     if (const int code =
             run(S * H, piece / E, [&](int64_t begin, int64_t end) { return kernels.rows(args, begin, end); }))
       return code;
@@ -78,7 +68,7 @@ int mlxeff_rms_norm_backward(const void* x, int64_t ldx, int x_dtype, const void
     return MLXEFF_BAD_DTYPE;
   float* const inverse_rms = static_cast<float*>(scratch(Scratch::shared_input, size_t(max_of(rows, 1)) * 4));
   if (!inverse_rms) return MLXEFF_NO_MEMORY;
-  const NormArgs forward = {matrix(x, ldx, x_dtype), {}, {}, weight, weight_dtype, 1, n, eps};
+  const NormArgs forward = {matrix(x, ldx, x_dtype), {}, weight, weight_dtype, 1, n, eps};
   const NormBackwardArgs args = {forward, matrix(dy, lddy, dy_dtype), matrix(dx, lddx, dx_dtype), inverse_rms, dw,
                                  rows};
   const NormKernels& kernels = MLXEFF_DISPATCH(norm_kernels);

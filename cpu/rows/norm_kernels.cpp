@@ -4,8 +4,7 @@
 //   dx = r * (w * dy) - x * r^3 / n * sum(w * dy * x),   dw = sum over rows of dy * x * r
 //
 // A row of half precision is widened to fp32, everything is computed in fp32, and results are rounded once when they
-// are stored. With a residual, x + residual is rounded to x's dtype and stored in x first, and the norm is that of the
-// stored values, so that the fused step equals an addition followed by a norm.
+// are stored.
 #include "rows/norm_kernels.h"
 
 #include <math.h>
@@ -51,17 +50,6 @@ static const float* in_fp32(const void* row, int dtype, int64_t n, float* buffer
   return buffer;
 }
 
-// x += residual, rounded to x's dtype. sum and term are buffers of n values.
-static void add_row(char* x, int x_dtype, const char* residual, int residual_dtype, int64_t n, float* sum,
-                    float* term) {
-  const float *const a = in_fp32(x, x_dtype, n, sum), *const b = in_fp32(residual, residual_dtype, n, term);
-  float* const out = x_dtype == MLXEFF_F32 ? reinterpret_cast<float*>(x) : sum;
-  int64_t j = 0;
-  for (; j + VL <= n; j += VL) store(out + j, load(a + j) + load(b + j));
-  for (; j < n; ++j) out[j] = a[j] + b[j];
-  if (out == sum) from_floats(x, x_dtype, sum, n);
-}
-
 // y = x * r * weight; y may be x.
 static void scale_row(float* y, const float* x, float r, const float* weight, int64_t n) {
   int64_t j = 0;
@@ -71,15 +59,13 @@ static void scale_row(float* y, const float* x, float r, const float* weight, in
 
 static bool rows(const NormArgs& args, int64_t begin, int64_t end) {
   const int64_t n = args.n;
-  float* const ones = static_cast<float*>(scratch(Scratch::panel, size_t(n * 3) * 4));
+  float* const ones = static_cast<float*>(scratch(Scratch::panel, size_t(n * 2) * 4));
   if (!ones) return false;
   for (int64_t j = 0; !args.weight && j < n; ++j) ones[j] = 1;
   const float* const weight = args.weight ? in_fp32(args.weight, args.weight_dtype, n, ones) : ones;
-  float *const buffer = ones + n, *const term = buffer + n;
+  float* const buffer = ones + n;
   for (int64_t row = begin; row < end; ++row) {
     char *const source = row_of(args.x, row, args.inner), *const target = row_of(args.y, row, args.inner);
-    if (args.residual.data)
-      add_row(source, args.x.dtype, row_of(args.residual, row, args.inner), args.residual.dtype, n, buffer, term);
     const float* const x = in_fp32(source, args.x.dtype, n, buffer);
     float* const y = args.y.dtype == MLXEFF_F32 ? reinterpret_cast<float*>(target) : buffer;
     scale_row(y, x, inverse_rms(x, n, args.eps), weight, n);

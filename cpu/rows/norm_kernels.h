@@ -13,7 +13,6 @@ struct NormRows {
 };
 struct NormArgs {
   NormRows x, y;
-  NormRows residual;   // data null: none
   const void* weight;  // null: ones
   int weight_dtype;
   int64_t inner, n;

@@ -9,17 +9,13 @@
 // To be included by per-level sources only.
 #pragma once
 #include "base/simd.h"
+#include "seedlm/seedlm_layout.h"
 #include "seedlm/seedlm_stream.h"
 
 namespace mlxeff {
 namespace MLXEFF_ISA {
 
 typedef uint32_t vu __attribute__((vector_size(VL * 4)));
-
-MLXEFF_INLINE int64_t blocks_a_row(const mlxeff_seedlm_weight& w) {
-  const int64_t blocks = ceil_div(w.K, w.columns);
-  return w.states == 3 ? blocks : round_up(blocks, 2);
-}
 
 #if defined(__AVX512F__)
 constexpr StreamTables<4> stream_tables;
@@ -82,7 +78,7 @@ MLXEFF_INLINE vu load_u32(const uint32_t* p, int64_t count) {
 MLXEFF_INLINE vu load_nibbles(const uint8_t* p, int64_t count) {
   uint8_t bytes[VL / 2] = {};
   if (count >= VL) memcpy(bytes, p, sizeof bytes);
-  else memcpy(bytes, p, size_t(count) / 2);
+  else memcpy(bytes, p, size_t(count + 1) / 2);
 #if defined(__AVX512F__)
   uint64_t all;
   memcpy(&all, bytes, 8);
@@ -109,9 +105,9 @@ struct Blocks {
   vu packed;       // coefficient p at bit 4 p
   vu code;         // exponent code in the low four bits
 
-  // Blocks [j, j + VL) of row n; lanes beyond the row have coefficients 0.
-  MLXEFF_INLINE Blocks of_row(const mlxeff_seedlm_weight& w, int64_t n, int64_t j, int64_t per_row) {
-    const int64_t at = n * per_row + j, count = min_of(VL, per_row - j);
+  // Blocks [j, j + VL) of row n, j even; lanes beyond those in use have coefficients 0.
+  MLXEFF_INLINE Blocks of_row(const mlxeff_seedlm_weight& w, int64_t n, int64_t j, const SeedRowBlocks& a_row) {
+    const int64_t at = n * a_row.stride + j, count = min_of(VL, a_row.used - j);
     if constexpr (P == 3) {
       const vu block = load_u32(static_cast<const uint32_t*>(w.seeds) + at, count);
       return unpack(block, block >> 16, block >> 28);
@@ -120,11 +116,12 @@ struct Blocks {
                   load_nibbles(w.exponents + at / 2, count));
   }
   // Block j of the rows n, n + 1, …; lanes beyond `rows` repeat the last.
-  MLXEFF_INLINE Blocks of_rows(const mlxeff_seedlm_weight& w, int64_t n, int64_t rows, int64_t j, int64_t per_row) {
+  MLXEFF_INLINE Blocks of_rows(const mlxeff_seedlm_weight& w, int64_t n, int64_t rows, int64_t j,
+                               const SeedRowBlocks& a_row) {
     uint32_t seeds[VL], packed[VL], code[VL];
 #pragma GCC unroll 16
     for (int i = 0; i < VL; ++i) {
-      const int64_t at = (n + min_of(i, rows - 1)) * per_row + j;
+      const int64_t at = (n + min_of(i, rows - 1)) * a_row.stride + j;
       if constexpr (P == 3) {
         seeds[i] = static_cast<const uint32_t*>(w.seeds)[at];
       } else {

@@ -10,6 +10,7 @@
 //
 // To be included by per-level sources only.
 #pragma once
+#include "products/product_output.h"
 #include "seedlm/seedlm_decode.h"
 #include "seedlm/seedlm_kernels.h"
 
@@ -22,7 +23,7 @@ constexpr int shared_shift = P == 3 ? 3 : 2;
 
 // Vectors that a chunk of VL blocks takes in x.
 MLXEFF_INLINE int64_t chunk_vectors(const SeedArgs& args) { return args.w.columns + (args.M == 1 ? args.w.states : 0); }
-MLXEFF_INLINE int64_t chunks_a_row(const SeedArgs& args) { return ceil_div(blocks_a_row(args.w), VL); }
+MLXEFF_INLINE int64_t chunks_a_row(const SeedArgs& args) { return ceil_div(seed_row_blocks(args.w).used, VL); }
 
 // Calls body(chunk, its columns of x [C][VL]) for the chunks of one row of x.
 template <class Body>
@@ -57,12 +58,12 @@ template <int C, int P>
 static int run_one(const SeedArgs& args, int64_t n_begin, int64_t n_end) {
   constexpr int G = shared_shift<P>;
   const mlxeff_seedlm_weight w = args.w;
-  const int64_t per_row = blocks_a_row(w);
+  const SeedRowBlocks a_row = seed_row_blocks(w);
   for (int64_t n = n_begin; n < n_end; ++n) {
     vf total = zero();
     const float* x = args.x_f32;
-    for (int64_t j = 0; j < per_row; j += VL, x += (C + P) * VL) {
-      const Blocks<C, P> blocks = Blocks<C, P>::of_row(w, n, j, per_row);
+    for (int64_t j = 0; j < a_row.used; j += VL, x += (C + P) * VL) {
+      const Blocks<C, P> blocks = Blocks<C, P>::of_row(w, n, j, a_row);
       vf sums[P];
 #pragma GCC unroll 4
       for (int p = 0; p < P; ++p) sums[p] = load(x + (C + p) * VL);
@@ -81,7 +82,7 @@ static int run_one(const SeedArgs& args, int64_t n_begin, int64_t n_end) {
       for (int p = 1; p < P; ++p) sum = fma(blocks.coefficient(p), sums[p], sum);
       total = fma(sum, blocks.scale(w), total);
     }
-    store_value(args.y, args.y_dtype, n, sum(total));
+    store_sum(sum(total), args.y, 0, n);
   }
   return MLXEFF_OK;
 }
@@ -90,18 +91,19 @@ template <int C, int P, int M>
 static int run_few(const SeedArgs& args, int64_t n_begin, int64_t n_end) {
   if constexpr (M == 1) return run_one<C, P>(args, n_begin, n_end);
   const mlxeff_seedlm_weight w = args.w;
-  const int64_t per_row = blocks_a_row(w), ldx = args.ldx_few;
+  const SeedRowBlocks a_row = seed_row_blocks(w);
+  const int64_t ldx = args.ldx_few;
   for (int64_t n = n_begin; n < n_end; ++n) {
     vf sums[M][2] = {};
     const float* x = args.x_f32;
-    for (int64_t j = 0; j < per_row; j += VL, x += C * VL) {
-      const Blocks<C, P> blocks = Blocks<C, P>::of_row(w, n, j, per_row);
+    for (int64_t j = 0; j < a_row.used; j += VL, x += C * VL) {
+      const Blocks<C, P> blocks = Blocks<C, P>::of_row(w, n, j, a_row);
       decode_columns<C, P>(blocks, w, [&](int c, vf weight) {
 #pragma GCC unroll 8
         for (int m = 0; m < M; ++m) sums[m][c % 2] = fma(weight, load(x + m * ldx + c * VL), sums[m][c % 2]);
       });
     }
-    for (int m = 0; m < M; ++m) store_value(args.y, args.y_dtype, m * args.ldy + n, sum(sums[m][0] + sums[m][1]));
+    for (int m = 0; m < M; ++m) store_sum(sum(sums[m][0] + sums[m][1]), args.y, m, n);
   }
   return MLXEFF_OK;
 }

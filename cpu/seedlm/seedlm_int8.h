@@ -69,12 +69,13 @@ template <int C, int P, int M>
 MLXEFF_VBMI static int run_int8(const SeedArgs& args, int64_t n_begin, int64_t n_end) {
   constexpr int quarters = C / 4;
   const mlxeff_seedlm_weight w = args.w;
-  const int64_t per_row = blocks_a_row(w), step = C * VL + 8 * VL, ldx = args.ldx_few;
+  const SeedRowBlocks a_row = seed_row_blocks(w);
+  const int64_t step = C * VL + 8 * VL, ldx = args.ldx_few;
   for (int64_t n = n_begin; n < n_end; ++n) {
     vf totals[M] = {};
     const char* x = args.x_int8;
-    for (int64_t j = 0; j < per_row; j += VL, x += step) {
-      const Blocks<C, P> blocks = Blocks<C, P>::of_row(w, n, j, per_row);
+    for (int64_t j = 0; j < a_row.used; j += VL, x += step) {
+      const Blocks<C, P> blocks = Blocks<C, P>::of_row(w, n, j, a_row);
       __m512i bytes[P][quarters];
       vf q[P];
 #pragma GCC unroll 4
@@ -102,7 +103,7 @@ MLXEFF_VBMI static int run_int8(const SeedArgs& args, int64_t n_begin, int64_t n
         totals[m] = fma(value, scale * load(reinterpret_cast<const float*>(row + C * VL + 4 * VL)), totals[m]);
       }
     }
-    for (int m = 0; m < M; ++m) store_value(args.y, args.y_dtype, m * args.ldy + n, sum(totals[m]));
+    for (int m = 0; m < M; ++m) store_sum(sum(totals[m]), args.y, m, n);
   }
   return MLXEFF_OK;
 }

@@ -109,11 +109,11 @@ int run(const SeedArgs& args, int64_t n_begin, int64_t n_end) {
 
 template <int C, int P>
 void decode_row_blocks(const mlxeff_seedlm_weight& w, int64_t n, void* out, int out_dtype) {
-  const int64_t per_row = blocks_a_row(w), size = int64_t(dtype_size(out_dtype));
+  const SeedRowBlocks a_row = seed_row_blocks(w);
+  const int64_t size = int64_t(dtype_size(out_dtype));
   for (int64_t j = 0; j * C < w.K; j += VL) {
     float columns[C][VL], values[C * VL];
-    decode_columns<C, P>(Blocks<C, P>::of_row(w, n, j, per_row), w,
-                         [&](int c, vf weight) { store(columns[c], weight); });
+    decode_columns<C, P>(Blocks<C, P>::of_row(w, n, j, a_row), w, [&](int c, vf weight) { store(columns[c], weight); });
     for (int i = 0; i < VL; ++i)
       for (int c = 0; c < C; ++c) values[i * C + c] = columns[c][i];
     from_floats(static_cast<char*>(out) + j * C * size, out_dtype, values, min_of(C * VL, w.K - j * C));

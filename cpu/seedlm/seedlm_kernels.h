@@ -9,16 +9,14 @@ struct SeedArgs {
   const void* x;
   int64_t ldx;
   int x_dtype;
-  void* y;
-  int64_t ldy;
-  int y_dtype;
+  ProductOutput y;
   int64_t M;
   int mode;
   // Set by bind. The form of x that the kernels read:
-  float* x_f32;     // few rows: seedlm_few.h; many: (M, K)
-  bf16* x_bf16;     // AMX: (M padded to 32, K padded)
-  char* x_int8;     // seedlm_int8.h
-  int64_t ldx_few;  // floats between the rows of a few, or bytes
+  float* x_f32 = nullptr;  // few rows: seedlm_few.h; many: (M, K)
+  bf16* x_bf16 = nullptr;  // AMX: (M padded to 32, K padded)
+  char* x_int8 = nullptr;  // seedlm_int8.h
+  int64_t ldx_few = 0;     // floats between the rows of a few, or bytes
 };
 
 struct SeedlmKernels : ProductKernels<SeedArgs> {

@@ -15,17 +15,19 @@ namespace MLXEFF_ISA {
 
 // Floats, or bf16 values, between the rows of x.
 MLXEFF_INLINE int64_t panel_stride(const SeedArgs& args) { return padded_stride(args.w.K, 4); }
-MLXEFF_INLINE int64_t amx_panel_stride(const SeedArgs& args) { return padded_stride(round_up(args.w.K, 32), 2); }
+MLXEFF_INLINE int64_t amx_panel_stride(const SeedArgs& args) {  // whole blocks, of which the last may be cut by K
+  return padded_stride(round_up(round_up(args.w.K, args.w.columns), 32), 2);
+}
 
 // Calls body(half, column of the panel's K, weights of VL rows of W) for the blocks [j, j_end) of up to 2 * VL rows
 // from n on.
 template <int C, int P, class Body>
 MLXEFF_INLINE void decode_panel(const mlxeff_seedlm_weight& w, int64_t n, int64_t rows, int64_t j, int64_t j_end,
                                 Body body) {
-  const int64_t per_row = blocks_a_row(w);
+  const SeedRowBlocks a_row = seed_row_blocks(w);
   for (int half = 0; half < 2 && half * VL < rows; ++half)
     for (int64_t i = j; i < j_end; ++i)
-      decode_columns<C, P>(Blocks<C, P>::of_rows(w, n + half * VL, rows - half * VL, i, per_row), w,
+      decode_columns<C, P>(Blocks<C, P>::of_rows(w, n + half * VL, rows - half * VL, i, a_row), w,
                            [&](int c, vf weight) { body(half, (i - j) * C + c, weight); });
 }
 
@@ -45,7 +47,7 @@ static int run_panel(const SeedArgs& args, int64_t n_begin, int64_t n_end) {
                            [&](int half, int64_t k, vf weight) { store(panel + k * panel_width + half * VL, weight); });
         gemm_panel(args.x_f32 + m * ldx + j * C, ldx, rows, panel, min_of(step * C, w.K - j * C), sums, j > 0);
       }
-      store_block(sums, panel_width, rows, columns, {args.y, args.ldy, args.y_dtype}, m, n);
+      store_block(sums, panel_width, rows, columns, args.y, m, n);
     }
   return MLXEFF_OK;
 }
@@ -75,7 +77,7 @@ static int run_panel_amx(const SeedArgs& args, int64_t n_begin, int64_t n_end) {
         for (int64_t i = 0; i < rows; i += 32)
           amx_tile(args.x_bf16 + (m + i) * ldx + j * C, ldx, panel, depth, sums + i * panel_width, panel_width, j > 0);
       }
-      store_block(sums, panel_width, min_of(rows, args.M - m), columns, {args.y, args.ldy, args.y_dtype}, m, n);
+      store_block(sums, panel_width, min_of(rows, args.M - m), columns, args.y, m, n);
     }
   amx_end();
   return MLXEFF_OK;

@@ -1,13 +1,19 @@
-"""The only place that knows every room: it puts together what a caller asks for by path, name or option.
+"""Puts together models and techniques that a caller names by path, alias or option of the command line.
 
-`model` a folder or file → model and tokenizer, `pair` a pair of KV Prediction, `fitting` what `mlxeff fit` does,
-`techniques` the tables in which each technique stands once, `options` options of the command line as data. The command
-line, the converters and the benchmarks call it; it calls rooms; rooms call the spine. Each name below is imported on
-first use.
+model                 a folder or file → the model, with its tokenizer
+pair                  a KV Prediction pair for a base model → a way to read prompts
+fitting               `mlxeff fit` as Python calls
+techniques            tables with one entry for each technique; a new technique is added there
+quantization          MLX's quantised modules in a model
+options, fit_options  options of the command line as data
+
+The packages of the techniques (seedlm, kvprediction, …) never import each other. This is the only package that imports
+all of them. The command line, the converters and the benchmarks call it. Each name below is imported on first use.
 """
 
 import importlib
 
+# Public name → the module that defines it.
 _PUBLIC = {
     "Loaded": "model",
     "build_model": "model",

@@ -1,4 +1,4 @@
-"""The options of each thing that `mlxeff fit` can fit, as data, and how its report is put into words."""
+"""The options of `mlxeff fit kv-predictor` as data, and its report in words."""
 
 from .options import Option, natural, option, positive
 
@@ -8,75 +8,111 @@ KV_PREDICTOR: tuple[Option, ...] = (
         "--aux",
         metavar="SPEC",
         required=True,
-        help="lp:0.5 (a fraction of the base's layers, evenly spread), search:0.5 (those that serve best), "
-        "layers:0-9,12 (these), a smaller model, or a configuration of the paper, such as OE1.1B-KVP-C-450M",
+        help="the auxiliary model, which reads prompts: lp:0.5 (that fraction of the base's layers, evenly spread), "
+        "search:0.5 (that fraction, the layers with the least error), layers:0-9,12 (these layers of the base), a "
+        "smaller model, or a configuration of the paper, such as OE1.1B-KVP-C-450M",
     ),
-    option("--out", metavar="PAIR", required=True, help="the new folder"),
-    option("--text", metavar="FILE", help="UTF-8 text to fit on (default: what the base writes by itself)"),
-    option("--tokens", metavar="N", type=positive, default=20000, help="to fit on (default %(default)s)"),
-    option("--length", metavar="N", type=positive, default=512, help="tokens a piece (default %(default)s)"),
-    option("--ridge", metavar="X", type=float, default=1e-5, help="regularisation (default %(default)s)"),
+    option("--out", metavar="PAIR", required=True, help="the new folder for the pair"),
+    option("--text", metavar="FILE", help="UTF-8 text to fit on (default: text that the base generates itself)"),
+    option("--tokens", metavar="N", type=positive, default=20000, help="tokens to fit on (default %(default)s)"),
+    option(
+        "--length",
+        metavar="N",
+        type=positive,
+        default=512,
+        help="tokens in each piece of the text (default %(default)s)",
+    ),
+    option(
+        "--ridge",
+        metavar="X",
+        type=float,
+        default=1e-5,
+        help="strength of the regularisation of the ridge regression (default %(default)s)",
+    ),
     option(
         "--inputs",
         choices=("hidden", "own"),
         default="hidden",
-        help="what the maps read of an auxiliary layer: its hidden states, or own: keys for keys, values for values, "
-        "as in the paper (default %(default)s)",
+        help="what the linear maps read from a layer of the auxiliary: hidden, its hidden states; or own, its keys to "
+        "predict keys and its values to predict values, as in the paper (default %(default)s)",
     ),
     option(
         "--map-bits",
         type=int,
         choices=(4, 8),
-        help="round the fitted maps to 4 or 8 bits, affine in groups of 64 or 32, which makes them smaller and lets "
-        "`--compute int8` reach them (default: dense float16)",
+        help="quantise the fitted maps to 4 or 8 bits, affine in groups of 64 or 32: they are smaller, and "
+        "`--compute int8` applies to them too (default: dense float16)",
     ),
-    option("--per-head", action="store_true", help="each base head from one auxiliary head (with --inputs own)"),
-    option("--search", action="store_true", help="choose the auxiliary layer of each base layer by its error"),
-    option("--steps", metavar="N", type=natural, default=0, help="of gradient training after the closed form"),
+    option(
+        "--per-head",
+        action="store_true",
+        help="predict each head of the base from one head of the auxiliary (with --inputs own)",
+    ),
+    option(
+        "--search",
+        action="store_true",
+        help="choose for each layer of the base the layer of the auxiliary that predicts it with the least error",
+    ),
+    option(
+        "--steps",
+        metavar="N",
+        type=natural,
+        default=0,
+        help="steps of gradient training after the closed form of ridge regression (default %(default)s)",
+    ),
     option(
         "--train",
         choices=("predictor", "lora", "full"),
         default="predictor",
-        help="what these steps change: the predictor, low-rank terms of the auxiliary's matrices too, or its whole "
-        "layers (default %(default)s)",
+        help="what the steps train: predictor, the linear maps only; lora, also low-rank terms added to the matrices "
+        "of the auxiliary; full, also all weights of its layers (default %(default)s)",
     ),
     option(
-        "--train-text", metavar="FILE", help="UTF-8 text that these steps read, all of it (default: what was fitted on)"
+        "--train-text",
+        metavar="FILE",
+        help="UTF-8 text for the steps, read as a whole (default: the text for the closed form)",
     ),
     option(
         "--loss",
         choices=("paper", "distill"),
         default="paper",
-        help="what they minimise: the paper's loss, which fits the text, or how far from the base's is what follows a "
-        "predicted prompt (default %(default)s)",
+        help="loss of the steps: paper, the paper's loss, which fits the text; or distill, the KL divergence from the "
+        "base's own predictions of the tokens after a predicted prompt (default %(default)s)",
     ),
     option(
         "--continuation",
         metavar="N",
         type=positive,
-        help="tokens that --loss distill continues a prompt with (default 64)",
+        help="number of tokens after a prompt that --loss distill compares (default 64)",
     ),
     option(
         "--prompt-mark",
         metavar="TEXT",
-        help="stands in the training text where prompts end, and is not read itself: every other step of --loss "
-        "distill has only such prompts, and what follows right after them (default: prompts end anywhere)",
+        help="a mark in the --train-text where prompts end, which itself is not part of the text: every other step of "
+        "--loss distill uses only prompts that end there (default: prompts end anywhere)",
     ),
-    option("--rank", metavar="R", type=positive, help="of --train lora (default 16)"),
+    option("--rank", metavar="R", type=positive, help="rank of the low-rank terms of --train lora (default 16)"),
     option(
         "--aux-loss",
         metavar="X",
         type=float,
-        help="weight of a tuned auxiliary's own next-token loss; a step with 0 is cheaper (default 1)",
+        help="weight of the auxiliary's own next-token loss with --train lora or full; steps with 0 are cheaper "
+        "(default 1)",
     ),
-    option("--batch", metavar="N", type=positive, help="pieces a step (default 1)"),
-    option("--rate", metavar="X", type=float, help="highest learning rate (default 3e-4)"),
-    option("--seed", type=natural, default=0, help="of the text that the base writes, and of the training"),
+    option("--batch", metavar="N", type=positive, help="pieces of the text in each step (default 1)"),
+    option("--rate", metavar="X", type=float, help="highest learning rate of the steps (default 3e-4)"),
+    option(
+        "--seed",
+        metavar="N",
+        type=natural,
+        default=0,
+        help="seed of the text that the base generates, and of the steps (default %(default)s)",
+    ),
 )
 
 
 def kv_predictor_lines(report: dict) -> list[str]:
-    """The report of `fit_kv_predictor` for people."""
+    """The report of `fit_kv_predictor` as lines for people."""
     lines = []
     if losses := report["losses"]:
         lines.append(f"training: loss {losses[0]:.3f} at first, {losses[-1]:.3f} at last")

@@ -1,6 +1,7 @@
-"""What `mlxeff fit` does, as Python calls: a technique's learned part, fitted to a model here.
+"""`mlxeff fit` as Python calls: they fit the learned part of a technique to a model, on this machine.
 
-`fit_kv_predictor` makes a pair of KV Prediction: the closed form on a text, then perhaps gradient training.
+`fit_kv_predictor` makes a KV Prediction pair. The linear maps of its predictor are fitted to a text in closed form
+(ridge regression), and then trained further by gradient steps if the settings say so.
 """
 
 import contextlib
@@ -23,15 +24,18 @@ from ..kvprediction.predictor import Predictor, quantization, quantize, read_wid
 from ..kvprediction.text import sample
 from ..kvprediction.train import Training, check, train
 from ..models.decoder import DecoderModel
+from ..tokenizer import Tokenizer
 from ..tuning import Tuned
 from .model import Loaded, load_path
 from .pair import SEAM, Auxiliary, make_auxiliary
 
-TRAINING = {"batch": 1, "rate": 3e-4, "continuation": 64, "rank": 16, "aux_loss": 1.0}  # defaults
-SEARCH_PIECES = 4  # of the text, to compare choices of layers on
-NOT_KEPT = ("base", "aux", "out", "text", "train_text", "tokens", "map_bits", "offline")  # of a pair's provenance
+TRAINING = {"batch": 1, "rate": 3e-4, "continuation": 64, "rank": 16, "aux_loss": 1.0}  # defaults for training
+SEARCH_PIECES = 4  # pieces of the text on which choices of layers are compared
+# Settings that are not copied into the provenance of a pair's config, because other entries have them or they are
+# paths.
+NOT_KEPT = ("base", "aux", "out", "text", "train_text", "tokens", "map_bits", "offline")
 
-# (title, unit) → a context that gives a callback (done, total), or None where nothing is shown
+# (title, unit) → a context manager that gives a callback for (done, total), or None where no progress is shown.
 Progress = Callable[[str, str], AbstractContextManager[Callable[[int, int], None] | None]]
 
 
@@ -44,14 +48,18 @@ class NotWrittenError(MlxeffError):
 
 
 def no_progress(_title: str, _unit: str) -> AbstractContextManager[None]:
-    """Shows nothing."""
+    """The `Progress` that shows nothing."""
     return contextlib.nullcontext()
 
 
 @dataclass
 class KvPredictorSettings:
-    """What `mlxeff fit kv-predictor` is given; its help says what each means. None of `batch`, `rate`, `continuation`,
-    `rank`, `aux_loss` is the default in TRAINING; given without the option that needs it, each is refused."""
+    """The options of `mlxeff fit kv-predictor`, which its help explains, with "_" in place of "-".
+
+    `batch`, `rate`, `continuation`, `rank` and `aux_loss` apply only together with another option. Where they are None,
+    they become the default in TRAINING. Raises MlxeffError for contradictions, and for these five without the option
+    that they need.
+    """
 
     base: str
     aux: str
@@ -82,7 +90,7 @@ class KvPredictorSettings:
         self._check()
 
     def _fill_in(self) -> None:
-        """The defaults of the training; refuses what would be ignored."""
+        """Set the defaults of the training. Raises MlxeffError for an option that would have no effect."""
         needs = {
             "batch": ("--steps", self.steps),
             "rate": ("--steps", self.steps),
@@ -90,15 +98,15 @@ class KvPredictorSettings:
             "rank": ("--train lora", self.train == "lora"),
             "aux_loss": ("--train lora or full", self.train != "predictor"),
         }
-        for name, (wanted, met) in needs.items():
-            given = getattr(self, name)
-            if given is not None and not met:
-                raise MlxeffError(f"--{name.replace('_', '-')} {given}: wanted {wanted}, got none")
-            if given is None:
+        for name, (needed, met) in needs.items():
+            value = getattr(self, name)
+            if value is not None and not met:
+                raise MlxeffError(f"--{name.replace('_', '-')} {value}: wanted {needed}, got none")
+            if value is None:
                 setattr(self, name, TRAINING[name])
 
     def _check(self) -> None:
-        """Refuse contradictions."""
+        """Raises MlxeffError for contradictions."""
         if self.per_head and self.inputs != "own":
             raise MlxeffError(f"--per-head: wanted --inputs own, which have heads, got {self.inputs}")
         for name in ("ridge", "rate", "aux_loss"):
@@ -116,6 +124,7 @@ class KvPredictorSettings:
 
     @property
     def training(self) -> Training:
+        """The settings of the gradient steps."""
         return Training(
             self.steps,
             self.batch,
@@ -128,17 +137,18 @@ class KvPredictorSettings:
 
     @property
     def unfinished(self) -> Path:
-        """Where an unfinished training is kept: the same call goes on from there."""
+        """The path where the state of an interrupted training is kept, from which the same call continues."""
         out = Path(self.out)
         return out.with_name(f"{out.name}.training")
 
 
 def fit_kv_predictor(base: str, aux: str, out: str | Path, *, progress: Progress = no_progress, **settings) -> dict:
-    """Fit a pair of KV Prediction for the model `base` (a folder, file, name or hub id) and write it to the new folder
-    `out`; `aux` and `settings` are the options of `mlxeff fit kv-predictor`, with underscores.
+    """Fit a KV Prediction pair for the model `base` (a folder, file, alias or hub id) and write it to the new folder
+    `out`. `aux` and `settings` are the options of `mlxeff fit kv-predictor`, see `KvPredictorSettings`.
 
-    Returns the report that the command prints with --json, less its notices. Raises MlxeffError; `out` is then not
-    made. Where only writing failed that is a NotWrittenError, which has the report.
+    Returns the report that the command prints with `--json`, without the notices. Raises MlxeffError for invalid
+    settings, models and texts; `out` does not exist then. Where only writing failed, it raises NotWrittenError, which
+    has the report.
     """
     check_new(Path(out))
     if unknown := sorted(set(settings) - {field.name for field in fields(KvPredictorSettings)}):
@@ -147,20 +157,21 @@ def fit_kv_predictor(base: str, aux: str, out: str | Path, *, progress: Progress
 
 
 def _fit_kv_predictor(settings: KvPredictorSettings, progress: Progress) -> dict:
+    """`fit_kv_predictor` with checked settings."""
     with progress(f"fetching {settings.base}", "B") as fetched:
         path = hub.resolve(settings.base, offline=settings.offline, progress=fetched)
     base, began = load_path(path), time.perf_counter()
     require_seam(base.model, SEAM, "KV prediction")
-    # What can be refused at once comes before what takes minutes.
-    given = _training_text(settings, base) if settings.train_text is not None else None
+    # Input that can be refused at once is read before anything that takes minutes.
+    training_text = _training_text(settings, base) if settings.train_text is not None else None
     searched = settings.aux.startswith("search:")
     auxiliary = None if searched else make_auxiliary(settings.aux, base, settings.offline)
     scheme = auxiliary and _quantization(settings, auxiliary.model)
     pieces = _sequences(settings, base)
     if searched:
-        auxiliary = make_auxiliary(_found(settings, base.model, pieces), base)
+        auxiliary = make_auxiliary(_searched_layers(settings, base.model, pieces), base)
         scheme = _quantization(settings, auxiliary.model)
-    fitted, losses, tuned = _fit(settings, auxiliary, base.model, pieces, given, progress)
+    fitted, losses, tuned = _fit(settings, auxiliary, base.model, pieces, training_text, progress)
     if scheme:
         quantize(fitted.predictor, scheme)
     config = PairConfig(
@@ -205,8 +216,9 @@ def _fit_kv_predictor(settings: KvPredictorSettings, progress: Progress) -> dict
     return report
 
 
-def _found(settings: KvPredictorSettings, base: DecoderModel, pieces: list[list[int]]) -> str:
-    """The auxiliary of `search:FRACTION`: the layers with the least error on the first pieces."""
+def _searched_layers(settings: KvPredictorSettings, base: DecoderModel, pieces: list[list[int]]) -> str:
+    """The description "layers:…" of the auxiliary for "search:FRACTION": of all candidates, the layers with the least
+    error on the first pieces of the text."""
     choices = candidates(settings.aux.partition(":")[2], len(base.layers))
     best, errors = choose_layers(base, choices, pieces[:SEARCH_PIECES], settings.ridge, settings.inputs)
     for layers, error in zip(choices, errors, strict=True):
@@ -215,7 +227,8 @@ def _found(settings: KvPredictorSettings, base: DecoderModel, pieces: list[list[
 
 
 def _quantization(settings: KvPredictorSettings, auxiliary: DecoderModel) -> dict | None:
-    """The scheme that `map_bits` asks for; refused here, before the fit, where it does not divide what maps read."""
+    """The parameters of the maps' quantisation, None for dense maps. Raises MlxeffError, before the fit, where no group
+    size divides the width of the maps' inputs."""
     if settings.map_bits is None:
         return None
     widths = read_widths(auxiliary.kv_shapes, settings.inputs, auxiliary.hidden_size)
@@ -227,16 +240,17 @@ def _fit(
     auxiliary: Auxiliary,
     base: DecoderModel,
     pieces: list[list[int]],
-    given: tuple[list[list[int]], list[int]] | None,
+    training_text: tuple[list[list[int]], list[int]] | None,
     progress: Progress,
 ) -> tuple[Fit, list[float], Tuned | None]:
-    """(the closed form, perhaps trained on from there; the losses of the training; what was tuned of the auxiliary)."""
-    training, ends = given or (pieces, [])
+    """Fit the predictor in closed form, and train it if the settings say so: (the fit, whose predictor is trained; the
+    loss of each step; the tuned parts of the auxiliary, None where it is unchanged)."""
+    training, ends = training_text or (pieces, [])
     if settings.steps:
         check(training, settings.training)  # before the closed form, which takes minutes
     models = auxiliary.model, base
     how = settings.ridge, settings.per_head, settings.search, settings.inputs
-    # Layers that both have in common need no maps, unless the auxiliary's are tuned.
+    # Layers that the auxiliary shares with the base need no maps, unless they are tuned.
     shared = shared_layers(auxiliary.config.get("layers", ())) if settings.train == "predictor" else 0
     with progress("fitting", "tok") as fitting:
         fitted = fit(*models, auxiliary.layer_map, _counted(pieces, fitting), *how, shared=shared)
@@ -251,25 +265,25 @@ def _fit(
 
 
 def _training_text(settings: KvPredictorSettings, base: Loaded) -> tuple[list[list[int]], list[int]]:
-    """(pieces of `train_text`; where prompts end in them, one after the other); refuses a text without the mark, or
-    with nothing else."""
+    """(The pieces of `train_text`; the places where prompts end, counted in tokens of all pieces one after the other).
+    Raises MlxeffError for an empty text, and for one without the mark of `prompt_mark`."""
     tokenizer, text, mark = base.tokenizer, _read(settings.train_text), settings.prompt_mark
-    parts = [_tokens(part, tokenizer) for part in (text.split(mark) if mark else [text])]
+    parts = [_tokens(part, base) for part in (text.split(mark) if mark else [text])]
     if mark and len(parts) == 1:
         raise MlxeffError(f"{settings.train_text}: wanted {mark!r} where prompts end, got a text without it")
     ids, ends = list(itertools.chain(*parts)), list(itertools.accumulate(map(len, parts[:-1])))
     if not ids:
         raise MlxeffError(f"{settings.train_text}: wanted text to train on, got none")
-    pieces, before = _pieces(ids, settings.length, tokenizer)
-    # A piece may begin with more than its own tokens.
-    ends = [end + before * (1 + end // (len(pieces[0]) - before)) for end in ends]
+    pieces, added = _pieces(ids, settings.length, tokenizer)
+    # Each piece begins with `added` tokens, such as BOS, that are not part of the text.
+    ends = [end + added * (1 + end // (len(pieces[0]) - added)) for end in ends]
     if mark:
         notices.info("fit: %d prompts in %s", len(ends), settings.train_text)
     return pieces, ends
 
 
 def _plot(losses: list[float], path: Path) -> None:
-    """The loss of each step and its running mean as PNG."""
+    """Draw the loss of each step and its moving average into a PNG file. A notice says where matplotlib is missing."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -295,60 +309,67 @@ def _draw(losses: list[float], path: Path, figure) -> None:
 
 
 def _provenance(settings: KvPredictorSettings, fitted: Fit, losses: list[float]) -> dict:
-    """How the pair came to be, for its config."""
+    """The entry `provenance` of the pair's config: how the pair was made."""
     return {
         "method": "ridge, then gradient training" if losses else "ridge",
         "text": settings.text and Path(settings.text).name,
         "train_text": settings.train_text and Path(settings.train_text).name,
         **{f.name: getattr(settings, f.name) for f in fields(settings) if f.name not in NOT_KEPT},
         "tokens": fitted.tokens,
-        "errors": fitted.errors,  # of the closed form
+        "errors": fitted.errors,  # unexplained variance of the closed form
         "losses": losses,
     }
 
 
 def _sizes(base: DecoderModel, auxiliary: DecoderModel, predictor: Predictor) -> dict:
-    """Parameter counts, and the FLOPs to the first token of 512 as a share of the base's."""
-    sizes = [parameters(each) for each in (base, auxiliary, predictor)]
+    """The report's parameter counts, and the FLOPs to the first token of a prompt of 512 tokens, as a share of the
+    FLOPs of the base alone."""
+    sizes = [parameters(model) for model in (base, auxiliary, predictor)]
     counts = dict(zip(("base", "auxiliary", "predictor"), sizes, strict=True))
     return {"parameters": counts, "flops_ratio": ttft_flops(*sizes, 512) / (2 * sizes[0] * 512)}
 
 
 def _sequences(settings: KvPredictorSettings, base: Loaded) -> list[list[int]]:
-    """Pieces of the text, or of what the base writes, as the models read them: each begins with a BOS if the tokenizer
-    adds one."""
+    """Token ids of the pieces of the text, or of text that the base generates. Each piece begins with BOS if the
+    tokenizer adds it. Raises MlxeffError for a text that cannot be read."""
     if settings.text is None:
         start = base.tokenizer.bos_token_id
         if start is None:
             raise MlxeffError(f"{settings.base}: wanted a token that text begins with (BOS), got none: name a --text")
         notices.info("fit: no --text: the base writes %d tokens itself", settings.tokens)
         return sample(base.model, start, settings.tokens, settings.length, settings.seed)
-    ids = _tokens(_read(settings.text), base.tokenizer)
+    ids = _tokens(_read(settings.text), base)
     if len(ids) < settings.tokens:
         notices.warning("%s: %d tokens, fewer than --tokens %d", settings.text, len(ids), settings.tokens)
     return _pieces(ids[: settings.tokens], settings.length, base.tokenizer)[0]
 
 
 def _read(path: str | Path) -> str:
+    """The text in a UTF-8 file. Raises MlxeffError."""
     try:
         return Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise MlxeffError(f"{path}: wanted UTF-8 text: {error}") from error
 
 
-def _tokens(text: str, tokenizer) -> list[int]:
-    return tokenizer.encode(text, add_special_tokens=False)
+def _tokens(text: str, base: Loaded) -> list[int]:
+    """Token ids of a text without BOS and EOS. Raises MlxeffError for a token that the model lacks."""
+    ids, rows = base.tokenizer.encode(text, add_special_tokens=False), base.model.vocab_size
+    if max(ids, default=0) >= rows:
+        name = base.tokenizer.decode([max(ids)])
+        raise MlxeffError(f"text: the model has no token {name!r:.60}: its id is {max(ids)}, wanted one below {rows}")
+    return ids
 
 
-def _pieces(ids: list[int], length: int, tokenizer) -> tuple[list[list[int]], int]:
-    """(pieces of at most `length` tokens; how many of these the tokenizer puts before each)."""
+def _pieces(ids: list[int], length: int, tokenizer: Tokenizer) -> tuple[list[list[int]], int]:
+    """(Pieces of at most `length` tokens; the number of tokens, such as BOS, that begin each piece)."""
     start = tokenizer.encode("", add_special_tokens=True)
     step = max(1, length - len(start))
     return [start + ids[at : at + step] for at in range(0, len(ids), step)], len(start)
 
 
 def _counted(pieces: Sequence[list[int]], progress: Callable[[int, int], None] | None) -> Iterator[list[int]]:
-    """The pieces, with `progress` told of each that is done."""
+    """The pieces; `progress` is called with the number of tokens when the next one is asked for."""
     total, done = sum(map(len, pieces)), 0
     for piece in pieces:
         yield piece

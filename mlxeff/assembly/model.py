@@ -1,13 +1,13 @@
-"""A folder or file → (model, tokenizer).
+"""A model folder or file → the model, with its tokenizer.
 
-`load` has mlx-lm's shape. Weights are read lazily and strictly: every tensor must be there, of the right shape, and
-used. What techniques put into a model stands in `techniques.STORED`.
+`load` has mlx-lm's arguments and result. Weights are loaded strictly: every parameter of the model must be in the
+files with the right shape, and every tensor of the files must be a parameter. The table `techniques.STORED` says which
+techniques replace modules of the model before its weights are loaded.
 """
 
 import functools
 import hashlib
 import json
-import re
 from collections import Counter
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
@@ -28,22 +28,23 @@ from ..ops import native_for
 from ..tokenizer import Tokenizer, from_folder, from_gguf
 from .techniques import Stored, architecture, stored_in
 
-SAMPLE_BYTES = 1 << 16  # of each end of a weight file that goes into the fingerprint
-TOKENIZER_KEYS = {"chat_template", "eos_token", "trust_remote_code"}  # of mlx-lm's `tokenizer_config`
+SAMPLE_BYTES = 1 << 16  # bytes at the beginning and the end of a weight file that enter the fingerprint
+TOKENIZER_KEYS = {"chat_template", "eos_token", "trust_remote_code"}  # known keys of mlx-lm's `tokenizer_config`
+# model_type → class of the model, for the families that this package computes itself.
 MODELS = {"openelm": openelm.Model} | dict.fromkeys(llama.FAMILIES, llama.Model)
 
 
 @dataclass
 class Loaded:
-    """A model ready to run, with what the caller may want to report of it."""
+    """A model that is ready to run, and facts about it for reports."""
 
     model: Model
     tokenizer: Tokenizer
-    config: dict
+    config: dict  # of its config.json
     path: Path
-    fingerprint: str
-    dtype: str  # of the activations
-    backend: str  # what will compute, as in `running.Ran`, as long as nobody changes the weights
+    fingerprint: str  # see `fingerprint`
+    dtype: str  # type of the activations
+    backend: str  # what will compute the model, as in `running.Ran`, unless its weights are changed
 
 
 def load(
@@ -55,12 +56,19 @@ def load(
     return_config: bool = False,
     revision: str | None = None,
     trust_remote_code: bool = False,
-):
-    """(model, tokenizer[, config]) of a folder, GGUF file, hub id or built-in alias; arguments as in mlx-lm's `load`.
+) -> tuple[Model, Tokenizer] | tuple[Model, Tokenizer, dict]:
+    """(Model, tokenizer) of a folder, a GGUF file, a Hugging Face id or a built-in alias, or with `return_config`
+    (model, tokenizer, config). The arguments are those of mlx-lm's `load`:
 
-    `model_config` overrides keys of config.json (None deletes one). Of `tokenizer_config`, `eos_token` (the text of one
-    more end token), `chat_template` and `trust_remote_code` (a tokenizer never runs code) are understood. Raises
-    `MlxeffError` for anything unusable.
+    model_config       entries that override those of config.json; None deletes an entry
+    tokenizer_config   `eos_token` (the text of one more end token), `chat_template`, and `trust_remote_code`, which has
+                       no effect: a tokenizer never runs code
+    lazy               leave the weights unevaluated
+    revision           branch, tag or commit of a Hugging Face repository
+    trust_remote_code  let mlx-lm run Python code that the model folder brings
+    adapter_path       not supported: refused
+
+    Raises MlxeffError where the model cannot be found, read or run.
     """
     if adapter_path:
         raise MlxeffError(f"load: adapter_path is not supported, got {adapter_path!r}: fuse it with mlx_lm.fuse")
@@ -78,14 +86,16 @@ def load(
 
 
 def load_path(path: Path, overrides: dict | None = None, lazy: bool = False, trust_remote_code: bool = False) -> Loaded:
-    """Load a folder (mlx-lm's or Hugging Face's) or a GGUF file."""
+    """Load a model folder (mlx-lm's or Hugging Face's) or a GGUF file. `overrides` as `model_config` in `load`, which
+    also explains the other arguments and names the errors."""
     kernels.bound_buffer_cache()
     source = open_source(path)
     config = _config(source)
-    tokenizer = _tokenizer(source, config)
-    config = {k: v for k, v in (config | (overrides or {})).items() if v is not None or k not in (overrides or {})}
-    model, config = _model(source, config, overrides or {}, lazy, trust_remote_code)
-    _check_vocabulary(path, model.vocab_size, tokenizer)
+    overrides = overrides or {}
+    tokenizer = _tokenizer(source, config, overrides)
+    deleted = {key for key, value in overrides.items() if value is None}
+    config = {key: value for key, value in (config | overrides).items() if key not in deleted}
+    model, config = _model(source, config, overrides, lazy, trust_remote_code)
     backend = "mlx"
     if not lazy:
         _finish(model, config, path)
@@ -95,7 +105,8 @@ def load_path(path: Path, overrides: dict | None = None, lazy: bool = False, tru
 
 
 def load_model(path: Path) -> tuple[Model, str]:
-    """(model, fingerprint) of a folder or GGUF file whose tokenizer is not needed; it computes operator by operator."""
+    """(Model, fingerprint) of a model folder or GGUF file, without its tokenizer. The model computes operator by
+    operator until `use_native` is called."""
     source = open_source(path)
     model, config = _model(source, _config(source), {})
     _finish(model, config, path)
@@ -105,13 +116,13 @@ def load_model(path: Path) -> tuple[Model, str]:
 def _model(
     source: Source, config: dict, overrides: dict, lazy: bool = False, trust_remote_code: bool = False
 ) -> tuple[object, dict]:
-    """The model with its weights, and its config with what only the file knows."""
+    """(The model with its weights, its config, completed by what only the weight files say)."""
     path, kind = source.path, config.get("model_type")
     if not isinstance(kind, str):
         raise MlxeffError(f"{path}: config: model_type: wanted the name of an architecture, got {kind!r}")
     if not lazy:
         _require_memory(path, sum(tensor.nbytes for tensor in source.tensors.values()))
-    if kind in llama.FAMILIES:  # Hugging Face and mlx-lm differ on what a missing key means: the file knows
+    if kind in llama.FAMILIES:  # Hugging Face and mlx-lm have different defaults for this key, so the weights decide
         config = {"tie_word_embeddings": not any(name.startswith("lm_head.") for name in source.tensors)} | config
     for technique in stored_in(config):
         technique.check(source)
@@ -143,13 +154,13 @@ def _require_memory(path: Path, need: int) -> None:
 
 
 def _install(techniques: Iterable[Stored], model: nn.Module, config: dict, tensors: Collection[str] | None) -> None:
-    """Put the techniques' modules in place of the model's own."""
+    """Let each technique replace modules of the model."""
     for technique in techniques:
         technique.install(model, config, tensors)
 
 
 def _finish(model: Model, config: dict, path: Path) -> None:
-    """Read the weights, and check those that can be checked only then."""
+    """Evaluate the weights, and let each technique check its own."""
     with memory.explained(str(path)):
         mx.eval(model.parameters())
     for technique in stored_in(config):
@@ -157,7 +168,8 @@ def _finish(model: Model, config: dict, path: Path) -> None:
 
 
 def _choose_executor(path: Path, model: Model) -> str:
-    """Use the native CPU kernels where they apply; says so where they are missing. Returns the backend's name."""
+    """Choose the native executor where it applies; returns the name of the backend. A notice says where the native
+    kernels are missing."""
     native, problem = kernels.native()
     if kernels.device() != "cpu" or not isinstance(model, DecoderModel):
         return "mlx"
@@ -168,10 +180,10 @@ def _choose_executor(path: Path, model: Model) -> str:
 
 
 def build_model(config: dict, tensors: Collection[str] | None = None) -> nn.Module:
-    """The (unevaluated, randomly initialised) model that a config.json dict of our own families describes.
-
-    Quantised as its `quantization` says: a module is quantised if it has an entry of its own there, else if
-    `tensors`, the names in the checkpoint, hold its scales (None: wherever the group size divides).
+    """The model that the dict of a config.json describes, with random weights that are not evaluated; only for the
+    families in MODELS. Techniques that the config names have replaced their modules. `tensors`: names of the tensors in
+    the checkpoint, which say which modules are quantised (see `quantization.install`). Raises MlxeffError for an
+    invalid config.
     """
     model_class = MODELS.get(config.get("model_type"))
     if model_class is None:
@@ -188,8 +200,12 @@ def build_model(config: dict, tensors: Collection[str] | None = None) -> nn.Modu
 
 
 def fill(model: nn.Module, weights: dict[str, mx.array], origin: str) -> None:
-    """Put `weights` into `model`: every name and shape must match; floats become the device's arithmetic type, where it
-    has one."""
+    """Set the parameters of `model` to `weights`, whose names and shapes have to be exactly those of the parameters.
+
+    Unless the native kernels are chosen, float arrays are converted to the type that MLX should compute in
+    (`kernels.arithmetic_dtype`). `origin` names the checkpoint in errors. Raises MlxeffError for missing and unknown
+    tensors and for wrong shapes and types.
+    """
     own = dict(tree_flatten(model.parameters()))
     if missing := sorted(set(own) - set(weights)):
         raise MlxeffError(f"{origin}: missing {len(missing)} tensors: {some(missing)}")
@@ -207,7 +223,8 @@ def fill(model: nn.Module, weights: dict[str, mx.array], origin: str) -> None:
 
 
 def fingerprint(source: Source, config: dict) -> str:
-    """A short hash that tells models apart: config, tensor names and shapes, and both ends of every weight file."""
+    """A short hash that identifies a model: of its config, the names and shapes of its tensors, and the beginning, end
+    and size of every weight file."""
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     digest.update(json.dumps([[n, list(t.shape)] for n, t in sorted(source.tensors.items())]).encode())
     for path in sorted({str(tensor.origin) for tensor in source.tensors.values()}):
@@ -220,7 +237,7 @@ def fingerprint(source: Source, config: dict) -> str:
 
 
 def _config(source: Source) -> dict:
-    """The config.json dict of a source, or what a GGUF file says."""
+    """The dict of the checkpoint's config.json, or of the equivalent metadata of a GGUF file."""
     if source.config is not None:
         return source.config
     if not source.metadata.get("general.architecture"):
@@ -230,21 +247,25 @@ def _config(source: Source) -> dict:
     return config_from_gguf(source)
 
 
-def _tokenizer(source: Source, config: dict) -> Tokenizer:
+def _tokenizer(source: Source, config: dict, overrides: dict) -> Tokenizer:
+    """The tokenizer beside the weights, or inside of a GGUF file. Its end tokens are those of all files, or of the
+    override `eos_token_id`. It may have more tokens than the model has rows: a prompt with one of them is refused."""
     if source.config is None:
         return from_gguf(source.metadata, str(source.path))
-    kind, eos = config.get("model_type"), config.get("eos_token_id")
-    if not fits(eos, int | list[int] | None):
-        raise MlxeffError(f"{source.path}: config: eos_token_id: wanted a token id or a list of them, got {eos!r}")
-    return from_folder(_folder(source.path), kind, eos)
+    for value in (config.get("eos_token_id"), overrides.get("eos_token_id")):
+        if not fits(value, int | list[int] | None):
+            what = f"{source.path}: config: eos_token_id"
+            raise MlxeffError(f"{what}: wanted a token id or a list of them, got {value!r:.60}")
+    return from_folder(_folder(source.path), config.get("model_type"), overrides.get("eos_token_id"))
 
 
 def _folder(path: Path) -> Path:
-    """Where config.json and the tokenizer are: the path itself, or beside a weights file."""
+    """The folder with config.json and the tokenizer: the path itself, or the folder of a weights file."""
     return path if path.is_dir() else path.parent
 
 
 def _weights(source: Source, config: dict) -> dict[str, mx.array]:
+    """All tensors of the checkpoint that the model uses, by the names of its parameters."""
     if source.config is None:
         from ..models.gguf import weights_from_gguf
 
@@ -253,27 +274,24 @@ def _weights(source: Source, config: dict) -> dict[str, mx.array]:
     return {name: tensor.read() for name, tensor in source.tensors.items() if not unused(name, family)}
 
 
-def _check_vocabulary(path: Path, rows: int | None, tokenizer: Tokenizer) -> None:
-    if rows and tokenizer.vocab_size > rows:
-        raise MlxeffError(
-            f"{path}: vocabulary mismatch: the tokenizer has {tokenizer.vocab_size} tokens, the model {rows} rows"
-        )
-
-
 def _arithmetic_dtype(weights: dict[str, mx.array], quantized: bool) -> mx.Dtype:
-    sizes = Counter()
-    for value in weights.values():
-        if _is_float(value):
-            sizes[value.dtype] += value.nbytes
-    return kernels.arithmetic_dtype(sizes.most_common(1)[0][0], quantized)
+    """The type that MLX should compute in with these weights."""
+    return kernels.arithmetic_dtype(_main_dtype(weights.values()), quantized)
 
 
-def _dtype_name(model) -> str:
+def _dtype_name(model: Model) -> str:
+    """The name of the float type of most of the model's weights."""
+    values = [value for _, value in tree_flatten(model.parameters())]
+    return str(_main_dtype(values)).removeprefix("mlx.core.")
+
+
+def _main_dtype(arrays: Iterable[mx.array]) -> mx.Dtype:
+    """The float type with the most bytes in these arrays."""
     sizes = Counter()
-    for _, value in tree_flatten(model.parameters()):
-        if _is_float(value):
-            sizes[value.dtype] += value.nbytes
-    return re.sub(r"^mlx\.core\.", "", str(sizes.most_common(1)[0][0]))
+    for array in arrays:
+        if _is_float(array):
+            sizes[array.dtype] += array.nbytes
+    return sizes.most_common(1)[0][0]
 
 
 def _is_float(value: mx.array) -> bool:

@@ -1,31 +1,33 @@
-"""Options of the command line as data: what a technique adds to a verb, and how texts become values. Imports nothing
-that is slow, so that --help is quick.
+"""Options of the command line as data, with which a technique can add its own option to a verb, and conversions of
+their values from text. Imports no slow module, so that --help is quick.
 """
 
 import argparse
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
 class Option:
-    """An option or argument: its `name` ("--steps", "BASE") and what `argparse.ArgumentParser.add_argument` takes."""
+    """An option or argument: its name ("--steps", "base"), and keywords of `argparse.ArgumentParser.add_argument`."""
 
     name: str
     keywords: dict = field(default_factory=dict)
 
     @property
     def key(self) -> str:
-        """Its name among the parsed values."""
+        """The name of the attribute for its value in the namespace that argparse returns."""
         return self.keywords.get("dest") or self.name.lstrip("-").replace("-", "_").lower()
 
 
 def option(name: str, **keywords) -> Option:
-    """`Option` with keywords written out."""
+    """An `Option` with its keywords as keyword arguments."""
     return Option(name, keywords)
 
 
-def integer(text: str, valid, wanted: str) -> int:
-    """A whole number that `valid` accepts."""
+def integer(text: str, valid: Callable[[int], bool], wanted: str) -> int:
+    """The whole number in `text`. Raises argparse.ArgumentTypeError unless `valid` accepts it; `wanted` describes in
+    the message what is accepted."""
     try:
         number = int(text)
     except ValueError:

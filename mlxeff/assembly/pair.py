@@ -1,5 +1,8 @@
-"""Pairs of KV Prediction, put together: a pair's folder, or the description of an auxiliary, and a loaded base → the
-auxiliary model and what predicts from it.
+"""KV Prediction pairs for a loaded base model.
+
+A pair is an auxiliary model and a predictor, which turns the auxiliary's states into keys and values of the base model
+(arXiv 2410.08391). `load_pair` loads a pair from its folder, `make_auxiliary` makes an auxiliary for a new pair from a
+description such as "lp:0.5".
 """
 
 from dataclasses import dataclass
@@ -17,23 +20,24 @@ from ..models.openelm import SIZES
 from ..tuning import Tuned
 from .model import Loaded, fill, load_model
 
-SEAM = "kv"  # of a model: raw_kv, append_kv
+SEAM = "kv"  # the place at which KV Prediction plugs into a model, see models/__init__.py
 
 
 @dataclass(frozen=True)
 class Auxiliary:
-    """An auxiliary model, how a pair's config names it, and the layer map that its form suggests."""
+    """An auxiliary model for a new pair."""
 
     model: DecoderModel
-    config: dict
-    layer_map: list[int]
+    config: dict  # the entry `auxiliary` of the pair's config: {"layers": …} or {"model": …, "fingerprint": …}
+    layer_map: list[int]  # for each layer of the base, the layer of the auxiliary to predict it from
 
 
 def load_pair(
     pair: str | Path, base: Loaded, offline: bool = False, keep: int | None = None, refine: bool = False
 ) -> KvPrediction:
-    """Load the pair in a folder, or one that comes with the package by its name, for `base`, with the dials `keep` and
-    `refine` (`KvPrediction`). Raises MlxeffError that names what does not fit."""
+    """Load a pair for the model `base`, with the options `keep` and `refine` of `KvPrediction`. `pair` is its folder,
+    or the name of a pair that comes with the package. Raises MlxeffError for a pair that was made for another base, and
+    for missing or damaged files."""
     folder = hub.resolve_pair(pair)
     config = read_config(folder)
     require_seam(base.model, SEAM, "KV prediction")
@@ -41,8 +45,8 @@ def load_pair(
     if wanted != got:
         raise MlxeffError(f"{folder}: wanted the base {config.base.get('name')} ({wanted}), got {base.path} ({got})")
     auxiliary, weights = _auxiliary_of(folder, config, base, offline), read_weights(folder)
-    of_auxiliary = {name: weights.pop(name) for name in list(weights) if name.startswith(AUXILIARY)}
-    of_auxiliary = {name.removeprefix(AUXILIARY): value for name, value in of_auxiliary.items()}
+    tuned_names = [name for name in weights if name.startswith(AUXILIARY)]
+    tuned_weights = {name.removeprefix(AUXILIARY): weights.pop(name) for name in tuned_names}
     try:
         shapes = auxiliary.kv_shapes, base.model.kv_shapes
         predictor = Predictor(*shapes, config.layer_map, config.inputs, auxiliary.hidden_size, config.shared)
@@ -53,21 +57,22 @@ def load_pair(
         raise MlxeffError(f"{folder}: {error}") from error
     fill(predictor, weights, str(folder))
     if tuned:
-        fill(tuned.modules, of_auxiliary, f"{folder}: auxiliary")
+        fill(tuned.modules, tuned_weights, f"{folder}: auxiliary")
         tuned.fold()
-    elif of_auxiliary:
-        raise MlxeffError(f"{folder}: wanted no tensors of an auxiliary that is not tuned, got {len(of_auxiliary)}")
+    elif tuned_weights:
+        raise MlxeffError(f"{folder}: wanted no tensors of an auxiliary that is not tuned, got {len(tuned_weights)}")
     return KvPrediction(native_like(auxiliary, base.model), predictor.eval().join(), str(pair), keep, refine)
 
 
 def native_like(auxiliary: DecoderModel, base: DecoderModel) -> DecoderModel:
-    """The auxiliary, with whole passes run natively if those of the base are."""
+    """The auxiliary, which computes with the native executor if the base does."""
     if base.native is not None and auxiliary is not base:
         auxiliary.use_native()
     return auxiliary
 
 
 def _auxiliary_of(folder: Path, config: PairConfig, base: Loaded, offline: bool) -> DecoderModel:
+    """The auxiliary model that a pair's config names: some layers of the base, or a model of its own."""
     if config.layers is not None:
         return pruned(base.model, config.layers, str(folder))
     name, wanted = config.auxiliary["model"], config.auxiliary["fingerprint"]
@@ -80,7 +85,8 @@ def _auxiliary_of(folder: Path, config: PairConfig, base: Loaded, offline: bool)
 
 
 def pruned(model: DecoderModel, layers: list[int], origin: str) -> DecoderModel:
-    """The model of some of its layers; refuses what it does not have."""
+    """The model of some layers of `model`, given by their numbers. Raises MlxeffError for numbers that are out of range
+    or do not rise; `origin` names the pair."""
     count = len(model.layers)
     if not layers or sorted(set(layers)) != layers or not 0 <= layers[0] <= layers[-1] < count:
         raise MlxeffError(f"{origin}: auxiliary: wanted rising layers of 0 to {count - 1}, got {layers}")
@@ -88,15 +94,16 @@ def pruned(model: DecoderModel, layers: list[int], origin: str) -> DecoderModel:
 
 
 def check_vocabulary(auxiliary: DecoderModel, base: DecoderModel, origin: str) -> None:
-    """Refuse an auxiliary whose token ids are not the base's."""
+    """Raises MlxeffError where the auxiliary and the base have embedding tables of different size."""
     wanted, got = base.vocab_size, auxiliary.vocab_size
     if wanted != got:
         raise MlxeffError(f"{origin}: vocabulary mismatch: the base has {wanted} rows, the auxiliary {got}")
 
 
 def make_auxiliary(spec: str, base: Loaded, offline: bool = False) -> Auxiliary:
-    """`lp:0.5` (a fraction of the base's layers), `layers:0,1,5` or `layers:0-14` (these), a published configuration's
-    name, or a model."""
+    """The auxiliary that `spec` describes: "lp:0.5" (that fraction of the base's layers, evenly spread), "layers:0-14"
+    or "layers:0,1,5" (these layers of the base), the name of one of the paper's configurations, or a model's name.
+    Raises MlxeffError for any other text, and for a model that does not fit the base."""
     require_seam(base.model, SEAM, "KV prediction")
     count = len(base.model.layers)
     name = published_name(spec)
@@ -112,17 +119,17 @@ def make_auxiliary(spec: str, base: Loaded, offline: bool = False) -> Auxiliary:
         model = native_like(pruned(base.model, layers, spec), base.model)
         return Auxiliary(model, {"layers": layers}, pruned_map(layers, count))
     path = hub.resolve(spec, offline=offline)
-    model, mark = load_model(path)
+    model, fingerprint = load_model(path)
     require_seam(model, SEAM, "KV prediction")
     check_vocabulary(model, base.model, spec)
     stored = str(Path(spec).resolve()) if Path(spec).exists() else spec
     layer_map = spread_map(len(model.layers), count)
     check_map(layer_map, len(model.layers), count)
-    return Auxiliary(native_like(model, base.model), {"model": stored, "fingerprint": mark}, layer_map)
+    return Auxiliary(native_like(model, base.model), {"model": stored, "fingerprint": fingerprint}, layer_map)
 
 
 def _check_base(name: str, base: DecoderModel, spec: str) -> None:
-    """Refuse a base that is not of the size that the published configuration `name` is for."""
+    """Raises MlxeffError where the base has another size than that of the paper's configuration `name`."""
     size = PUBLISHED[name].base
     wanted, got = SIZES[size][:2], (len(base.layers), base.hidden_size)
     if wanted != got:

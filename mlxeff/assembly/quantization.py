@@ -1,4 +1,4 @@
-"""MLX's affine quantisation: which modules of a model a config.json's `quantization` makes quantised ones."""
+"""MLX's quantisation: which modules of a model are quantised, by the entry `quantization` of its config.json."""
 
 from collections.abc import Collection
 
@@ -8,16 +8,18 @@ from ..errors import MlxeffError
 
 
 def install(model: nn.Module, quantization: dict, tensors: Collection[str] | None) -> None:
-    """Put quantised modules, without their weights yet, where `quantization` says: a module with an entry of its own as
-    that says, else one of which `tensors`, the names in the checkpoint, hold scales (None: wherever the group size
-    divides). Raises MlxeffError for an entry that is not mlx-lm's."""
+    """Replace modules of `model` by quantised ones, whose weights are not loaded yet. `quantization` is the entry of
+    the config.json, in mlx-lm's form. A module with an entry of its own is quantised as that says (false: not at all).
+    Another one is quantised where `tensors`, the names of the tensors in the checkpoint, contain its scales. Where
+    `tensors` is None, it is quantised if the group size divides its rows. Raises MlxeffError for an invalid entry."""
     if not isinstance(quantization, dict):
         raise MlxeffError(f"config: quantization: wanted group_size and bits, got {quantization!r}")
     default = {key: quantization[key] for key in ("group_size", "bits", "mode") if key in quantization}
     if not {"group_size", "bits"} <= set(default):
         raise MlxeffError(f"config: quantization: wanted group_size and bits, got {sorted(default)}")
 
-    def choose(path: str, module: nn.Module):
+    def choose(path: str, module: nn.Module) -> bool | dict:
+        """The parameters of the quantisation of one module; False: it is not quantised."""
         if not hasattr(module, "to_quantized"):
             return False
         own = quantization.get(path)

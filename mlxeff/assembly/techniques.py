@@ -1,7 +1,8 @@
-"""The techniques, in tables: which of them a checkpoint names, which of them an option of the command line switches on,
-and what `mlxeff fit` can fit. A new technique is an entry here; nothing else asks for one by name.
+"""The tables of techniques: STORED (named in a checkpoint's config.json), SWITCHED (switched on by an option of the
+command line) and FITTED (fitted by `mlxeff fit`).
 
-Imports no room at the top: the command line reads these tables for its help.
+A new technique is added by an entry in one or more tables. No other module asks for a technique by name. The packages
+of the techniques are imported inside of functions only, because the command line reads these tables for its help.
 """
 
 import argparse
@@ -24,12 +25,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Stored:
-    """A technique that a checkpoint names in its config.json by the entry `key`: its modules replace the model's own.
+    """A technique that is stored in checkpoints: config.json names it by the entry `key`, and it replaces modules of
+    the model.
 
-    check(source)                    before the model is built: what the weight files say of themselves
-    install(model, config, tensors)  before the weights are put in; `tensors`: the names in the checkpoint, if known
-    finish(model, origin)            with the weights read
-    in_foreign_models                whether it is installed in models that mlx-lm builds, which quantises itself
+    check(source)                    called before the model is built, to check the metadata of the weight files
+    install(model, config, tensors)  called with the new model, to replace modules; `tensors` are the names of the
+                                     tensors in the checkpoint, None where they are not known
+    finish(model, origin)            called when the weights are loaded, to check them; `origin` names the checkpoint
+    in_foreign_models                whether it is installed in models that mlx-lm builds, too
+
+    The functions raise MlxeffError.
     """
 
     key: str
@@ -39,31 +44,37 @@ class Stored:
     in_foreign_models: bool = True
 
     def applies(self, config: dict) -> bool:
-        """Whether the config names it."""
+        """Whether a config.json names the technique."""
         return self.key in config
 
 
 def stored_in(config: dict) -> list[Stored]:
-    """The techniques of a config.json, in the order in which they are installed."""
+    """The techniques that a config.json names, in the order in which they are installed."""
     return [technique for technique in STORED if technique.applies(config)]
 
 
 def architecture(config: dict) -> dict:
-    """A config.json without the entries of techniques: what the model's family reads."""
+    """A config.json without the entries of techniques, for the class of the model."""
     return {key: value for key, value in config.items() if key not in {technique.key for technique in STORED}}
 
 
 @dataclass(frozen=True)
 class Switched:
-    """A technique that is switched on by `option` and changes how a model is run.
+    """A technique that an option of the command line switches on, and that changes how a model is run.
 
-    name         its key in `--json`, where it reports
-    verbs        which verbs have the option
-    check        (value, all parsed values): refuses contradictions before anything is loaded
-    check_timed  value → refuses what makes no difference to the time to the first token
-    apply        (setup, base, value, offline) → the setup with the technique in it
-    label        value → the name of an arm of a benchmark
-    identity     value → what tells one such thing from another of the same name, for samples that are kept
+    name                               key of its report in the `--json` document
+    option                             the option; its value says how the technique is used
+    verbs                              the verbs that have the option
+    apply(setup, base, value, offline) returns `setup` with the technique; `base` is the loaded model
+    label(value)                       name of this use of the technique in the tables of a benchmark
+    identity(value)                    identifies the files that the value names, such as by a hash, so that samples of
+                                       a benchmark are not mixed with those of other files under the same name
+    check(value, values)               called before a model is loaded, with the values of all options too, to refuse
+                                       contradictions
+    check_timed(value)                 called before the time to the first token is measured, to refuse values that
+                                       cannot change it
+
+    The functions raise MlxeffError.
     """
 
     name: str
@@ -76,24 +87,24 @@ class Switched:
     check_timed: Callable[[object], None] = lambda _: None
 
     def value(self, values: argparse.Namespace) -> object:
-        """What was given, None without the option."""
+        """The value of the option; None where it was not given."""
         return getattr(values, self.option.key, None)
 
 
 def switched_for(verb: str) -> list[Switched]:
-    """The techniques that `verb` has an option for."""
+    """The techniques whose option the verb has."""
     return [technique for technique in SWITCHED if verb in technique.verbs]
 
 
 def check_switched(values: argparse.Namespace) -> None:
-    """Refuse contradictions before anything is loaded."""
+    """Let each technique refuse contradictions between the parsed values. Raises MlxeffError."""
     for technique in SWITCHED:
         if technique.value(values):
             technique.check(technique.value(values), values)
 
 
 def switch_on(setup: "Setup", base: "Loaded", values: argparse.Namespace) -> "Setup":
-    """The setup with the techniques that the parsed values ask for."""
+    """The setup with all techniques that the parsed values switch on; `base` is the loaded model."""
     for technique in SWITCHED:
         if value := technique.value(values):
             setup = technique.apply(setup, base, value, values.offline)
@@ -102,10 +113,13 @@ def switch_on(setup: "Setup", base: "Loaded", values: argparse.Namespace) -> "Se
 
 @dataclass(frozen=True)
 class Fitted:
-    """What `mlxeff fit NAME` fits.
+    """Something that `mlxeff fit NAME` fits to a model.
 
-    run      (progress, **parsed values of the options) → the report for --json
-    lines    report → what people read of it
+    name                     NAME
+    summary                  one line for the help
+    options                  its options
+    run(progress, **values)  fits it; `values` are the parsed values of the options. Returns the report for `--json`
+    lines(report)            the report as lines for people
     """
 
     name: str
@@ -116,12 +130,12 @@ class Fitted:
 
 
 def reports(setup: "Setup") -> dict:
-    """What ran beside the plain model, for `--json`: each technique's report, None of one that took no part."""
+    """The report of each technique for `--json`, by its name; None for a technique that is not in the setup."""
     return dict.fromkeys(technique.name for technique in SWITCHED) | setup.report()
 
 
 def run_options(values: argparse.Namespace) -> "RunOptions":
-    """What the options of PRECISION say."""
+    """`RunOptions` from the parsed values of the options in PRECISION."""
     from ..running import RunOptions
 
     return RunOptions(compute=values.compute, kv=values.kv_dtype)
@@ -131,6 +145,7 @@ def run_options(values: argparse.Namespace) -> "RunOptions":
 
 
 def _check_seedlm(source: "Source") -> None:
+    """Raises MlxeffError where the weight files are not marked as those of this version of SeedLM."""
     from ..seedlm.install import METADATA, check_metadata
 
     if METADATA not in source.metadata:
@@ -156,7 +171,7 @@ def _finish_seedlm(model: "nn.Module", origin: str) -> None:
 def _install_quantization(model: "nn.Module", config: dict, tensors: Collection[str] | None) -> None:
     from .quantization import install
 
-    if config["quantization"]:  # null, and an empty entry, are none
+    if config["quantization"]:  # null and {} mean that nothing is quantised
         install(model, config["quantization"], tensors)
 
 
@@ -164,7 +179,7 @@ def _install_quantization(model: "nn.Module", config: dict, tensors: Collection[
 
 
 def parse_pair(text: str) -> tuple[str, int | None, bool]:
-    """ "PAIR:keep=8:refine" → ("PAIR", 8, True)."""
+    """The value of `--kv-predict`: "PAIR:keep=8:refine" → ("PAIR", 8, True)."""
     keep, refine = None, False
     while True:
         head, _, last = text.rpartition(":")
@@ -177,29 +192,33 @@ def parse_pair(text: str) -> tuple[str, int | None, bool]:
         text = head
 
 
+# (name of the pair, keep, refine), as `parse_pair` returns it.
+PairValue = tuple[str, int | None, bool]
+
+
 def _check_pair(_: object, values: argparse.Namespace) -> None:
     if getattr(values, "prompt_cache", None):
         raise MlxeffError("--kv-predict: predicted KV is not for --prompt-cache: give one of the two")
 
 
-def _check_timed_pair(value: tuple[str, int | None, bool]) -> None:
+def _check_timed_pair(value: PairValue) -> None:
     if value[2]:
         raise MlxeffError("bench ttft: :refine changes nothing before the first token: leave it out")
 
 
-def _apply_pair(setup: "Setup", base: "Loaded", value: tuple[str, int | None, bool], offline: bool) -> "Setup":
+def _apply_pair(setup: "Setup", base: "Loaded", value: PairValue, offline: bool) -> "Setup":
     from .pair import load_pair
 
     name, keep, refine = value
     return replace(setup, reading=load_pair(name, base, offline=offline, keep=keep, refine=refine))
 
 
-def _pair_label(value: tuple[str, int | None, bool]) -> str:
+def _pair_label(value: PairValue) -> str:
     name, keep, _ = value
     return name if keep is None else f"{name}:keep={keep}"
 
 
-def _pair_identity(value: tuple[str, int | None, bool]) -> str:
+def _pair_identity(value: PairValue) -> str:
     from .. import hub
     from ..kvprediction.files import digest
 
@@ -212,23 +231,24 @@ def _fit_kv_predictor(progress: object, **values) -> dict:
     return fit_kv_predictor(progress=progress, **values)
 
 
+# Options of all verbs that run a model.
 PRECISION: tuple[Option, ...] = (
     option(
         "--compute",
         choices=("exact", "bf16", "int8"),
         default="exact",
-        help="products of the CPU kernels: exact float32 (default), operands rounded to bf16 where faster (AMX), "
-        "or activations rounded to int8",
+        help="arithmetic of the matrix products in the CPU kernels: exact, float32 (default); bf16, operands rounded "
+        "to bfloat16 where the CPU is faster with it (AMX); int8, activations rounded to 8 bits",
     ),
     option(
         "--kv-dtype",
         choices=("float32", "float16", "bfloat16"),
-        help="of the KV cache (default: the type that the model computes in, float32 in the CPU kernels)",
+        help="type of the KV cache (default: the type that the model computes in, float32 in the CPU kernels)",
     ),
 )
 STORED: Sequence[Stored] = (
     Stored("seedlm", _install_seedlm, _check_seedlm, _finish_seedlm),
-    Stored("quantization", _install_quantization, in_foreign_models=False),
+    Stored("quantization", _install_quantization, in_foreign_models=False),  # mlx-lm quantises its models itself
 )
 SWITCHED: Sequence[Switched] = (
     Switched(
@@ -237,9 +257,10 @@ SWITCHED: Sequence[Switched] = (
             "--kv-predict",
             metavar="PAIR[:keep=K][:refine]",
             type=parse_pair,
-            help="predict the prompt's KV with a pair: a folder that `mlxeff fit kv-predictor` made, or a name of "
-            "`mlxeff models`; the model itself computes the last K tokens and the first ones (default: the last "
-            "token), with refine the others too, while it answers",
+            help="KV Prediction: read the prompt with a smaller model, and predict the keys and values of the model "
+            "from it. PAIR is a folder that `mlxeff fit kv-predictor` made, or a name from `mlxeff models`. The model "
+            "itself computes the last prompt token; with keep=K the last K and the first four; with refine also the "
+            "others, while it answers",
         ),
         verbs=("generate", "bench ttft"),
         apply=_apply_pair,
@@ -252,7 +273,8 @@ SWITCHED: Sequence[Switched] = (
 FITTED: Sequence[Fitted] = (
     Fitted(
         name="kv-predictor",
-        summary="a pair for `generate --kv-predict`: linear maps from a small model's KV to the base's",
+        summary="a pair for `generate --kv-predict`: linear maps from the states of a small model to the keys and "
+        "values of a base model",
         options=fit_options.KV_PREDICTOR,
         run=_fit_kv_predictor,
         lines=fit_options.kv_predictor_lines,

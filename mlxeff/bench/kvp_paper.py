@@ -128,7 +128,7 @@ class Builder:
         return self.dtype if native_for() else arithmetic_dtype(self.dtype, False)
 
 
-def _of_size(model: DecoderModel, size: str, origin: object) -> DecoderModel:
+def _of_size(model: DecoderModel, size: str, origin: Path) -> DecoderModel:
     """`model`, with a warning where it has not the size that its name in the tables says."""
     require_seam(model, "kv", f"{origin}: the suite")
     published, own = SHAPES[size.replace(".", "_")][:2], (len(model.layers), model.hidden_size)

@@ -102,6 +102,7 @@ def read_gguf(path: Path) -> tuple[dict[str, Tensor], dict]:
 
 
 def _parse(cursor: _Cursor) -> tuple[dict[str, Tensor], dict]:
+    """`read_gguf` for a cursor at the beginning of the file."""
     _check_version(cursor)
     tensor_count = cursor.count("tensors", SMALLEST_TENSOR)
     metadata = {}
@@ -120,6 +121,7 @@ def _parse(cursor: _Cursor) -> tuple[dict[str, Tensor], dict]:
 
 
 def _check_version(cursor: _Cursor) -> None:
+    """Raises MlxeffError for a file of another format, byte order or version."""
     magic, version = cursor.data[cursor.advance(4) : 4], cursor.unpack(UINT32)
     if magic != b"GGUF":
         raise MlxeffError(f"{cursor.origin.name}: wanted a GGUF file, got one that begins with {magic!r}")

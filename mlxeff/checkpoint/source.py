@@ -86,6 +86,7 @@ def _open_file(path: Path) -> Source:
 
 
 def _open_folder(folder: Path) -> Source:
+    """The checkpoint in a folder, with the tensors of all its files."""
     index = next((folder / name for name in INDEXES if (folder / name).is_file()), None)
     weight_map = _weight_map(index) if index else {}
     files = [folder / name for name in sorted(set(weight_map.values()))] if index else _weight_files(folder)

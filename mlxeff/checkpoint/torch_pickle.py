@@ -101,7 +101,8 @@ def read_pickle(data: bytes, origin: str) -> object:
 
 
 class _Machine:
-    """The state of the stack machine; each method but `refuse`, `push` and the helpers is a pickle instruction.
+    """The state of the stack machine. STEPS says which methods are pickle instructions; they get the argument of the
+    instruction, if it has one.
 
     `stack` are the values since the last mark, `outer` the stacks below the marks, `memo` the values that later
     instructions refer to by number. `length` is the size of the pickle in bytes.
@@ -137,6 +138,7 @@ class _Machine:
         self.push(tuple(items))
 
     def put(self, index: int) -> None:
+        """Remember the last value under a number."""
         if index > self.length:
             raise self.refuse(f"a memo index of {index} in {self.length} bytes")
         self.memo[index] = self.stack[-1]
@@ -148,6 +150,7 @@ class _Machine:
         self.push(self.memo[index])
 
     def mention(self, name: str) -> None:
+        """Push the name of a class or function. Raises MlxeffError for one that state dicts do not need."""
         if name not in ALLOWED:
             raise self.refuse(f"a reference to {name[:80]!r}")
         self.push(Global(name))
@@ -168,6 +171,7 @@ class _Machine:
         self.extend(self.pop_mark())
 
     def extend(self, items: list) -> None:
+        """Append values to the list on the stack."""
         if not isinstance(self.stack[-1], list):
             raise self.refuse(f"an append to a {type(self.stack[-1]).__name__}")
         self.stack[-1].extend(items)
@@ -180,6 +184,7 @@ class _Machine:
         self.update(self.pop_mark())
 
     def update(self, items: list) -> None:
+        """Add keys and values, one after the other in `items`, to the dict on the stack."""
         target, keys = self.stack[-1], items[::2]
         if type(target) is not dict or len(items) % 2:
             raise self.refuse(f"items for a {type(target).__name__}")
@@ -197,6 +202,7 @@ class _Machine:
         self.push(_storage(self, self.stack.pop()))
 
     def reduce(self, _) -> None:
+        """Call a function with a tuple of arguments: pushes a description of the result."""
         arguments, what = self.stack.pop(), self.stack.pop()
         if not isinstance(what, Global) or not isinstance(arguments, tuple):
             raise self.refuse(f"a call of a {type(what).__name__}")

@@ -1,7 +1,8 @@
-"""The command `mlxeff`: arguments → one call → print. A module a verb; each is imported when its verb is called.
+"""The command `mlxeff`: it parses arguments, makes one call and prints the result.
 
-Exit codes: 0 done, 1 an error that was explained in one line, 2 wrong usage, 130 interrupted (Ctrl-C; what was
-generated has been printed), 141 the reader of the output went away.
+Each verb has a module with a function `run`, which is imported when the verb is called. This package contains no
+computation. Exit codes: 0 done, 1 an error that was explained in one line, 2 wrong usage, 130 interrupted with Ctrl-C
+(text that was generated before is printed), 141 the reader of the output closed it.
 """
 
 import argparse
@@ -13,14 +14,14 @@ from .. import __version__
 from ..errors import MlxeffError
 from . import arguments, streams
 
-VERBS = {
-    "generate": "answer one prompt, streaming",
-    "chat": "talk with a model, turn by turn",
-    "models": "list the built-in names and what is in the cache",
+VERBS = {  # verb → summary for the help
+    "generate": "answer one prompt, word by word",
+    "chat": "hold a conversation with a model",
+    "models": "list the built-in models and those in the cache",
     "convert": "convert a checkpoint: PyTorch, Hugging Face or GGUF to a folder that mlxeff and mlx-lm load",
-    "fit": "fit what a technique needs to a model of yours",
+    "fit": "fit the learned part of a technique to a model",
     "bench": "measure speed on this machine",
-    "doctor": "say which backends are active here, and why not the others",
+    "doctor": "say which backends this machine has, and why it lacks the others",
 }
 
 
@@ -68,6 +69,7 @@ def _run(argv: Sequence[str] | None, options: argparse.Namespace) -> int:
 
 
 def _fail(message: str, options: argparse.Namespace, output: streams.Output) -> int:
+    """Print an error, with `--json` also as a document; returns the exit code."""
     print(f"mlxeff: error: {message}", file=sys.stderr)
     if getattr(options, "json", False):
         try:
@@ -78,11 +80,12 @@ def _fail(message: str, options: argparse.Namespace, output: streams.Output) -> 
 
 
 def _parser() -> argparse.ArgumentParser:
+    """The parser for all verbs."""
     about = "LLM inference on MLX: OpenELM, the Llama family, and any other model that mlx-lm loads."
     parser = argparse.ArgumentParser("mlxeff", description=about, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"mlxeff {__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     for verb, summary in VERBS.items():
-        sub = verbs.add_parser(verb, help=summary, description=summary.capitalize() + ".", allow_abbrev=False)
+        sub = verbs.add_parser(verb, help=summary, description=arguments.sentence(summary), allow_abbrev=False)
         getattr(arguments, f"add_{verb}")(sub)
     return parser

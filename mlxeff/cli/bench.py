@@ -1,19 +1,24 @@
-"""`mlxeff bench`: speed on this machine. `ttft`: seconds to the first token, tokens a second before and after it."""
+"""`mlxeff bench ttft`: seconds to the first token, and tokens a second before and after it, on this machine."""
 
 import argparse
 import functools
+from typing import TYPE_CHECKING
 
 from . import output, streams
 
+if TYPE_CHECKING:
+    from ..bench.request import Request
+
 
 def run(options: argparse.Namespace) -> int:
+    """Measure, and print tables or the `--json` document; returns the exit code."""
     from ..bench import report, request
 
     with output.show_notices(options.quiet) as lines:
         card, settings, results = request.measure(_request(options), functools.partial(output.bar, quiet=options.quiet))
     if options.json:
-        found = list(report.medians(results.samples.all).values())
-        document = {"card": card, "settings": settings, "arms": results.arms, "results": found}
+        medians = list(report.medians(results.samples.all).values())
+        document = {"card": card, "settings": settings, "arms": results.arms, "results": medians}
         document |= {"samples": results.samples.all, "skipped": results.skipped, "notices": lines}
         streams.print_json(document, indent=1)
     else:
@@ -21,17 +26,18 @@ def run(options: argparse.Namespace) -> int:
     return 1 if results.samples.failed else 0
 
 
-def _request(options: argparse.Namespace):
-    """The `bench.request.Request` that the options describe."""
+def _request(options: argparse.Namespace) -> "Request":
+    """The measurement that the options describe."""
     from ..assembly.techniques import run_options, switched_for
     from ..bench.request import Request
     from ..bench.ttft import Settings
 
+    techniques = switched_for("bench ttft")
     memory = None if options.memory is None else options.memory * 1e9
     return Request(
         options.model,
         options.suite,
-        switched=[(each, value) for each in switched_for("bench ttft") for value in each.value(options)],
+        switched=[(technique, value) for technique in techniques for value in technique.value(options)],
         run=run_options(options),
         lengths=options.prompt_lengths,
         batches=options.batch,

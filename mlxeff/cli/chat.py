@@ -1,7 +1,10 @@
-"""`mlxeff chat`: a conversation, turn by turn, whose KV cache lives on: a turn computes only what is new."""
+"""`mlxeff chat`: a conversation in the terminal. The KV cache is kept between turns, so a turn computes only new
+tokens.
+"""
 
 import argparse
 import contextlib
+import functools
 import json
 import os
 import sys
@@ -22,6 +25,7 @@ HELP = """\
 
 
 def run(options: argparse.Namespace) -> int:
+    """Load the model and talk until the end of the input; returns the exit code."""
     with output.show_notices(options.quiet):
         runner = start(options)
         if not runner.loaded.tokenizer.has_chat_template:
@@ -35,7 +39,8 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _opening(options: argparse.Namespace) -> list[dict]:
-    """The messages to begin with: a saved conversation, a system message, or none."""
+    """The messages that the conversation begins with: those of a saved one, a system message, or none. Raises
+    MlxeffError for a file that is no saved conversation."""
     if options.resume is None:
         return [{"role": "system", "content": options.system}] if options.system else []
     if options.system:
@@ -53,15 +58,16 @@ def _opening(options: argparse.Namespace) -> list[dict]:
 
 
 def _is_message(message: object) -> bool:
+    """Whether a JSON value is a message with role and content."""
     return isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))
 
 
 def _ask() -> str | None:
-    """The next line, None at the end of the input. With a terminal: a prompt, history and editing."""
+    """The next line of standard input, None at its end. A terminal gets a prompt, line editing and a history."""
     if not sys.stdin.isatty():
         return _read_line()
     with contextlib.suppress(ImportError):
-        import readline  # noqa: F401 - gives input() its editing keys
+        import readline  # noqa: F401 - importing it gives input() line editing and a history
     while True:
         try:
             if sys.stdout.isatty():
@@ -87,12 +93,12 @@ def _read_line() -> str | None:
 
 @dataclass
 class Chat:
-    """The messages so far and the answers' statistics."""
+    """A conversation: its messages, and the statistics of the answers."""
 
     runner: Runner
-    messages: list[dict]
-    last: dict | None = None
-    summary: list[str] = field(default_factory=list)  # what techniques say of the last answer
+    messages: list[dict]  # with "role" and "content"
+    last: dict | None = None  # `Runner.stats` of the last answer
+    summary: list[str] = field(default_factory=list)  # statistics of the techniques for the last answer, in words
     totals: dict = field(default_factory=lambda: {"turns": 0, "prompt_tokens": 0, "reused_tokens": 0, "generated": 0})
 
     def turn(self) -> bool:
@@ -114,7 +120,7 @@ class Chat:
         return True
 
     def take(self, line: str) -> bool:
-        """Obey a command or answer a message; False ends the chat."""
+        """Run the command in a line, or answer its message; returns False where the chat should end."""
         word, _, rest = line.strip().partition(" ")
         if not word:
             return True
@@ -132,11 +138,11 @@ class Chat:
         return True
 
     def answer(self, line: str) -> None:
-        """Stream the answer to `line`; an interrupted one is kept as far as it came."""
+        """Stream the answer to a message. Of an interrupted answer, the text that was generated is kept."""
         self.messages.append({"role": "user", "content": line})
         answer = Answer()
         try:
-            ids = self._fitting()
+            ids = self._prompt_ids()
             with contextlib.closing(self.runner.stream(ids, answer)) as pieces:
                 for text in pieces:
                     print(text, end="", flush=True)
@@ -160,16 +166,18 @@ class Chat:
             self.messages.pop()
         return bool(answer.token_ids)
 
-    def _fitting(self) -> list[int]:
-        """Ids of the conversation; with --truncate its oldest turns are dropped, visibly, until it fits."""
+    def _prompt_ids(self) -> list[int]:
+        """Token ids of the conversation. With --truncate its oldest turns are dropped, with a notice, until it fits
+        into the context."""
         options, loaded = self.runner.options, self.runner.loaded
         limit = options.context_limit or loaded.model.context_length
-        ids = loaded.tokenizer.apply_chat_template(self.messages)
+        render = functools.partial(loaded.tokenizer.apply_chat_template, special_in_text=options.special_in_text)
+        ids = render(self.messages)
         room = min(max(options.max_tokens, 1), limit // 2) if limit else 0
         dropped = 0
         while limit and options.truncate and len(ids) > limit - room and self._drop_turn():
             dropped += 1
-            ids = loaded.tokenizer.apply_chat_template(self.messages)
+            ids = render(self.messages)
         if dropped:
             notices.warning(
                 "the conversation is too long: dropped its %d oldest turns to fit %d tokens", dropped, limit
@@ -177,7 +185,7 @@ class Chat:
         return ids
 
     def _drop_turn(self) -> bool:
-        """Remove the oldest question with its answer; False where only the present one is left."""
+        """Remove the oldest question with its answer; returns False where only the current question is left."""
         first = 1 if self.messages[0]["role"] == "system" else 0
         if len(self.messages) - first < 3:
             return False
@@ -185,6 +193,7 @@ class Chat:
         return True
 
     def _count(self, answer: Answer) -> None:
+        """Add an answer to the statistics, and say where it is not complete."""
         self.last, self.summary = self.runner.stats(answer), self.runner.setup.summary()
         self.totals["turns"] += 1
         for key in ("prompt_tokens", "reused_tokens"):
@@ -196,10 +205,12 @@ class Chat:
             print(f"(cut off after {self.last['generated_tokens']} tokens)", file=sys.stderr)
 
     def reset(self, _: str) -> None:
+        """/reset: begin a new conversation with the same system message."""
         self.messages = [message for message in self.messages[:1] if message["role"] == "system"]
         print("(a new conversation)", file=sys.stderr)
 
     def save(self, name: str) -> None:
+        """/save FILE: write the conversation to a new file."""
         if not name:
             raise MlxeffError("/save: wanted a file name")
         path = expand(name)
@@ -220,14 +231,15 @@ class Chat:
         print(f"(saved {len(self.messages)} messages to {path})", file=sys.stderr)
 
     def stats(self, _: str) -> None:
+        """/stats: print tokens and timings of the last answer and of the conversation."""
         if self.last is None:
             print("no answer yet")
             return
         cache = self.runner.session.cache
-        held, nbytes = (cache.length, cache.nbytes) if cache else (0, 0)
+        cached, nbytes = (cache.length, cache.nbytes) if cache else (0, 0)
         print(output.timing_line(self.last, self.summary))
         print(
             f"conversation: {self.totals['turns']} turns, {self.totals['prompt_tokens']} prompt tokens"
             f" ({self.totals['reused_tokens']} from the cache), {self.totals['generated']} generated;"
-            f" KV cache {held} tokens, {nbytes / 1e6:.1f} MB"
+            f" KV cache {cached} tokens, {nbytes / 1e6:.1f} MB"
         )

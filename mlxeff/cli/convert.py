@@ -1,4 +1,4 @@
-"""`mlxeff convert`: a checkpoint → a folder that mlxeff and stock mlx-lm load; or with --dry-run a report."""
+"""`mlxeff convert`: a checkpoint → a folder that mlxeff and mlx-lm can load, or with --dry-run only a report."""
 
 import argparse
 
@@ -6,7 +6,8 @@ from . import output, streams
 
 
 def run(options: argparse.Namespace) -> int:
-    """0, or 1 where a dry run found differences between the checkpoint and the model."""
+    """Convert and print the report; returns the exit code, 1 where a dry run finds differences between the checkpoint
+    and the model."""
     from .. import hub
     from ..convert import convert
 
@@ -26,7 +27,7 @@ def run(options: argparse.Namespace) -> int:
                 dry_run=options.dry_run,
                 progress=progress,
                 seedlm=options.seedlm,
-                keep=None if options.keep is None else tuple(each for keep in options.keep for each in keep),
+                keep=None if options.keep is None else tuple(layer for keep in options.keep for layer in keep),
                 data_free=options.data_free,
                 calibrate=options.calibrate,
                 calibration_tokens=options.calibration_tokens,

@@ -1,4 +1,4 @@
-"""`mlxeff doctor`: which backends are active here, and why not the others."""
+"""`mlxeff doctor`: the backends of this machine, and the reasons why it lacks others."""
 
 import argparse
 import platform
@@ -8,6 +8,7 @@ from . import output, streams
 
 
 def run(options: argparse.Namespace) -> int:
+    """Print the report; returns the exit code."""
     facts = report()
     if options.json:
         streams.print_json(facts)
@@ -26,7 +27,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def report() -> dict:
-    """What `--json` prints."""
+    """The document that `--json` prints (docs/json.md)."""
     import mlx.core as mx
 
     from .. import __version__, kernels

@@ -1,4 +1,5 @@
-"""`mlxeff fit`: a technique's learned part, fitted to a model here: what stands in `assembly.techniques`."""
+"""`mlxeff fit NAME`: fits the learned part of a technique to a model. The table `assembly.techniques.FITTED` has all
+NAMEs."""
 
 import argparse
 import functools
@@ -7,13 +8,14 @@ from ..assembly import techniques
 from ..errors import MlxeffError, notices
 from . import output, streams
 
-OWN = ("verb", "what", "device", "json", "quiet")  # options that are this verb's and not the fit's
+OWN = ("verb", "what", "device", "json", "quiet")  # options of the verb; all others are options of the fit
 
 
 def run(options: argparse.Namespace) -> int:
+    """Fit and print the report; returns the exit code."""
     from .. import kernels
 
-    fitted = next(each for each in techniques.FITTED if each.name == options.what)
+    fitted = next(entry for entry in techniques.FITTED if entry.name == options.what)
     values = {name: value for name, value in vars(options).items() if name not in OWN}
     kernels.use_device(options.device)
     with output.show_notices(options.quiet) as lines:

@@ -1,4 +1,4 @@
-"""`mlxeff generate`: one prompt → a streamed answer, or one JSON document."""
+"""`mlxeff generate`: one prompt → its answer, printed while it is generated, or one JSON document."""
 
 import argparse
 import contextlib
@@ -11,6 +11,7 @@ from .runner import Answer, Runner, start
 
 
 def run(options: argparse.Namespace) -> int:
+    """Answer the prompt; returns the exit code."""
     from ..decode import require_seam
 
     cache_file = Path(options.prompt_cache or "")
@@ -55,6 +56,7 @@ def _save(runner: Runner, path: Path, answer: Answer) -> bool:
 
 
 def _finish(runner: Runner, answer: Answer, options: argparse.Namespace, lines: list[str]) -> None:
+    """Print what follows the answer: the timings, or the whole document. `lines` are the notices."""
     stats = runner.stats(answer)
     if options.json:
         streams.print_json(document(runner, answer, stats, lines))
@@ -66,7 +68,7 @@ def _finish(runner: Runner, answer: Answer, options: argparse.Namespace, lines: 
 
 
 def document(runner: Runner, answer: Answer, stats: dict, lines: list[str]) -> dict:
-    """The document that `--json` prints (docs/json.md)."""
+    """The document that `--json` prints (docs/json.md). `lines` are the notices."""
     import mlx.core as mx
 
     from .. import __version__
@@ -86,7 +88,7 @@ def document(runner: Runner, answer: Answer, stats: dict, lines: list[str]) -> d
 
 
 def _prompt(options: argparse.Namespace) -> str:
-    """The prompt's text, from the argument, a file or standard input."""
+    """The text of the prompt: from the argument, a file or standard input. Raises MlxeffError where there is none."""
     if options.prompt is not None and options.prompt != "-":
         if options.file:
             raise MlxeffError("generate: wanted a prompt or --file, got both")
@@ -103,13 +105,15 @@ def _prompt(options: argparse.Namespace) -> str:
 
 
 def _not_empty(text: str, origin: str) -> str:
+    """The text itself. Raises MlxeffError where it is empty."""
     if not text.strip():
         raise MlxeffError(f"{origin}: wanted a prompt, got an empty one")
     return text
 
 
 def _ids(runner: Runner, prompt: str, options: argparse.Namespace) -> list[int]:
-    """Token ids of the prompt, through the chat template where the model has one."""
+    """Token ids of the prompt, through the chat template if the model has one. Raises MlxeffError for a system message
+    that has no place."""
     from ..generation import prompt_ids
 
     tokenizer = runner.loaded.tokenizer
@@ -125,4 +129,5 @@ def _ids(runner: Runner, prompt: str, options: argparse.Namespace) -> list[int]:
         notices.info("%s has no chat template (a base model?): the prompt is continued as plain text", options.model)
         return prompt_ids(tokenizer, prompt)
     messages = [{"role": "system", "content": options.system}] if options.system else []
-    return tokenizer.apply_chat_template([*messages, {"role": "user", "content": prompt}])
+    messages.append({"role": "user", "content": prompt})
+    return tokenizer.apply_chat_template(messages, special_in_text=options.special_in_text)

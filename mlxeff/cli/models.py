@@ -1,4 +1,4 @@
-"""`mlxeff models`: the built-in names, and what is in the cache."""
+"""`mlxeff models`: lists the built-in models and those in the cache."""
 
 import argparse
 
@@ -6,6 +6,7 @@ from . import output, streams
 
 
 def run(options: argparse.Namespace) -> int:
+    """Print the list; returns the exit code."""
     from .. import hub
 
     rows, (cache, reason) = hub.models(), output.cache_place()
@@ -29,6 +30,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _size(count: int | None) -> str:
+    """A number of bytes in words."""
     if count is None:
         return "-"
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"

@@ -1,4 +1,4 @@
-"""What the command shows besides the text: notices, progress bars, timings. All of it goes to standard error."""
+"""Output of the command on standard error: notices, progress bars and the line of timings."""
 
 import contextlib
 import logging
@@ -11,13 +11,15 @@ BAR_DELAY = 1.0  # seconds of work before a bar appears
 
 
 class NoticeHandler(logging.Handler):
-    """Prints each notice as a line and keeps it for `--json`. With `quiet`, only warnings are printed."""
+    """Prints each notice as a line and collects all in `lines` for `--json`. With `quiet`, only warnings are
+    printed."""
 
     def __init__(self, quiet: bool = False):
         super().__init__(logging.INFO)
         self.quiet, self.lines = quiet, []
 
     def emit(self, record: logging.LogRecord) -> None:
+        """See `logging.Handler.emit`."""
         line = record.getMessage()
         self.lines.append(line)
         if record.levelno >= logging.WARNING or not self.quiet:
@@ -27,7 +29,7 @@ class NoticeHandler(logging.Handler):
 
 @contextlib.contextmanager
 def show_notices(quiet: bool = False) -> Iterator[list[str]]:
-    """Show notices meanwhile; gives the list in which they are kept."""
+    """Show notices inside the block; gives the list in which they are collected."""
     handler = NoticeHandler(quiet)
     before = notices.level, notices.propagate
     notices.addHandler(handler)
@@ -42,7 +44,8 @@ def show_notices(quiet: bool = False) -> Iterator[list[str]]:
 
 @contextlib.contextmanager
 def bar(title: str, unit: str, quiet: bool = False) -> Iterator[Callable[[int, int], None] | None]:
-    """A callback `(done, total)` that draws a progress bar of `unit` "B", "w" or "tok"; None without a terminal."""
+    """Gives a callback for (done, total) that draws a progress bar, or None without a terminal. `unit` is "B" (bytes),
+    "w" (weights), "tok" (tokens) or "step"."""
     if quiet or not sys.stderr.isatty():
         yield None
         return
@@ -71,7 +74,7 @@ def cache_place() -> tuple[str | None, str]:
 
 
 def _precision(stats: dict) -> Iterator[str]:
-    """What is not computed exactly."""
+    """Words for what is not computed exactly."""
     if stats["compute"] not in (None, "exact"):
         yield f"{stats['compute']} products"
     if stats["kv_dtype"] not in (None, stats["dtype"]):
@@ -79,8 +82,8 @@ def _precision(stats: dict) -> Iterator[str]:
 
 
 def timing_line(stats: dict, summary: Sequence[str] = ()) -> str:
-    """The final line of a generation from the dict that `--json` prints as "timings" and its counts; `summary`: what
-    techniques say of it."""
+    """The line with the timings of an answer. `stats` is the result of `Runner.stats`; `summary` are the statistics of
+    the techniques, in words."""
     prompt = f"prompt {stats['prompt_tokens']} tokens"
     if stats["reused_tokens"]:
         prompt += f" ({stats['reused_tokens']} from the cache)"

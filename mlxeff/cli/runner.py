@@ -1,4 +1,5 @@
-"""What `generate` and `chat` share: loading the model of the options, one streamed answer, its statistics."""
+"""The part that `generate` and `chat` share: loading the model that the options name, streaming an answer, its
+statistics."""
 
 import argparse
 import random
@@ -15,12 +16,12 @@ if TYPE_CHECKING:
     from ..decode import Setup
     from ..generation import GenerationResponse, Session
 
-SEED_BITS = 32
+SEED_BITS = 32  # size of a random seed
 
 
 @dataclass
 class Runner:
-    """A loaded model, how it is run, and the options of the command line."""
+    """A loaded model, the way in which it is run, and the options of the command line."""
 
     options: argparse.Namespace
     loaded: "Loaded"
@@ -31,7 +32,7 @@ class Runner:
     load_seconds: float
 
     def stream(self, ids: list[int], answer: "Answer") -> Iterator[str]:
-        """Text pieces of the answer to the conversation `ids`; what happened is noted in `answer`."""
+        """Yield the text of the answer to the prompt `ids` piece by piece, and record the answer in `answer`."""
         from ..sampling import make_logits_processors, make_sampler
 
         options = self.options
@@ -62,7 +63,8 @@ class Runner:
                 stream.close()
 
     def stats(self, answer: "Answer") -> dict:
-        """Counts and timings of an answer. Seconds, tokens a second, GB (10^9 bytes)."""
+        """Counts and timings of an answer, as docs/json.md explains them: in seconds, tokens a second, GB (10^9
+        bytes)."""
         import mlx.core as mx
 
         from ..assembly.techniques import reports
@@ -88,7 +90,7 @@ class Runner:
 
 @dataclass
 class Answer:
-    """One generation as it grows."""
+    """One answer, which grows while it is generated."""
 
     prompt_ids: list[int] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
@@ -98,6 +100,7 @@ class Answer:
 
     @property
     def text(self) -> str:
+        """The text so far."""
         return "".join(self.pieces)
 
     @property
@@ -107,7 +110,7 @@ class Answer:
 
 
 def start(options: argparse.Namespace) -> Runner:
-    """Load the model that the options name, on the device they name."""
+    """Load the model on the device, as the options say. Raises MlxeffError where that fails."""
     _check(options)
     import mlx.core as mx
 
@@ -131,7 +134,8 @@ def start(options: argparse.Namespace) -> Runner:
 
 
 def _check(options: argparse.Namespace) -> None:
-    """Refuse contradictions before anything is loaded, and say what will be ignored."""
+    """Check the options before anything is loaded. Raises MlxeffError for contradictions; a notice says which options
+    have no effect."""
     from ..assembly.techniques import check_switched
     from ..sampling import make_logits_processors, make_sampler
 
@@ -144,6 +148,6 @@ def _check(options: argparse.Namespace) -> None:
             streams.require_text(text, f"--{name}")
     if any(not text for text in options.stop):
         raise MlxeffError("--stop: wanted a text, got an empty one")
-    given = [f"--{name}" for name in ("top-p", "top-k", "min-p") if getattr(options, name.replace("-", "_"))]
-    if options.temp == 0 and given:
-        notices.warning("%s has no effect at temperature 0 (greedy): set --temp", " and ".join(given))
+    filters = [f"--{name}" for name in ("top-p", "top-k", "min-p") if getattr(options, name.replace("-", "_"))]
+    if options.temp == 0 and filters:
+        notices.warning("%s has no effect at temperature 0 (greedy): set --temp", " and ".join(filters))

@@ -142,7 +142,6 @@ def write_pair(
     folder: Path,
     describe: Callable[[Path], PairConfig],
     predictor: Predictor,
-    progress=None,
     tuned: Tuned | None = None,
     half: bool = False,
 ) -> None:
@@ -153,4 +152,4 @@ def write_pair(
         text = json_text(config, indent=1)
         (partial / "config.json").write_text(text, encoding="utf-8")
 
-    write_folder(folder, pieces(predictor, tuned, half), finish, progress=progress)
+    write_folder(folder, pieces(predictor, tuned, half), finish)

@@ -93,8 +93,8 @@ class AdapterModel:
 
     @property
     def vocab_size(self) -> int | None:
-        """Rows of the embedding table, from the model's config; None where the config has no such entry."""
-        return self._key("vocab_size")
+        """Rows of the embedding table, from the model's config or mlx-lm's default; None where neither has an entry."""
+        return self._key("vocab_size") or getattr(getattr(self.model, "args", None), "vocab_size", None)
 
     def _key(self, name: str) -> int | None:
         """An entry of the config; multimodal models have those of their language model under "text_config"."""

@@ -1,8 +1,8 @@
 """The native executor: it computes a decoder's whole forward pass as one call of the CPU extension (`cpu/decoder/`).
 
 It is made from the description that a model gives of itself (`parts`). It applies on a CPU where every matrix is dense,
-affine-quantised or in a module with the method `native_arrays` (seed-encoded matrices), every feed-forward network is
-of a kind in FEED_FORWARDS, and every layer of the cache has a storage format in STORES. Activations are float32.
+affine-quantised or in a module with the method `native_arrays` (seed-encoded matrices), and the native decoder knows
+the kind of every feed-forward network and the storage format of every layer of the cache. Activations are float32.
 `RunOptions.compute` is the arithmetic of the matrix products:
 
 exact   float32 (the default). The results are those of the plain executor in float32, up to rounding.
@@ -33,9 +33,6 @@ from .plain import KvPairs
 if TYPE_CHECKING:
     from .decoder import DecoderModel
 
-STORES = ("dense",)  # storage formats of a layer's cache (`cache.Layer.storage`) that the native decoder knows
-FEED_FORWARDS = ("gated",)  # kinds of feed-forward network (`parts.FeedForwardParts.kind`) that it knows
-
 
 class Native:
     """Computes the calls of a model that `native_executor` accepted, see `decoder.Executor`."""
@@ -52,18 +49,16 @@ class Native:
         self._warned = False  # whether a notice said that weights have changed
         self._groups = [layer.attention.groups for layer in layers]
         self._decoder = native.Decoder(
-            ends.norm.weight.shape[0], rope.size, ends.norm.eps, rope.frequencies, rope.magnitude, ends.norm.weight,
-            ends.embedding.arrays(), ends.head.arrays(),
-        )  # fmt: skip
+            dim=ends.norm.weight.shape[0],
+            head_dim=rope.size,
+            eps=ends.norm.eps,
+            rope={"frequencies": rope.frequencies, "magnitude": rope.magnitude},
+            norm=ends.norm.weight,
+            embedding=ends.embedding.matrix(),
+            head=ends.head.matrix(),
+        )
         for layer in layers:
-            attention = layer.attention
-            self._decoder.add_layer(
-                *(None if norm is None else norm.weight for norm in layer.norms.values()),
-                matrices=[matrix.arrays() for matrix in layer.matrices],
-                heads=attention.heads,
-                groups=attention.groups,
-                window=attention.window or 0,
-            )
+            self._decoder.add_layer(**layer.native())
 
     @property
     def backend(self) -> str:
@@ -73,7 +68,7 @@ class Native:
     def applies(self, cache: KVCache) -> bool:
         """Whether this executor can compute a call with `cache`: on a CPU, with known storage formats, not in training,
         and with the weights that the native decoder was made with."""
-        known = all(getattr(layer, "storage", None) in STORES for layer in cache.layers)
+        known = all(getattr(layer, "storage", None) in self._native.store_kinds for layer in cache.layers)
         return known and kernels.device() == "cpu" and not self._model.training and self._current()
 
     def _current(self) -> bool:
@@ -94,58 +89,67 @@ class Native:
         self, tokens: mx.array, cache: KVCache, inputs: Sequence[int], pairs: Sequence[int], options: RunOptions
     ) -> tuple[list[mx.array], KvPairs]:
         """See `DecoderModel.layer_states`; all arrays are float32."""
-        rows = self._run(self._native.read, tokens, cache, cache.layers[:-1], options, list(inputs), list(pairs))
-        heads = [
-            row.reshape(*row.shape[:2], self._groups[i], self._size).transpose(0, 2, 1, 3)
-            for row, i in zip(rows[len(inputs) :], [*pairs, *pairs], strict=True)
-        ]
-        return rows[: len(inputs)], list(zip(heads[: len(pairs)], heads[len(pairs) :], strict=True))
+        chosen = list(inputs), list(pairs)
+        rows, keys, values = self._run(self._native.read, tokens, cache, cache.layers[:-1], options, *chosen)
+
+        def heads(of_layers: list[mx.array]) -> list[mx.array]:
+            """Rows (B, S, G·E) of each of the layers `pairs` → (B, G, S, E)."""
+            return [
+                row.reshape(*row.shape[:2], self._groups[i], self._size).transpose(0, 2, 1, 3)
+                for row, i in zip(of_layers, pairs, strict=True)
+            ]
+
+        return rows, list(zip(heads(keys), heads(values), strict=True))
 
     def append(self, pairs: KvPairs, cache: KVCache, _options: RunOptions) -> None:
         """See `DecoderModel.append_kv`."""
         keys, values = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
         batch, _, new, _ = keys[0].shape
-        buffers = self._room(cache.layers, batch, new)
-        self._replace(cache.layers, self._native.append(self._decoder, keys, values, *buffers, cache.length), new)
+        stores = self._stores(cache.layers, batch, new)
+        self._replace(cache.layers, self._native.append(self._decoder, keys, values, stores, cache.length), new)
 
     def _run(
         self, native: Callable, tokens: mx.array, cache: KVCache, layers: list[NativeLayer], options: RunOptions, *what
     ) -> list:
         """Call a function of the native decoder that appends to the caches `layers`. `what` are its arguments after the
         length of the cache. Returns its results without the buffers, which replace those of `layers`."""
-        buffers, mode = self._room(layers, *tokens.shape), self._modes[options.compute]
-        outputs = native(self._decoder, tokens, *buffers, cache.length, *what, mode)
-        results = len(outputs) - 2 * len(layers)
-        self._replace(layers, outputs[results:], tokens.shape[1])
+        stores, mode = self._stores(layers, *tokens.shape), self._modes[options.compute]
+        *results, stores = native(self._decoder, tokens, stores, cache.length, *what, mode)
+        self._replace(layers, stores, tokens.shape[1])
         cache.tally[Ran(self.backend, options.compute)] += tokens.shape[1]
-        return outputs[:results]
+        return results
 
-    def _room(self, layers: list[NativeLayer], batch: int, new: int) -> tuple[list[mx.array], list[mx.array]]:
-        """(The key buffer of each layer, its value buffer), with room for `new` more tokens."""
+    def _stores(self, layers: list[NativeLayer], batch: int, new: int) -> list[dict]:
+        """The buffers of each layer by name, with room for `new` more tokens, and their kind."""
         shapes = [(batch, groups, self._size) for groups in self._groups[: len(layers)]]
-        buffers = [layer.room(new, shape, mx.float32) for layer, shape in zip(layers, shapes, strict=True)]
-        return [by_name["keys"] for by_name in buffers], [by_name["values"] for by_name in buffers]
+        return [
+            {"kind": layer.storage, **layer.room(new, shape, mx.float32)}
+            for layer, shape in zip(layers, shapes, strict=True)
+        ]
 
-    def _replace(self, layers: list[NativeLayer], written: list[mx.array], new: int) -> None:
-        """Replace the buffers of `layers` by `written`, the key buffers of all layers and then their value buffers,
-        which contain `new` more tokens."""
-        for layer, keys, values in zip(layers, written[: len(layers)], written[len(layers) :], strict=True):
-            layer.replace({"keys": keys, "values": values}, new)
+    def _replace(self, layers: list[NativeLayer], stores: list[dict], new: int) -> None:
+        """Replace the buffers of `layers` by those of `stores`, which contain `new` more tokens."""
+        for layer, store in zip(layers, stores, strict=True):
+            layer.replace(store, new)
 
 
 def native_executor(model: DecoderModel) -> Native | None:
     """The native executor of `model`; None where the native kernels are missing or do not support the whole model."""
     native, _ = kernels.native()
-    if native is None or not all(matrix.native for matrix in matrices(model)) or not _known(model):
+    if (
+        native is None
+        or not all(matrix.native for matrix in matrices(model))
+        or not _known(model, native.feed_forward_kinds)
+    ):
         return None
     return Native(native, model)
 
 
-def _known(model: DecoderModel) -> bool:
+def _known(model: DecoderModel, known_kinds: list[str]) -> bool:
     """Whether the native decoder can compute the model: feed-forward networks of a known kind, and all layers with the
     same epsilon of the norms and the same head size."""
     ends, layers = model.end_parts(), list(model.layer_parts())
-    if any(part.feed_forward is None or part.feed_forward.kind not in FEED_FORWARDS for part in layers):
+    if any(part.feed_forward is None or part.feed_forward.kind not in known_kinds for part in layers):
         return False
     norms = [norm for part in layers for norm in part.norms.values()]
     sizes = {part.attention.rope.size for part in layers}

@@ -42,21 +42,22 @@ class Rows:
             return quantized_matrix(module).native
         return type(module) in (Linear, Embedding)
 
-    def arrays(self) -> tuple:
-        """The matrix as the native decoder takes it, five values: three arrays (None where there are fewer), a tuple of
-        numbers that say how to read them, and the bias or None.
+    def matrix(self) -> dict:
+        """The matrix by name, as the native decoder takes it (`cpu/python/weights.h`): its "kind", the arrays and
+        numbers of that kind, and "bias" (None without one).
 
-        dense              weight, None, None, (), bias
-        affine-quantised   packed weight, scales, biases, (group size, bits), bias
-        other modules      what their method `native_arrays(rows)` returns, then the bias
+        dense     weight
+        affine    weight (packed), scales, biases, group_size, bits
+        others    what their method `native_arrays(rows)` returns
         """
         module, part = self.module, slice(self.start, self.stop)
         bias = module.bias[part] if "bias" in module else None
         if hasattr(module, "native_arrays"):
-            return (*module.native_arrays(part), bias)
+            return {**module.native_arrays(part), "bias": bias}
         if type(module) in (Linear, Embedding):
-            return (module.weight[part], None, None, (), bias)
-        return (module.weight[part], module.scales[part], module.biases[part], (module.group_size, module.bits), bias)
+            return {"kind": "dense", "weight": module.weight[part], "bias": bias}
+        arrays = {name: module[name][part] for name in ("weight", "scales", "biases")}
+        return {"kind": "affine", **arrays, "group_size": module.group_size, "bits": module.bits, "bias": bias}
 
 
 class FeedForwardParts(Protocol):
@@ -64,7 +65,10 @@ class FeedForwardParts(Protocol):
     it."""
 
     kind: str
-    matrices: Mapping[str, Rows]
+    matrices: Mapping[str, Rows]  # by their role in the formula
+
+    def native(self) -> dict:
+        """The network by name, as the native decoder takes it: "kind" and what that kind needs."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,10 @@ class GatedParts:
     @property
     def matrices(self) -> dict[str, Rows]:
         return {"gate": self.gate, "up": self.up, "down": self.down}
+
+    def native(self) -> dict:
+        """See `FeedForwardParts.native`."""
+        return {"kind": self.kind, **{name: rows.matrix() for name, rows in self.matrices.items()}}
 
 
 @dataclass(frozen=True)
@@ -128,6 +136,17 @@ class LayerParts:
             "feed_forward": self.feed_forward_norm,
             "query": self.attention.query_norm,
             "key": self.attention.key_norm,
+        }
+
+    def native(self) -> dict:
+        """The layer by name, as `add_layer` of the native decoder takes it."""
+        return {
+            "norms": {name: None if norm is None else norm.weight for name, norm in self.norms.items()},
+            "attention": {name: rows.matrix() for name, rows in self.attention.matrices.items()},
+            "heads": self.attention.heads,
+            "groups": self.attention.groups,
+            "window": self.attention.window or 0,
+            "feed_forward": self.feed_forward.native(),
         }
 
 

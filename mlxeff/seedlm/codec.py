@@ -1,6 +1,7 @@
-"""Blocks ↔ stored arrays, and the reference decoders in NumPy and in mx operations (any device).
+"""Packing of blocks into stored arrays, and the reference decoders: in NumPy, and in MLX's operations on any device.
 
-Both decoders follow `format` to the bit: integers up to |isum| < 2^20, one float32 multiplication, then a cast.
+Both decoders compute the formula in `format` to the bit: integer sums isum with |isum| < 2^20, one float32
+multiplication, then the conversion to the wanted type.
 """
 
 from collections.abc import Mapping
@@ -13,23 +14,23 @@ from ..errors import MlxeffError
 from .format import CODE_OFFSET, REGISTER_BITS, SCALE, BlockFormat, check_arrays, check_bias
 from .lfsr import expand, expansion_tables
 
-HALF = 1 << (REGISTER_BITS - 1)
+HALF = 1 << (REGISTER_BITS - 1)  # 32768, which is subtracted from a state
 STEP = np.float32(1 / SCALE)
-PIECE = 1 << 20  # weights that are decoded at a time in mx operations
+PIECE = 1 << 20  # weights that `decode_ops` decodes at a time
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """The blocks of a matrix: NB a row."""
+    """The blocks of a matrix, NB in each row."""
 
-    seeds: np.ndarray  # uint16 (rows, NB), none of them 0
+    seeds: np.ndarray  # uint16 (rows, NB), none is 0
     coefficients: np.ndarray  # int8 (rows, NB, P), -8 … 7
-    codes: np.ndarray  # uint8 (rows, NB), 0 … 15
+    codes: np.ndarray  # exponent codes, uint8 (rows, NB), 0 … 15
     exponent_bias: int
 
 
 def pack(fmt: BlockFormat, blocks: Blocks) -> dict[str, np.ndarray]:
-    """Blocks → the arrays of `format`."""
+    """Blocks → the stored arrays by name, as in `format`. Raises MlxeffError for blocks with values out of range."""
     check_blocks(fmt, blocks, "pack")
     shifts = np.arange(fmt.states, dtype=np.uint32) * 4
     nibbles = ((blocks.coefficients & 15).astype(np.uint32) << shifts).sum(-1, dtype=np.uint32)
@@ -46,23 +47,24 @@ def pack(fmt: BlockFormat, blocks: Blocks) -> dict[str, np.ndarray]:
 
 
 def unpack(fmt: BlockFormat, rows: int, cols: int, arrays: Mapping[str, object], origin: str = "unpack") -> Blocks:
-    """The arrays of a matrix (rows, cols), NumPy or MLX → its blocks; refuses damaged ones."""
+    """The stored arrays (NumPy or MLX) of a matrix (rows, cols) → its blocks. Raises MlxeffError for damaged arrays;
+    `origin` names the matrix."""
     check_arrays(fmt, rows, cols, arrays, origin)
-    held = {name: np.asarray(array) for name, array in arrays.items()}
+    stored = {name: np.asarray(array) for name, array in arrays.items()}
     if fmt.planar:
-        seeds, nibbles = held["seeds"], held["coefficients"].astype(np.uint32)
-        codes = np.stack([held["exponents"] & 15, held["exponents"] >> 4], -1).reshape(seeds.shape)
+        seeds, nibbles = stored["seeds"], stored["coefficients"].astype(np.uint32)
+        codes = np.stack([stored["exponents"] & 15, stored["exponents"] >> 4], -1).reshape(seeds.shape)
     else:
-        words = held["blocks"]
+        words = stored["blocks"]
         seeds, nibbles, codes = (words & 0xFFFF).astype(np.uint16), words >> 16, (words >> 28).astype(np.uint8)
     unsigned = (nibbles[..., None] >> (np.arange(fmt.states, dtype=np.uint32) * 4) & 15).astype(np.int8)
-    blocks = Blocks(seeds, ((unsigned ^ 8) - 8).astype(np.int8), codes, check_bias(held["exponent_bias"][0], origin))
+    blocks = Blocks(seeds, ((unsigned ^ 8) - 8).astype(np.int8), codes, check_bias(stored["exponent_bias"][0], origin))
     check_blocks(fmt, blocks, origin)
     return blocks
 
 
 def check_blocks(fmt: BlockFormat, blocks: Blocks, origin: str) -> None:
-    """Refuse seeds, coefficients, codes or a bias outside their range, and shapes that do not agree."""
+    """Raises MlxeffError for seeds, coefficients, codes or a bias out of range, and for shapes that do not agree."""
     shape = blocks.seeds.shape
     shapes = (shape, blocks.coefficients.shape, blocks.codes.shape)
     if len(shape) != 2 or shapes != (shape, (*shape, fmt.states), shape) or (fmt.planar and shape[1] % 2):
@@ -76,7 +78,7 @@ def check_blocks(fmt: BlockFormat, blocks: Blocks, origin: str) -> None:
 
 
 def decode(fmt: BlockFormat, blocks: Blocks, cols: int) -> np.ndarray:
-    """Blocks → float32 (rows, cols), in NumPy."""
+    """Blocks → the weights, float32 (rows, cols), with NumPy."""
     rows, count = blocks.seeds.shape
     shifts = np.arange(fmt.columns * fmt.states, dtype=np.uint64)
     windows = (expand(blocks.seeds)[..., None] >> shifts & np.uint64(0xFFFF)).astype(np.int32) - HALF
@@ -87,7 +89,8 @@ def decode(fmt: BlockFormat, blocks: Blocks, cols: int) -> np.ndarray:
 
 
 def decode_ops(fmt: BlockFormat, cols: int, arrays: Mapping[str, mx.array], dtype: mx.Dtype = mx.float32) -> mx.array:
-    """The arrays of some rows → (rows, cols) in `dtype`, in mx operations, 150 bytes of memory a weight of `PIECE`."""
+    """The stored arrays of some rows → their weights (rows, cols) in `dtype`, with MLX's operations. Rows are decoded
+    PIECE weights at a time, which takes some 150 bytes of memory for each of these weights."""
     count, step = arrays["seeds" if fmt.planar else "blocks"].shape[0], max(1, PIECE // cols)
     if count > step:
         parts = [_rows(arrays, slice(start, start + step)) for start in range(0, count, step)]
@@ -109,7 +112,8 @@ def decode_ops(fmt: BlockFormat, cols: int, arrays: Mapping[str, mx.array], dtyp
 
 
 def _windows_ops(seeds: mx.array, count: int) -> mx.array:
-    """uint32 seeds (...) → int32 (..., count), the centred states, from words of 32 bits that begin 16 bits apart."""
+    """Seeds, uint32 (...) → their first `count` states minus 32768, int32 (..., count)."""
+    # words[i] holds the bits 16 i … 16 i + 31 of the stream, which contain the states 16 i … 16 i + 15.
     words = [None] * (count // 16 + 1)
     for index in range(1, len(words)):
         low, high = (mx.array((table >> np.uint64(16 * (index - 1))).astype(np.uint32)) for table in expansion_tables())
@@ -120,16 +124,19 @@ def _windows_ops(seeds: mx.array, count: int) -> mx.array:
     return mx.concatenate(parts, axis=-1)[..., :count].astype(mx.int32) - HALF
 
 
-def rows_ops(fmt: BlockFormat, cols: int, arrays: Mapping[str, mx.array], ids: mx.array, dtype=mx.float32) -> mx.array:
-    """Rows `ids` (...) of the matrix → (..., cols): an embedding."""
+def rows_ops(
+    fmt: BlockFormat, cols: int, arrays: Mapping[str, mx.array], ids: mx.array, dtype: mx.Dtype = mx.float32
+) -> mx.array:
+    """The rows `ids` (...) of the matrix in `dtype`, (..., cols): an embedding look-up."""
     flat = ids.reshape(-1)
     return decode_ops(fmt, cols, _rows(arrays, flat), dtype).reshape(*ids.shape, cols)
 
 
-def _rows(arrays: Mapping[str, mx.array], chosen) -> dict[str, mx.array]:
-    return {name: array if name == "exponent_bias" else array[chosen] for name, array in arrays.items()}
+def _rows(arrays: Mapping[str, mx.array], index: mx.array | slice) -> dict[str, mx.array]:
+    """The stored arrays of the rows `index`."""
+    return {name: array if name == "exponent_bias" else array[index] for name, array in arrays.items()}
 
 
 def matmul_ops(fmt: BlockFormat, arrays: Mapping[str, mx.array], x: mx.array) -> mx.array:
-    """x (..., cols) → x Wᵀ (..., rows) in x's dtype, with W rounded to it."""
+    """x (..., cols) → x Wᵀ (..., rows) in x's dtype, with W rounded to that type."""
     return x @ decode_ops(fmt, x.shape[-1], arrays, x.dtype).T

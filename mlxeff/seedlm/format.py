@@ -1,15 +1,16 @@
-"""The stored form of a SeedLM weight matrix: block formats, array layouts, header, and the checks of all three.
+"""The stored form of a SeedLM weight matrix: block formats, array layouts and header, and the checks of all three.
 
-A matrix (rows, cols) is cut into blocks of C consecutive columns of a row. A block stores a seed r, P coefficients q of
-4 bits (two's complement) and an exponent code of 4 bits; it stands for
+Each row of a matrix (rows, cols) is divided into blocks of C consecutive columns. A block is stored as a seed r of 16
+bits, P coefficients q of 4 bits (two's complement) and an exponent code of 4 bits. It decodes to the C weights
 
     w[c] = fl32(isum[c] · fl32(2^e / 32767)),   isum[c] = Σ_p q[p] · (V[c][p] - 32768),   e = code - 8 + exponent_bias
 
-with V[c][p] = state number c·P + p of a 16-bit Fibonacci register (`lfsr`) whose state number 0 is r itself: r =
-V[0][0] is the first state emitted, the successor of the paper's seed. r is never 0. |isum| < 2^20, so everything but
-the one multiplication is exact, and every decoder gives the same bits; other types are rounded from that float32.
+where V[c][p] is state number c·P + p of a 16-bit Fibonacci shift register (`lfsr`) and fl32 rounds to float32. State
+number 0 is r itself. The paper's seed is the state before it, so r is the first state that the paper's register emits.
+r is never 0. Since |isum| < 2^20, all operations but the multiplication are exact, so every decoder gives the same
+bits. Decoding to another type rounds the float32 weight.
 
-    format  C  P  arrays (NB blocks a row)
+    format  C  P  arrays (NB blocks per row)
     "4"     8  3  blocks       uint32 (rows, NB)      bits 0-15 r, 16-19 q0, 20-23 q1, 24-27 q2, 28-31 code
     "4.5"   8  4  seeds        uint16 (rows, NB)      r
                   coefficients uint16 (rows, NB)      bits 0-3 q0, 4-7 q1, 8-11 q2, 12-15 q3
@@ -17,8 +18,9 @@ the one multiplication is exact, and every decoder gives the same bits; other ty
     "3"    12  4  as "4.5"
     all           exponent_bias int32 (1)
 
-NB = ceil(cols / C), for the planar formats rounded up to even. What a block decodes to beyond `cols` means nothing:
-readers drop it, products multiply it by zero.
+"4" is packed: one word per block. "4.5" and "3" are planar: three arrays. NB = ceil(cols / C), rounded up to an even
+number for the planar formats. Weights that a block decodes to beyond column `cols` have no meaning: decoders drop them,
+and products multiply them by zero.
 """
 
 from collections.abc import Mapping
@@ -26,36 +28,36 @@ from dataclasses import dataclass
 
 from ..errors import MlxeffError
 
-VERSION = 1
+VERSION = 1  # of the stored form
 REGISTER_BITS = 16
-TAPS = (0, 1, 3, 12)
-SEED = "first-state"  # r is the first state emitted, not the state before it
-SCALE = 32767  # states lie in [-SCALE, SCALE] once 32768 is subtracted
+TAPS = (0, 1, 3, 12)  # bits of the register whose XOR is shifted in
+SEED = "first-state"  # convention of the stored seed: the first state that the register emits, not the state before it
+SCALE = 32767  # a state minus 32768 lies in [-SCALE, SCALE]
 CODE_OFFSET = 8  # e = code - CODE_OFFSET + exponent_bias
-BIAS_LIMIT = 96  # |exponent_bias|: every scale and every weight is then a normal float32
+BIAS_LIMIT = 96  # largest |exponent_bias|; up to it, all scales and weights but 0 are normal float32 numbers
 
 
 @dataclass(frozen=True)
 class BlockFormat:
     """One of the three block formats."""
 
-    name: str  # bits a weight
-    columns: int  # C
-    states: int  # P, coefficients a block
-    planar: bool  # three arrays; one otherwise
+    name: str  # bits per weight
+    columns: int  # C, columns (weights) per block
+    states: int  # P, coefficients per block and register states per weight
+    planar: bool  # stored as three arrays, otherwise as one
 
     @property
     def bits(self) -> float:
-        """Bits a weight, where `columns` divides the row."""
+        """Bits per weight, where `columns` divides the length of a row."""
         return (REGISTER_BITS + 4 + 4 * self.states) / self.columns
 
     def blocks(self, cols: int) -> int:
-        """Blocks a row."""
+        """Blocks per row of a matrix with `cols` columns."""
         count = -(-cols // self.columns)
         return count + count % 2 if self.planar else count
 
     def arrays(self, rows: int, cols: int) -> dict[str, tuple[tuple[int, ...], str]]:
-        """Name → (shape, dtype name) of what a matrix (rows, cols) is stored as."""
+        """Name → (shape, name of the dtype) of the arrays that a matrix (rows, cols) is stored as."""
         count = self.blocks(cols)
         if not self.planar:
             return {"blocks": ((rows, count), "uint32"), "exponent_bias": ((1,), "int32")}
@@ -73,19 +75,21 @@ FORMATS = {
 
 
 def block_format(name: object) -> BlockFormat:
-    """The format called "3", "4" or "4.5" (or that number)."""
+    """The format called "3", "4" or "4.5", or given as that number. Raises MlxeffError for any other."""
     if str(name) not in FORMATS:
         raise MlxeffError(f"SeedLM: wanted {', '.join(FORMATS)} bits, got {name!r}")
     return FORMATS[str(name)]
 
 
 def header() -> dict[str, object]:
-    """What config.json and a file's metadata say of every seed-encoded matrix, beside its format and shape."""
+    """The version and the conventions that hold for all matrices, as config.json and the metadata of a weights file
+    name them."""
     return {"version": VERSION, "register_bits": REGISTER_BITS, "taps": list(TAPS), "seed": SEED}
 
 
 def check_header(got: object, origin: str) -> None:
-    """Refuse a header that another version, register or convention wrote; `origin` names the file."""
+    """Raises MlxeffError unless `got` is a header with this version, register and seed convention. `origin` names the
+    file."""
     if not isinstance(got, Mapping):
         raise MlxeffError(f"{origin}: SeedLM header: wanted a table, got {got!r}")
     for key, wanted in header().items():
@@ -96,7 +100,8 @@ def check_header(got: object, origin: str) -> None:
 
 
 def check_arrays(fmt: BlockFormat, rows: int, cols: int, arrays: Mapping[str, object], origin: str) -> None:
-    """Refuse arrays (NumPy or MLX) whose names, shapes or types are not those of a matrix (rows, cols)."""
+    """Raises MlxeffError where the names, shapes or types of arrays (NumPy or MLX) are not those of a matrix
+    (rows, cols). `origin` names the matrix."""
     wanted = fmt.arrays(rows, cols)
     if sorted(arrays) != sorted(wanted):
         raise MlxeffError(f"{origin}: SeedLM {fmt.name} bits: wanted arrays {sorted(wanted)}, got {sorted(arrays)}")
@@ -107,7 +112,7 @@ def check_arrays(fmt: BlockFormat, rows: int, cols: int, arrays: Mapping[str, ob
 
 
 def check_bias(bias: int, origin: str) -> int:
-    """The exponent bias as an int; refuses one out of range."""
+    """The exponent bias as an int. Raises MlxeffError where it is out of range."""
     if not -BIAS_LIMIT <= int(bias) <= BIAS_LIMIT:
         raise MlxeffError(f"{origin}: exponent_bias: wanted -{BIAS_LIMIT} to {BIAS_LIMIT}, got {int(bias)}")
     return int(bias)

@@ -1,9 +1,10 @@
-"""The `seedlm` entry of config.json ↔ the seed-encoded modules of a model.
+"""The entry `seedlm` of a config.json ↔ the seed-encoded modules of a model.
 
     "seedlm": {"version": 1, "register_bits": 16, "taps": [0, 1, 3, 12], "seed": "first-state",
                "modules": {"model.layers.0.self_attn.q_proj": {"format": "4", "rows": 576, "cols": 576}, …}}
 
-The entry describes the arrays completely, so a reader needs nothing but it and the file. Works on any `nn.Module`.
+With the entry and the weights file, a reader can decode all matrices; `format` explains the keys. The functions here
+work on any `nn.Module`.
 """
 
 import json
@@ -17,34 +18,35 @@ from ..errors import MlxeffError
 from .format import BlockFormat, block_format, check_header, header
 from .linear import SeedEmbedding, SeedLinear, SeedModule
 
-KEYS = {"format", "rows", "cols"}
-METADATA = "seedlm"  # key of a safetensors header, whose values are text: the JSON of `format.header()`
+KEYS = {"format", "rows", "cols"}  # of each module
+METADATA = "seedlm"  # key in the metadata of a safetensors file; its value is `format.header()` as JSON text
 
 
 def entry(modules: Mapping[str, tuple[BlockFormat, int, int]]) -> dict:
-    """What config.json says: module name → (format, rows, cols)."""
+    """The entry of config.json for these modules: name → (format, rows, cols) of the matrix."""
     described = {name: {"format": fmt.name, "rows": rows, "cols": cols} for name, (fmt, rows, cols) in modules.items()}
     return header() | {"modules": described}
 
 
 def read_entry(value: object, origin: str) -> dict[str, tuple[BlockFormat, int, int]]:
-    """Module name → (format, rows, cols); refuses an entry of another version, register or form."""
+    """The entry of a config.json → module name → (format, rows, cols). Raises MlxeffError for an entry of another
+    version, register or structure; `origin` names the config."""
     check_header(value, origin)
     modules = value.get("modules")
     if not isinstance(modules, dict) or not modules:
         raise MlxeffError(f"{origin}: seedlm: modules: wanted a table of modules, got {modules!r:.60}")
     if unknown := sorted(set(value) - set(header()) - {"modules"}):
         raise MlxeffError(f"{origin}: seedlm: unknown keys {unknown}")
-    return {name: _described(name, each, origin) for name, each in modules.items()}
+    return {name: _described(name, module, origin) for name, module in modules.items()}
 
 
 def metadata() -> dict[str, str]:
-    """What a weights file with seed-encoded matrices says of itself."""
+    """The metadata of a weights file with seed-encoded matrices."""
     return {METADATA: json.dumps(header())}
 
 
 def check_metadata(text: str, origin: str) -> None:
-    """Refuse the header of a weights file that another version, register or convention wrote."""
+    """Raises MlxeffError for the metadata of a weights file of another version, register or seed convention."""
     try:
         got = json.loads(text)
     except ValueError as error:
@@ -53,6 +55,7 @@ def check_metadata(text: str, origin: str) -> None:
 
 
 def _described(name: str, value: object, origin: str) -> tuple[BlockFormat, int, int]:
+    """(Format, rows, cols) of one module of the entry."""
     if not isinstance(value, dict) or set(value) != KEYS:
         raise MlxeffError(f"{origin}: seedlm: {name}: wanted {', '.join(sorted(KEYS))}, got {value!r:.80}")
     for key in ("rows", "cols"):
@@ -62,11 +65,12 @@ def _described(name: str, value: object, origin: str) -> tuple[BlockFormat, int,
 
 
 def install(model: nn.Module, value: object, origin: str = "config") -> None:
-    """Put seed-encoded modules, without their weights yet, where a config's `seedlm` says."""
-    found = dict(model.named_modules())
+    """Replace the modules that `value`, the entry `seedlm` of a config, names by seed-encoded ones, whose arrays are
+    zeros until weights are loaded. Raises MlxeffError where the model has no such module."""
+    modules = dict(model.named_modules())
     replaced = []
     for name, (fmt, rows, cols) in read_entry(value, origin).items():
-        module = found.get(name)
+        module = modules.get(name)
         if not isinstance(module, (nn.Linear, nn.Embedding)):
             got = "none" if module is None else type(module).__name__
             raise MlxeffError(f"{origin}: seedlm: {name}: wanted a linear layer or an embedding, got {got}")
@@ -77,13 +81,15 @@ def install(model: nn.Module, value: object, origin: str = "config") -> None:
 
 
 def _seeded(module: nn.Module, fmt: BlockFormat, rows: int, cols: int) -> SeedModule:
+    """The seed-encoded module that takes the place of `module`."""
     if isinstance(module, nn.Linear):
         return SeedLinear(fmt, rows, cols, "bias" in module)
     return SeedEmbedding(fmt, rows, cols)
 
 
 def finish(model: nn.Module, origin: str) -> None:
-    """With the weights in: refuse damaged blocks, and tell embeddings the type of the model's activations."""
+    """To be called when the weights are loaded: raises MlxeffError for damaged blocks, and sets the type of the rows of
+    seed-encoded embeddings to the most frequent float type of the model's other weights."""
     floats = [leaf.dtype for _, leaf in tree_flatten(model.parameters()) if mx.issubdtype(leaf.dtype, mx.floating)]
     for name, module in model.named_modules():
         if isinstance(module, SeedModule):

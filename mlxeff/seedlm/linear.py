@@ -1,8 +1,8 @@
-"""Seed-encoded layers: `SeedLinear` in place of an `nn.Linear`, `SeedEmbedding` in place of an `nn.Embedding`.
+"""Layers with seed-encoded weights: `SeedLinear` replaces an `nn.Linear`, `SeedEmbedding` an `nn.Embedding`.
 
-The weights stay in blocks and are decoded inside the kernel. The kernels are chosen at each call: Metal on a GPU, the
-native ones on a CPU, else the operations of `codec`, which decode the whole matrix and are slow. The blocks are
-integers and have no gradient; the gradient for x goes through the decoded matrix on all three ways.
+The weights stay encoded in memory and are decoded inside of the kernels. At each call the kernels are chosen: Metal on
+a GPU, native ones on a CPU, and otherwise the operations of `codec`, which decode the whole matrix and are slow. The
+blocks are integers and have no gradient; the gradient for the inputs is computed with the decoded matrix.
 """
 
 import mlx.core as mx
@@ -16,7 +16,7 @@ from .format import BlockFormat, check_arrays, check_bias
 
 
 def matmul(fmt: BlockFormat, arrays: dict[str, mx.array], x: mx.array) -> mx.array:
-    """x (..., cols) → x Wᵀ (..., rows) in x's type."""
+    """x (..., cols) → x Wᵀ (..., rows) in x's type, for the matrix W that is stored as `arrays`."""
     if native_for(x):
         return native.matmul_cpu(fmt, arrays, x)
     if _metal_for(x.dtype):
@@ -25,31 +25,33 @@ def matmul(fmt: BlockFormat, arrays: dict[str, mx.array], x: mx.array) -> mx.arr
 
 
 def rows(fmt: BlockFormat, cols: int, arrays: dict[str, mx.array], ids: mx.array, dtype: mx.Dtype) -> mx.array:
-    """Rows `ids` (...) of the matrix → (..., cols) in `dtype`."""
+    """The rows `ids` (...) of the matrix in `dtype`, (..., cols)."""
     if native_for():
         return native.rows_cpu(fmt, cols, arrays, ids, dtype)
     return (metal.rows_metal if _metal_for(dtype) else codec.rows_ops)(fmt, cols, arrays, ids, dtype)
 
 
 def decode(fmt: BlockFormat, cols: int, arrays: dict[str, mx.array], dtype: mx.Dtype = mx.float32) -> mx.array:
-    """The matrix (rows, cols) in `dtype`: the same bits on every device."""
+    """The whole matrix (rows, cols) in `dtype`; the result is the same to the bit on every device."""
     if native_for():
         return native.decode_cpu(fmt, cols, arrays, dtype)
     return (metal.decode_metal if _metal_for(dtype) else codec.decode_ops)(fmt, cols, arrays, dtype)
 
 
 def _metal_for(dtype: mx.Dtype) -> bool:
+    """Whether the Metal kernels are chosen for results of this type."""
     return kernels.device() == "gpu" and kernels.has_metal() and dtype in FLOATS
 
 
 def _metal_with_gradient(fmt: BlockFormat, arrays: dict[str, mx.array], x: mx.array) -> mx.array:
-    product = mx.custom_function(lambda given: metal.matmul_metal(fmt, arrays, given))
-    product.vjp(lambda given, cotangent, _: cotangent @ metal.decode_metal(fmt, x.shape[-1], arrays, given.dtype))
+    """The product by the Metal kernel, with a gradient for x."""
+    product = mx.custom_function(lambda x: metal.matmul_metal(fmt, arrays, x))
+    product.vjp(lambda x, cotangent, _: cotangent @ metal.decode_metal(fmt, x.shape[-1], arrays, x.dtype))
     return product(x)
 
 
 class SeedModule(nn.Module):
-    """A matrix (rows, cols) in the arrays of `format`, which are its parameters; they are frozen for good."""
+    """A seed-encoded matrix (rows, cols). Its parameters are the arrays that `format` defines, and they stay frozen."""
 
     def __init__(self, fmt: BlockFormat, rows: int, cols: int):
         super().__init__()
@@ -64,27 +66,28 @@ class SeedModule(nn.Module):
 
     @property
     def arrays(self) -> dict[str, mx.array]:
-        """What is stored (`format`)."""
+        """The stored arrays by name, as in `format`."""
         return {name: self[name] for name in self._names}
 
     def unfreeze(self, *args, **kwargs) -> "SeedModule":
-        """Unfreezes a bias; the blocks stay frozen."""
+        """As in MLX, but the stored arrays stay frozen; a bias can be unfrozen."""
         super().unfreeze(*args, **kwargs)
         return self.freeze(keys=self._names, recurse=False)
 
     def dense(self, dtype: mx.Dtype = mx.float32) -> mx.array:
-        """The decoded matrix (rows, cols)."""
+        """The decoded matrix (rows, cols) in `dtype`."""
         return decode(self.block_format, self.cols, self.arrays, dtype)
 
-    def native_arrays(self, part: slice) -> tuple:
-        """Rows `part`, as the native decoder takes them (models/fused.py)."""
-        fmt, arrays = self.block_format, self.arrays
-        *planes, bias = arrays.values()
-        first, second, third = ([plane[part] for plane in planes] + [None, None])[:3]
-        return first, second, third, (self.cols, fmt.columns, fmt.states, int(bias.item()))
+    def native_arrays(self, part: slice) -> dict:
+        """The rows `part` of the matrix by name, as the native decoder takes them (see `models.parts.Rows.matrix`)."""
+        fmt = self.block_format
+        layout = {"cols": self.cols, "columns": fmt.columns, "states": fmt.states}
+        planes = {name: array[part] for name, array in self.arrays.items() if name != "exponent_bias"}
+        return {"kind": "seedlm", **planes, **layout, "exponent_bias": self["exponent_bias"].item()}
 
     def check(self, origin: str) -> None:
-        """Refuse damaged arrays: wrong shapes or types, a seed of 0, an exponent bias out of range."""
+        """Raises MlxeffError for arrays with wrong shapes or types, a seed of 0 or an exponent bias out of range.
+        `origin` names the module."""
         check_arrays(self.block_format, self.rows, self.cols, self.arrays, origin)
         check_bias(self["exponent_bias"].item(), origin)
         seeds = self["seeds"] if self.block_format.planar else self["blocks"] & 0xFFFF
@@ -110,7 +113,7 @@ class SeedLinear(SeedModule):
         return y + self["bias"] if "bias" in self else y
 
     def to_dense(self, dtype: mx.Dtype = mx.float32) -> nn.Linear:
-        """An `nn.Linear` of the decoded weights."""
+        """An `nn.Linear` with the decoded weights in `dtype`."""
         linear = nn.Linear(1, 1, bias=False)
         linear.weight = self.dense(dtype)
         if "bias" in self:
@@ -121,7 +124,7 @@ class SeedLinear(SeedModule):
 class SeedEmbedding(SeedModule):
     """Token ids (...) → rows (..., cols)."""
 
-    dtype = mx.float32  # of the rows, where the kernels do not compute in float32 anyway
+    dtype = mx.float32  # type of the rows, unless the native kernels are chosen, whose activations are float32
 
     def __call__(self, tokens: mx.array) -> mx.array:
         return activations(rows(self.block_format, self.cols, self.arrays, tokens, self.dtype))
@@ -131,7 +134,7 @@ class SeedEmbedding(SeedModule):
         return matmul(self.block_format, self.arrays, x)
 
     def to_dense(self, dtype: mx.Dtype = mx.float32) -> nn.Embedding:
-        """An `nn.Embedding` of the decoded weights."""
+        """An `nn.Embedding` with the decoded weights in `dtype`."""
         embedding = nn.Embedding(1, 1)
         embedding.weight = self.dense(dtype)
         return embedding

@@ -1,7 +1,8 @@
-"""Launches of the kernels in metal/seedlm.metal: decoding, embedding rows and products with seed-encoded matrices.
+"""Launches of the Metal kernels in metal/seedlm.metal: decoding, embedding look-ups and products with seed-encoded
+matrices.
 
-The arguments and results are those of the mx operations in `codec`; the choice between the two is the caller's. Sums
-are kept in float32 and weights are not rounded before they are multiplied, whatever the type of x.
+Each function has the arguments and the result of the function with the suffix `_ops` in `codec`; the caller chooses
+between the two. Products are summed in float32 with weights that are not rounded, whatever the type of x.
 """
 
 from collections.abc import Mapping
@@ -13,20 +14,21 @@ from .format import BlockFormat
 
 Arrays = Mapping[str, mx.array]
 
-SIMDGROUPS = 8  # a threadgroup of the matrix-vector kernels
-FEW_TOKENS = 8  # up to here each simdgroup computes whole rows; above, tiles and matrix instructions
-TILE_ROWS = 64
-MANY_ROWS = 2048  # from here a simdgroup computes 4 rows and not 2: enough threadgroups remain for every core
-TABLES = "threadgroup Store::Entry tables[512];"
+SIMDGROUPS = 8  # simdgroups in a threadgroup of the kernels for few tokens
+FEW_TOKENS = 8  # for up to so many tokens, each simdgroup computes whole rows; for more, tiles with matrix instructions
+TILE_ROWS = 64  # rows of the matrix in a tile
+MANY_ROWS = 2048  # for matrices of so many rows, a simdgroup computes 4 rows instead of 2: all cores still get work
+TABLES = "threadgroup Store::Entry tables[512];"  # declaration of the two look-up tables of 256 entries, see `lfsr`
 
 
 def decode_metal(fmt: BlockFormat, cols: int, arrays: Arrays, dtype: mx.Dtype = mx.float32) -> mx.array:
-    """All weights: (rows, cols) in `dtype`, bit for bit those of `codec.decode_ops`."""
+    """All weights of a matrix, (rows, cols) in `dtype`: the same to the bit as `codec.decode_ops`."""
     return rows_metal(fmt, cols, arrays, mx.arange(_rows(fmt, arrays), dtype=mx.uint32), dtype)
 
 
 def rows_metal(fmt: BlockFormat, cols: int, arrays: Arrays, ids: mx.array, dtype: mx.Dtype = mx.float32) -> mx.array:
-    """Rows `ids` (...) of the matrix: (..., cols) in `dtype`, as `codec.rows_ops`. The ids are not checked."""
+    """The rows `ids` (...) of the matrix in `dtype`, (..., cols), as `codec.rows_ops`. Ids are not checked: one outside
+    of the matrix reads other memory."""
     indices = ids.reshape(-1)
     body = """
         uint block = thread_position_in_grid.x, place = thread_position_in_grid.y, cols = uint(columns);
@@ -42,7 +44,8 @@ def rows_metal(fmt: BlockFormat, cols: int, arrays: Arrays, ids: mx.array, dtype
 def matmul_metal(fmt: BlockFormat, arrays: Arrays, x: mx.array, form: str = "Windows") -> mx.array:
     """x (..., cols) → x Wᵀ (..., rows) in x's type, as `codec.matmul_ops`.
 
-    form: for one token, "Windows" (AND only) or "Shifts" (a shift and a conversion a state: slower, more accurate).
+    form: which kernel computes a single token. "Windows" needs no shift and no conversion of register states, "Shifts"
+    needs both for each state and is slower and more accurate. Both are explained in metal/seedlm.metal.
     """
     vectors = x.reshape(-1, x.shape[-1])
     rows, tokens = _rows(fmt, arrays), vectors.shape[0]
@@ -53,7 +56,8 @@ def matmul_metal(fmt: BlockFormat, arrays: Arrays, x: mx.array, form: str = "Win
     return out.reshape(*x.shape[:-1], rows)
 
 
-def _few_tokens(fmt, arrays, vectors, rows, form):
+def _few_tokens(fmt: BlockFormat, arrays: Arrays, vectors: mx.array, rows: int, form: str) -> mx.array:
+    """The product for up to FEW_TOKENS `vectors` (tokens, cols); returns (tokens, rows)."""
     tokens = vectors.shape[0]
     rows_each = 4 if rows >= MANY_ROWS else 2
     product = f"matvec<{form}<Store::C, Store::P>, {rows_each}>" if tokens == 1 else f"matvecs<{tokens}, {rows_each}>"
@@ -70,7 +74,8 @@ def _few_tokens(fmt, arrays, vectors, rows, form):
     return out
 
 
-def _many_tokens(fmt, arrays, vectors, rows):
+def _many_tokens(fmt: BlockFormat, arrays: Arrays, vectors: mx.array, rows: int) -> mx.array:
+    """The product for any number of `vectors` (tokens, cols), in tiles; returns (tokens, rows)."""
     tokens = vectors.shape[0]
     tile = 32 if tokens <= 32 else 64
     body = f"""
@@ -87,12 +92,27 @@ def _many_tokens(fmt, arrays, vectors, rows):
     return out
 
 
-def _launch(fmt, name, body, arrays, names, inputs, grid, threadgroup, shape, dtype):
-    """Run `body` after the line that declares `store`; `names` and `inputs` are those beside the stored arrays."""
+def _launch(
+    fmt: BlockFormat,
+    name: str,
+    body: str,
+    arrays: Arrays,
+    names: tuple[str, ...],
+    inputs: list[mx.array],
+    grid: tuple[int, int, int],
+    threadgroup: tuple[int, int, int],
+    shape: tuple[int, ...],
+    dtype: mx.Dtype,
+) -> list[mx.array]:
+    """Run the kernel whose body is `body`, after a line that declares `store`, the reader of the stored arrays.
+
+    The kernel's inputs are the stored arrays and, under the names `names`, the arrays `inputs`. Its only output "out"
+    has this shape and dtype. The grid is in threads, as MLX counts it.
+    """
     stored = ("seeds", "coefficients", "exponents") if fmt.planar else ("blocks",)
     if fmt.planar:
-        entry = "uint2" if fmt.columns * fmt.states > 33 else "uint"  # bits after the seed: 31 or 47
-        kinds = ", ".join(f"decltype({each})" for each in stored)
+        entry = "uint2" if fmt.columns * fmt.states > 33 else "uint"  # a table entry has 31 or 47 bits of the stream
+        kinds = ", ".join(f"decltype({key})" for key in stored)
         kind = f"Planar<{fmt.columns}, {fmt.states}, {entry}, {kinds}>"
     else:
         kind = "Packed<decltype(blocks)>"
@@ -101,7 +121,7 @@ def _launch(fmt, name, body, arrays, names, inputs, grid, threadgroup, shape, dt
     title = f"seedlm_{fmt.name.replace('.', '_')}_{name}"
     kernel = kernels.metal_kernel("seedlm", title, all_names, ("out",), declaration + body)
     return kernel(
-        inputs=[*(arrays[each] for each in all_names[: len(stored) + 1]), *inputs],
+        inputs=[*(arrays[key] for key in (*stored, "exponent_bias")), *inputs],
         grid=grid,
         threadgroup=threadgroup,
         output_shapes=[shape],
@@ -109,9 +129,11 @@ def _launch(fmt, name, body, arrays, names, inputs, grid, threadgroup, shape, dt
     )
 
 
-def _first(fmt):
+def _first(fmt: BlockFormat) -> str:
+    """The name of the first stored array, which has one row for each row of the matrix."""
     return "seeds" if fmt.planar else "blocks"
 
 
-def _rows(fmt, arrays):
+def _rows(fmt: BlockFormat, arrays: Arrays) -> int:
+    """Rows of the matrix."""
     return arrays[_first(fmt)].shape[0]

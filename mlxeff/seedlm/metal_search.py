@@ -1,7 +1,7 @@
-"""Launches of the kernels in metal/seedlm_encode.metal: the search for seeds, with the arguments and results of its
-twins `search.search_numpy` and the native `seedlm_encode`.
+"""The search for seeds on a GPU: launches of the Metal kernels in metal/seedlm_encode.metal.
 
-Device memory: tables of 2.3 to 3.4 MB for a format and metric, and 4 KB a block, `BATCH` blocks at a time.
+`search_metal` has the arguments and results of `search.search_numpy` and of the native `seedlm_encode`. Device memory:
+tables of 2.3 to 3.4 MB for a format and metric, and 4 KB for each of `BATCH` blocks.
 """
 
 import functools
@@ -15,25 +15,25 @@ from .format import BlockFormat
 from .lfsr import expand
 from .search import SEEDS, Problem, cycle, problem
 
-BATCH = 1 << 14  # blocks a launch
-WIDTH = SEEDS + 1  # of the tables: the first seed is repeated
-CLASSES = 1024  # of 64 neighbouring seeds
-SIMDGROUPS, TOGETHER = 8, 4  # of a threadgroup that scans, and blocks each scans
-CHOOSING = 4  # simdgroups of a threadgroup that chooses, a block each
-STATES, PENDING, PITCH, STAGE = 2144, 96, 36, 8  # sizes in threadgroup memory
+BATCH = 1 << 14  # blocks per launch
+WIDTH = SEEDS + 1  # seeds per table: the first one is repeated at the end
+CLASSES = 1024  # classes of 64 seeds that are neighbours in the register's cycle
+SIMDGROUPS, TOGETHER = 8, 4  # kernel `scan`: simdgroups in a threadgroup, and blocks that each of them scans
+CHOOSING = 4  # kernel `choose`: simdgroups in a threadgroup; each searches one block
+STATES, PENDING, PITCH, STAGE = 2144, 96, 36, 8  # sizes of arrays in threadgroup memory, explained in the Metal source
 
 
 def search_metal(fmt: BlockFormat, weight: np.ndarray, diagonal: np.ndarray | None, bias: int, refine: bool) -> tuple:
-    """→ (seeds, coefficients, codes, decoded) in NumPy: to the bit those of `search_numpy`."""
+    """(Seeds, coefficients, codes, decoded weights) as NumPy arrays: the result of `search.search_numpy` to the bit."""
     blocks = problem(fmt, weight, diagonal, bias)
     table = _plain_table(fmt) if diagonal is None else inverse_table(fmt, blocks.metric)
     parts = []
     for first in range(0, len(blocks.base), BATCH):
         part = slice(first, first + BATCH)
         batch = Problem(blocks.scaled[part], blocks.base[part], blocks.metric)
-        found = choose(fmt, batch, table, scan(fmt, batch, table), bias, refine)
-        parts.append([np.array(each) for each in found])
-    seeds, coefficients, codes, decoded = (np.concatenate(each) for each in zip(*parts, strict=True))
+        encoded = choose(fmt, batch, table, scan(fmt, batch, table), bias, refine)
+        parts.append([np.array(array) for array in encoded])
+    seeds, coefficients, codes, decoded = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
     rows, cols = weight.shape
     decoded = np.ascontiguousarray(decoded.reshape(rows, -1)[:, :cols])
     return seeds.reshape(rows, -1), coefficients.reshape(rows, -1, fmt.states), codes.reshape(rows, -1), decoded
@@ -41,20 +41,23 @@ def search_metal(fmt: BlockFormat, weight: np.ndarray, diagonal: np.ndarray | No
 
 @functools.cache
 def _registers() -> tuple[mx.array, mx.array]:
-    """(states float32 (WIDTH + 64), words uint64 (WIDTH)) along the cycle."""
+    """The register's cycle as the kernels read it: (scaled states, float32 (WIDTH + 64); for each seed the first 63
+    bits of its stream, uint64 (WIDTH))."""
     states = np.resize(cycle(), WIDTH + 64).astype(np.float32) - HALF
     return mx.array(states / HALF), mx.array(expand(np.resize(cycle(), WIDTH)))
 
 
 @functools.cache
 def _plain_table(fmt: BlockFormat) -> mx.array:
+    """`inverse_table` for the metric 1 of the data-free method."""
     table = inverse_table(fmt, np.ones(fmt.columns, np.float32))
     mx.eval(table)
     return table
 
 
 def inverse_table(fmt: BlockFormat, metric: np.ndarray) -> mx.array:
-    """float32 (P (P + 1) / 2, WIDTH): of each seed's Gram matrix under the metric (C) the inverse's upper part."""
+    """The upper triangle of G⁻¹ of each seed (see `search`) for a metric (C), float32 (P (P + 1) / 2, WIDTH). Elements
+    beside the diagonal are doubled."""
     body = f"write_inverse<{fmt.columns}, {fmt.states}>(states, metric, thread_position_in_grid.x, table);"
     shape = (fmt.states * (fmt.states + 1) // 2, WIDTH)
     inputs = {"states": _registers()[0], "metric": mx.array(metric)}
@@ -63,7 +66,8 @@ def inverse_table(fmt: BlockFormat, metric: np.ndarray) -> mx.array:
 
 
 def scan(fmt: BlockFormat, blocks: Problem, table: mx.array, classes: int = CLASSES) -> mx.array:
-    """The largest energies of the first `classes` classes, a multiple of 32: float32 (N, CLASSES)."""
+    """The largest energy in each class of seeds for each block, float32 (N, CLASSES). Only the first `classes` classes,
+    a multiple of 32, are computed. `table` is the `inverse_table` of the blocks' metric."""
     count, threads = len(blocks.base), SIMDGROUPS * 32
     body = f"""
         threadgroup float own_states[{STATES}];
@@ -78,7 +82,8 @@ def scan(fmt: BlockFormat, blocks: Problem, table: mx.array, classes: int = CLAS
 
 
 def choose(fmt: BlockFormat, blocks: Problem, table: mx.array, maxima: mx.array, bias: int, refine: bool) -> list:
-    """seeds uint16 (N), coefficients int8 (N, P), codes uint8 (N), decoded float32 (N, C)."""
+    """The best encoding of each block: seeds uint16 (N), coefficients int8 (N, P), exponent codes uint8 (N), decoded
+    weights float32 (N, C). `maxima` is the result of `scan`."""
     states, words = _registers()
     body = f"""
         threadgroup uint pending[{CHOOSING * PENDING}];
@@ -103,11 +108,21 @@ def choose(fmt: BlockFormat, blocks: Problem, table: mx.array, maxima: mx.array,
 
 
 def _arrays(blocks: Problem) -> dict[str, mx.array]:
+    """The kernels' inputs that describe the blocks."""
     return {"scaled": mx.array(blocks.scaled), "metric": mx.array(blocks.metric)}
 
 
-def _launch(fmt, name, body, inputs, outputs, grid, threadgroup):
-    """Run `body` on the GPU, whatever the default device; inputs: name → array, outputs: name → (shape, type)."""
+def _launch(
+    fmt: BlockFormat,
+    name: str,
+    body: str,
+    inputs: dict[str, mx.array],
+    outputs: dict[str, tuple[tuple[int, ...], mx.Dtype]],
+    grid: tuple[int, int, int],
+    threadgroup: tuple[int, int, int],
+) -> list[mx.array]:
+    """Run the kernel whose body is `body` on the GPU, whatever the default device is. Inputs are arrays, outputs shapes
+    and dtypes, by their names in the body. The grid is in threads, as MLX counts it."""
     title = f"seedlm_encode_{fmt.name.replace('.', '_')}_{name}"
     kernel = kernels.metal_kernel("seedlm_encode", title, tuple(inputs), tuple(outputs), body)
     shapes, dtypes = zip(*outputs.values(), strict=True)

@@ -1,12 +1,19 @@
-"""The search for a block's seed: what all its implementations share, and the reference in NumPy.
+"""The search for the best seed of each block: its definition for all implementations, and the reference in NumPy.
 
-A block w of C weights becomes the seed, P coefficients q and exponent of least error Σ h (w - ŵ)², of all 65,535 seeds
-whose columns are not almost dependent. Two steps, in `cpu/seedlm/`, `metal/seedlm_encode.metal` and here:
-a bound for every seed, which only has to be a bound, and for the seeds that it leaves an evaluation in float32 that
-fixes every operation, so that all of them choose the same seed and coefficients, to the bit. Of seeds with equal
-errors the lowest is taken; zeros where no seed is better.
+A block w of C weights is encoded as the seed, the P coefficients q and the exponent with the least error
+Σ_c h[c] (w[c] - ŵ[c])². h is the metric: the weights of the columns' errors, all 1 in the data-free method. All 65,535
+seeds compete, except those whose matrix G is almost singular: with U (C, P), the states of the seed minus 32768 and
+divided by 32768, G is Uᵀ diag(h) U.
 
-The reference takes about a millisecond a block; it is for tests, and for machines without the other two.
+With unrounded coefficients, the least error of a seed is Σ h w² - energy, where energy = bᵀ G⁻¹ b and
+b = Uᵀ diag(h) w. Rounded coefficients can only be worse. So the search has two steps, here as in `cpu/seedlm/` and
+`metal/seedlm_encode.metal`. The scan computes the energy of every seed, in any precision that is good to SLACK. The
+evaluation rounds coefficients for the seeds that can still be better than the best one so far. It is float32 and fixes
+every operation and its order, so that all implementations choose the same seed and coefficients to the bit. Of seeds
+with equal errors the lowest is taken. A block for which no seed is better than zeros becomes zeros.
+
+The reference takes about a millisecond per block. It serves tests, and machines without the other implementations.
+Letters: N blocks, or pairs of a block and a seed, C columns and P states as in `format`, B blocks of a batch.
 """
 
 import functools
@@ -20,36 +27,42 @@ from .format import CODE_OFFSET, BlockFormat
 from .lfsr import expand, step
 
 SEEDS = 65535
-SLACK = np.float32(6e-4)  # of |w|²: what energies in float32 may be off
-MOST_CONDITION = np.float32(4000)  # trace(G) trace(G⁻¹) of the seeds that are considered
-EXCLUDED = 4200  # the same in the first step, whatever its rounding
-LEAST_WEIGHT, LEAST_METRIC, LEAST_MISS = np.float32(2.0**-40), np.float32(2.0**-7), np.float32(2.0**-50)
-LEAST_EXPONENT = -24  # of coefficients of a scaled block; with these limits nothing underflows that matters
-BATCH = 32  # blocks that are searched together
-CLASSES = 15  # parts of the cycle whose best seeds are evaluated first
-CANDIDATES = 4096  # (block, seed) pairs that are evaluated at a time
+SLACK = np.float32(6e-4)  # largest error of an energy in float32, as a share of Σ h w²
+MOST_CONDITION = np.float32(4000)  # seeds whose trace(G) trace(G⁻¹) reaches this are excluded by the evaluation
+EXCLUDED = 4200  # the same limit in the scan; it is larger, so that rounding in the scan excludes no seed wrongly
+# With these limits, nothing underflows in the evaluation that could change its result.
+LEAST_WEIGHT = np.float32(2.0**-40)  # smaller scaled weights count as 0
+LEAST_METRIC = np.float32(2.0**-7)  # smaller values of the metric are raised to this one
+LEAST_MISS = np.float32(2.0**-50)  # smaller differences w - ŵ count as 0
+LEAST_EXPONENT = -24  # a scaled block gets no smaller exponent
+BATCH = 32  # blocks that are scanned together
+CLASSES = 15  # parts of the register's cycle; the seed of most energy in each part is evaluated first
+CANDIDATES = 4096  # pairs (block, seed) that are evaluated together
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Blocks as they are searched."""
+    """Blocks that are prepared for the search: each is scaled by a power of two, so that its largest weight is in
+    [1/2, 1)."""
 
-    scaled: np.ndarray  # float32 (N, C): the weights times a power of two, the largest in [1/2, 1)
-    base: np.ndarray  # int32 (N): the exponent of code 0 in that scale; 0 of blocks that are left as zeros
-    metric: np.ndarray  # float32 (C): h, of mean 1
+    scaled: np.ndarray  # the scaled weights, float32 (N, C)
+    base: np.ndarray  # the exponent of code 0 for the scaled block, int32 (N); 0 for a block that becomes zeros
+    metric: np.ndarray  # h, float32 (C), with mean 1
 
 
 @functools.cache
 def cycle() -> np.ndarray:
-    """uint16 (65,535): the register's states from 1 on."""
-    found, state = np.empty(SEEDS, np.uint16), 1
+    """All states of the register in the order in which they follow each other, from 1 on: uint16 (65,535)."""
+    states, state = np.empty(SEEDS, np.uint16), 1
     for n in range(SEEDS):
-        found[n], state = state, step(state)
-    return found
+        states[n], state = state, step(state)
+    return states
 
 
 def problem(fmt: BlockFormat, weight: np.ndarray, diagonal: np.ndarray | None, bias: int) -> Problem:
-    """Of a float32 matrix (rows, cols), whose row becomes NB blocks; with a diagonal (C), one, of cols ≤ C columns."""
+    """The blocks of a float32 matrix (rows, cols), row by row, for the exponent bias `bias`. Without a diagonal, the
+    metric is 1 and a row has NB blocks. A diagonal (C) is the metric up to its scale; the matrix then is one column of
+    blocks, with cols ≤ C. Raises MlxeffError for weights that are not finite."""
     if not np.isfinite(weight).all():
         raise MlxeffError("SeedLM search: wanted finite weights, got others")
     rows, cols = weight.shape
@@ -67,36 +80,43 @@ def problem(fmt: BlockFormat, weight: np.ndarray, diagonal: np.ndarray | None, b
 
 
 def metric(fmt: BlockFormat, diagonal: np.ndarray | None) -> np.ndarray:
-    """The weights of a block's columns, of mean 1."""
+    """The metric h, float32 (C): the diagonal scaled to mean 1; ones without a diagonal."""
     if diagonal is None:
         return np.ones(fmt.columns, np.float32)
-    mean = 0.0
-    for each in diagonal.tolist():
-        mean += each / fmt.columns
+    mean = 0.0  # summed in this order, as in the other implementations
+    for value in diagonal.tolist():
+        mean += value / fmt.columns
     return np.maximum((diagonal.astype(np.float64) / mean).astype(np.float32), LEAST_METRIC)
 
 
 def fma(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
-    """a b + c of float32 arrays, rounded once: in float64, rounded to odd, and then to float32."""
+    """a · b + c for float32 arrays, rounded to float32 once. The sum is computed in float64 and rounded to odd there,
+    which makes the second rounding, to float32, correct (Boldo and Melquiond, IEEE Transactions on Computers 57, 2008).
+    """
     product = np.multiply(a, b, dtype=np.float64)
     total = product + c
     back = total - product
-    rest = (product - (total - back)) + (c - back)  # what the sum lost, exactly
+    rest = (product - (total - back)) + (c - back)  # exactly the rounding error of `total` (Knuth's two-sum)
     bits = total.view(np.int64)
     even = (rest != 0) & (bits & 1 == 0)
     return (bits + np.where(even, np.where((rest > 0) == (total > 0), 1, -1), 0)).view(np.float64).astype(np.float32)
 
 
 def search_numpy(fmt: BlockFormat, weight: np.ndarray, diagonal: np.ndarray | None, bias: int, refine: bool) -> tuple:
-    """→ (seeds uint16 (rows, NB), coefficients int8 (rows, NB, P), codes uint8 (rows, NB), decoded float32 of weight).
+    """Search the blocks of a float32 matrix (rows, cols): (seeds uint16 (rows, NB), coefficients int8 (rows, NB, P),
+    exponent codes uint8 (rows, NB), decoded weights float32 (rows, cols)).
 
-    The arguments and results of the native `seedlm_encode`.
+    diagonal  as in `problem`; with it NB is 1
+    bias      the exponent bias of the matrix
+    refine    see `encode.encode`
+
+    The native `seedlm_encode` and `metal_search.search_metal` have the same arguments and results.
     """
     blocks = problem(fmt, weight, diagonal, bias)
     best = Best.zeros(fmt, blocks)
-    wanted = np.flatnonzero(blocks.base < 0)
-    for first in range(0, len(wanted), BATCH):
-        _search_batch(fmt, blocks, wanted[first : first + BATCH], refine, best)
+    searched = np.flatnonzero(blocks.base < 0)  # the others become zeros
+    for first in range(0, len(searched), BATCH):
+        _search_batch(fmt, blocks, searched[first : first + BATCH], refine, best)
     rows, cols = weight.shape
     seeds = np.maximum(best.seed, 1).astype(np.uint16).reshape(rows, -1)
     codes = (best.exponent - blocks.base).astype(np.uint8).reshape(rows, -1)
@@ -107,15 +127,16 @@ def search_numpy(fmt: BlockFormat, weight: np.ndarray, diagonal: np.ndarray | No
 
 @dataclass
 class Best:
-    """The best found for each block; seed 0: zeros."""
+    """The best encoding of each block so far; the seed 0 stands for zeros."""
 
-    error: np.ndarray  # float32 (N)
+    error: np.ndarray  # Σ h (w - ŵ)², float32 (N)
     seed: np.ndarray  # int64 (N)
     coefficients: np.ndarray  # int64 (N, P)
     exponent: np.ndarray  # int64 (N), of the scaled block
 
     @classmethod
     def zeros(cls, fmt: BlockFormat, blocks: Problem) -> "Best":
+        """All blocks encoded as zeros."""
         count, error = len(blocks.scaled), np.zeros(len(blocks.scaled), np.float32)
         for c in range(fmt.columns):
             error = fma(blocks.metric[c] * blocks.scaled[:, c], blocks.scaled[:, c], error)
@@ -123,7 +144,8 @@ class Best:
         return cls(error, np.zeros(count, np.int64), zeros, blocks.base.astype(np.int64))
 
     def take(self, block: np.ndarray, error: np.ndarray, seed: np.ndarray, q: np.ndarray, exponent: np.ndarray) -> None:
-        """Keep the best of candidates, one a (block, seed), where they are better."""
+        """Replace encodings by better ones. The candidates are given by the number of their block, error, seed,
+        coefficients q and exponent; a pair (block, seed) occurs once."""
         order = np.lexsort((seed, error, block))
         first = order[np.unique(block[order], return_index=True)[1]]
         at, new, old = block[first], error[first], self.error[block[first]]
@@ -134,14 +156,16 @@ class Best:
 
 
 def _states(fmt: BlockFormat, seeds: np.ndarray) -> np.ndarray:
-    """int64 (N) → V - 32768, int64 (N, C, P)."""
+    """Seeds, int64 (N) → their states minus 32768, int64 (N, C, P)."""
     windows = expand(seeds)[:, None] >> np.arange(fmt.columns * fmt.states, dtype=np.uint64) & np.uint64(0xFFFF)
     return windows.astype(np.int64).reshape(-1, fmt.columns, fmt.states) - HALF
 
 
 @functools.lru_cache(4)
 def _tables(fmt: BlockFormat, metric: bytes) -> tuple[np.ndarray, np.ndarray]:
-    """u (65,535 + P - 1, C) along the cycle; the Gram matrices' inverses (P, P, 65,535), 0 of the excluded."""
+    """The tables of the scan for a metric, given by its bytes: (scaled states u (65,535 + P - 1, C), G⁻¹ (P, P, 65,535)
+    of each seed, 0 for excluded seeds). Seeds are in the order of the register's cycle. Since state c·P + p of the seed
+    at place n is the state at place n + c·P + p, column p of its matrix U is row n + p of u."""
     h = np.frombuffer(metric, np.float32).astype(np.float64)
     C, P = fmt.columns, fmt.states
     values = (np.resize(cycle(), SEEDS + C * P).astype(np.float64) - HALF) / HALF
@@ -159,8 +183,9 @@ def _tables(fmt: BlockFormat, metric: bytes) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _energies(states: np.ndarray, inverse: np.ndarray, hw: np.ndarray) -> np.ndarray:
-    """bᵀG⁻¹b of all seeds for blocks (B, C) of metric times weights, float32 (B, 65,535)."""
-    products = hw @ states.T
+    """The energy bᵀ G⁻¹ b of all seeds for blocks with h·w = `hw` (B, C), float32 (B, 65,535). The other arguments are
+    the result of `_tables`."""
+    products = hw @ states.T  # one product serves as component p of b for the seed p places before it
     P = len(inverse)
     b = [products[:, p : p + SEEDS] for p in range(P)]
     energy = np.zeros_like(b[0])
@@ -173,22 +198,25 @@ def _energies(states: np.ndarray, inverse: np.ndarray, hw: np.ndarray) -> np.nda
 
 
 def _search_batch(fmt: BlockFormat, blocks: Problem, batch: np.ndarray, refine: bool, best: Best) -> None:
-    """Blocks `batch` (B) of the problem, into `best`."""
+    """Search the blocks with the numbers `batch` (B), and enter their best encodings into `best`."""
     states, inverse = _tables(fmt, blocks.metric.tobytes())
     energy, norm = _energies(states, inverse, blocks.metric * blocks.scaled[batch]), best.error[batch]
 
-    def evaluate(rows, places):
+    def evaluate(rows: np.ndarray, places: np.ndarray) -> None:
+        """Evaluate pairs of a row of `batch` and a place in the cycle."""
         for first in range(0, len(rows), CANDIDATES):
             part = slice(first, first + CANDIDATES)
             _evaluate(fmt, blocks, batch[rows[part]], cycle()[places[part]].astype(np.int64), refine, best)
 
     tops = energy.reshape(len(batch), CLASSES, -1).argmax(2) + np.arange(CLASSES) * (SEEDS // CLASSES)
     evaluate(np.repeat(np.arange(len(batch)), CLASSES), tops.ravel())
+    # A seed with less energy than this has a larger error than the best one, even if its energy is off by the slack.
     evaluate(*np.nonzero(energy > ((1 - SLACK) * norm - best.error[batch])[:, None]))
 
 
-def _evaluate(fmt, blocks, block, seed, refine, best) -> None:
-    """Candidates: `block` (N) indices and `seed` (N). The float32 operations and their order are the format's."""
+def _evaluate(fmt: BlockFormat, blocks: Problem, block: np.ndarray, seed: np.ndarray, refine: bool, best: Best) -> None:
+    """Evaluate pairs of a block's number and a seed (N), and enter those that are better into `best`. All
+    implementations have the same float32 operations in the same order."""
     w, h, v = blocks.scaled[block], blocks.metric, _states(fmt, seed)
     fit = _solve(w, h, v)
     kept = np.flatnonzero(fit.condition < MOST_CONDITION)
@@ -196,8 +224,8 @@ def _evaluate(fmt, blocks, block, seed, refine, best) -> None:
         return
     w, v, block, seed, fit = w[kept], v[kept], block[kept], seed[kept], fit.part(kept)
     lowest = np.maximum(blocks.base[block], LEAST_EXPONENT)
-    wanted = np.frexp(np.abs(fit.t).max(1))[1] - 3
-    exponent = np.clip(wanted, lowest, blocks.base[block] + 15).astype(np.int64)
+    fitting = np.frexp(np.abs(fit.t).max(1))[1] - 3  # brings the largest coefficient to 4 … 8
+    exponent = np.clip(fitting, lowest, blocks.base[block] + 15).astype(np.int64)
     q, cost = _round(fit, exponent, int(refine))
     if refine:
         lower, lower_cost = _round(fit, exponent - 1, 1)
@@ -214,19 +242,20 @@ def _evaluate(fmt, blocks, block, seed, refine, best) -> None:
 
 @dataclass(frozen=True)
 class Fit:
-    """Least-squares coefficients t (N, P), G = L D Lᵀ, and trace(G) trace(G⁻¹) (infinite where G is singular)."""
+    """The least-squares solution of N pairs of a block and a seed, with the factors of G = L D Lᵀ."""
 
-    L: np.ndarray  # float32 (N, P, P)
-    D: np.ndarray  # float32 (N, P)
-    t: np.ndarray
-    condition: np.ndarray
+    L: np.ndarray  # unit lower triangular, float32 (N, P, P)
+    D: np.ndarray  # diagonal, float32 (N, P)
+    t: np.ndarray  # unrounded coefficients, float32 (N, P)
+    condition: np.ndarray  # trace(G) trace(G⁻¹), float32 (N); infinite where G is singular
 
     def part(self, kept: np.ndarray) -> "Fit":
+        """The solutions with the numbers `kept`."""
         return Fit(self.L[kept], self.D[kept], self.t[kept], self.condition[kept])
 
 
 def _solve(w: np.ndarray, h: np.ndarray, v: np.ndarray) -> Fit:
-    """The fit of blocks w (N, C), under the metric h (C), with states v (N, C, P)."""
+    """The solutions for scaled blocks w (N, C) with the metric h (C) and states v (N, C, P), which are V - 32768."""
     count, C, P = v.shape
     u = v.astype(np.float32) * np.float32(2.0**-15)
     G, b = np.zeros((P, P, count), np.float32), np.zeros((P, count), np.float32)
@@ -236,7 +265,7 @@ def _solve(w: np.ndarray, h: np.ndarray, v: np.ndarray) -> Fit:
             b[i] = fma(h[c] * w[:, c], u[:, c, i], b[i])
             for j in range(i + 1):
                 G[i, j] = fma(hu, u[:, c, j], G[i, j])
-    with np.errstate(all="ignore"):  # singular ones are dropped by their condition
+    with np.errstate(all="ignore"):  # the caller drops singular matrices by their condition
         L, D, condition = _factor(G)
         for i in range(P):
             for k in range(i):
@@ -246,12 +275,13 @@ def _solve(w: np.ndarray, h: np.ndarray, v: np.ndarray) -> Fit:
             t[i] = b[i] / D[i]
             for j in range(i + 1, P):
                 t[i] = fma(-L[j, i], t[j], t[i])
-        t = fma(np.float32(-(2.0**-15)), t, t)  # of states / 32767
+        t = fma(np.float32(-(2.0**-15)), t, t)  # u is v / 32768, and a block decodes with v / 32767
     return Fit(L.transpose(2, 0, 1), D.T, t.T, condition)
 
 
 def _factor(G: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """G (P, P, N), its lower part → L, D, trace(G) trace(G⁻¹)."""
+    """The lower triangles of matrices G (P, P, N) → (L (P, P, N), D (P, N), trace(G) trace(G⁻¹) (N)). Until G is
+    factored, M is L D."""
     P = len(G)
     L, M, D = np.zeros_like(G), np.zeros_like(G), np.empty_like(G[0])
     trace, inverse_trace = np.zeros_like(G[0, 0]), np.zeros_like(G[0, 0])
@@ -277,12 +307,16 @@ def _factor(G: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def _round(fit: Fit, exponent: np.ndarray, reach: int) -> tuple[np.ndarray, np.ndarray]:
-    """The cheapest coefficients within `reach` of t / 2^e, int64 (N, P), and their cost |q 2^e - t|² under G."""
+    """(The integer coefficients q (N, P), int64, within `reach` of the rounded t / 2^exponent with the least cost, the
+    costs (N)). The cost is (q 2^exponent - t)ᵀ G (q 2^exponent - t): by how much the error grows over the unrounded
+    coefficients."""
     P = fit.t.shape[1]
     offsets = np.array([0, -1, 1])[: 2 * reach + 1]
     unit = np.ldexp(np.float32(1), exponent).astype(np.float32)[:, None]
     middle = np.clip(np.rint(fit.t / unit), -8, 7).astype(np.int64)
-    choices = offsets[np.indices((len(offsets),) * P).reshape(P, -1)[::-1]]  # coefficient P - 1 varies slowest
+    # All combinations of offsets, (P, 3^P); the offset of coefficient P - 1 varies slowest. The first of equal costs
+    # is chosen.
+    choices = offsets[np.indices((len(offsets),) * P).reshape(P, -1)[::-1]]
     q = middle[:, :, None] + choices
     misses = fma(q.astype(np.float32), unit[:, :, None], -fit.t[:, :, None])
     cost = np.zeros(q[:, 0].shape, np.float32)

@@ -6,13 +6,14 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from pathlib import Path
 from typing import Any
 
-from ..errors import MlxeffError
+from ..errors import MlxeffError, notices, one_line
 from . import template as chat
 from .backends import SentencePieceBackend, TokenizersBackend
+from .guard import explained
 from .streaming import StreamingDetokenizer
 
 _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
@@ -28,13 +29,15 @@ class Tokenizer:
     templates      Jinja chat templates by name; the usual one is called "default"
     force_bos      put BOS before every text, whatever the vocabulary's rules say
     config         entries for the tokenizer_config.json that `save` writes
+    problems       what in the files has no effect, for the notice that also names a BOS and EOS token that is not in
+                   the vocabulary
 
-    Raises MlxeffError where a special token is not in the vocabulary.
+    Raises MlxeffError where `force_bos` has no token.
     """
 
     def __init__(self, backend: TokenizersBackend | SentencePieceBackend, origin: str, *, special: dict[str, str],
                  eos_token_ids: Iterable[int] = (), templates: dict[str, str] | None = None, force_bos: bool = False,
-                 config: dict[str, Any] | None = None):  # fmt: skip
+                 config: dict[str, Any] | None = None, problems: Iterable[str] = ()):  # fmt: skip
         self._backend, self._origin, self._force_bos = backend, origin, force_bos
         self._special = {name: special[name] for name in _SPECIAL_NAMES if special.get(name)}
         self._templates = dict(templates or {})
@@ -43,15 +46,16 @@ class Tokenizer:
         self.bos_token_id = self._id_of("bos_token")
         self.eos_token_id = self._id_of("eos_token")
         self.eos_token_ids = set(eos_token_ids) | ({self.eos_token_id} - {None})
+        ids = {"bos_token": self.bos_token_id, "eos_token": self.eos_token_id}
+        absent = [f"{name} {self._special[name]!r}" for name in ids if name in self._special and ids[name] is None]
+        if lines := [*problems, *([f"not in the vocabulary: {', '.join(absent)}"] if absent else [])]:
+            notices.warning("%s", one_line(f"{origin}: without effect: {'; '.join(lines)}"))
         if force_bos and self.bos_token_id is None:
             raise MlxeffError(f"{origin}: the model wants a BOS token before every text, the tokenizer names none")
 
     def _id_of(self, name: str) -> int | None:
-        token = self._special.get(name)
-        token_id = None if token is None else self._backend.token_to_id(token)
-        if token is not None and token_id is None:
-            raise MlxeffError(f"{self._origin}: {name} is {token!r}, which is not in the vocabulary")
-        return token_id
+        """The id of the special token `name` ("bos_token", …), None where there is none."""
+        return self._backend.token_to_id(self._special[name]) if name in self._special else None
 
     @property
     def eos_token_ids(self) -> set[int]:
@@ -104,17 +108,26 @@ class Tokenizer:
         """The spelling of a token in the vocabulary; None where there is no such id."""
         return self._backend.id_to_token(token)
 
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of `text`. Special tokens in the text become their ids. With `add_special_tokens`, BOS and EOS are
-        added where the vocabulary's rules or `force_bos` say so. Raises MlxeffError for text with lone surrogates."""
+    def encode(self, text: str, add_special_tokens: bool = True, special_in_text: bool = True) -> list[int]:
+        """Token ids of `text`. Control tokens in the text become their ids, or with `special_in_text` false those of
+        their letters. With `add_special_tokens`, BOS and EOS are added where the vocabulary's rules or `force_bos` say
+        so. Raises MlxeffError for text with lone surrogates."""
+        ids = self._encode(text, add_special_tokens, () if special_in_text else range(len(text)))
+        return self._with_bos(ids) if add_special_tokens else ids
+
+    def _encode(self, text: str, special: bool, literal: Container[int]) -> list[int]:
+        """Token ids of `text`, where no control token begins at the positions `literal`."""
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
             raise MlxeffError(f"text: not valid Unicode at character {error.start} (a lone surrogate)") from None
-        ids = self._backend.encode(text, add_special_tokens)
-        return self._with_bos(ids) if add_special_tokens else ids
+        with explained(self._origin):
+            if literal:
+                return self._backend.encode_literal(text, literal, special)
+            return self._backend.encode(text, special)
 
     def _with_bos(self, ids: list[int]) -> list[int]:
+        """The ids with a BOS before them where `force_bos` says so and they have none."""
         return [self.bos_token_id, *ids] if self._force_bos and ids[:1] != [self.bos_token_id] else ids
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
@@ -134,21 +147,26 @@ class Tokenizer:
         return self._backend.detokenizer()
 
     def apply_chat_template(self, messages: list[dict], tokenize: bool = True, add_generation_prompt: bool = True,
-                            **kwargs: Any) -> list[int] | str:  # fmt: skip
+                            special_in_text: bool = False, **kwargs: Any) -> list[int] | str:  # fmt: skip
         """The prompt of a conversation: token ids, or text with `tokenize=False`.
 
         `messages` are dicts with "role" and "content". `add_generation_prompt` ends the prompt with the beginning of an
-        answer. `kwargs` are variables for the template (tools, …), and `chat_template` among them replaces the template
-        itself. The text of the template gets no BOS of its own, except with `force_bos` (OpenELM). Raises MlxeffError
-        where there is no template or the template fails.
+        answer. Only the control tokens that the template itself writes are control tokens; those in the messages and in
+        `kwargs` are text, unless `special_in_text` is true. `kwargs` are variables for the template (tools, …), and
+        `chat_template` among them replaces the template itself. The text of the template gets no BOS of its own, except
+        with `force_bos` (OpenELM). Raises MlxeffError where there is no template or the template fails.
         """
         name = "tool_use" if kwargs.get("tools") and "tool_use" in self._templates else "default"
         source = kwargs.pop("chat_template", None) or self._templates.get(name)
         if source is None:
             raise MlxeffError(f"{self._origin}: has no chat template; give the prompt as plain text")
-        variables = {"tools": None, "documents": None, **self._special, **kwargs}
-        text = chat.render(source, self._origin, messages, variables | {"add_generation_prompt": add_generation_prompt})
-        return self._with_bos(self.encode(text, add_special_tokens=False)) if tokenize else text
+        given = {"tools": None, "documents": None, **kwargs, "messages": messages}
+        own = {name: text for name, text in self._special.items() if name not in given}
+        prompt = chat.Prompt(source, self._origin, given, own | {"add_generation_prompt": add_generation_prompt})
+        if not tokenize:
+            return prompt.text
+        literal = set() if special_in_text else prompt.from_user(self._backend.control)
+        return self._with_bos(self._encode(prompt.text, False, literal))
 
     def save(self, folder: Path | str) -> None:
         """Write tokenizer.json or tokenizer.model, and tokenizer_config.json with the chat template, into `folder`.

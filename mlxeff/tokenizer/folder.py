@@ -12,9 +12,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ..errors import MlxeffError
+from ..errors import MlxeffError, notices, one_line, some
 from .backends import SentencePieceBackend, TokenizersBackend
 from .core import Tokenizer
+from .guard import explained
 from .template import OPENELM_INSTRUCT_TEMPLATE
 
 _NO_TOKENIZER = "{folder}: no tokenizer found; looked for tokenizer.json and tokenizer.model"
@@ -26,39 +27,65 @@ _LLAMA2_SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"
 
 
 def from_folder(folder: Path | str, model_type: str | None = None, eos_token_ids: int | Iterable[int] | None = None, *,
-                instruct: bool = False, force_bos: bool | None = None) -> Tokenizer:  # fmt: skip
+                instruct: bool = False) -> Tokenizer:  # fmt: skip
     """The tokenizer in `folder`.
 
     model_type     as in config.json; None: read from there
     eos_token_ids  ids that end a generation, in addition to the tokenizer's EOS; None: those of generation_config.json
-                   or config.json
+                   and config.json
     instruct       the model is an OpenELM that was tuned on conversations: it gets OPENELM_INSTRUCT_TEMPLATE where the
                    folder has no chat template. The word "instruct" in the folder's name says the same.
-    force_bos      put BOS before every text, whatever the files say; None: for OpenELM only
 
-    Raises MlxeffError for missing and damaged files.
+    An OpenELM has BOS before every text, whatever the files say. A notice says where the files name different end
+    tokens, and which special tokens they name that do not exist. Raises MlxeffError for missing and damaged files.
     """
-    folder = Path(folder)
+    with explained(str(folder)):
+        return _from_folder(Path(folder), model_type, eos_token_ids, instruct)
+
+
+def _from_folder(
+    folder: Path, model_type: str | None, eos_token_ids: int | Iterable[int] | None, instruct: bool
+) -> Tokenizer:
     config, model_config = _read_json(folder / "tokenizer_config.json"), _read_json(folder / "config.json")
     model_type = model_type or model_config.get("model_type")
     openelm = model_type == "openelm"
     special = _LLAMA2_SPECIAL if openelm else {}
     special = special | _special_tokens(folder, config)
-    backend = _backend(folder, config, special, openelm)
+    backend, problems = _backend(folder, config, special, openelm)
     templates = _templates(folder, config)
     if openelm and not templates and (instruct or _named_instruct(folder, model_config)):
         templates["default"] = OPENELM_INSTRUCT_TEMPLATE
+    found = _end_ids(folder, model_config) if eos_token_ids is None else {}
     if eos_token_ids is None:
-        eos_token_ids = _eos_ids(folder, model_config)
-    return Tokenizer(
+        eos_token_ids = {token for ids in found.values() for token in ids}
+    tokenizer = Tokenizer(
         backend,
         str(folder),
         special=special,
         eos_token_ids=[eos_token_ids] if isinstance(eos_token_ids, int) else eos_token_ids,
         templates=templates,
-        force_bos=openelm if force_bos is None else force_bos,
+        force_bos=openelm,
         config=_config_to_save(config, backend),
+        problems=problems,
     )
+    _say_end_tokens(tokenizer, folder, found)
+    return tokenizer
+
+
+def _say_end_tokens(tokenizer: Tokenizer, folder: Path, found: dict[str, set[int]]) -> None:
+    """A notice where the tokenizer and these files do not name the same tokens. The tokenizer can name only one."""
+    own = {tokenizer.eos_token_id} - {None}
+    different = any(not own <= ids or ids != next(iter(found.values())) for ids in found.values())
+    if different:
+        named = {"tokenizer": own} | found if own else found
+        texts = [f"{file} {', '.join(_named_ids(tokenizer, ids))}" for file, ids in named.items()]
+        notices.info("%s", one_line(f"{folder}: end tokens differ, each ends an answer: {'; '.join(texts)}"))
+
+
+def _named_ids(tokenizer: Tokenizer, ids: set[int]) -> list[str]:
+    """The ids with their texts."""
+    texts = {token: tokenizer.id_to_token(token) for token in sorted(ids)}
+    return [str(token) if text is None else f"{token} {text!r:.40}" for token, text in texts.items()]
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -90,30 +117,44 @@ def _special_tokens(folder: Path, config: dict) -> dict[str, str]:
 
 
 def _added_tokens(folder: Path, config: dict) -> dict[int, dict[str, Any]]:
-    """Id → {"content", "special", …} of the added tokens, from tokenizer_config.json and added_tokens.json."""
+    """Id → {"content", "special", …} of the added tokens, from tokenizer_config.json and added_tokens.json, which is
+    older: where both name a text, its id is that of the former."""
     try:
         declared = config.get("added_tokens_decoder") or {}
         added = {int(token): dict(entry) for token, entry in declared.items() if _text_of(entry)}
-        for text, token in _read_json(folder / "added_tokens.json").items():
-            added.setdefault(int(token), {"content": text, "special": False})
-        return added
-    except (TypeError, ValueError, AttributeError) as error:
+        older = {int(token): text for text, token in _read_json(folder / "added_tokens.json").items()}
+    except (TypeError, ValueError, AttributeError, OverflowError) as error:
         raise MlxeffError(f"{folder}: added tokens: wanted ids with their text: {error}") from None
+    named = {_text_of(entry) for entry in added.values()}
+    entries = {token: {"content": text, "special": False} for token, text in older.items() if text not in named}
+    return entries | added
 
 
-def _backend(folder: Path, config: dict, special: dict, openelm: bool) -> TokenizersBackend | SentencePieceBackend:
-    """The backend for the folder's vocabulary. A SentencePiece model adds its own special tokens to `special`."""
+def _backend(
+    folder: Path, config: dict, special: dict, openelm: bool
+) -> tuple[TokenizersBackend | SentencePieceBackend, list[str]]:
+    """The backend for the folder's vocabulary, and what in the files has no effect. A SentencePiece model adds its own
+    special tokens to `special`."""
     added = _added_tokens(folder, config)
     if (folder / "tokenizer.json").is_file():
-        return TokenizersBackend(_open_json(folder, added))
+        library, stale = _open_json(folder, added)
+        return TokenizersBackend(library), _say_stale(stale)
     if (folder / "tokenizer.model").is_file():
-        return _open_sentencepiece(folder / "tokenizer.model", config, special, added)
+        backend = _open_sentencepiece(folder / "tokenizer.model", config, special, added)
+        return backend, _say_stale(backend.stale)
     raise MlxeffError(_NO_TOKENIZER.format(folder=folder) + (_OPENELM_HINT if openelm else ""))
 
 
-def _open_json(folder: Path, added: dict) -> Any:
-    """A `tokenizers.Tokenizer` with the added tokens. tokenizer.json decides whether BOS and EOS are added to a text;
-    `add_bos_token` in tokenizer_config.json has no effect, as in transformers 5."""
+def _say_stale(stale: dict[int, str]) -> list[str]:
+    """What a notice says of added tokens (id → text) with an id that they do not have in the vocabulary."""
+    names = some(f"{text!r} {token}" for token, text in sorted(stale.items()))
+    return [f"ids of added tokens that are others in the vocabulary: {names}"] if stale else []
+
+
+def _open_json(folder: Path, added: dict) -> tuple[Any, dict[int, str]]:
+    """A `tokenizers.Tokenizer` with the added tokens, and those of them whose id is another one there: as in
+    transformers, tokenizer.json decides on ids and new tokens come after its last one. It also decides whether BOS and
+    EOS are added to a text; `add_bos_token` in tokenizer_config.json has no effect, as in transformers 5."""
     from tokenizers import AddedToken
     from tokenizers import Tokenizer as Library
 
@@ -124,15 +165,28 @@ def _open_json(folder: Path, added: dict) -> Any:
         raise MlxeffError(f"{path}: cannot be read: {error.strerror or error}") from error
     except Exception as error:  # the library raises bare Exception
         raise MlxeffError(f"{path}: wanted a tokenizer, got a file that does not parse: {_one_line(error)}") from None
+    _check_post_processor(tokenizer, path)
     flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
+    stale = {}
     for token, entry in sorted(added.items()):
-        if tokenizer.token_to_id(entry["content"]) is None:
+        text = _text_of(entry)
+        if tokenizer.token_to_id(text) is None:
             options = {flag: bool(entry[flag]) for flag in flags if flag in entry}
-            tokenizer.add_tokens([AddedToken(entry["content"], **options)])
-        if tokenizer.token_to_id(entry["content"]) != token:
-            found = tokenizer.token_to_id(entry["content"])
-            raise MlxeffError(f"{path}: token {entry['content']!r}: tokenizer_config.json says id {token}, got {found}")
-    return tokenizer
+            tokenizer.add_tokens([AddedToken(text, **options)])
+        if tokenizer.token_to_id(text) != token:
+            stale[token] = text
+    return tokenizer, stale
+
+
+def _check_post_processor(tokenizer: Any, path: Path) -> None:
+    """Raises MlxeffError where the tokens that are put around a text have no ids; the library would panic."""
+    state = json.loads(tokenizer.post_processor.__getstate__()) if tokenizer.post_processor else {}
+    steps = [step for step in (state, *state.get("processors", ())) if step.get("type") == "TemplateProcessing"]
+    for step in steps:
+        pieces = [*step["single"], *step["pair"]]
+        for name in (piece["SpecialToken"]["id"] for piece in pieces if "SpecialToken" in piece):
+            if name not in step["special_tokens"]:
+                raise MlxeffError(f"{path}: post_processor: wanted the id of its token {name!r}, got none")
 
 
 def _open_sentencepiece(path: Path, config: dict, special: dict, added: dict) -> SentencePieceBackend:
@@ -141,8 +195,10 @@ def _open_sentencepiece(path: Path, config: dict, special: dict, added: dict) ->
         proto = path.read_bytes()
     except OSError as error:
         raise MlxeffError(f"{path}: cannot be read: {error.strerror or error}") from error
-    texts = {token: entry["content"] for token, entry in added.items()}
-    backend = SentencePieceBackend(proto, str(path), added=texts, prefix_each=bool(config.get("legacy", False)))
+    texts = {token: _text_of(entry) for token, entry in added.items()}
+    plain = {token for token, entry in added.items() if not entry.get("special", False)}
+    legacy = bool(config.get("legacy", False))
+    backend = SentencePieceBackend(proto, str(path), added=texts, plain=plain, prefix_each=legacy)
     for name, text in backend.default_special().items():
         special.setdefault(name, text)
     bos = special.get("bos_token") if config.get("add_bos_token", True) else None
@@ -176,11 +232,24 @@ def _named(value: Any) -> dict[str, str]:
     return {name: text for name, text in items if isinstance(name, str) and isinstance(text, str)}
 
 
-def _eos_ids(folder: Path, model_config: dict) -> list[int]:
-    """The ids that end a generation, from generation_config.json or config.json."""
-    value = _read_json(folder / "generation_config.json").get("eos_token_id", model_config.get("eos_token_id"))
-    values = value if isinstance(value, list) else [value]
-    return [token for token in values if isinstance(token, int) and not isinstance(token, bool)]
+def _end_ids(folder: Path, model_config: dict) -> dict[str, set[int]]:
+    """File → the ids that end a generation, of config.json and generation_config.json where they name some. A
+    generation_config.json that is damaged is left out, as in mlx-lm, with a notice. A multimodal model may have the ids
+    of its language model under "text_config"."""
+    try:
+        generation = _read_json(folder / "generation_config.json")
+    except MlxeffError as error:
+        notices.warning("%s", one_line(f"{error}: not used"))
+        generation = {}
+    inner = model_config.get("text_config")
+    values = {"config.json": model_config.get("eos_token_id"), "generation_config.json": generation.get("eos_token_id")}
+    if values["config.json"] is None and isinstance(inner, dict):
+        values["config.json"] = inner.get("eos_token_id")
+    found = {}
+    for file, value in values.items():
+        ids = value if isinstance(value, list) else [value]
+        found[file] = {token for token in ids if type(token) is int and token >= 0}
+    return {file: ids for file, ids in found.items() if ids}
 
 
 def _named_instruct(folder: Path, model_config: dict) -> bool:

@@ -12,18 +12,36 @@ from __future__ import annotations
 import struct
 from typing import Any, NamedTuple
 
-from ..errors import MlxeffError, notices
-from .backends import SentencePieceBackend, TokenizersBackend
+from ..errors import MlxeffError, notices, one_line, some
+from .backends import SPACE, SentencePieceBackend, TokenizersBackend
 from .core import Tokenizer
+from .guard import explained
 
 # Values of tokenizer.ggml.token_type, which are also SentencePiece's piece types.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 
-# Tokens that end a turn or a text. Many files name only one of those that their vocabulary has.
-END_TOKENS = (
-    "<|endoftext|>", "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<|end|>", "<end_of_turn>",
-    "<|end_of_turn|>", "<|endofturn|>", "<|return|>", "<|call|>", "<EOT>", "[EOT]", "[EOS]",
-)  # fmt: skip
+# Tokens that end an answer by their name, whatever their type says: many files name only one of those that their
+# vocabulary has, or call them ordinary. Source: llama.cpp's list of end-of-generation tokens (src/llama-vocab.cpp).
+END_TOKENS = frozenset((
+    "<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>", "<end_of_turn>",
+    "<|endoftext|>", "</s>", "<|eom_id|>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<|end_of_text|>",
+    "<end_of_utterance>", "<eos>", "<turn|>", "<|tool_response>", "<｜end▁of▁sentence｜>", "[e~[",
+))  # fmt: skip
+# The first token with one of these names ends an answer too, where the file names no token for the same purpose
+# (`fim_pad_token_id`, …): the ends of what was to be filled in. Same source.
+FILL_IN_ENDS = {
+    "fim_pad": ("<|fim_pad|>", "<fim-pad>", "<fim_pad>", "<PAD>", "[PAD]"),
+    "fim_rep": ("<|fim_repo|>", "<|repo_name|>", "<fim-repo>", "<REPO>", "<reponame>"),
+    "fim_sep": ("<|file_sep|>",),
+}
+# Keys that are used here, and those that have no effect on the tokenizers that are supported.
+_IDS = ("bos", "eos", "eot", "eom", "unknown", "padding", "seperator", "separator", "mask", "cls", "prefix", "suffix")
+_IDS += ("middle", "fim_pre", "fim_suf", "fim_mid", *FILL_IN_ENDS)
+_NAMES = ("model", "pre", "tokens", "token_type", "token_type_count", "scores", "merges", "add_bos_token")
+_NAMES += ("add_eos_token", "add_space_prefix", "remove_extra_whitespaces", "precompiled_charsmap")
+KNOWN_KEYS = {f"tokenizer.ggml.{name}" for name in (*_NAMES, *(f"{name}_token_id" for name in _IDS))}
+KNOWN_KEYS |= {"tokenizer.huggingface.json", "tokenizer.rwkv.world", "tokenizer.chat_template"}
+KNOWN_KEYS |= {"tokenizer.chat_templates"}
 
 # Parts of the regular expressions that split a text into words.
 _CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -72,24 +90,59 @@ SPLITS = {
 def from_gguf(metadata: dict[str, Any], origin: str) -> Tokenizer:
     """The tokenizer in GGUF metadata (key → Python value or NumPy array). `origin` names the file in errors. Raises
     MlxeffError for missing or damaged entries and for kinds of tokenizers that are not supported."""
+    with explained(origin):
+        return _from_gguf(metadata, origin)
+
+
+def _from_gguf(metadata: dict[str, Any], origin: str) -> Tokenizer:
+    kind, tokens, types = vocabulary(metadata, origin)
+    ids, problems = _special_ids(metadata, kind, tokens, types, origin)
+    build = _byte_level if kind == "gpt2" else _sentencepiece
+    backend, config = build(metadata, tokens, types, ids, origin)
+    names = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
+    _say_unknown(metadata, origin)
+    return Tokenizer(
+        backend,
+        origin,
+        special={name: tokens[ids[key]] for key, name in names.items() if ids[key] is not None},
+        eos_token_ids=_end_ids(ids, tokens),
+        templates=_templates(metadata),
+        config=config,
+        problems=problems,
+    )
+
+
+def end_ids(metadata: dict[str, Any], origin: str) -> list[int]:
+    """The ids that end an answer, that of EOS first: those that the file names, and those of END_TOKENS and
+    FILL_IN_ENDS. Raises MlxeffError as `from_gguf`."""
+    kind, tokens, types = vocabulary(metadata, origin)
+    ids, _ = _special_ids(metadata, kind, tokens, types, origin)
+    return sorted(_end_ids(ids, tokens), key=lambda token: (token != ids["eos"], token))
+
+
+def vocabulary(metadata: dict[str, Any], origin: str) -> tuple[str, list[str], list[int]]:
+    """(kind, token texts, token types). An end token of any type is a control token, as in llama.cpp. Raises
+    MlxeffError."""
     kind = metadata.get("tokenizer.ggml.model")
     if kind not in ("gpt2", "llama"):
         raise MlxeffError(f"{origin}: tokenizer.ggml.model: wanted 'gpt2' or 'llama', got {kind!r}")
     tokens = _strings(metadata, "tokenizer.ggml.tokens", origin)
+    for token, text in enumerate(tokens):
+        if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+            what = f"{origin}: tokenizer.ggml.tokens"
+            raise MlxeffError(f"{what}: wanted valid Unicode, got token {token:,}: {text!r:.60}")
     types = _numbers(metadata, "tokenizer.ggml.token_type", int, len(tokens), origin) or [NORMAL] * len(tokens)
-    ids = {name: _token_id(metadata, name, len(tokens), origin) for name in ("bos", "eos", "unknown", "padding")}
-    build = _byte_level if kind == "gpt2" else _sentencepiece
-    backend, config = build(metadata, tokens, types, ids, origin)
-    special = {f"{name}_token": tokens[token] for name, token in ids.items() if token is not None}
-    special = {{"unknown_token": "unk_token", "padding_token": "pad_token"}.get(k, k): v for k, v in special.items()}
-    return Tokenizer(
-        backend,
-        origin,
-        special=special,
-        eos_token_ids=_end_ids(metadata, tokens, types, origin),
-        templates=_templates(metadata),
-        config=config,
-    )
+    types = [kind if NORMAL <= kind <= BYTE else NORMAL for kind in types]
+    ends = set(_end_ids(dict.fromkeys(FILL_IN_ENDS), tokens))
+    return kind, tokens, [CONTROL if token in ends else kind for token, kind in enumerate(types)]
+
+
+def _say_unknown(metadata: dict[str, Any], origin: str) -> None:
+    """A notice of keys of the tokenizer that are not known here."""
+    keys = [key for key in metadata if key.startswith("tokenizer.") and not key.startswith("tokenizer.chat_template.")]
+    unknown = [key for key in keys if key not in KNOWN_KEYS]
+    if unknown:
+        notices.warning("%s", one_line(f"{origin}: not known and not used: {some(sorted(unknown))}"))
 
 
 def _strings(metadata: dict, key: str, origin: str) -> list[str]:
@@ -110,7 +163,7 @@ def _numbers(metadata: dict, key: str, kind: type, count: int, origin: str) -> l
         raise MlxeffError(f"{origin}: {key}: wanted {count:,} numbers, one for each token, got {_describe(values)}")
     try:
         return [kind(value) for value in values]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise MlxeffError(f"{origin}: {key}: wanted numbers, got {_describe(values)}") from None
 
 
@@ -121,29 +174,48 @@ def _describe(value: Any) -> str:
     return "nothing" if value is None else f"{type(value).__name__} {value!r:.40}"
 
 
-def _token_id(metadata: dict, name: str, count: int, origin: str) -> int | None:
-    """The id of the special token `name` ("bos", "eos", …) in a vocabulary of `count` tokens; None where the file has
-    none."""
-    key = f"tokenizer.ggml.{name}_token_id"
-    value = metadata.get(key)
-    if value is None:
-        return None
-    try:
-        token = int(value)
-    except (TypeError, ValueError):
-        raise MlxeffError(f"{origin}: {key}: wanted a number, got {_describe(value)}") from None
-    if token == 0xFFFFFFFF:  # -1 as an unsigned number: there is no such token
-        return None
-    if not 0 <= token < count:
-        raise MlxeffError(f"{origin}: {key}: wanted an id below {count:,}, got {token}")
-    return token
+def _special_ids(
+    metadata: dict, kind: str, tokens: list[str], types: list[int], origin: str
+) -> tuple[dict[str, int | None], list[str]]:
+    """(name → id of the special tokens, None for none; what a notice says of ids without a token). As in llama.cpp a
+    SentencePiece vocabulary that does not say otherwise has the ids of Llama 2's. Raises MlxeffError for values that
+    are no numbers."""
+    usual = {"unknown": 0, "bos": 1, "eos": 2} if kind == "llama" else {}
+    ids, problems = {}, []
+    for name in ("bos", "eos", "eot", "eom", "unknown", "padding", *FILL_IN_ENDS):
+        key, default = f"tokenizer.ggml.{name}_token_id", usual.get(name)
+        fits = default is not None and default < len(tokens) and types[default] in (CONTROL, UNKNOWN)
+        value, ids[name] = metadata.get(key), default if fits else None
+        if value is None:
+            continue
+        try:
+            token = int(value)
+        except (TypeError, ValueError, OverflowError):
+            raise MlxeffError(f"{origin}: {key}: wanted a number, got {_describe(value)}") from None
+        if token in (0xFFFFFFFF, -1):  # there is no such token
+            ids[name] = None
+        elif 0 <= token < len(tokens):
+            ids[name] = token
+        else:
+            problems.append(f"{key}: wanted an id below {len(tokens):,}, got {token}")
+    return ids, problems
 
 
-def _end_ids(metadata: dict, tokens: list[str], types: list[int], origin: str) -> set[int]:
-    """Ids that end a generation: those that the file names, and tokens of END_TOKENS."""
-    named = {_token_id(metadata, name, len(tokens), origin) for name in ("eos", "eot", "eom")}
-    known = {i for i, kind in enumerate(types) if kind in (CONTROL, USER_DEFINED) and tokens[i] in END_TOKENS}
-    return (named | known) - {None}
+def _end_ids(ids: dict[str, int | None], tokens: list[str]) -> set[int]:
+    """Ids that end an answer."""
+    places = {text: token for token, text in reversed([*enumerate(tokens)])}
+    found = {places[text] for text in END_TOKENS if text in places}
+    found |= {ids.get(name) for name in ("eos", "eot", "eom")} - {None}
+    for purpose, names in FILL_IN_ENDS.items():
+        known = (places[name] for name in names if name in places)
+        found.add(next(known, None) if ids[purpose] is None else ids[purpose])
+    texts = {tokens[token] for token in found - {None}}
+    # In vocabularies with separate tokens for the end of a call and of an answer, <|end|> ends a part of it only.
+    if "<|end|>" in texts and texts & {"<|call|>", "<|calls|>"} and texts & {"<|return|>", "<|flush|>"}:
+        found.discard(places["<|end|>"])
+    if "</s>" in texts and texts & {"<|tool_response>", "<|plamo:eos|>"}:
+        found.discard(places["</s>"])
+    return found - {None}
 
 
 def _templates(metadata: dict) -> dict[str, str]:
@@ -180,7 +252,8 @@ def _byte_level(metadata: dict, tokens: list[str], types: list[int], ids: dict, 
     library.normalizer = normalizers.NFC() if split.nfc else None
     library.pre_tokenizer = _pre_tokenizer(split)
     library.decoder = decoders.ByteLevel()
-    added = [(tokens[i], kind == CONTROL) for i, kind in enumerate(types) if kind in (CONTROL, USER_DEFINED)]
+    whole = {CONTROL: True, UNKNOWN: True, USER_DEFINED: False}  # type of a token that stays whole → special
+    added = [(tokens[i], whole[kind]) for i, kind in enumerate(types) if kind in whole and tokens[i]]
     library.add_tokens([AddedToken(text, special=special, normalized=False) for text, special in added])
     _add_bos_eos(library, metadata, split.bos, tokens, ids)
     return TokenizersBackend(library, len(tokens)), {"tokenizer_class": "PreTrainedTokenizerFast"}
@@ -223,14 +296,21 @@ def _sentencepiece(metadata: dict, tokens: list[str], types: list[int], ids: dic
         raise MlxeffError(f"{origin}: tokenizer.ggml.scores: wanted a number for each token, got nothing")
     bos, eos = _flag(metadata, "add_bos_token", True), _flag(metadata, "add_eos_token", False)
     prefix = _flag(metadata, "add_space_prefix", True)
+    # Tokens of this type are found before the spaces of a text become visible ones.
+    whole = {i: tokens[i] for i, kind in enumerate(types) if kind == USER_DEFINED and SPACE not in tokens[i]}
     backend = SentencePieceBackend(
         model_proto(tokens, scores, types, ids, add_prefix=prefix),
         origin,
+        added=whole,
+        plain=whole,
         bos=ids["bos"] if bos else None,
         eos=ids["eos"] if eos else None,
         prefix_each=True,  # engines that read GGUF put the space after every special token
     )
     config = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": bos, "add_eos_token": eos, "legacy": True}
+    if whole:
+        flags = dict.fromkeys(("special", "normalized", "lstrip", "rstrip", "single_word"), False)
+        config["added_tokens_decoder"] = {str(token): {"content": text} | flags for token, text in whole.items()}
     return backend, config | {"add_prefix_space": prefix}
 
 
@@ -249,7 +329,7 @@ def model_proto(tokens: list[str], scores: list[float], types: list[int], ids: d
         types[ids["unknown"] or 0] = UNKNOWN
     parts = []
     for token, score, kind in zip(tokens, scores, types):
-        piece = _field(1, token.encode("utf-8", "surrogatepass")) + b"\x15" + struct.pack("<f", score)
+        piece = _field(1, token.encode("utf-8")) + b"\x15" + struct.pack("<f", score)
         parts.append(_field(1, piece + _number(3, kind)))
     absent = (1 << 64) - 1  # -1 as a protobuf varint
     # unk_id, bos_id, eos_id, pad_id

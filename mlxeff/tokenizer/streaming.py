@@ -87,6 +87,7 @@ class StreamingDetokenizer:
         self._emit(self._utf8.decode(b"", final=True))
 
     def _emit(self, text: str, special: bool = False) -> None:
+        """Add final text, without the spaces at the beginning that the encoding added."""
         if not text:
             return
         if special and self._rules.sentencepiece:
@@ -111,9 +112,9 @@ class DecodeRules(NamedTuple):
 
     strip_leading_space: bool = False  # one space before the text was added by the encoding and is dropped
     strip_all_leading: bool = False  # all spaces before the text are dropped (SentencePiece: remove_extra_whitespaces)
-    sentencepiece: bool = (
-        False  # after a control token the text still counts as not begun; a skipped one ends a character
-    )
+    # As in SentencePiece: a control token does not count as the beginning of the text, so a space after it is dropped
+    # too, and it ends an unfinished character even when it is skipped.
+    sentencepiece: bool = False
     replace_each_byte: bool = False  # U+FFFD for each invalid byte instead of each invalid sequence
 
 

@@ -7,6 +7,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <limits>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -113,6 +114,16 @@ class Matrix {
     if (dtype == MLXEFF_F16) return mlxeff::to_float(*reinterpret_cast<const mlxeff::f16*>(p));
     return mlxeff::to_float(*reinterpret_cast<const mlxeff::bf16*>(p));
   }
+};
+
+// A buffer without a cache line to spare, aligned as a decoder's workspace is.
+struct Workspace {
+  std::unique_ptr<void, void (*)(void*)> memory;
+  explicit Workspace(int64_t bytes)
+      : memory(std::aligned_alloc(64, size_t(mlxeff::round_up(std::max<int64_t>(bytes, 1), 64))), std::free) {
+    CHECK(memory != nullptr);
+  }
+  char* data() { return static_cast<char*>(memory.get()); }
 };
 
 // 1 / sqrt(mean of the squares + eps) of each row.

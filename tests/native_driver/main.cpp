@@ -9,7 +9,10 @@
 #include "checks.h"
 #include "cpu_count_checks.h"
 #include "decoder_append.h"
+#include "decoder_feed_forwards.h"
+#include "decoder_passes.h"
 #include "decoder_products.h"
+#include "decoder_stores.h"
 #include "pool_checks.h"
 #include "products.h"
 #include "rows.h"
@@ -54,4 +57,7 @@ int main(int count, char** arguments) {
   run("seedlm", check_seedlm);
   run("decoder products", check_decoder_products);
   run("decoder append", check_decoder_append);
+  run("stores of keys and values", check_kv_stores);
+  run("feed-forwards", check_feed_forwards);
+  run("decoder passes", check_decoder_pass);
 }

@@ -2,23 +2,29 @@
 #pragma once
 #include "checks.h"
 
+// Rows lie `gap` groups apart; between them scales and biases are NaN, and words have all bits set.
 struct QuantizedMatrix {
-  int64_t N, K;
+  int64_t N, K, ld;
   int bits, group;
   std::vector<uint32_t> packed;
   Matrix scales, biases;
 
-  QuantizedMatrix(int64_t N, int64_t K, int bits, int group, int scale_dtype)
-      : N(N), K(K), bits(bits), group(group), packed(size_t(N * K * bits / 32)),
-        scales(Matrix::random(N, K / group, scale_dtype, 0, 1 / float(1 << bits))),
-        biases(Matrix::random(N, K / group, scale_dtype)) {
-    for (uint32_t& word : packed) word = uint32_t(int32_t(uniform() * 0x1p31f));
+  QuantizedMatrix(int64_t N, int64_t K, int bits, int group, int scale_dtype, int64_t gap = 0)
+      : N(N), K(K), ld(K + gap * group), bits(bits), group(group),
+        packed(size_t(((N - 1) * ld + K) * bits / 32), 0xffffffffu),
+        scales(Matrix::random(N, K / group, scale_dtype, gap, 1 / float(1 << bits))),
+        biases(Matrix::random(N, K / group, scale_dtype, gap)) {
+    for (int64_t n = 0; n < N; ++n)
+      for (int64_t i = 0; i < K * bits / 32; ++i)
+        packed[size_t(n * ld * bits / 32 + i)] = uint32_t(int32_t(uniform() * 0x1p31f));
   }
-  mlxeff_qweight c() const { return {packed.data(), scales.data(), biases.data(), N, K, bits, group, scales.dtype}; }
+  mlxeff_qweight c() const {
+    return {packed.data(), scales.data(), biases.data(), N, K, ld, bits, group, scales.dtype};
+  }
   double at(int64_t n, int64_t k) const {
     uint32_t q = 0;
     for (int b = 0; b < bits; ++b) {
-      const int64_t i = n * K * bits + k * bits + b;
+      const int64_t i = n * ld * bits + k * bits + b;
       q |= (packed[size_t(i / 32)] >> (i % 32) & 1) << b;
     }
     return q * scales.at(n, k / group) + biases.at(n, k / group);
@@ -41,8 +47,22 @@ inline double product_tolerance(int mode, int64_t K) {
   return (mode == MLXEFF_EXACT ? 1e-6 : 2e-2) * std::sqrt(double(K));
 }
 
-inline void check_qmm(int bits, int group, int64_t M, int64_t N, int64_t K, int x_dtype, int y_dtype, int scale_dtype) {
-  const QuantizedMatrix matrix(N, K, bits, group, scale_dtype);
+// multiply(y, accumulate) twice: y = product, then y += product. `want` is the product; of y's dtype only fp32 may be
+// added to.
+template <class Multiply>
+void check_product(const char* what, Matrix y, double tolerance, const std::vector<double>& want, Multiply multiply) {
+  const auto times = [&](int count) {
+    y.check(what, count * tolerance, [&](int64_t r, int64_t c) { return count * want[size_t(r * y.columns + c)]; });
+  };
+  RUN(multiply(y, 0));
+  times(1);
+  CHECK(multiply(y, 1) == (y.dtype == MLXEFF_F32 ? MLXEFF_OK : MLXEFF_BAD_DTYPE));
+  times(y.dtype == MLXEFF_F32 ? 2 : 1);
+}
+
+inline void check_qmm(int bits, int group, int64_t M, int64_t N, int64_t K, int64_t gap, int x_dtype, int y_dtype,
+                      int scale_dtype) {
+  const QuantizedMatrix matrix(N, K, bits, group, scale_dtype, gap);
   const mlxeff_qweight weight = matrix.c();
   std::vector<double> w(size_t(N * K));
   for (int64_t i = 0; i < N * K; ++i) w[size_t(i)] = matrix.at(i / K, i % K);
@@ -52,11 +72,10 @@ inline void check_qmm(int bits, int group, int64_t M, int64_t N, int64_t K, int 
   std::vector<int32_t> ids;
   for (int64_t i = 0; i < 5; ++i) ids.push_back(int32_t((i * 7 + 1) % N));
   each_setting([&] {
-    for (int mode : {MLXEFF_EXACT, MLXEFF_COMPUTE_BF16, MLXEFF_COMPUTE_INT8}) {
-      Matrix y(M, N, y_dtype, 5);
-      RUN(mlxeff_qmm(&weight, x.data(), x.ld, x_dtype, y.data(), y.ld, y_dtype, M, mode));
-      y.check("qmm", product_tolerance(mode, K), [&](int64_t m, int64_t n) { return want[size_t(m * N + n)]; });
-    }
+    for (int mode : {MLXEFF_EXACT, MLXEFF_COMPUTE_BF16, MLXEFF_COMPUTE_INT8})
+      check_product("qmm", Matrix(M, N, y_dtype, 5), product_tolerance(mode, K), want, [&](Matrix& y, int accumulate) {
+        return mlxeff_qmm(&weight, x.data(), x.ld, x_dtype, y.data(), y.ld, y_dtype, M, mode, accumulate);
+      });
     Matrix dense(N, K, y_dtype, 1), rows(5, K, y_dtype, 1);
     RUN(mlxeff_dequantize(&weight, dense.data(), dense.ld, y_dtype));
     dense.check("dequantize", 1e-6, [&](int64_t n, int64_t k) { return w[size_t(n * K + k)]; });
@@ -76,17 +95,20 @@ inline void check_matmul(int64_t M, int64_t N, int64_t K, int x_dtype, int w_dty
       sums(N, K, M, [&](int64_t n, int64_t k, int64_t m) { return dy.at(m, n) * x.at(m, k); });
   each_setting([&] {
     for (int mode : {MLXEFF_EXACT, MLXEFF_COMPUTE_BF16}) {
-      Matrix y(M, N, y_dtype, 3), dx(M, K, x_dtype, 1), dw(N, K, w_dtype, 2);
-      RUN(mlxeff_matmul(x.data(), x.ld, x_dtype, w.data(), w.ld, w_dtype, y.data(), y.ld, y_dtype, M, N, K, mode));
-      RUN(mlxeff_matmul_dx(dy.data(), dy.ld, y_dtype, w.data(), w.ld, w_dtype, dx.data(), dx.ld, x_dtype, M, N, K,
-                           mode));
-      RUN(mlxeff_matmul_dw(dy.data(), dy.ld, y_dtype, x.data(), x.ld, x_dtype, dw.data(), dw.ld, w_dtype, M, N, K,
-                           mode));
-      y.check("matmul", product_tolerance(mode, K), [&](int64_t m, int64_t n) { return want[size_t(m * N + n)]; });
-      dx.check("matmul_dx", product_tolerance(mode, N),
-               [&](int64_t m, int64_t k) { return want_dx[size_t(m * K + k)]; });
-      dw.check("matmul_dw", product_tolerance(mode, M),
-               [&](int64_t n, int64_t k) { return want_dw[size_t(n * K + k)]; });
+      check_product("matmul", Matrix(M, N, y_dtype, 3), product_tolerance(mode, K), want, [&](Matrix& y, int add) {
+        return mlxeff_matmul(x.data(), x.ld, x_dtype, w.data(), w.ld, w_dtype, y.data(), y.ld, y_dtype, M, N, K, mode,
+                             add);
+      });
+      check_product("matmul_dx", Matrix(M, K, x_dtype, 1), product_tolerance(mode, N), want_dx,
+                    [&](Matrix& dx, int add) {
+                      return mlxeff_matmul_dx(dy.data(), dy.ld, y_dtype, w.data(), w.ld, w_dtype, dx.data(), dx.ld,
+                                              x_dtype, M, N, K, mode, add);
+                    });
+      check_product("matmul_dw", Matrix(N, K, w_dtype, 2), product_tolerance(mode, M), want_dw,
+                    [&](Matrix& dw, int add) {
+                      return mlxeff_matmul_dw(dy.data(), dy.ld, y_dtype, x.data(), x.ld, x_dtype, dw.data(), dw.ld,
+                                              w_dtype, M, N, K, mode, add);
+                    });
     }
   });
 }
@@ -98,7 +120,7 @@ inline void check_products() {
     for (int group : {32, 64, 128})
       for (int64_t M : {1, 2, 5, 13}) {
         if (i % shape_step == 0)
-          check_qmm(bits, group, M, 2 + 5 * M, (1 + i % 3) * group, dtype(1), dtype(3), dtype(9));
+          check_qmm(bits, group, M, 2 + 5 * M, (1 + i % 3) * group, i / 4 % 2, dtype(1), dtype(3), dtype(9));
         ++i;
       }
   for (int64_t M : {1, 3, 9, 33})

@@ -1,0 +1,75 @@
+// A row goes from the products' output to its place in one touch: its keys are rotated and rounded on the way.
+// Attention is that of attention.cpp.
+#include "kv/dense_kv.h"
+
+#include <math.h>
+
+#include "attention/attention_kernels.h"
+#include "decoder/decoder_kernels.h"
+
+namespace mlxeff {
+namespace {
+
+AttentionArgs attention_args(const Span& span, const AttentionSizes& sizes, const RunOptions& options) {
+  AttentionArgs args = {};
+  args.B = span.batch;
+  args.H = sizes.heads;
+  args.G = sizes.groups;
+  args.S = span.length;
+  args.T = span.end;
+  args.E = sizes.size;
+  args.scale = 1.0f / sqrtf(float(sizes.size));
+  args.window = sizes.window;
+  args.mode = options.mode == MLXEFF_EXACT ? MLXEFF_EXACT : MLXEFF_COMPUTE_BF16;
+  return args;
+}
+
+}  // namespace
+
+bool DenseKv::fits(const Span& span) const { return capacity_ >= span.end; }
+
+int64_t DenseKv::workspace_bytes(const Span& span, const AttentionSizes& sizes, const RunOptions& options,
+                                 int threads) const {
+  AttentionArgs args = attention_args(span, sizes, options);
+  args.k.dtype = args.v.dtype = dtype_;
+  return plan_attention(args, threads).workspace;
+}
+
+int DenseKv::append(Team& team, const NewRows& rows, const RunOptions&, void*) {
+  const Span& span = rows.span;
+  const int64_t groups = rows.sizes.groups, size = rows.sizes.size, stride = capacity_ * size,
+                width = int64_t(dtype_size(dtype_));
+  const DecoderKernels& row_kernels = MLXEFF_DISPATCH(decoder_kernels);
+  team.for_rows(span.rows(), [&](int64_t r) {
+    const NewRow row = rows.finish(r);
+    const int64_t place = (r / span.length * groups * stride + span.position(r % span.length) * size) * width;
+    rows.rotate(r, row, {keys_ + place, 0, stride, 0, dtype_});
+    for (int64_t g = 0; g < groups; ++g)
+      row_kernels.store(values_ + place + g * stride * width, dtype_, row.values + g * row.value_step, size);
+  });
+  return MLXEFF_OK;
+}
+
+int DenseKv::attend(Team& team, const Queries& queries, const RunOptions& options, void* workspace) {
+  const AttentionSizes& sizes = queries.sizes;
+  const int64_t wide = sizes.heads * sizes.size, stride = capacity_ * sizes.size, sequence = sizes.groups * stride,
+                query_sequence = queries.span.length * wide;
+  AttentionArgs args = attention_args(queries.span, sizes, options);
+  args.q = {queries.queries, query_sequence, sizes.size, wide, MLXEFF_F32};
+  args.k = {keys_, sequence, stride, sizes.size, dtype_};
+  args.v = {values_, sequence, stride, sizes.size, dtype_};
+  args.out = {queries.attended, query_sequence, sizes.size, wide, MLXEFF_F32};
+  const AttentionPlan plan = plan_attention(args, team.count);
+  const AttentionKernels& kernels = MLXEFF_DISPATCH(attention_kernels);
+  float* const partial = static_cast<float*>(workspace);
+  bool failed = false;  // of the pieces of this member
+  team.for_chunks(plan.tasks, 1, [&](int64_t begin, int64_t end) {
+    if (!kernels.run(args, plan, partial, begin, end)) failed = true;
+  });
+  if (plan.parts > 1)
+    team.for_chunks(args.B * args.H * args.S, 64,
+                    [&](int64_t begin, int64_t end) { kernels.merge(args, plan, partial, begin, end); });
+  return failed ? MLXEFF_NO_MEMORY : MLXEFF_OK;
+}
+
+}  // namespace mlxeff
