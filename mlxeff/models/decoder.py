@@ -86,9 +86,6 @@ class DecoderModel(nn.Module):
     def new_cache(self, kind: str | None = None) -> KVCache:
         """An empty cache of `kind`, one of cache.KINDS; None: keys and values are stored in the type that the executor
         computes. Raises MlxeffError for an unknown kind."""
-        if kind is None and not all(hasattr(layer, "cache_shape") for layer in self.layers):
-            # Layers that calibration has put in place do not tell the sizes: such a cache is for computing only.
-            return KVCache([LayerCache(self.window(i)) for i in range(len(self.layers))])
         shapes = [layer.cache_shape(self.window(i)) for i, layer in enumerate(self.layers)]
         return KVCache.of(shapes, kind, self._kv_type())
 
