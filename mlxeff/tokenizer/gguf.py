@@ -9,6 +9,7 @@ each name.
 
 from __future__ import annotations
 
+import re
 import struct
 from typing import Any, NamedTuple
 
@@ -85,6 +86,9 @@ SPLITS = {
     "tekken": _TEKKEN,
     **dict.fromkeys(("gpt-4o", "llama4"), _GPT4O),
 }
+# Texts of which `_end_ids` looks up the id.
+NAMED_ENDS = {*END_TOKENS, *(name for names in FILL_IN_ENDS.values() for name in names)}
+SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def from_gguf(metadata: dict[str, Any], origin: str) -> Tokenizer:
@@ -128,7 +132,7 @@ def vocabulary(metadata: dict[str, Any], origin: str) -> tuple[str, list[str], l
         raise MlxeffError(f"{origin}: tokenizer.ggml.model: wanted 'gpt2' or 'llama', got {kind!r}")
     tokens = _strings(metadata, "tokenizer.ggml.tokens", origin)
     for token, text in enumerate(tokens):
-        if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+        if SURROGATE.search(text):
             what = f"{origin}: tokenizer.ggml.tokens"
             raise MlxeffError(f"{what}: wanted valid Unicode, got token {token:,}: {text!r:.60}")
     types = _numbers(metadata, "tokenizer.ggml.token_type", int, len(tokens), origin) or [NORMAL] * len(tokens)
@@ -203,7 +207,10 @@ def _special_ids(
 
 def _end_ids(ids: dict[str, int | None], tokens: list[str]) -> set[int]:
     """Ids that end an answer."""
-    places = {text: token for token, text in reversed([*enumerate(tokens)])}
+    places: dict[str, int] = {}  # the first id of each text that is looked for
+    for token, text in enumerate(tokens):
+        if text in NAMED_ENDS:
+            places.setdefault(text, token)
     found = {places[text] for text in END_TOKENS if text in places}
     found |= {ids.get(name) for name in ("eos", "eot", "eom")} - {None}
     for purpose, names in FILL_IN_ENDS.items():
