@@ -1,8 +1,13 @@
-"""`mlxeff convert`: a checkpoint of any family that mlxeff reads -> a folder that mlxeff and stock mlx-lm load.
+"""`mlxeff convert`: turns a checkpoint of any family that mlxeff reads into a folder that mlxeff loads, and stock mlx-lm,
+too, unless the weights are encoded by SeedLM. Imported as `mlxeff.convert`.
 
-One module a source family (`openelm`, `llama`, `gguf`) names the tensors and the config; `plan` compares them with the
-model, casts and quantises; `folder` writes config.json and the tokenizer; `checkpoint` writes the weights; `kv_pair` is
-for the pairs of models of KV Prediction. Imported as `mlxeff.convert`.
+openelm, llama, gguf  one module for each source family: reads the config, and the weights under the model's names
+plan                  compares the weights with the model, and plans how each is cast and quantised
+quantization          which matrices are quantised, and with how many bits
+seedlm, store         the SeedLM encoding, and the folder that keeps its finished layers
+folder                config.json and the tokenizer's files; the weights are written by `mlxeff.checkpoint`
+kv_pair               CoreNet's checkpoints of KV Prediction, which hold two models and a predictor
+report                the report for the user
 """
 
 import dataclasses
@@ -27,7 +32,7 @@ from .seedlm import KEEP, Encoder, SeedOptions
 from .store import Store
 
 __all__ = ["Report", "convert"]
-FAMILIES = (gguf, openelm, llama)  # the first whose `recognises(source)` is true
+FAMILIES = (gguf, openelm, llama)  # the first one whose `recognises(source)` is true reads the source
 
 
 def convert(
@@ -47,19 +52,27 @@ def convert(
     calibration_tokens: int | None = None,
     encoding: Callable[[int, int], None] | None = None,
 ) -> Report:
-    """Convert the folder or file `src` into the new folder `dst`, or with `dry_run` only report what would be done.
+    """Convert the folder or file `src` into the new folder `dst`; with `dry_run` only report what would be done.
 
-    `dtype`: float16, bfloat16 or float32 (None: as stored). `quantize`: bits, or the name of one of mlx-lm's recipes of
-    two widths ("mixed_3_6"), and group size of affine quantisation. `dequantize`: make dense weights of quantised ones.
-    `tokenizer`: the folder or file that has it (None: beside the weights). `progress(done, total)` counts bytes.
+    dtype               float16, bfloat16 or float32; None: as stored
+    quantize            (bits, group size) of affine quantisation; in place of the bits the name of a recipe of mlx-lm
+                        that mixes two numbers of bits, such as "mixed_3_6"
+    dequantize          write the quantised matrices of the source as dense ones
+    tokenizer           the folder or file of the tokenizer; None: beside the weights
+    progress            called with (bytes written, bytes in total)
+    seedlm              3, 4 or 4.5 bits a weight: encode the linear layers by SeedLM
+    keep                exceptions as pairs (part of a module's name, bits). With `seedlm`: modules that are not encoded,
+                        but quantised in affine groups of 64 or 32 weights, or with 16 bits kept as stored; by default
+                        the embedding and the output head in 8 bits. With `quantize`: modules with other bits, where 16
+                        means dense; by default none.
+    data_free           encode without calibration: minimise the error of the weights, not that of the layers' outputs
+    calibrate           the text file for calibration; None: a text that comes with the package
+    calibration_tokens  how many tokens of the text are used
+    encoding            called with (weights encoded, weights in total)
 
-    `seedlm`: 3, 4 or 4.5 bits a weight: linear layers become SeedLM blocks. `keep`: (part of a module's name, bits) of
-    those that do not, in affine groups of 64 or 32 (16 bits: as stored); by default embedding and head in 8 bits. With
-    `quantize`: of those that have other bits (16: dense); by default none.
-    `data_free`: the blocks nearest to the weights; otherwise those that change the outputs least on
-    `calibration_tokens` of the text file `calibrate` (default: a text that comes with the package).
-    `encoding(done, total)` counts weights. A killed encoding goes on when called again with the same arguments.
-    Raises MlxeffError; `dst` is then not made.
+    If an encoding is interrupted, a call with the same arguments continues it. Raises MlxeffError for contradictory
+    arguments, for sources that are unknown, damaged or do not fit their config, and where writing fails; `dst` then
+    does not exist.
     """
     options = _options(dtype, quantize, dequantize, keep if seedlm is None else None)
     if seedlm is None and (data_free or calibrate or calibration_tokens or (keep is not None and not quantize)):
@@ -83,7 +96,7 @@ def convert(
     check_new(destination)
     conversion.refuse_differences(source.path)
     _say_untied(source, conversion)
-    with claim(destination):  # so that no two processes write one store of finished layers
+    with claim(destination):  # two processes must not write the same store of finished layers
         if options.seedlm:
             backend = search_backend(options.seedlm.format)
             held["store"] = _encode(source, destination, found, conversion, tokens, text, encoding, backend)
@@ -95,7 +108,8 @@ def convert(
 
 
 def _say_untied(source: Source, conversion: Conversion) -> None:
-    """A notice where an output head is dropped, since the config ties it to the embedding, but is another matrix."""
+    """Warn where the source has an output head that differs from the embedding, but is dropped because the config ties
+    both."""
     head = source.tensors.get("lm_head.weight")
     names = ("model.embed_tokens.weight", "transformer.token_embeddings.weight")
     embedding = next((source.tensors[name] for name in names if name in source.tensors), None)
@@ -144,7 +158,7 @@ def _seed_options(
     tokens: int | None,
     options: Options,
 ) -> tuple[str | None, SeedOptions]:
-    """(the calibration text, the options)."""
+    """(The text for calibration, None without calibration; the options of the SeedLM encoding)."""
     if options.bits or options.dequantize:
         raise MlxeffError("convert: seedlm: wanted it without quantize; `keep` quantises single layers")
     if data_free and (calibrate or tokens):
@@ -169,7 +183,8 @@ def _encode(
     encoding: Callable[[int, int], None] | None,
     backend: str,
 ) -> Store:
-    """Encode, or go on with encoding, all that the plan wants as blocks. Layers run on the CPU."""
+    """Encode the modules that the plan encodes by SeedLM, or continue an interrupted encoding. The layers run on the
+    CPU. Returns the store with all encoded modules."""
     options, config, total, done = conversion.options.seedlm, family.config, conversion.choice.weights, 0
 
     def advance(weights: int) -> None:

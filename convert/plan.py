@@ -1,8 +1,8 @@
-"""A family's weights and options -> what has to be written: the comparison with the model, and each tensor's cast and
-packing.
+"""The plan of a conversion: what has to be written for the weights of a source and the user's options.
 
-The expected names and shapes are those of the model that the config builds. Quantisation is `mx.quantize`'s affine
-mode, written as mlx-lm writes it. Knows no file format and no family.
+`plan` compares the weights with the model that the config describes, and decides how each weight is cast, quantised or
+encoded. Quantisation is the affine mode of `mx.quantize`, stored as mlx-lm stores it. This module reads no weights
+before they are written, and knows neither file formats nor source families.
 """
 
 import math
@@ -26,17 +26,22 @@ from . import quantization
 if TYPE_CHECKING:
     from .seedlm import Choice, SeedOptions
 
+# The float types of the option --dtype → their names in safetensors, such as "F16". All dtypes below are such names.
 DTYPES = {name: NAMES[getattr(mx, name)] for name in ("float16", "bfloat16", "float32")}
 Spec = tuple[str, str, tuple[int, ...]]  # name, dtype, shape
 
 
 @dataclass(frozen=True)
 class Weight:
-    """A parameter of the model: its dense dtype and shape, the bytes it takes in the source, and how to read it.
+    """A parameter of the model, as a source stores it.
 
-    One that is already quantised has `packed`, the specs of its parts (weight, scales, biases) in the order of `read`,
-    and `decode`, which makes the dense matrix of these parts in float32. `form` says how the source stores what is not
-    of full precision: "affine 4 bits", "Q4_0".
+    dtype, shape  of the dense array; for a quantised one `dtype` is that of its scales
+    nbytes        bytes in the source
+    read          returns the stored arrays: one for a dense weight, the parts of a quantised or encoded one otherwise
+    packed        for a quantised or encoded weight the specs of its parts in the order of `read`, e.g. of weight, scales
+                  and biases; otherwise empty
+    decode        computes the dense matrix, in float32, from the parts; None for a dense weight
+    form          how the source stores a weight of reduced precision, such as "affine 4 bits" or "Q4_0"; otherwise ""
     """
 
     name: str
@@ -55,19 +60,25 @@ class Weight:
 
 @dataclass(frozen=True)
 class Family:
-    """What a family's module reads from a source: the config, the parameters under the model's names."""
+    """What the module of a source family reads from a source: the config, and the weights under the model's names."""
 
     name: str
     config: dict
     weights: list[Weight]
-    uniform: bool = False  # mixed float types become the commonest one
+    uniform: bool = False  # whether all weights are written in the float type of most bytes, if the user names none
 
 
 @dataclass(frozen=True)
 class Options:
-    """The float type, or None as stored; bits and group size of affine quantisation, the name of a recipe that gives
-    some matrices more bits, and (part of a module's name, bits) of matrices that have other bits, 16 for dense ones; or
-    how to encode seeds; or whether to dequantise."""
+    """The user's options.
+
+    dtype             a key of DTYPES; None: as stored
+    bits, group_size  of affine quantisation; None: not quantised
+    seedlm            the options of the SeedLM encoding; None: not encoded
+    recipe            a key of `quantization.RECIPES`, which gives some matrices more bits than `bits`
+    keep              (part of a module's name, bits) of matrices with other bits than `bits`; 16: dense
+    dequantize        whether quantised matrices become dense
+    """
 
     dtype: str | None = None
     bits: int | None = None
@@ -87,7 +98,14 @@ class Options:
 
 @dataclass
 class Conversion:
-    """The outcome of `plan`: pieces to write, the config that describes them, and the differences from the model."""
+    """The result of `plan`: the pieces to write, the config that describes them, and the differences from the model.
+
+    missing, unexpected  names of tensors that only the model has, and that only the source has
+    wrong_shape          (name, shape in the model, shape in the source)
+    dropped              name of a tensor that is not written → reason
+    changes              (name, shape, dtype or form in the source, dtype or form written)
+    parameters           number of weights; peak_bytes: memory for the weight that needs the most
+    """
 
     family: str
     options: Options
@@ -101,14 +119,15 @@ class Conversion:
     parameters: int
     peak_bytes: int
     weights: list[Weight]
-    choice: "Choice | None"  # of `options.seedlm`
+    choice: "Choice | None"  # which modules SeedLM encodes; None without `options.seedlm`
 
     @property
     def tensors(self) -> int:
         return sum(len(piece.specs) for piece in self.pieces)
 
     def refuse_differences(self, origin: str | Path) -> None:
-        """Raises MlxeffError unless the checkpoint has what the model has."""
+        """Raises MlxeffError unless the source has exactly the tensors of the model, in their shapes. `origin` names the
+        source in the message."""
         if self.missing:
             raise MlxeffError(f"{origin}: missing {len(self.missing)} tensors: {some(self.missing)}")
         if self.unexpected:
@@ -118,9 +137,10 @@ class Conversion:
 
 
 def plan(family: Family, options: Options, encoded: Callable[[str], list[mx.array]] | None = None) -> Conversion:
-    """Compare with the model and lay out the pieces; reads no weights. Raises MlxeffError.
+    """Compare the weights of `family` with the model, and plan the pieces to write. Reads no weights.
 
-    `encoded` gives the arrays of a seed-encoded module when its piece is written.
+    encoded: called with the name of a module that SeedLM encodes, when its piece is written; returns its arrays. Raises
+    MlxeffError for options that do not fit the source; differences from the model are only listed in the result.
     """
     config = dict(family.config)
     if options.seedlm and "seedlm" in config:
@@ -173,7 +193,8 @@ def _commonest(weights: list[Weight]) -> str | None:
 
 
 def _say_rounding(weights: list[Weight], default: str | None) -> None:
-    """Scales of packed weights are part of their values: a narrower type than the source's changes them."""
+    """Warn where the scales of quantised weights are cast to the float type `default` with a loss of precision, since
+    this changes the weights."""
     exact = {("F16", "F32"), ("BF16", "F32")}
     rounded = {w.module for w in weights for _, old, _ in w.packed if old in FLOATS and default not in (None, old)}
     rounded -= {w.module for w in weights if (w.dtype, default) in exact}
@@ -206,8 +227,8 @@ class _Job:
 
 
 def _job(weight: Weight, default: str | None, scheme: dict | None) -> _Job:
-    """How one weight is written: packed parts pass through, dense ones are cast, and matrices with a scheme (bits and
-    group_size) are quantised."""
+    """How one weight is written: the parts of a quantised weight keep their form, a dense weight is cast, and a matrix
+    with a `scheme` (bits and group_size) is quantised. Floats become the type `default`; None: as stored."""
     if weight.packed:
         before, work = weight.packed, 0
         specs = tuple((name, _target(dtype, default), shape) for name, dtype, shape in before)
@@ -230,7 +251,8 @@ def _job(weight: Weight, default: str | None, scheme: dict | None) -> _Job:
 def _chosen_job(
     weight: Weight, default: str | None, choice: "Choice", encoded: Callable[[str], list[mx.array]]
 ) -> _Job:
-    """How one weight of a seed-encoded model is written: as blocks, or in the scheme of what is kept."""
+    """How one weight of a model is written that SeedLM encodes: as SeedLM blocks, or for a kept module, as `choice`
+    says, quantised or as stored."""
     if weight.name == f"{weight.module}.weight" and weight.module in choice.seeded:
         fmt, rows, cols = choice.seeded[weight.module]
         arrays = fmt.arrays(rows, cols).items()
@@ -246,7 +268,8 @@ def _chosen_job(
 
 
 def _all_dense(weights: list[Weight], options: Options) -> list[Weight]:
-    """The weights with dense ones in place of packed ones; says what a second rounding loses."""
+    """The weights, with dense ones in place of quantised ones. Warns where quantised weights are quantised again. Raises
+    MlxeffError where there is nothing to dequantise."""
     forms = Counter(weight.form for weight in weights if weight.form)
     if not forms and options.dequantize:
         raise MlxeffError("convert: dequantize: wanted a checkpoint that is quantised, got dense weights")
@@ -259,7 +282,8 @@ def _all_dense(weights: list[Weight], options: Options) -> list[Weight]:
 
 
 def _dequantised(weight: Weight, commonest: str) -> Weight:
-    """A packed weight as a dense one: of the type of its scales, of the type `commonest` where these are no floats."""
+    """A quantised or encoded weight as a dense one, in the type of its scales, or `commonest` where it has no float
+    scales."""
     dtype = weight.dtype if weight.dtype in FLOATS else commonest
     read = lambda: [_finite(weight.name, weight.decode(weight.read()).astype(FLOATS[dtype]))]  # noqa: E731
     return Weight(weight.name, dtype, weight.shape, weight.nbytes, read, form=weight.form)

@@ -1,9 +1,15 @@
-"""A pair on disk: a folder of config.json, which names the base, the auxiliary and the layer map, and the predictor's
-weights as safetensors: dense maps, or with `quantization` affine-quantised ones as `mx.quantize` packs them.
+"""A pair of KV prediction on disk: the auxiliary and the predictor for one base model, in a folder.
 
-The auxiliary is layers of the base itself, `{"layers": [0, 2, …]}`, whose weights are not stored again, or a model,
-`{"model": NAME, "fingerprint": …}`: a folder inside the pair's, or anything that the hub knows. Where it was tuned,
-`"tuned": {"method": …}` stands beside that, and what was trained is among the weights, `auxiliary.*` in float16.
+config.json names the base, the auxiliary and the layer map (see `PairConfig`). The predictor's weights are safetensors:
+dense maps, or with the key `quantization` affine-quantised ones, packed by `mx.quantize`.
+
+The entry `auxiliary` of config.json is one of two:
+
+{"layers": [0, 2, …]}                 the auxiliary consists of these layers of the base, and has no weights of its own
+{"model": NAME, "fingerprint": …}     it is a model: a folder inside the pair's folder, or a name on the model hub
+
+A tuned auxiliary has the further key "tuned": {"method": …}, and its trained tensors are stored in float16 beside the
+predictor's, under names that begin with "auxiliary.". This module builds and loads no models.
 """
 
 import hashlib
@@ -23,14 +29,21 @@ from .layers import shared_layers
 from .predictor import Predictor
 
 FORMAT, VERSION = "mlxeff-kv-pair", 1
-AUXILIARY = "auxiliary."  # begins the names of tensors that are not the predictor's
+AUXILIARY = "auxiliary."  # prefix of the names of a tuned auxiliary's tensors; all others are the predictor's
 
 
 @dataclass(frozen=True)
 class PairConfig:
-    """config.json of a pair. `base`: name and fingerprint; `inputs`: what the maps read (`predictor`); `shared`: how
-    many first layers of base and auxiliary are the same, and have no maps; `quantization`: group_size, bits and mode of
-    the maps, None (and not written) of dense ones; `provenance`: how the predictor came to be."""
+    """config.json of a pair.
+
+    base          name and fingerprint of the base model
+    auxiliary     see the head of this module
+    layer_map     for each base layer the auxiliary layer that its maps read
+    inputs        what the maps read of that layer, one of `predictor.INPUTS`
+    shared        how many first layers base and auxiliary have in common; these have no maps
+    quantization  group_size, bits and mode of the maps; None for dense maps, and then not written
+    provenance    how the predictor was made
+    """
 
     base: dict
     auxiliary: dict
@@ -44,17 +57,18 @@ class PairConfig:
 
     @property
     def tuned(self) -> dict | None:
-        """`Tuned.config` of the auxiliary, None where it was not tuned."""
+        """`Tuned.config` of the auxiliary; None where the auxiliary is not tuned."""
         return self.auxiliary.get("tuned")
 
     @property
     def layers(self) -> list[int] | None:
-        """The base layers that the auxiliary consists of, None where it is a model of its own."""
+        """The base layers that the auxiliary consists of; None where the auxiliary is a model of its own."""
         return self.auxiliary.get("layers")
 
 
 def read_config(folder: Path) -> PairConfig:
-    """Raises MlxeffError in one line for anything that is not a pair of this version."""
+    """Read and check config.json in the folder of a pair. Raises MlxeffError for a folder that is no pair of this
+    version."""
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise MlxeffError(f"{folder}: wanted the folder of a KV prediction pair, got no config.json there")
@@ -63,7 +77,7 @@ def read_config(folder: Path) -> PairConfig:
     if got != (FORMAT, VERSION):
         raise MlxeffError(f"{path}: wanted format {FORMAT} version {VERSION}, got {got[0]!r} version {got[1]!r}")
     wanted = {"base": dict, "auxiliary": dict, "layer_map": list, "provenance": dict}
-    wanted |= {"inputs": str} if "inputs" in config else {}  # those of CoreNet, and of the paper, are the default
+    wanted |= {"inputs": str} if "inputs" in config else {}  # default: "own", the inputs in CoreNet and the paper
     wanted |= {"shared": int} if "shared" in config else {}
     wanted |= {"quantization": dict} if "quantization" in config else {}
     if unknown := sorted(set(config) - {each.name for each in fields(PairConfig)}):
@@ -79,7 +93,8 @@ def read_config(folder: Path) -> PairConfig:
 
 
 def digest(folder: Path) -> str:
-    """Tells one pair from another of the same name."""
+    """A hash of the names and contents of the files in a pair's folder, in 12 hexadecimal digits. It tells pairs of the
+    same name apart."""
     found = hashlib.sha256()
     for path in sorted(Path(folder).iterdir()):
         if path.is_file():
@@ -106,7 +121,8 @@ def _check_auxiliary(path: Path, auxiliary: dict) -> None:
 
 
 def _check_shared(path: Path, shared: int, auxiliary: dict) -> None:
-    """Only an auxiliary that is the base's own layers, untuned, has some in common with it."""
+    """Raises MlxeffError for a wrong count of shared layers. Only an auxiliary that consists of base layers, and is not
+    tuned, shares any with the base."""
     most = 0 if "tuned" in auxiliary else shared_layers(auxiliary.get("layers", ()))
     if not 0 <= shared <= most:
         wanted = f"0 to {most} first layers that auxiliary and base share"
@@ -118,13 +134,13 @@ def _is_tuning(tuned: object) -> bool:
 
 
 def read_weights(folder: Path) -> dict[str, mx.array]:
-    """The predictor's tensors, and those of a tuned auxiliary, by name."""
+    """All tensors in the folder of a pair, by name: the predictor's and those of a tuned auxiliary."""
     return {name: tensor.read() for name, tensor in open_source(folder).tensors.items()}
 
 
 def pieces(predictor: Predictor, tuned: Tuned | None = None, half: bool = False) -> list[Piece]:
-    """The predictor's tensors as they are written, in float32, or with `half` in float16, but packed ones as they are;
-    those of a tuned auxiliary are in float16."""
+    """The tensors to write: the predictor's in float32, or with `half` in float16, but packed ones unchanged; and those
+    of a tuned auxiliary in float16."""
     kind = "F16" if half else "F32"
     parts = [
         (name, "U32" if value.dtype == mx.uint32 else kind, value)
@@ -145,7 +161,11 @@ def write_pair(
     tuned: Tuned | None = None,
     half: bool = False,
 ) -> None:
-    """Write a new folder, all or nothing; `describe(partial)` gives the config and may add to the unfinished folder."""
+    """Write a pair into the new folder `folder`, which appears only when it is complete.
+
+    describe: called with the unfinished folder; returns the config, and may write more files there. half: as in
+    `pieces`. Raises MlxeffError where the folder cannot be written.
+    """
 
     def finish(partial: Path) -> None:
         config = {key: value for key, value in asdict(describe(partial)).items() if value is not None}

@@ -1,10 +1,17 @@
-"""The predictor in closed form: ridge regression of the base's raw keys and values on what the maps read.
+"""The predictor in closed form: ridge regression from the inputs of the maps to the base's raw keys and values.
 
-For each pair of layers that is asked for, the normal equations are summed in float64 while text streams by, so memory
-does not grow with the text, and the same text gives the same predictor to the bit. With X the auxiliary's rows and a
-column of ones, Y the base's rows: W = (XᵀX + λ I)⁻¹ XᵀY, where λ = `ridge` · trace(XᵀX) / columns, 0 for the bias.
-The first token of a sequence counts SINK_WEIGHT times: every later token attends to it (Xiao et al., arXiv 2309.17453).
-Shapes: n tokens, p what a map reads (G·E or D of the auxiliary), q = G·E of the base's layer.
+For each link of a base layer to an auxiliary layer, the sums of the normal equations are accumulated in float64, one
+sequence after the other. Memory therefore does not grow with the text, and the same text gives the same predictor to
+the bit. With the map's inputs and a column of ones as the rows X, and the base's keys or values as the rows Y, the
+weights are W = (XᵀX + λ I)⁻¹ XᵀY, where λ = `ridge` · trace(XᵀX) / columns, and 0 for the bias.
+
+The first token of a sequence is an attention sink, which every later token attends to strongly (Xiao et al., arXiv
+2309.17453). It counts SINK_WEIGHT times.
+
+This module is handed token ids and two models: it knows neither text, files nor model families.
+
+Shapes: B batch, S tokens of a sequence, P and p the inputs of a map (G·E or D of the auxiliary), q = G·E of the base
+layer, with G KV heads, E head size, D hidden size.
 """
 
 from collections.abc import Iterable, Sequence
@@ -18,14 +25,15 @@ from .layers import pruned_map, shared_layers
 from .predictor import Features, Pairs, Predictor, asked, merge_heads, reading
 
 RIDGE = 1e-5
-SINK_WEIGHT = 100.0  # tokens that the first one counts for
-KINDS = 2  # keys and values
+SINK_WEIGHT = 100.0  # weight of the first token of a sequence; every other token has weight 1
+KINDS = 2  # kind 0: keys, kind 1: values
 
 
 class Moments:
-    """Weighted sums over tokens: XᵀX of each auxiliary layer, XᵀY of each pair of `links`, Y and Y² of each base layer.
+    """Weighted sums over tokens: XᵀX of each auxiliary layer (`inputs`), XᵀY of each link (`cross`), and Y and Y² of
+    each base layer (`sums`, `squares`).
 
-    links: for each base layer the auxiliary layers that it may read, none for a shared one.
+    links: for each base layer the auxiliary layers that its maps may read; none for a layer that both models share.
     """
 
     def __init__(self, links: Sequence[Sequence[int]]):
@@ -37,11 +45,12 @@ class Moments:
 
     @property
     def used(self) -> list[int]:
-        """The auxiliary layers of all links."""
+        """The auxiliary layers that occur in a link, in rising order."""
         return sorted({j for link in self.links for j in link})
 
     def add(self, auxiliary: Features, base: Pairs) -> None:
-        """What maps read of the auxiliary layers `used`, and raw keys and values of each base layer, of one text."""
+        """Add sequences: the features of the auxiliary layers `used`, and raw keys and values (B, G, S, E) of each base
+        layer."""
         batch, _, length, _ = base[0][0].shape
         weights = np.tile([SINK_WEIGHT] + [1.0] * (length - 1), batch)[:, None]
         self.tokens, self.weight = self.tokens + batch * length, self.weight + weights.sum()
@@ -62,7 +71,7 @@ class Moments:
 
 @dataclass(frozen=True)
 class Map:
-    """A fitted map: weight (q, p), bias (q), and the share of the variance that it does not explain."""
+    """A fitted map: weight (q, p), bias (q), and `error`, the share of the variance of Y that it does not explain."""
 
     weight: np.ndarray
     bias: np.ndarray
@@ -70,9 +79,10 @@ class Map:
 
 
 def solve(moments: Moments, kind: int, i: int, j: int, ridge: float = RIDGE, heads: Sequence[slice] = ()) -> Map:
-    """The map from auxiliary layer j to base layer i; kind 0 keys, 1 values.
+    """The map from auxiliary layer `j` to the keys (`kind` 0) or values (1) of base layer `i`.
 
-    heads: where given, for each base head the columns of the auxiliary head that alone it is predicted from.
+    heads: if given, for each head of the base layer the only columns of X from which the head is predicted. Raises
+    MlxeffError where the sums are not finite, or the equations singular.
     """
     gram, cross = moments.inputs[kind, j], moments.cross[kind, i, j]
     columns, outputs = gram.shape[0] - 1, cross.shape[1]
@@ -89,7 +99,8 @@ def solve(moments: Moments, kind: int, i: int, j: int, ridge: float = RIDGE, hea
 
 
 def _ridge(gram: np.ndarray, cross: np.ndarray, ridge: float) -> np.ndarray:
-    """Solve (gram + λ I) w = cross with λ = ridge · mean of the diagonal, none on the last row, the bias."""
+    """Solve (gram + λ I) w = cross, where λ is `ridge` times the mean of the diagonal. The last row of `gram` and
+    `cross` belongs to the bias, and has neither a part in this mean nor a penalty."""
     penalty = np.full(len(gram), ridge * np.trace(gram[:-1, :-1]) / max(1, len(gram) - 1))
     penalty[-1] = 0
     try:
@@ -100,7 +111,8 @@ def _ridge(gram: np.ndarray, cross: np.ndarray, ridge: float) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Fit:
-    """A fitted predictor; `errors`: of each base layer, the unexplained share of its (keys, values)."""
+    """A fitted predictor; `errors`: for each base layer the unexplained shares of the variance of its (keys, values), 0
+    for shared layers; `tokens`: the number of tokens of text."""
 
     predictor: Predictor
     errors: list[tuple[float, float]]
@@ -122,11 +134,18 @@ def fit(
     inputs: str = "own",
     shared: int = 0,
 ) -> Fit:
-    """Fit a predictor on `sequences` of token ids, each of which both models read from position 0; of the first
-    `shared` layers, which both have in common, there is nothing to fit.
+    """Fit a predictor on `sequences` of token ids. Both models read each sequence from position 0.
 
-    search: each base layer reads the auxiliary layer that explains most of its keys and values (the lowest of equals),
-    and `layer_map` is only where this begins: every link is then measured. inputs: what the maps read (`predictor`).
+    layer_map  for each base layer the auxiliary layer that its maps read
+    ridge      the factor of the penalty λ (see the head of this module)
+    per_head   predict each head of the base from one head of the auxiliary only; for the inputs `own`
+    search     try every auxiliary layer for each base layer, and take the one with the smallest error (the lowest of
+               equals); of `layer_map` only the length counts then
+    inputs     one of `predictor.INPUTS`: what the maps read
+    shared     how many first layers both models have in common; these have no maps
+
+    Raises MlxeffError for `per_head` with other inputs, where all base layers are shared, for an empty text, and as
+    `solve` and `Predictor`.
     """
     if per_head and inputs != "own":
         raise MlxeffError(f"fit: per head: wanted inputs own, which have heads, got {inputs}")
@@ -155,8 +174,11 @@ def choose_layers(
     ridge: float = RIDGE,
     inputs: str = "own",
 ):
-    """(the choice of base layers whose keys and values explain most of the base's, the error of each choice); on
-    `sequences`, with each base layer reading the last chosen layer that is not above it."""
+    """Choose the layers of an auxiliary that consists of base layers: (the best of `choices`, the error of each).
+
+    For each choice a predictor is fitted on `sequences`, in which each base layer reads the last chosen layer that is
+    not above it. The best choice has the smallest `Fit.error`.
+    """
     count = len(base.layers)
     errors = []
     for kept in choices:
@@ -166,7 +188,8 @@ def choose_layers(
 
 
 def measure(moments: Moments, auxiliary, base, sequences: Iterable[Sequence[int]], inputs: str = "own") -> None:
-    """Run both models over `sequences` and sum."""
+    """Run both models on each of the `sequences`, and add their results to `moments`. Raises MlxeffError where there is
+    no token at all."""
     for ids in sequences:
         tokens = mx.array([list(ids)])
         states = auxiliary.layer_states(tokens, auxiliary.new_cache(), *asked(moments.used, inputs, 0))
@@ -179,7 +202,7 @@ def measure(moments: Moments, auxiliary, base, sequences: Iterable[Sequence[int]
 
 
 def _best(moments: Moments, i: int, ridge: float, per_head: bool, shapes) -> tuple[int, list[Map]]:
-    """(auxiliary layer, its maps of keys and values) with the least error for base layer i."""
+    """For base layer `i`: (the linked auxiliary layer with the smallest error, its maps to keys and to values)."""
     found = None
     for j in moments.links[i]:
         heads = head_columns(shapes[0][j], shapes[1][i]) if per_head else ()
@@ -191,13 +214,14 @@ def _best(moments: Moments, i: int, ridge: float, per_head: bool, shapes) -> tup
 
 
 def head_columns(auxiliary: tuple[int, int], base: tuple[int, int]) -> list[slice]:
-    """For each base head the columns of the auxiliary head at the same place in its layer."""
+    """For each base head the columns of the auxiliary head at the same relative position in its layer. The arguments
+    are (number of KV heads, head size)."""
     (groups, size), count = auxiliary, base[0]
     return [slice(h * groups // count * size, (h * groups // count + 1) * size) for h in range(count)]
 
 
 def _rows(rows: mx.array, ones: bool = False) -> np.ndarray:
-    """(B, S, P) → (B·S, P) in float64, with a column of ones if asked."""
+    """(B, S, P) → (B·S, P) in float64; with `ones` followed by a column of ones."""
     flat = np.array(rows.astype(mx.float32)).reshape(-1, rows.shape[-1]).astype(np.float64)
     return np.concatenate([flat, np.ones((len(flat), 1))], axis=1) if ones else flat
 

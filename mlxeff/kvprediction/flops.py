@@ -1,7 +1,9 @@
-"""Forward FLOPs to the first token, as the paper counts them: two a parameter and token, the embedding counted once.
+"""Forward FLOPs to the first token, counted as in the KV Prediction paper (arXiv 2410.08391): two for each parameter
+and token, without those of attention. An embedding that is also the output head counts once.
 
-With prediction: t_auxiliary(N) + t_predictor(N) + t_base(1). The published "FLOPs reduction" is the ratio of the
-parameter counts of base and auxiliary; the predictor and the one base token are left out of it.
+With prediction, the auxiliary and the predictor run on all prompt tokens but the last, and the base on the last one.
+The "FLOPs reduction" in the paper's tables is another number: the parameter count of the base divided by that of the
+auxiliary, without the predictor and the base's one token.
 """
 
 import mlx.nn as nn
@@ -9,8 +11,8 @@ from mlx.utils import tree_flatten
 
 
 def parameters(model: nn.Module) -> int:
-    """How many numbers the model's matrices, biases and norms have. A quantised or seed-encoded matrix counts as the
-    dense one that it stands for, and a module that stands in several places counts once."""
+    """The number of parameters of a model. A quantised or seed-encoded matrix counts as the dense matrix that it
+    represents, and a module that occurs in several places counts once."""
     modules = {id(module): module for _, module in model.named_modules()}.values()
     return sum(_own(module) for module in modules)
 
@@ -19,7 +21,7 @@ def _own(module: nn.Module) -> int:
     if isinstance(module, (nn.QuantizedLinear, nn.QuantizedEmbedding)):
         bias = module.bias.size if "bias" in module else 0
         return module.weight.size * 32 // module.bits + bias
-    if hasattr(module, "to_dense"):  # seed-encoded
+    if hasattr(module, "to_dense"):  # encoded by SeedLM
         return module.rows * module.cols + (module.bias.size if "bias" in module else 0)
     children = {name: value for name, value in module.items() if not _holds_modules(value)}
     return sum(value.size for _, value in tree_flatten(children) if hasattr(value, "size"))
@@ -31,10 +33,11 @@ def _holds_modules(value: object) -> bool:
 
 
 def ttft_flops(base: int, auxiliary: int, predictor: int, tokens: int, kept: int = 1) -> int:
-    """FLOPs to the first token after a prompt of `tokens` tokens, from the parameter counts of the three models.
+    """FLOPs to the first token after a prompt of `tokens` tokens. `base`, `auxiliary` and `predictor` are parameter
+    counts.
 
-    The base computes the last `kept` tokens itself, and the auxiliary does not read these. Where all tokens are kept,
-    nothing is predicted.
+    The base computes the last `kept` tokens, which the auxiliary does not read. Where it computes all tokens, nothing
+    is predicted.
     """
     kept = min(kept, tokens)
     return 2 * ((tokens - kept) * (auxiliary + predictor) + kept * base)

@@ -1,7 +1,8 @@
-"""Which base layers an auxiliary keeps, and which auxiliary layer each base layer reads.
+"""Which base layers a pruned auxiliary keeps, and which auxiliary layer each base layer reads (the layer map).
 
-The rules give the layer maps of all eleven published configurations. `KVP-C`: a separate smaller model. `KVP-LP`:
-layers of the base itself.
+The rules give the layer maps of all eleven configurations of the KV Prediction paper (arXiv 2410.08391). Its names say
+what the auxiliary is: in `KVP-C` a smaller model of its own, in `KVP-LP` ("layer-pruned") some layers of the base. This
+module handles layer numbers only, and knows no models.
 """
 
 from collections.abc import Sequence
@@ -10,11 +11,14 @@ from fractions import Fraction
 
 from ..errors import MlxeffError
 
-FRACTIONS = ("0.75", "0.50", "0.25")  # of the base's layers that the published pruned auxiliaries keep
+FRACTIONS = ("0.75", "0.50", "0.25")  # shares of the base's layers that the published pruned auxiliaries keep
 
 
 def kept_layers(fraction: str | float | Fraction, layers: int) -> list[int]:
-    """The evenly spread layers of a pruned model: 0.5 keeps 0, 2, 4, …; 0.75 drops 3, 7, …"""
+    """The evenly spread layers that a pruned model keeps of `layers` layers: 0.5 keeps 0, 2, 4, …; 0.75 drops 3, 7, …
+
+    Raises MlxeffError unless `fraction` is above 0, at most 1, and keeps a layer.
+    """
     try:
         share = Fraction(str(fraction))
     except (ValueError, ZeroDivisionError):
@@ -26,8 +30,8 @@ def kept_layers(fraction: str | float | Fraction, layers: int) -> list[int]:
 
 
 def candidates(fraction: str, layers: int) -> list[list[int]]:
-    """Choices of a fraction of `layers` layers, from evenly spread ones to the first ones: each keeps some share of
-    them at the beginning, and spreads the others over the rest."""
+    """Several ways to keep the fraction `fraction` of `layers` layers. Each takes a share of the kept layers (none, a
+    quarter, … all) from the beginning, and spreads the others evenly over the remaining layers."""
     count = len(kept_layers(fraction, layers))
     found = []
     for quarters in range(5):
@@ -39,17 +43,22 @@ def candidates(fraction: str, layers: int) -> list[list[int]]:
 
 
 def pruned_map(kept: Sequence[int], layers: int) -> list[int]:
-    """For each of `layers` base layers the index in `kept` of the last kept layer that is not above it."""
+    """The layer map of a pruned auxiliary: for each of `layers` base layers the index in `kept` of the last kept layer
+    that is not above it."""
     return [max((k for k, layer in enumerate(kept) if layer <= i), default=0) for i in range(layers)]
 
 
 def shared_layers(kept: Sequence[int]) -> int:
-    """How many of the layers of a pruned model are the base's first ones: `kept` is 0, 1, … as far as that."""
+    """How many first layers a pruned model shares with the base: the length of the prefix 0, 1, 2, … of `kept`."""
     return next((k for k, layer in enumerate(kept) if k != layer), len(kept))
 
 
 def spread_map(auxiliary: int, base: int) -> list[int]:
-    """For a smaller model: each auxiliary layer serves base // auxiliary layers, the first ones one more."""
+    """The layer map of an auxiliary that is a smaller model: each of its layers serves base // auxiliary consecutive
+    base layers, and each of the first base % auxiliary layers one more. Arguments: the numbers of layers.
+
+    Raises MlxeffError where the auxiliary has no layers, or more than the base.
+    """
     if not 0 < auxiliary <= base:
         raise MlxeffError(f"layer map: wanted an auxiliary of 1 to {base} layers, got {auxiliary}")
     each, more = divmod(base, auxiliary)
@@ -58,8 +67,8 @@ def spread_map(auxiliary: int, base: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Published:
-    """A configuration of the paper. `base` and `auxiliary` are sizes of OpenELM; `keep` the fraction of base layers
-    that the auxiliary keeps, where it is pruned."""
+    """A configuration of the paper: the OpenELM size of `base`, and either that of `auxiliary`, or in `keep` the
+    fraction of base layers that a pruned auxiliary consists of."""
 
     base: str
     auxiliary: str | None = None
@@ -75,8 +84,8 @@ PUBLISHED = {
     "OE3B-KVP-C-270M": Published("3B", "270M"),
     **{f"OE3B-KVP-LP-{keep}": Published("3B", keep=keep) for keep in FRACTIONS},
 }
-# CoreNet's file names of the pruned configurations. The two sizes use `kvp_lp` for opposite things: for the 3B it
-# names the pruned baselines, which predict nothing.
+# CoreNet's file names of the pruned configurations. In the names for OpenELM 1.1B, `kvp_lp` marks the pairs of KV
+# Prediction; in those for 3B it marks the pruned baselines, which are models run without prediction.
 BASELINE = "a layer-pruned baseline without prediction"
 PARTS = [(keep.replace(".", "_"), keep) for keep in FRACTIONS]
 CORENET_FILES = {
@@ -88,7 +97,8 @@ CORENET_FILES = {
 
 
 def published_name(name: str) -> str | None:
-    """The key of PUBLISHED for a name of the paper, short or long, or of CoreNet's files; None for any other.
+    """The key of PUBLISHED for the name of a configuration: as in the paper ("OE1.1B-…" or "OpenELM1.1B-…"), or of
+    CoreNet's file, with or without ".yaml". None for any other name.
 
     Raises MlxeffError for the file of a baseline.
     """

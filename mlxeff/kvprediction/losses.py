@@ -1,20 +1,25 @@
-"""What training minimises. Shapes: B batch, N tokens, C of them a continuation, V vocabulary.
+"""The two losses with which a predictor is trained: `paper` and `distill`.
 
-paper    as in CoreNet's `cross_entropy_for_kv_prediction.py`: the base runs on all tokens with its own keys and values
-         replaced by predicted ones, and
+paper    The loss of CoreNet's `cross_entropy_for_kv_prediction.py`. The base runs on all tokens, with predicted keys
+         and values in place of its own:
 
              loss = CE + z + α (CE_A + z_A) + λ Σ_layers (mean |K̂ - K| + mean |V̂ - V|),  z = 1e-4 · mean logsumexp²
 
-         with keys after the base's norm and before rotation, and A the auxiliary as a language model of its own.
-distill  trains what happens at inference, with the base's own distributions as targets and not the text: the last C
-         tokens attend to a predicted prompt and to their own keys and values, and
+         CE is the cross-entropy of the next tokens and z a penalty on large logits. The index A denotes the same terms
+         for the auxiliary as a language model. K̂, V̂ are the predicted keys and values, K, V the base's own. Keys are
+         compared after the base's normalisation and before rotation.
+distill  The base's own distributions are the targets, in the situation of inference: the last prompt token and the C
+         tokens that continue the prompt attend to the predicted keys and values of the tokens before, and to their own:
 
              loss = mean over C + 1 positions of KL(base ‖ base on the predicted prompt) + α (CE_A + z_A) + λ Σ_layers …
 
-         with keys as the cache holds them, normed and rotated.
+         The sum over layers is the same, but its keys are compared as the cache holds them: normalised and rotated.
 
-λ is 1 / base layers for the paper's loss, as the paper chose, and 0 for `distill`; α = 1. Where the auxiliary is not
-tuned, its term is a constant and left out. The sums leave out the layers that base and auxiliary share.
+By default λ is 1 / base layers for `paper`, as the paper chose, and 0 for `distill`; α is 1. For an auxiliary that is
+not tuned, the terms with α are constant and left out. The sum over layers leaves out those that base and auxiliary
+share. This module draws no batches and updates no weights (see `train`).
+
+Shapes: B batch, N tokens, C tokens of the continuation, V vocabulary, H query heads, G KV heads, E head size.
 """
 
 from typing import NamedTuple
@@ -26,22 +31,23 @@ from ..running import EXACT, RunOptions, Tally
 from .predictor import Pairs, Predictor, Reading, reading
 
 LOSSES = ("paper", "distill")
-Z_LOSS = 1e-4
+Z_LOSS = 1e-4  # factor of the penalty z
 
 
 class Truth(NamedTuple):
-    """What the base itself computes of token ids: its `logits` (B, C + 1, V) of the continuation, None for the paper's
-    loss, and as `pairs` the true keys and values of those tokens whose keys and values are predicted."""
+    """The targets, computed by the base itself: `logits` (B, C + 1, V) of the last prompt token and the continuation,
+    None for the loss `paper`, and `pairs`, the base's keys and values (B, G, S, E) of each layer for the S tokens whose
+    keys and values are predicted."""
 
     logits: mx.array | None
     pairs: Pairs
 
 
 class PredictedLayer:
-    """The cache of a layer, filled with predicted keys and values.
+    """The cache of one layer, filled with predicted keys and values.
 
-    With `grows` they are those of a prompt, and tokens that follow it attend to them and to their own. Without, they
-    are those of the very tokens that attend, whose own keys and values are discarded.
+    With `grows`, these belong to a prompt: the tokens that follow it attend to them and to their own keys and values.
+    Without, they belong to the same tokens whose queries attend, and replace these tokens' own keys and values.
     """
 
     def __init__(self, keys: mx.array, values: mx.array, window: int | None, grows: bool):
@@ -51,7 +57,7 @@ class PredictedLayer:
     def attend(
         self, queries: mx.array, keys: mx.array, values: mx.array, scale: float, _options: RunOptions = EXACT
     ) -> mx.array:
-        """Causal attention of queries (B, H, N, E)."""
+        """Causal attention of queries (B, H, N, E) for keys and values (B, G, N, E): (B, H, N, E). Stores nothing."""
         held = self.keys, self.values
         if self.grows:
             held = (mx.concatenate(both, axis=2) for both in zip(held, (keys, values), strict=True))
@@ -59,7 +65,7 @@ class PredictedLayer:
 
 
 class PredictedCache:
-    """A `PredictedLayer` for each layer of `base`; `placed`: keys and values as `base.placed_kv` returns them."""
+    """A cache of one `PredictedLayer` for each layer of `base`. `placed`: the result of `base.placed_kv`."""
 
     def __init__(self, base, placed: Pairs, grows: bool = False):
         windows = [base.window(i) for i in range(len(base.layers))]
@@ -68,21 +74,22 @@ class PredictedCache:
 
 
 def predicted_logits(predictor: Predictor, read: Reading, base, tokens: mx.array) -> tuple[mx.array, Pairs]:
-    """Token ids (B, N), and what was read of the auxiliary for them → (the base's logits (B, N, V) with all keys and
-    values predicted; these keys and values, raw)."""
+    """Token ids (B, N), and the auxiliary's reading of them → (the base's logits (B, N, V) with all keys and values
+    predicted; the predicted keys and values, raw)."""
     predicted = predictor(read)
     return base(tokens, PredictedCache(base, base.placed_kv(predicted, 0))), predicted
 
 
 def continued_logits(predictor: Predictor, read: Reading, base, tokens: mx.array) -> tuple[mx.array, Pairs]:
-    """Token ids (B, C + 1), and what was read of the auxiliary for the prompt before them → (the base's logits
-    (B, C + 1, V) after the predicted prompt; the prompt's predicted keys and values as a cache holds them)."""
+    """Token ids (B, C + 1), and the auxiliary's reading of the prompt before them → (the base's logits (B, C + 1, V)
+    after the predicted prompt; the prompt's predicted keys and values, with keys normalised and rotated)."""
     placed = base.placed_kv(predictor(read), 0)
     return base(tokens, PredictedCache(base, placed, grows=True)), placed
 
 
 def truth(base, tokens: mx.array, kind: str, continuation: int) -> Truth:
-    """The base's own answer to token ids (B, N), evaluated."""
+    """The targets for token ids (B, N) and the loss `kind`, evaluated. `continuation` is C, of no effect for
+    `paper`."""
     cache = base.new_cache()
     if kind == "paper":
         found = Truth(None, base.normed_kv(base.raw_kv(tokens, cache)))
@@ -98,7 +105,8 @@ def truth(base, tokens: mx.array, kind: str, continuation: int) -> Truth:
 
 
 def predicted_part(tokens: mx.array, kind: str, continuation: int) -> mx.array:
-    """Those of the token ids (B, N) whose keys and values are predicted: all of them, or the prompt."""
+    """The part of the token ids (B, N) whose keys and values are predicted: all of them for `paper`; for `distill` the
+    prompt without its last token, (B, N - C - 1)."""
     return tokens if kind == "paper" else tokens[:, : -continuation - 1]
 
 
@@ -112,11 +120,13 @@ def loss(
     auxiliary_loss: float = 0,
     read: Reading | None = None,
 ) -> mx.array:
-    """The loss for token ids (B, N + 1): the first N are inputs, for which `true` holds what the base computes, and the
-    last N are what follows each of them.
+    """The loss, a scalar, for token ids (B, N + 1): the first N are the inputs, the last N the tokens that follow them.
 
-    `consistency` is λ, `auxiliary_loss` is α. `read`: what the predictor reads of the auxiliary; with None the
-    auxiliary runs here, so that it gets gradients.
+    true            the result of `truth` for the inputs; whether it has logits selects the loss
+    consistency     λ
+    auxiliary_loss  α; if it is not 0, `read` must be None
+    read            the auxiliary's reading of the tokens to predict; with None the auxiliary runs here, and gets
+                    gradients
     """
     inputs, kind = tokens[:, :-1], "paper" if true.logits is None else "distill"
     continuation = 0 if kind == "paper" else true.logits.shape[1] - 1
@@ -139,21 +149,21 @@ def loss(
 
 
 def language_loss(logits: mx.array, targets: mx.array) -> mx.array:
-    """Mean cross-entropy plus z-loss of logits (B, N, V), for the ids (B, N) that follow."""
+    """Mean cross-entropy, in nats, plus the penalty z of logits (B, N, V) for the next tokens `targets` (B, N)."""
     entropy = cross_entropy(logits, targets)
-    # logsumexp = entropy + the target's logit
+    # z is the logsumexp of the logits: cross-entropy = logsumexp - the target's logit.
     z = entropy + mx.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     return entropy.mean() + Z_LOSS * (z * z).mean()
 
 
 def divergence(true: mx.array, found: mx.array) -> mx.array:
-    """Mean of KL(true ‖ found), in nats, of the distributions that logits (…, V) stand for; float32."""
+    """Mean KL(true ‖ found), in nats, between the distributions of two arrays of logits (…, V); float32."""
     true, found = (log_softmax(logits.astype(mx.float32)) for logits in (true, found))
     return (mx.exp(true) * (true - found)).sum(axis=-1).mean()
 
 
 def distance(predicted: Pairs, true: Pairs) -> mx.array:
-    """Mean |predicted - true| of the keys, and of the values, of each layer; all summed."""
+    """The sum over layers, and over keys and values, of the mean |predicted - true|."""
     return sum(
         (
             mx.abs(mine - theirs).mean()

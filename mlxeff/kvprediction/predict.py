@@ -1,9 +1,15 @@
 """Prefill with predicted keys and values, and their refinement while the answer is decoded.
 
-The algorithm is that of CoreNet's `kv_prediction.py` at inference: of N prompt tokens the auxiliary reads the first
-N-1, the predictor makes the base's cache of them, and the base runs the last token, whose own keys and values it adds.
-Two dials beyond it: `keep` and `sinks` let the base compute the last and the first tokens itself, and `Refinement`
-replaces what was predicted, chunk by chunk, by what the base computes. Shapes: B batch, N prompt tokens, V vocabulary.
+The algorithm is the inference of CoreNet's `kv_prediction.py`. The auxiliary model reads the first N - 1 of N prompt
+tokens. The predictor turns the auxiliary's keys and values into the base model's, which fill the base's cache. The base
+then runs the last prompt token, and appends the keys and values that it computes for it.
+
+Two options go beyond CoreNet. With `keep` and `sinks` the base itself computes the last and the first prompt tokens.
+`Refinement` lets the base compute the predicted tokens, too, and replaces their keys and values chunk by chunk.
+
+This module is handed both models and the predictor: it knows neither model families nor files.
+
+Shapes: B batch, N prompt tokens, V vocabulary.
 """
 
 import contextlib
@@ -18,8 +24,10 @@ from ..errors import MlxeffError, notices
 from ..running import EXACT, RunOptions
 from .predictor import KvModel, Pairs, Predictor
 
-SINKS = 4  # first tokens that `keep` computes exactly too: attention rests on them (Xiao et al., arXiv 2309.17453)
-REFINE_STEP = 64  # tokens between two decode steps
+# With `keep`, the base also computes this many first tokens: they are attention sinks, which all later tokens attend to
+# strongly (Xiao et al., arXiv 2309.17453).
+SINKS = 4
+REFINE_STEP = 64  # tokens that are refined between two decode steps
 
 
 def predict(
@@ -34,16 +42,19 @@ def predict(
     progress: Progress | None = None,
     options: RunOptions = EXACT,
 ) -> mx.array:
-    """Fill the empty `cache` of `base` with the prompt `tokens` (N,) or (B, N); returns the last logits (B, V), lazy.
+    """Fill the empty `cache` of `base` with the prompt `tokens`, (N,) or (B, N). Returns the logits (B, V) of the last
+    token, not yet evaluated.
 
-    The base computes the last `keep` ≥ 1 tokens and the first `sinks`, the rest is predicted from the auxiliary, in
-    chunks of `step_size`. With one token, or `keep` ≥ N, this is the base's own prefill.
+    The base computes the last `keep` ≥ 1 tokens and the first `sinks` tokens. The keys and values of the others are
+    predicted, and all tokens but the last `keep` are read by the auxiliary, in chunks of `step_size` tokens. Where no
+    token is left to predict, this is `decode.prefill`. Raises MlxeffError for a cache that is not empty and for
+    `keep` < 1.
     """
     if cache.length or keep < 1:
         raise MlxeffError(f"KV prediction: wanted an empty cache and keep ≥ 1, got {cache.length} tokens, keep {keep}")
     tokens = tokens if tokens.ndim == 2 else tokens[None]
     total = tokens.shape[1]
-    step_size = min(step_size, total)  # MLX's slices end at 2^31 - 1
+    step_size = min(step_size, total)  # the end of an MLX slice must stay below 2^31
     first, stop = predicted_range(total, keep, sinks)
     if first == stop:
         return prefill(base, cache, tokens, step_size, progress, options)
@@ -57,7 +68,7 @@ def predict(
             progress(start, total)
         end = min(start + step_size, stop)
         reading = predictor.read(auxiliary, tokens[:, start:end], read, options)
-        if cache.length < end:  # else the base has computed all of these itself
+        if cache.length < end:  # otherwise all tokens of this chunk are sinks, which the base has computed
             pairs = _without_first(predictor(reading, options.compute), cache.length - start)
             base.append_kv(pairs, cache, options)
         mx.eval(cache.arrays(), read.arrays())
@@ -72,24 +83,24 @@ def predicted_range(total: int, keep: int, sinks: int) -> tuple[int, int]:
 
 
 def _without_first(pairs: Pairs, tokens: int) -> Pairs:
-    """The pairs without their first `tokens` tokens."""
+    """The keys and values of each layer without those of the first `tokens` tokens."""
     return pairs if not tokens else [(keys[:, :, tokens:], values[:, :, tokens:]) for keys, values in pairs]
 
 
 class Refinement:
-    """Lets the base compute, between decode steps, what was predicted.
+    """Replaces predicted keys and values by the base's own, chunk by chunk between decode steps.
 
-    After its last step the cache is what the base alone would have made of the same tokens: also the tokens decoded
-    meanwhile, which attended to predictions, are computed anew.
+    Tokens that were decoded in the meantime attended to predicted keys and values: they are computed again, too. After
+    the last step (`done`) the cache is therefore the one that the base alone would have computed for the same tokens.
     """
 
     def __init__(self, base: KvModel, cache, exact: int, step_size: int = REFINE_STEP, options: RunOptions = EXACT):
-        """The first `exact` tokens of `cache` are the base's own."""
+        """`exact`: how many first tokens of `cache` the base has computed. `step_size`: tokens in a chunk."""
         self.base, self.cache, self.exact, self.step_size, self.options = base, cache, exact, step_size, options
         self.done = False
 
     def step(self, tokens: Sequence[int]) -> None:
-        """Compute the next chunk; `tokens` are those that the cache holds."""
+        """Compute the next chunk. `tokens` are the ids of all tokens in the cache. Does nothing after the last one."""
         if self.done:
             return
         end = min(self.exact + self.step_size, self.cache.length)
@@ -101,10 +112,12 @@ class Refinement:
 
 @dataclass
 class KvPrediction:
-    """A pair as a `decode.Reading`, with the dials of the user; counts what the last prompt was made of.
+    """An auxiliary and a predictor as a `decode.Reading`: prefill with prediction, and refinement during the answer.
 
-    keep     last prompt tokens that the base computes, with the first SINKS ones; None: the last one, no sinks
-    refine   whether the base computes the predicted ones too, while it answers
+    name     of the pair, for messages
+    keep     how many last prompt tokens the base computes, with the first SINKS ones; None: the last one, no sinks
+    refine   whether the base also computes the predicted tokens, between the steps of the answer
+    predicted_tokens, refined_tokens   counts for the last prompt
     """
 
     auxiliary: KvModel
@@ -114,15 +127,15 @@ class KvPrediction:
     refine: bool = False
     predicted_tokens: int = field(default=0, init=False)
     refined_tokens: int = field(default=0, init=False)
-    refinement: Refinement | None = field(default=None, init=False, repr=False)  # of the last prompt, if any is left
+    refinement: Refinement | None = field(default=None, init=False, repr=False)  # for the last prompt; None without one
 
     def dialled(self, keep: int | None = None, refine: bool = False) -> "KvPrediction":
-        """The same pair with these dials."""
+        """The same pair with other values of the options `keep` and `refine`."""
         return replace(self, keep=keep, refine=refine)
 
     @property
     def kept(self) -> tuple[int, int]:
-        """(last tokens, first tokens) of a prompt that the base computes itself."""
+        """(The number of last tokens, the number of first tokens) of a prompt that the base computes itself."""
         return (1, 0) if self.keep is None else (self.keep, SINKS)
 
     def predicted(self, total: int) -> tuple[int, int]:
@@ -138,7 +151,10 @@ class KvPrediction:
         progress: Progress | None = None,
         options: RunOptions = EXACT,
     ) -> mx.array:
-        """As `decode.prefill`, with prediction; a cache that holds tokens already is continued by the base alone."""
+        """As `decode.prefill`, with prediction. Where `cache` holds tokens already, the base alone computes the prompt.
+
+        Raises MlxeffError for a prompt that is longer than the context of the auxiliary.
+        """
         total = tokens.shape[-1]
         self.predicted_tokens, self.refined_tokens, self.refinement = 0, 0, None
         if cache.length:
@@ -146,7 +162,7 @@ class KvPrediction:
             return prefill(model, cache, tokens, step_size, progress, options)
         first, stop = self.predicted(total)
         limit = getattr(self.auxiliary, "context_length", None)
-        if limit and stop > limit:  # tokens that the auxiliary reads
+        if limit and stop > limit:  # the auxiliary reads the first `stop` tokens
             text = f"wanted a prompt in the auxiliary's context of {limit} tokens, got {total}"
             raise MlxeffError(f"KV prediction: {self.name}: {text}")
         self.predicted_tokens = stop - first
@@ -161,7 +177,7 @@ class KvPrediction:
         return predict(self.auxiliary, self.predictor, model, tokens, cache, *how)
 
     def accompany(self, steps: Iterator[Step], prompt: Sequence[int]) -> Iterator[Step]:
-        """The same steps, which follow `prompt`, with a step of the refinement after each."""
+        """Pass on the steps of the answer to `prompt` unchanged, and refine one chunk after each of them."""
         tokens = list(prompt)
         with contextlib.closing(steps):
             for step in steps:
@@ -173,13 +189,14 @@ class KvPrediction:
                     self.refined_tokens += self.refinement.exact - before
 
     def report(self) -> dict:
-        """What the last prompt was made of."""
+        """The options, and how many tokens of the last prompt were predicted and refined."""
         report = {"pair": self.name, "keep": self.keep, "refine": self.refine}
         counts = {"predicted_tokens": self.predicted_tokens, "refined_tokens": self.refined_tokens}
         return {"kv_prediction": report | counts}
 
     def summary(self) -> str:
-        """How much of the last prompt was predicted."""
+        """How many tokens of the last prompt were predicted and refined, in a few words; "" where none was
+        predicted."""
         if not self.predicted_tokens:
             return ""
         refined = f", {self.refined_tokens} refined" if self.refine else ""

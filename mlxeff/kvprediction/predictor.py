@@ -1,12 +1,20 @@
-"""The predictor: for each base layer a linear map with bias to its keys, and one to its values, from one layer of the
-auxiliary.
+"""The predictor of KV Prediction (Horton et al., arXiv 2410.08391): linear maps from the layers of the auxiliary model
+to the keys and values of the base model.
 
-What the maps read (`inputs`) is in the paper that layer's keys, and its values (`own`), before norm and rotation. With
-`hidden` both read the normed hidden states that the layer projects, of which its keys and values are linear functions.
-Keys are predicted raw: the base norms and rotates them. Heads are merged head-major. The maps are dense, or
-affine-quantised by `quantize`. The first `shared` layers of an auxiliary may be the base's own first ones: their keys
-and values are the base's already, and no map stands for them. Shapes: B batch, S tokens, G KV heads, E head size, D the
-auxiliary's width, N base layers, P what a map reads: G·E or D.
+Each base layer has two maps with bias, one to its keys and one to its values. Both read the same auxiliary layer, which
+the layer map names. The option `inputs` says what they read of it:
+
+own     the map to keys reads the layer's keys, before normalisation and rotation, and the map to values reads its
+        values, as in the paper
+hidden  both maps read the normalised hidden state from which the layer computes its queries, keys and values
+
+Predicted keys are raw: the base model normalises and rotates them. A map treats the heads of a layer as one row, head
+after head. The maps are dense, or quantised by `quantize`. An auxiliary that is made of base layers may begin with the
+first `shared` layers of the base. Their keys and values are copied, and these layers have no maps.
+
+This module knows neither model families nor files, and does not compute the maps' weights (see `fit` and `train`).
+
+Shapes: B batch, S tokens, G KV heads, E head size, D the auxiliary's hidden size, P the inputs of a map: G·E or D.
 """
 
 import copy
@@ -27,12 +35,13 @@ from ..running import EXACT, RunOptions
 INPUTS = ("own", "hidden")
 Shapes = Sequence[tuple[int, int]]  # (G, E) of each layer
 Pairs = list[tuple[mx.array, mx.array]]  # keys and values (B, G, S, E) of each layer
-Features = dict[int, tuple[mx.array, mx.array]]  # of auxiliary layers what maps to keys and to values read, (B, S, P)
+# By the number of the auxiliary layer: the inputs (B, S, P) of the maps to keys, and of the maps to values.
+Features = dict[int, tuple[mx.array, mx.array]]
 
 
 class KvModel(Model, Protocol):
-    """A model with the seam "kv": what its layers read and project can be read out, and given keys and values can be
-    appended to its cache (`models.decoder.DecoderModel` says what each call gives)."""
+    """A model with the seam "kv": the hidden states, keys and values of its layers can be read out, and given keys and
+    values can be appended to its cache. The methods are documented in `models.decoder.DecoderModel`."""
 
     layers: list
     kv_shapes: list[tuple[int, int]]
@@ -50,18 +59,25 @@ class KvModel(Model, Protocol):
 
 
 class Reading(NamedTuple):
-    """What a predictor takes of an auxiliary's pass: what its maps read, and the raw pairs of the shared layers."""
+    """The results of an auxiliary's forward pass that a predictor needs: the inputs of its maps (`features`), and the
+    raw keys and values of the shared layers."""
 
     features: Features
     shared: Pairs
 
 
 class Predictor(nn.Module):
-    """`predictor(reading)` of the auxiliary → keys and values of the base; its layer i reads layer `layer_map[i]`.
+    """A predictor: `predictor(reading)` computes the base's keys and values from a `Reading` of the auxiliary.
 
-    auxiliary, base: the models' `kv_shapes`; hidden: the auxiliary's `hidden_size`, where the maps read that. Raises
-    MlxeffError for a map that does not fit them, and for shared layers that do not read themselves. `key_maps` and
-    `value_maps` begin at layer `shared`.
+    auxiliary, base  `kv_shapes` of the two models
+    layer_map        for each base layer the number of the auxiliary layer that its maps read
+    inputs           one of INPUTS: what the maps read of that layer
+    hidden           `hidden_size` of the auxiliary; needed for the inputs `hidden` only
+    shared           how many first layers base and auxiliary have in common
+
+    `key_maps` and `value_maps` begin with the maps of base layer `shared`. Raises MlxeffError for a layer map that does
+    not fit the models, for unknown inputs, and for shared layers of different shapes or with a layer map other than
+    0, 1, 2, …
     """
 
     def __init__(
@@ -93,22 +109,25 @@ class Predictor(nn.Module):
 
     @property
     def mapped(self) -> list[int]:
-        """Of each base layer that has maps the auxiliary layer that they read."""
+        """For each base layer that has maps, the auxiliary layer that they read."""
         return self._layer_map[self.shared :]
 
     @property
     def maps(self) -> list[tuple[nn.Module, nn.Module]]:
-        """Of each base layer that has maps the one to its keys and that to its values."""
+        """For each base layer that has maps, the map to its keys and the map to its values."""
         return list(zip(self.key_maps, self.value_maps, strict=True))
 
     def join(self) -> "Predictor":
-        """Make one product of the maps that read the same rows, until one of them changes: fewer and larger ones."""
+        """Join the maps that read the same input into one larger matrix, so that prediction takes fewer and larger
+        matrix products. The joined matrices are used until a weight of a map is replaced. Returns the predictor."""
         self._joined = JoinedMaps(self) if self.mapped else None
         return self
 
     def __call__(self, reading: Reading, compute: str = "exact") -> Pairs:
-        """What `read` gives → raw keys and values of all base layers. `compute`, one of ops.COMPUTE, is how the native
-        kernels multiply by quantised maps; dense maps are always exact."""
+        """The result of `read` → raw keys and values (B, G, S, E) of all base layers.
+
+        compute: one of ops.COMPUTE, the arithmetic of the native kernels for quantised maps. Dense maps are exact.
+        """
         features = reading.features
         if self._joined is not None and self._joined.current(self):
             rows = self._joined(features, compute)
@@ -123,18 +142,19 @@ class Predictor(nn.Module):
         ]
 
     def read(self, auxiliary: KvModel, tokens: mx.array, cache: Cache, options: RunOptions = EXACT) -> Reading:
-        """One pass of the auxiliary over token ids (B, S) that follow what its `cache` holds."""
+        """Run the auxiliary on token ids (B, S), which follow the tokens in its `cache`. Appends them to `cache`."""
         states = auxiliary.layer_states(tokens, cache, *self.asked, options)
         return reading(self.mapped, self.inputs, self.shared, states)
 
     @property
     def asked(self) -> tuple[list[int], list[int]]:
-        """The `inputs` and `pairs` that `layer_states` of the auxiliary is asked for."""
+        """The arguments `inputs` and `pairs` for the auxiliary's `layer_states`."""
         return asked(self.mapped, self.inputs, self.shared)
 
 
 class JoinedMaps:
-    """The maps of a predictor, whose arrays become rows of those of a few larger maps, one for each input."""
+    """Larger matrices in which the maps of a predictor that read the same input are stacked. The arrays of the maps
+    themselves become slices of these matrices, so that the weights exist once."""
 
     def __init__(self, predictor: Predictor):
         groups: dict[tuple[int, int], list[tuple[int, int]]] = {}
@@ -155,11 +175,11 @@ class JoinedMaps:
         self.given = _arrays(predictor)
 
     def current(self, predictor: Predictor) -> bool:
-        """Whether the maps still have the weights that were joined."""
+        """Whether the maps still hold the very arrays that were joined."""
         return all(mine is theirs for mine, theirs in zip(_arrays(predictor), self.given, strict=True))
 
     def __call__(self, features: Features, compute: str) -> list[list[mx.array]]:
-        """Rows (B, S, G·E) of keys and values of each base layer that has maps."""
+        """Features → keys and values, both (B, S, G·E), of each base layer that has maps."""
         rows = [[None, None] for _ in range(self.layers)]
         for (j, read), places in self.groups.items():
             whole, stops = self.matrices[j, read]
@@ -170,12 +190,16 @@ class JoinedMaps:
 
 
 def read_widths(auxiliary: Shapes, inputs: str, hidden: int | None) -> list[int]:
-    """How many numbers P of each auxiliary layer a map reads; arguments as of `Predictor`."""
+    """For each auxiliary layer the number of inputs P of a map that reads it. The arguments are those of
+    `Predictor`."""
     return [hidden if inputs == "hidden" else _width(shape) for shape in auxiliary]
 
 
 def quantization(bits: int, widths: Sequence[int]) -> dict:
-    """The scheme, as MLX names it, of maps that read `widths` numbers; refuses widths that no group size divides."""
+    """The arguments for `mx.quantize` (group_size, bits, mode) for maps with the numbers of inputs `widths`.
+
+    Raises MlxeffError where no group size divides all of them.
+    """
     group = fitting_group(*widths)
     if group is None:
         needed = f"inputs of a multiple of {min(CHOSEN_GROUPS)}"
@@ -184,7 +208,10 @@ def quantization(bits: int, widths: Sequence[int]) -> dict:
 
 
 def quantize(predictor: Predictor, scheme: dict) -> None:
-    """Round the maps, biases left out, to the nearest values of `scheme`; refuses one that does not divide them."""
+    """Quantise the weights of the maps in place with the arguments `scheme` for `mx.quantize`. Biases stay as they are.
+
+    Raises MlxeffError where the group size does not divide the number of inputs of a map.
+    """
     widths = {each.weight.shape[1] for pair in predictor.maps for each in pair}
     if odd := sorted(width for width in widths if width % scheme["group_size"]):
         raise MlxeffError(f"quantization: wanted inputs of a multiple of {scheme['group_size']}, got {odd}")
@@ -192,13 +219,14 @@ def quantize(predictor: Predictor, scheme: dict) -> None:
 
 
 def asked(layers: Iterable[int], inputs: str, shared: int) -> tuple[list[int], list[int]]:
-    """The `inputs` and `pairs` that `layer_states` is asked for, where maps read auxiliary `layers`."""
+    """The arguments `inputs` and `pairs` for `layer_states`, where the maps read the auxiliary layers `layers`."""
     read = sorted(set(layers))
     return (read, list(range(shared))) if inputs == "hidden" else ([], sorted({*read, *range(shared)}))
 
 
 def reading(layers: Iterable[int], inputs: str, shared: int, states: tuple[list[mx.array], Pairs]) -> Reading:
-    """What `layer_states` gave for `asked` of the same arguments, in the predictor's form."""
+    """`states`, the result of `layer_states` for the arguments that `asked` returns, as a `Reading`. The other
+    arguments are those of `asked`."""
     read, (rows, pairs) = sorted(set(layers)), states
     if inputs == "hidden":
         return Reading({j: (x, x) for j, x in zip(read, rows, strict=True)}, pairs)
@@ -207,13 +235,13 @@ def reading(layers: Iterable[int], inputs: str, shared: int, states: tuple[list[
 
 
 def merged(pair: tuple[mx.array, mx.array]) -> tuple[mx.array, mx.array]:
-    """Raw keys and values of a layer → the features that are these themselves."""
+    """Raw keys and values (B, G, S, E) of a layer → the features (B, S, G·E) of the inputs `own`."""
     keys, values = pair
     return merge_heads(keys), merge_heads(values)
 
 
 def identity(shapes: Shapes) -> Predictor:
-    """The predictor that returns what it is given, for models of one shape."""
+    """The predictor that returns the auxiliary's keys and values unchanged, for two models of the same `shapes`."""
     predictor = Predictor(shapes, shapes, range(len(shapes)))
     for each in (*predictor.key_maps, *predictor.value_maps):
         each.weight, each.bias = mx.eye(each.weight.shape[0]), mx.zeros(each.bias.shape)
@@ -221,7 +249,8 @@ def identity(shapes: Shapes) -> Predictor:
 
 
 def check_map(layer_map: Sequence[int], auxiliary: int, base: int) -> None:
-    """Refuse a map that does not name one of `auxiliary` layers for each of `base` layers."""
+    """Raises MlxeffError unless `layer_map` names one of the `auxiliary` layers for each of the `base` layers.
+    `auxiliary` and `base` are the numbers of layers."""
     if len(layer_map) != base:
         raise MlxeffError(f"layer map: wanted an auxiliary layer for each of {base} base layers, got {len(layer_map)}")
     for i, j in enumerate(layer_map):
@@ -241,12 +270,12 @@ def split_heads(rows: mx.array, shape: tuple[int, int]) -> mx.array:
 
 
 def _arrays(predictor: Predictor) -> list[mx.array]:
-    """The parameters of all maps."""
+    """The arrays of all maps."""
     return [array for pair in predictor.maps for each in pair for array in each.parameters().values()]
 
 
 def _product(each: nn.Module, rows: mx.array, compute: str) -> mx.array:
-    """Rows (B, S, P) → (B, S, G·E) by a map."""
+    """The map `each` applied to its input `rows` (B, S, P): (B, S, G·E)."""
     return each(rows, compute) if isinstance(each, QuantizedLinear) else each(rows)
 
 

@@ -1,16 +1,19 @@
-"""Text that a model writes by itself: a predictor can be fitted on it where no other text is given."""
+"""Token sequences that are sampled from a model, to fit a predictor on where no text is given. Knows no tokenizer."""
 
 import mlx.core as mx
 
 from ..ops import log_softmax
 from ..sampling import make_sampler
 
-BATCH = 16  # sequences at once
+BATCH = 16  # sequences that are sampled together
 
 
 def sample(model, start: int, tokens: int, length: int, seed: int) -> list[list[int]]:
-    """Sequences of `length` token ids, `tokens` in all; the last one may be shorter. Each begins with the token `start`
-    and goes on with tokens that are drawn from the model at temperature 1. The same seed draws the same tokens."""
+    """Sequences of `length` token ids each, with `tokens` token ids in all; the last sequence may be shorter.
+
+    Each begins with the token `start`, followed by tokens sampled from the model at temperature 1. The same `seed`
+    gives the same sequences.
+    """
     mx.random.seed(seed)
     lengths = [min(length, tokens - at) for at in range(0, tokens, length)]
     drawn = []
@@ -22,7 +25,7 @@ def sample(model, start: int, tokens: int, length: int, seed: int) -> list[list[
 
 
 def _draw(model, start: int, batch: int, length: int) -> mx.array:
-    """Token ids (batch, length): sequences that are drawn at once."""
+    """Sample `batch` sequences of `length` tokens together: token ids (batch, length)."""
     sampler, cache = make_sampler(temp=1.0), model.new_cache()
     cache.reserve(length)
     ids = [mx.full((batch, 1), start, mx.uint32)]

@@ -1,7 +1,9 @@
-"""Gradient training of a pair: of the predictor, and of the auxiliary where it is tuned; the base is frozen.
+"""Training by gradient descent of a predictor, and of its auxiliary where that is tuned. The base is frozen.
 
-What is minimised is in `losses`, the loop and its checkpoint in `mlxeff.training`. Here are the settings of a pair's
-training, and how its batches are drawn: for a loss and a step's number, which tokens, and where a prompt ends in them.
+This module has the settings, and draws the batch of each step: which tokens, and where the prompt ends in them. The
+losses are in `losses`; the training loop, its optimiser and its checkpoint are in `mlxeff.training`. It knows neither
+text nor the files of a pair.
+
 Shapes: B batch, N tokens.
 """
 
@@ -19,11 +21,11 @@ from ..tuning import Tuned
 from .losses import LOSSES, Truth, loss, predicted_part, truth
 from .predictor import Predictor, Reading
 
-ANSWER = 8  # the most tokens that continue a prompt which ends at a given place
+ANSWER = 8  # the longest continuation, in tokens, of a prompt that ends at one of the given `ends`
 
 
 class Trained(nn.Module):
-    """All that training changes."""
+    """All modules whose weights are trained: the predictor, and the tuned modules of the auxiliary, if any."""
 
     def __init__(self, predictor: Predictor, tuned: Tuned | None = None):
         super().__init__()
@@ -34,11 +36,12 @@ class Trained(nn.Module):
 
 @dataclass(frozen=True)
 class Training(training.Training):
-    """The settings of a pair's training.
+    """The settings of training a pair, beside those of every training.
 
-    loss: one of LOSSES. continuation: the tokens C that `distill` continues a prompt with; the prompt takes from half
-    of the rest of a sequence up to all of it. consistency: λ, None for the loss's own (`losses`). auxiliary_loss: α,
-    for a tuned auxiliary.
+    loss            one of LOSSES
+    continuation    C, the tokens that follow a predicted prompt in `distill`
+    consistency     λ; None: the default of the loss (see `losses`)
+    auxiliary_loss  α, for a tuned auxiliary
     """
 
     loss: str = "paper"
@@ -58,13 +61,15 @@ def train(
     tuned: Tuned | None = None,
     ends: Sequence[int] = (),
 ) -> list[float]:
-    """Train `predictor` in place, and with it the modules of `tuned`, if the auxiliary is tuned; returns the loss of
+    """Train `predictor` in place, and with it the modules of `tuned` where the auxiliary is tuned. Returns the loss of
     each step.
 
-    sequences: token ids; only those of the largest length are used.
-    ends: for `distill`, places where the prompts of every other step end. They count the tokens of the sequences that
-    are used, one after the other; a prompt ends before the token of that number.
-    checkpoint, progress: as of `mlxeff.training.train`, also for what is raised.
+    sequences             token ids; only the longest sequences, which have one length, are used
+    ends                  for `distill`: where the prompts of every other step end, as positions in the used sequences
+                          joined one after the other; a prompt ends before the token at such a position
+    checkpoint, progress  as in `mlxeff.training.train`
+
+    Raises MlxeffError for settings out of range and sequences that are too short, and as `mlxeff.training.train`.
     """
     check(sequences, settings)
     rows, trained, ends = _longest(sequences), Trained(predictor, tuned), np.array(sorted(ends), dtype=np.int64)
@@ -80,7 +85,7 @@ def train(
 
 
 def check(sequences: Sequence[Sequence[int]], settings: Training) -> None:
-    """Refuse settings that are out of range, and sequences that are too short for them."""
+    """Raises MlxeffError for settings out of range, and for sequences that are too short for them."""
     if settings.loss not in LOSSES:
         raise MlxeffError(f"training: wanted a loss of {', '.join(LOSSES)}, got {settings.loss!r}")
     if settings.continuation < 1:
@@ -92,17 +97,18 @@ def check(sequences: Sequence[Sequence[int]], settings: Training) -> None:
 
 
 def _longest(sequences: Sequence[Sequence[int]]) -> np.ndarray:
-    """The sequences of the largest length, (…, N + 1)."""
+    """The token ids of the longest sequences: (their number, their length)."""
     length = max(map(len, sequences))
     return np.array([list(ids) for ids in sequences if len(ids) == length], dtype=np.int32)
 
 
 def _batch(rows: np.ndarray, settings: Training, ends: np.ndarray, index: int) -> tuple[mx.array, int]:
-    """The tokens (B, N + 1) of the step of number `index`, and how many of them continue a prompt: 0 for `paper`.
+    """The tokens (B, N + 1) of step `index`, and the length C of their continuation, 0 for `paper`.
 
-    For `paper` a batch is some of the `rows`. For `distill` it is pieces of the rows joined to one text, all of one
-    length, from half of a row's to all of it. In every other step their prompts end at some of the places `ends`, and
-    at most ANSWER tokens follow: the answers to the prompts, each of which weighs more than in a long continuation.
+    For `paper` a batch consists of random `rows`. For `distill` it consists of random pieces of all rows, joined to one
+    text. The pieces have one length, which is drawn for each step: between half of a row and a whole one, unless the
+    continuation needs more. In every other step the prompts end at some of the positions `ends`, where answers begin,
+    and at most ANSWER tokens follow: in a short continuation the first tokens of an answer weigh more.
     """
     chooser, flat = np.random.default_rng([settings.seed, index]), rows.reshape(-1)
     if settings.loss == "paper":
@@ -112,7 +118,7 @@ def _batch(rows: np.ndarray, settings: Training, ends: np.ndarray, index: int) -
         int(chooser.integers(1, min(ANSWER, settings.continuation) + 1)) if at_ends else settings.continuation
     )
     length = chooser.integers(max(settings.continuation + 3, rows.shape[1] // 2), rows.shape[1] + 1)
-    # A prompt ends before `end`: in a piece its last token, the continuation and one token more are not predicted.
+    # A piece holds the prompt, which ends before position `end`, the continuation, and one more token, a target only.
     least, most = length - continuation - 1, len(flat) - continuation
     places = ends[(ends >= least) & (ends < most)] if at_ends else ()
     end = chooser.choice(places if len(places) else np.arange(least, most), settings.batch)
@@ -120,10 +126,10 @@ def _batch(rows: np.ndarray, settings: Training, ends: np.ndarray, index: int) -
 
 
 def _step(trained: Trained, auxiliary, base, settings: Training) -> Callable:
-    """The function (tokens (B, N + 1), continuation) → (loss, gradients).
+    """The function (tokens (B, N + 1), length of the continuation) → (loss, gradients) of one training step.
 
-    The passes of frozen models run outside of the function that is differentiated: the base's own pass, and that of an
-    auxiliary which is not tuned.
+    The forward passes without gradients run outside of the differentiated function: the pass of the base that computes
+    the targets, and the pass of an auxiliary that is not tuned.
     """
     usual = 1 / len(base.layers) if settings.loss == "paper" else 0.0
     consistency = usual if settings.consistency is None else settings.consistency
