@@ -1,5 +1,5 @@
-"""`mlxeff convert`: turns a checkpoint of any family that mlxeff reads into a folder that mlxeff loads, and stock mlx-lm,
-too, unless the weights are encoded by SeedLM. Imported as `mlxeff.convert`.
+"""`mlxeff convert`: turns a checkpoint of any family that mlxeff reads into a folder that mlxeff loads. Stock mlx-lm
+loads the folder, too, unless its weights are encoded by SeedLM. Imported as `mlxeff.convert`.
 
 openelm, llama, gguf  one module for each source family: reads the config, and the weights under the model's names
 plan                  compares the weights with the model, and plans how each is cast and quantised
@@ -61,10 +61,10 @@ def convert(
     tokenizer           the folder or file of the tokenizer; None: beside the weights
     progress            called with (bytes written, bytes in total)
     seedlm              3, 4 or 4.5 bits a weight: encode the linear layers by SeedLM
-    keep                exceptions as pairs (part of a module's name, bits). With `seedlm`: modules that are not encoded,
-                        but quantised in affine groups of 64 or 32 weights, or with 16 bits kept as stored; by default
-                        the embedding and the output head in 8 bits. With `quantize`: modules with other bits, where 16
-                        means dense; by default none.
+    keep                exceptions as pairs (part of a module's name, bits). With `seedlm`: modules that are not
+                        encoded, but quantised in affine groups of 64 or 32 weights, or with 16 bits kept as stored; by
+                        default the embedding and the output head in 8 bits. With `quantize`: modules with other bits,
+                        where 16 means dense; by default none.
     data_free           encode without calibration: minimise the error of the weights, not that of the layers' outputs
     calibrate           the text file for calibration; None: a text that comes with the package
     calibration_tokens  how many tokens of the text are used

@@ -1,6 +1,7 @@
-"""What stands beside the weights in a converted folder: config.json with its provenance, and the tokenizer's files.
+"""The files beside the weights in a converted folder: config.json, which tells the folder's origin, and the
+tokenizer's files.
 
-File names: Hugging Face's. Knows nothing of tensors.
+The file names are those of Hugging Face. This module knows nothing about tensors.
 """
 
 import hashlib
@@ -17,7 +18,7 @@ from ..tokenizer import Tokenizer, from_folder, from_gguf
 from .plan import Options
 
 FORMAT_VERSION = 1
-VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")  # one of these makes a tokenizer
+VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")  # every tokenizer has at least one of these
 COMPANIONS = (
     "merges.txt",
     "tokenizer_config.json",
@@ -26,8 +27,9 @@ COMPANIONS = (
     "chat_template.jinja",
     "chat_template.json",
 )
-TEMPLATES = "additional_chat_templates"  # a folder with further ones
-# For OpenELM, whose release has no tokenizer: what stock mlx-lm needs beside Llama 2's tokenizer.model.
+TEMPLATES = "additional_chat_templates"  # a folder of further chat templates
+# tokenizer_config.json for OpenELM, whose release has no tokenizer of its own and uses that of Llama 2. Stock mlx-lm
+# needs this file beside tokenizer.model.
 LLAMA_TOKENIZER = {
     "tokenizer_class": "LlamaTokenizer",
     "add_bos_token": True,
@@ -41,7 +43,8 @@ LLAMA_TOKENIZER = {
 
 @dataclass(frozen=True)
 class TokenizerFiles:
-    """The files to copy; or, for a GGUF file without any, the tokenizer in its metadata."""
+    """Where the tokenizer comes from: files to copy, or (`metadata`) the metadata of a GGUF file. With neither, there
+    is none."""
 
     files: tuple[Path, ...]
     metadata: bool = False
@@ -52,12 +55,13 @@ class TokenizerFiles:
 
     @staticmethod
     def target(file: Path) -> Path:
-        """Where a file belongs in the converted folder."""
+        """The path of a file in the converted folder, relative to this folder."""
         return Path(TEMPLATES, file.name) if file.parent.name == TEMPLATES else Path(file.name)
 
 
 def find_tokenizer(source: Source, tokenizer: str | Path | None) -> TokenizerFiles:
-    """The tokenizer's files in `tokenizer`, a folder or file (None: beside the weights). Raises MlxeffError."""
+    """The tokenizer's files in the folder `tokenizer`, or this one file; None: those beside the weights, or the
+    metadata of a GGUF file. Raises MlxeffError where the folder named by the user has no tokenizer."""
     place = Path(tokenizer) if tokenizer else source.path if source.path.is_dir() else source.path.parent
     if tokenizer and place.is_file():
         return TokenizerFiles((place,))
@@ -72,8 +76,8 @@ def find_tokenizer(source: Source, tokenizer: str | Path | None) -> TokenizerFil
 
 
 def calibration_tokenizer(source: Source, tokens: TokenizerFiles, config: dict) -> Tokenizer:
-    """The tokenizer that the converted folder will have, to read a calibration text with. Raises MlxeffError where it
-    will have none."""
+    """The tokenizer that the converted folder will have, to split the calibration text into tokens. `config` is the
+    model's. Raises MlxeffError where no tokenizer was found."""
     if tokens.metadata:
         return from_gguf(source.metadata, str(source.path))
     if not tokens.files:
@@ -82,7 +86,7 @@ def calibration_tokenizer(source: Source, tokens: TokenizerFiles, config: dict) 
 
 
 def write(folder: Path, config: dict, tokens: TokenizerFiles, source: Source) -> None:
-    """config.json, the tokenizer and generation_config.json into `folder`."""
+    """Write config.json, the tokenizer, and a copy of the source's generation_config.json, if any, into `folder`."""
     _write_json(folder / "config.json", config)
     for file in tokens.files:
         target = folder / tokens.target(file)
@@ -107,7 +111,7 @@ def _write_json(path: Path, value: dict) -> None:
 
 
 def _tag(value):
-    """Floats that JSON lacks, as transformers tags them."""
+    """`value` with each infinite float and NaN, which JSON lacks, in the form {"__float__": …} of transformers."""
     if isinstance(value, dict):
         return {key: _tag(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -118,7 +122,8 @@ def _tag(value):
 
 
 def provenance(source: Source, options: Options) -> dict:
-    """Where the folder comes from. Of several files the hash is that of their sha256sum listing."""
+    """The entry `mlxeff` of config.json: source, its SHA-256, options and version. For a source of several files, the
+    hash is that of the text which the command sha256sum prints for them."""
     digests = {file.name: _sha256(file) for file in source.files}
     listing = "".join(f"{digest}  {name}\n" for name, digest in digests.items())
     whole = next(iter(digests.values())) if len(digests) == 1 else hashlib.sha256(listing.encode()).hexdigest()
@@ -140,7 +145,7 @@ def _sha256(path: Path) -> str:
 
 
 def free_bytes(destination: Path) -> int:
-    """Free bytes where `destination` will stand."""
+    """Free bytes on the disk of `destination`, which need not exist yet."""
     place = destination.absolute().parent
     while not place.exists():
         place = place.parent

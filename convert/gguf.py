@@ -1,4 +1,5 @@
-"""GGUF files: names, config and row order by `models.gguf`; blocks that MLX can hold stay quantised."""
+"""The source family of GGUF files. `models.gguf` translates config and names, and restores the order of rows. Quantised
+blocks stay quantised where MLX has the same form; others are read as dense weights. This module writes nothing."""
 
 import mlx.core as mx
 
@@ -14,7 +15,7 @@ def recognises(source: Source) -> bool:
 
 def read(source: Source) -> Family:
     config = config_from_gguf(source)
-    if "tokenizer.ggml.tokens" in source.metadata:  # the file may know some by their names only
+    if "tokenizer.ggml.tokens" in source.metadata:  # the vocabulary may have end tokens that no other entry names
         ends = end_ids(source.metadata, str(source.path))
         config |= {"eos_token_id": ends if len(ends) > 1 else ends[0]} if ends else {}
     found = parameters(source, config["num_attention_heads"], config["num_key_value_heads"])

@@ -1,9 +1,13 @@
-"""CoreNet's KV Prediction checkpoints: one state dict of base, auxiliary and predictor -> a pair's folder, with the two
-models as folders `base` and `auxiliary` in it.
+"""Converts CoreNet's checkpoints of KV Prediction. A checkpoint is one state dict of base, auxiliary and predictor. The
+result is the folder of a pair (`kvprediction.files`), in which the folders `base` and `auxiliary` hold the two models.
 
-Source: CoreNet's kv_prediction.py, whose spelling `predicter` is kept there. Names: `base.*` and `auxiliary.*` as in an
-OpenELM's own checkpoint, `predicter.auxkv_to_basekv.{key,value}_transforms.{i}.{weight,bias}`. The layer map is not in
-the file: it is the published one for an auxiliary of this shape.
+Names of the tensors, as in CoreNet's kv_prediction.py, which spells "predicter":
+
+base.*, auxiliary.*   the two models, as in a checkpoint of OpenELM
+predicter.auxkv_to_basekv.{key,value}_transforms.{i}.{weight,bias}   the maps to base layer i
+
+The file has no layer map: the published one for an auxiliary of this shape is used. Both models are OpenELMs, which
+`openelm` reads.
 """
 
 import re
@@ -34,7 +38,11 @@ def recognises(source: Source) -> bool:
 def convert_pair(
     source: Source, destination: Path, options: Options, tokenizer: str | Path | None, dry_run: bool
 ) -> Report:
-    """Write the pair, or with `dry_run` only report. Raises MlxeffError; `destination` is then not made."""
+    """Convert the pair into the new folder `destination`; with `dry_run` only report what would be done.
+
+    `options` apply to the two models. Raises MlxeffError for SeedLM options, and where the source is damaged or the
+    destination cannot be written; `destination` then does not exist.
+    """
     if options.seedlm:
         raise MlxeffError(f"{source.path}: a pair of KV prediction: wanted no seedlm, got {options.seedlm.format.name}")
     if options.dtype or options.bits:
@@ -74,7 +82,7 @@ def _check_names(source: Source) -> None:
 
 
 def _model(source: Source, part: str, options: Options) -> Conversion:
-    """What has to be written for `part`, as if its tensors were a checkpoint of their own."""
+    """The plan of the conversion of one model, `part` of PARTS."""
     prefix = f"{part}."
     tensors = {
         _plain(name).removeprefix(prefix): tensor
@@ -99,8 +107,11 @@ def _predictor(source: Source, base: dict, auxiliary: dict) -> Predictor:
 
 
 def layer_map(base: dict, auxiliary: dict) -> list[int]:
-    """The published map for configs of these shapes. An auxiliary as wide as the base is layers of it, of which the
-    published models keep a quarter, a half or three quarters."""
+    """The published layer map for models with the configs `base` and `auxiliary`.
+
+    An auxiliary of the base's hidden size consists of base layers: a quarter, a half or three quarters of them. Any
+    other is a smaller model. Raises MlxeffError for other numbers of layers.
+    """
     count, kept = base["num_transformer_layers"], auxiliary["num_transformer_layers"]
     if base["model_dim"] != auxiliary["model_dim"]:
         return spread_map(kept, count)
@@ -113,7 +124,7 @@ def layer_map(base: dict, auxiliary: dict) -> list[int]:
 
 
 def _write(source: Source, place: Path, conversion: Conversion, tokens: folder.TokenizerFiles, proof: dict) -> str:
-    """One model's folder; returns its fingerprint. Only the base has use for a tokenizer."""
+    """Write the folder `place` of one model, and return its fingerprint. Only the base gets the tokenizer."""
     base = place.name == "base"
     if base and not tokens.found:
         notices.warning(f"{source.path}: no tokenizer found, {place.name} has none: name one with --tokenizer")

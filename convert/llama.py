@@ -1,7 +1,7 @@
-"""Hugging Face and mlx-lm folders of the dense decoder family: the names stay; quantised modules are taken as they are.
+"""The source family of Hugging Face and mlx-lm folders with a config.json: dense decoders such as Llama, and OpenELM.
 
-Also serves OpenELM folders with a config.json, whose names need no change either. Sources: the config.json and names of
-those releases.
+The names of the tensors need no change. Matrices that MLX quantised or SeedLM encoded are read in their stored form.
+Sources for names and keys: the published checkpoints. This module writes nothing.
 """
 
 import mlx.core as mx
@@ -19,7 +19,8 @@ def recognises(source: Source) -> bool:
 
 
 def read(source: Source) -> Family:
-    """Raises MlxeffError for quantisation that is not MLX's."""
+    """The config and the weights of a source. Raises MlxeffError for a checkpoint that other software than MLX
+    quantised, and for damaged entries of config.json."""
     config = {
         key: value for key, value in source.config.items() if key not in ("auto_map", "mlxeff", "quantization_config")
     }
@@ -33,7 +34,8 @@ def read(source: Source) -> Family:
 
 
 def weights(source: Source, config: dict) -> list[Weight]:
-    """One Weight a parameter; the scales and biases of a quantised module belong to its weight."""
+    """One `Weight` for each parameter. The scales and biases of a quantised matrix are parts of its `Weight`. Raises
+    MlxeffError for a quantised matrix without a group size, and for missing parts."""
     packed = {name.rpartition(".")[0] for name in source.tensors if name.endswith(".scales")}
     parts = {f"{module}.{kind}" for module in packed for kind in ("scales", "biases")}
     seeded = read_entry(config["seedlm"], str(source.path)) if "seedlm" in config else {}
@@ -81,7 +83,7 @@ def _packed(source: Source, config: dict, module: str) -> Weight:
 
 
 def _seeded(source: Source, module: str, fmt: BlockFormat, rows: int, cols: int) -> Weight:
-    """A matrix in SeedLM blocks."""
+    """The matrix of `module` in SeedLM blocks of the format `fmt`, with `rows` rows and `cols` columns."""
     names = [f"{module}.{kind}" for kind in fmt.arrays(rows, cols)]
     if missing := [name for name in names if name not in source.tensors]:
         raise MlxeffError(f"{source.path}: missing {len(missing)} tensors: {some(missing)}")

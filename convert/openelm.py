@@ -1,9 +1,9 @@
-"""Apple's OpenELM: CoreNet's flat state dicts (`checkpoint_average.pt`, no config) and Hugging Face folders -> one
-layout.
+"""The source family of Apple's OpenELM: Hugging Face folders, and CoreNet's state dicts (`checkpoint_average.pt`).
 
-Sources: CoreNet's general_gpt.py for names, shapes and the layer-wise scaling rule; apple/OpenELM's config.json for the
-keys. The size is read off the shapes. CoreNet pads the vocabulary of 32000 to 32128 rows; the padding is cut, as in
-Apple's release.
+CoreNet's files have no config: it is derived from the shapes of the tensors. CoreNet pads the vocabulary of 32000
+tokens to 32128 rows; the padding is cut off, as in Apple's release on Hugging Face. Sources: CoreNet's general_gpt.py
+for names, shapes and the rule for layer-wise scaling; the config.json of apple/OpenELM for the keys. This module writes
+nothing.
 """
 
 import re
@@ -28,7 +28,7 @@ def recognises(source: Source) -> bool:
 
 
 def read(source: Source) -> Family:
-    """Raises MlxeffError if the shapes are not those of an OpenELM."""
+    """The config and the weights of a source. Raises MlxeffError where the shapes are not those of an OpenELM."""
     if llama.recognises(source):
         return llama.read(source)
     tensors = {_plain(name): tensor for name, tensor in source.tensors.items()}
@@ -37,7 +37,8 @@ def read(source: Source) -> Family:
 
 
 def _plain(name: str) -> str:
-    """CoreNet's own name, without what data-parallel training or a Hugging Face export put before it."""
+    """The name of a tensor in CoreNet's model, without the prefixes "module." of data-parallel training and
+    "transformer." of a Hugging Face export."""
     return name.removeprefix("module.").removeprefix(PREFIX)
 
 
@@ -53,7 +54,8 @@ def _weight(name: str, tensor: Tensor) -> Weight:
 
 
 class _Shapes:
-    """Shapes by CoreNet's names, with the complaint if one is absent."""
+    """The shapes of the tensors, by CoreNet's names. Raises MlxeffError for a missing tensor and for a wrong number of
+    dimensions."""
 
     def __init__(self, source: Source, tensors: dict[str, Tensor]):
         self.origin, self.tensors = source.path.name, tensors
@@ -78,14 +80,15 @@ class _Shapes:
 
 
 def config_from_shapes(source: Source, tensors: dict[str, Tensor]) -> dict:
-    """Hugging Face's config.json of the OpenELM that has tensors of these shapes."""
+    """The config.json, with Hugging Face's keys, of the OpenELM whose tensors have these shapes. `tensors` are named as
+    in CoreNet; `source` is for messages. Raises MlxeffError where no OpenELM has these shapes."""
     shapes = _Shapes(source, tensors)
     layers, (rows, model_dim) = shapes.layers(), shapes.get(EMBEDDING, 2)
     (head_dim,) = shapes.get("layers.0.attn.q_norm.weight", 1)
     heads = [_heads(shapes, i, head_dim) for i in range(layers)]
     widths = [shapes.get(f"layers.{i}.ffn.proj_2.weight", 2)[1] for i in range(layers)]
     ratios, divisor = _ffn_multipliers(widths, model_dim)
-    return published_config("270M") | {  # the published sizes share what the shapes do not tell
+    return published_config("270M") | {  # the keys that shapes do not determine are the same for all published sizes
         "num_transformer_layers": layers,
         "model_dim": model_dim,
         "head_dim": head_dim,
@@ -101,7 +104,8 @@ def config_from_shapes(source: Source, tensors: dict[str, Tensor]) -> dict:
 
 
 def _heads(shapes: _Shapes, layer: int, head_dim: int) -> tuple[int, int]:
-    """(query heads, KV heads) of a layer: qkv_proj has rows for q, k and v heads, out_proj columns for q heads."""
+    """(Number of query heads, number of KV heads) of a layer. The rows of qkv_proj belong to query, key and value
+    heads, the columns of out_proj to query heads."""
     rows = shapes.get(f"layers.{layer}.attn.qkv_proj.weight", 2)[0]
     columns = shapes.get(f"layers.{layer}.attn.out_proj.weight", 2)[1]
     queries, groups = columns // head_dim, (rows - columns) // (2 * head_dim)
@@ -114,7 +118,9 @@ def _heads(shapes: _Shapes, layer: int, head_dim: int) -> tuple[int, int]:
 
 
 def _ffn_multipliers(widths: list[int], model_dim: int) -> tuple[list[float], int]:
-    """The published rule (0.5 to 4.0, multiples of 256) if it gives these widths, else their plain ratios."""
+    """(`ffn_multipliers`, `ffn_dim_divisor`) for feed-forward networks of these `widths`: those of the published rule
+    (multipliers from 0.5 to 4.0, widths rounded to multiples of 256) where it gives these widths, otherwise the ratios
+    of the widths to `model_dim`."""
     published = multipliers((0.5, 4.0), len(widths))
     if [make_divisible(ratio * model_dim, 256) for ratio in published] == widths:
         return published, 256

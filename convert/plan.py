@@ -38,8 +38,8 @@ class Weight:
     dtype, shape  of the dense array; for a quantised one `dtype` is that of its scales
     nbytes        bytes in the source
     read          returns the stored arrays: one for a dense weight, the parts of a quantised or encoded one otherwise
-    packed        for a quantised or encoded weight the specs of its parts in the order of `read`, e.g. of weight, scales
-                  and biases; otherwise empty
+    packed        for a quantised or encoded weight the specs of its parts (weight, scales, biases) in the order of
+                  `read`; otherwise empty
     decode        computes the dense matrix, in float32, from the parts; None for a dense weight
     form          how the source stores a weight of reduced precision, such as "affine 4 bits" or "Q4_0"; otherwise ""
     """
@@ -126,8 +126,8 @@ class Conversion:
         return sum(len(piece.specs) for piece in self.pieces)
 
     def refuse_differences(self, origin: str | Path) -> None:
-        """Raises MlxeffError unless the source has exactly the tensors of the model, in their shapes. `origin` names the
-        source in the message."""
+        """Raises MlxeffError unless the source has exactly the tensors of the model, in their shapes. `origin` names
+        the source in the message."""
         if self.missing:
             raise MlxeffError(f"{origin}: missing {len(self.missing)} tensors: {some(self.missing)}")
         if self.unexpected:
@@ -268,8 +268,8 @@ def _chosen_job(
 
 
 def _all_dense(weights: list[Weight], options: Options) -> list[Weight]:
-    """The weights, with dense ones in place of quantised ones. Warns where quantised weights are quantised again. Raises
-    MlxeffError where there is nothing to dequantise."""
+    """The weights, with dense ones in place of quantised ones. Warns where quantised weights are quantised again.
+    Raises MlxeffError where there is nothing to dequantise."""
     forms = Counter(weight.form for weight in weights if weight.form)
     if not forms and options.dequantize:
         raise MlxeffError("convert: dequantize: wanted a checkpoint that is quantised, got dense weights")

@@ -1,7 +1,9 @@
-"""Which matrices of a model are quantised, and how: one scheme for all, mlx-lm's recipes of two widths, and exceptions.
+"""Which matrices of a model are quantised, and with how many bits: all with the same number, or by a recipe that gives
+some of them more bits; with exceptions that the user names.
 
-Sources: mlx-lm's `convert` for the rule (every linear layer and embedding whose rows the group size divides) and for
-the recipes, which are near llama.cpp's Q4_K_M.
+A scheme is the dict of arguments for `mx.quantize`: group_size, bits and mode. Source: `convert` of mlx-lm, both for
+the rule (every linear layer and embedding whose row length the group size divides) and for the recipes, which resemble
+Q4_K_M of llama.cpp. This module quantises nothing itself.
 """
 
 from typing import TYPE_CHECKING
@@ -14,12 +16,12 @@ from ..ops import BITS, GROUPS
 if TYPE_CHECKING:
     from .plan import Options, Weight
 
-# Name → (bits of most matrices, bits of the head and, in some layers, of value and down projections).
+# Name → (bits of most matrices; bits of the output head, and of the value and down projections in some layers).
 RECIPES = {"mixed_2_6": (2, 6), "mixed_3_4": (3, 4), "mixed_3_6": (3, 6), "mixed_4_6": (4, 6)}
 
 
 def check(options: "Options") -> None:
-    """Raises MlxeffError for bits and group sizes that MLX does not have."""
+    """Raises MlxeffError for bits and group sizes that MLX does not support."""
     if options.bits and (options.bits not in BITS or options.group_size not in GROUPS):
         got = f"{options.bits}:{options.group_size}"
         raise MlxeffError(
@@ -31,8 +33,8 @@ def check(options: "Options") -> None:
 
 
 def schemes(model: nn.Module, weights: list["Weight"], options: "Options") -> dict[str, dict]:
-    """Module name → bits, group_size and mode, of the matrices to quantise; says which stay dense because the group
-    size does not divide their columns. Raises MlxeffError for a `keep` that names nothing."""
+    """Module name → scheme, for each matrix to quantise. Warns of matrices that stay dense because the group size does
+    not divide their number of columns. Raises MlxeffError for a name in `keep` that no matrix has."""
     matrices = {name for name, module in model.named_modules() if hasattr(module, "to_quantized")}
     found, dense, used = {}, {}, set()
     for weight in weights:
@@ -61,7 +63,8 @@ def schemes(model: nn.Module, weights: list["Weight"], options: "Options") -> di
 
 
 def entry(found: dict[str, dict], options: "Options") -> dict | None:
-    """The entry `quantization` of config.json: the scheme of most matrices, and those that differ by their names."""
+    """The entry `quantization` of config.json: the default scheme, and for each module with another scheme an entry
+    under its name. None without quantisation."""
     if not options.bits:
         return None
     default = {"group_size": options.group_size, "bits": options.bits, "mode": "affine"}
@@ -69,8 +72,8 @@ def entry(found: dict[str, dict], options: "Options") -> dict | None:
 
 
 def _bits(module: str, layers: int, options: "Options") -> int:
-    """The bits of a matrix without a `keep`. A recipe gives more bits to the head, and to the value and down
-    projections of the first and last eighth of the layers and of every third one between."""
+    """The bits of a matrix that `keep` does not name. A recipe gives more bits to the output head, and to the value and
+    down projections in the first and the last eighth of the layers, and in every third layer between them."""
     if options.recipe is None:
         return options.bits
     low, high = RECIPES[options.recipe]

@@ -1,16 +1,16 @@
-"""What a conversion did, or in a dry run would do; as lines to print or as a dict for JSON. Computes nothing."""
+"""The report of a conversion, or of a dry run of one: lines of text, or a dict for JSON. It computes nothing."""
 
 from dataclasses import asdict, dataclass
 
 from ..errors import some
 
-SHOWN = 20  # differences listed one by one
+SHOWN = 20  # how many differences of each kind are listed one by one
 
 
 @dataclass
 class Report:
-    """Sizes in bytes. `changes` are (tensor, shape, dtype before, dtype after), `wrong_shape` (tensor, the model's, the
-    source's shape)."""
+    """The facts of a conversion. Fields that end with `bytes` are sizes in bytes; `peak_bytes` is the memory for the
+    weight that needs the most. The differences between source and model are described in `plan.Conversion`."""
 
     source: str
     destination: str
@@ -31,19 +31,19 @@ class Report:
     shards: int
     tokenizer: list[str]
     written: bool
-    encoding: dict | None = None  # of SeedLM: modules, weights, bits_per_weight, kept, encoder, errors by module
+    encoding: dict | None = None  # `seedlm.Choice.report`; None without SeedLM
 
     @property
     def ok(self) -> bool:
-        """True if every tensor of the model is there, of its shape, and no other."""
+        """Whether the source has exactly the tensors of the model, in their shapes."""
         return not (self.missing or self.unexpected or self.wrong_shape)
 
     def as_dict(self) -> dict:
-        """Everything, of JSON types."""
+        """All fields and `ok`, in types that JSON has."""
         return asdict(self) | {"ok": self.ok}
 
     def lines(self) -> list[str]:
-        """The report as text, one fact a line."""
+        """The report as lines of text, one fact on each line."""
         verb = "converted" if self.written else "would convert"
         options = ", ".join(f"{key} {value}" for key, value in self.options.items() if value is not None) or "as stored"
         count = f"{self.parameters:,} parameters in {self.tensors} tensors"

@@ -1,10 +1,16 @@
-"""Which modules of a model become seed-encoded and which stay, and the search, layer by layer.
+"""The conversion of a model to SeedLM: the choice of the modules to encode, and the encoding, layer by layer.
 
-Every linear layer is encoded but those named by `keep`: by default the embedding and the head, in 8-bit affine groups.
-A kept module that is quantised already, with no more bits, stays as it is. With calibration, windows of a text run
-through the layers one after the other (`mlxeff.calibration`): the inputs of a layer, computed by the encoded layers
-before it, give the Gram matrices that its encoder weighs errors by (as GPTQ does, arXiv 2210.17323). In memory are the
-text's hidden states between two layers, and the weights of one layer.
+Every linear layer and embedding is encoded, but for the modules that `keep` names: by default the embedding and the
+output head, which are quantised in affine groups with 8 bits. A kept module that the source stores quantised, with no
+more bits than asked for, is not changed.
+
+Encoding is data-free, or calibrated on a text. For calibration, windows of the text run through the layers one after
+the other (`mlxeff.calibration`). The inputs of a layer, as the encoded layers before it compute them, give the Gram
+matrices by which the encoder weights errors, as GPTQ does (Frantar et al., arXiv 2210.17323). Memory holds the hidden
+states of the text between two layers, and the weights of one layer.
+
+The search for the blocks is in `mlxeff.seedlm.encode`, and the finished layers are kept by `store`. Shapes: W windows,
+T tokens of a window, D inputs of a linear layer.
 """
 
 import math
@@ -29,21 +35,25 @@ from .plan import Weight
 from .store import Store
 
 KEEP = (("embed", 8), ("lm_head", 8))
-KEEP_BITS = (*BITS, 16)  # 16: as stored
+KEEP_BITS = (*BITS, 16)  # 16: not quantised further than in the source
 
 
 @dataclass(frozen=True)
 class SeedOptions:
-    """How to encode.
+    """The options of the encoding.
 
-    bits: a name of seedlm.format.FORMATS. keep: (part of a module's name, bits) of modules that are not encoded.
-    tokens: how many tokens of text to calibrate on, 0 for the data-free method.
+    bits         the name of a block format in seedlm.format.FORMATS: bits a weight
+    keep         (part of a module's name, bits) of the modules that are not encoded
+    tokens       how many tokens of text calibrate the encoding; 0: data-free
+    calibration  name and hash of the text; None: data-free
+
+    Raises MlxeffError for unknown bits.
     """
 
     bits: str
     keep: tuple[tuple[str, int], ...] = KEEP
     tokens: int = 0
-    calibration: str | None = None  # name and hash of the calibration text
+    calibration: str | None = None
 
     def __post_init__(self):
         block_format(self.bits)
@@ -56,7 +66,8 @@ class SeedOptions:
         return block_format(self.bits)
 
     def choose(self, model: nn.Module, weights: list[Weight], config: dict) -> "Choice":
-        """What becomes of the matrices of `model`, the dense one that the config describes."""
+        """Choose the matrices to encode. `model` is the dense model that `config` describes, `weights` are those of the
+        source. Raises MlxeffError for a name in `keep` that no module has."""
         return _choose(model, weights, config, self)
 
     def as_dict(self) -> dict:
@@ -67,11 +78,11 @@ class SeedOptions:
 
 @dataclass(frozen=True)
 class Choice:
-    """What becomes of each matrix, by the name of its module. A matrix that is named nowhere here stays dense.
+    """How each matrix is written, by the name of its module. Matrices that are in none of the three tables stay dense.
 
-    seeded: format, rows and columns of the matrices to encode. kept: the schemes of `mx.quantize` of those that are
-    not encoded but quantised. requantised: of `kept`, those which the source holds in another form, with the scheme
-    that they have there, None for dense ones.
+    seeded       the matrices to encode: block format, rows, columns
+    kept         the matrices that are quantised instead: the arguments (scheme) for `mx.quantize`
+    requantised  those in `kept` that the source stores otherwise: their scheme in the source, None where it is dense
     """
 
     seeded: dict[str, tuple[BlockFormat, int, int]]
@@ -80,12 +91,12 @@ class Choice:
 
     @property
     def weights(self) -> int:
-        """How many weights are to be encoded."""
+        """The number of weights to encode."""
         return sum(rows * cols for _, rows, cols in self.seeded.values())
 
     def config(self) -> dict:
-        """What config.json says: the encoded modules, the commonest scheme of the kept ones, and an entry for each
-        module that has another scheme."""
+        """The entries of config.json: `seedlm` describes the encoded modules; `quantization` has the commonest scheme
+        of the kept modules, and an entry for each module with another scheme."""
         described = {"seedlm": install.entry(self.seeded)} if self.seeded else {}
         if schemes := list(self.kept.values()):
             default = max(schemes, key=schemes.count)
@@ -94,7 +105,8 @@ class Choice:
         return described
 
     def report(self, errors: dict[str, float], encoder: str | None) -> dict:
-        """Sizes, the kept modules, what computed the search (`encoder`), and the encoded modules' relative errors."""
+        """The entries for the report: sizes, the kept modules, `encoder`, the name of the backend that ran the search,
+        and `errors`, the relative error of each encoded module."""
         count = self.weights
         nbytes = sum(_nbytes(*each) for each in self.seeded.values())
         return {
@@ -113,7 +125,7 @@ def _nbytes(fmt: BlockFormat, rows: int, cols: int) -> int:
 
 
 def _choose(model: nn.Module, weights: list[Weight], config: dict, options: SeedOptions) -> Choice:
-    """Raises MlxeffError for a `keep` that names nothing."""
+    """See `SeedOptions.choose`."""
     matrices = {name for name, module in model.named_modules() if isinstance(module, (nn.Linear, nn.Embedding))}
     choice, used = Choice({}, {}, {}), set()
     for weight in weights:
@@ -133,8 +145,8 @@ def _choose(model: nn.Module, weights: list[Weight], config: dict, options: Seed
 
 
 def _scheme(weight: Weight, config: dict, bits: int) -> dict | None:
-    """How a matrix that is kept in `bits` bits is stored: in the source's own scheme where that has no more bits. None:
-    dense."""
+    """The scheme in which a matrix is kept with `bits` bits: that of the source where it has no more bits than these.
+    None: dense."""
     stored = _stored_scheme(weight, config)
     if stored and stored["bits"] <= bits:
         return stored
@@ -155,10 +167,10 @@ def _stored_scheme(weight: Weight, config: dict) -> dict | None:
 
 
 class Encoder:
-    """Encodes a model layer by layer: fills a store with the blocks of every layer that is not in it yet.
+    """Encodes a model layer by layer into a store. Layers that are in the store already are not encoded again.
 
-    Of the model's weights only those of one layer are in memory, besides the embedding. `origin` begins the messages;
-    `backend` names what computes the search.
+    Of the model's weights, only the embedding and those of one layer are in memory. `origin` names the source in
+    messages, `backend` what runs the search (as in `seedlm.encode.encode`).
     """
 
     def __init__(self, config: dict, weights: list[Weight], choice: Choice, store: Store, origin: str, backend: str):
@@ -169,8 +181,11 @@ class Encoder:
         self.prefixes = tuple(f"{self.paths[id(layer)]}." for layer in self.model.layers)
 
     def run(self, windows: np.ndarray | None, advance: Callable[[int], None]) -> None:
-        """Encode every layer. `windows`: token ids (W, T) to calibrate on, None for the data-free method. `advance` is
-        called again and again with the number of weights that were encoded since the last call."""
+        """Encode the whole model.
+
+        windows: token ids (W, T) for calibration; None: data-free. advance: called many times, with the number of
+        weights that were encoded since the last call.
+        """
         stream = None if windows is None else self._stream(windows)
         ends = [name for name in self.choice.seeded if not name.startswith(self.prefixes)]
         for index, prefix in enumerate(self.prefixes):
@@ -183,13 +198,13 @@ class Encoder:
         self._ends(ends, stream, advance)
 
     def _stream(self, windows: np.ndarray) -> LayerStream:
-        """The windows before the first layer; of the weights the embedding alone is read."""
+        """The stream of the windows' hidden states before the first layer. Reads the weights of the embedding."""
         embedding = self.model.end_parts().embedding.module
         self._fill(lambda name: name.startswith(f"{self.paths[id(embedding)]}."))
         return LayerStream(self.model, windows)
 
     def _fill(self, chosen: Callable[[str], bool]) -> None:
-        """Read the weights whose names are chosen."""
+        """Load the weights whose names `chosen` accepts into the model."""
         found = []
         for weight in self.weights:
             if chosen(weight.name):
@@ -198,7 +213,7 @@ class Encoder:
         self.model.update(tree_unflatten(found))
 
     def _layer(self, index: int, prefix: str, stream: LayerStream | None, advance: Callable) -> None:
-        """Encode what is to be encoded of a layer, unless the store has it."""
+        """Encode the chosen modules of a layer, unless the store has them."""
         layer, unit = self.model.layers[index], f"layer-{index:04d}"
         modules = {name: module for name, module in layer.named_modules() if prefix + name in self.choice.seeded}
         full = [prefix + name for name in modules]
@@ -209,7 +224,7 @@ class Encoder:
         self._encode(unit, {prefix + name: (module, grams.get(name)) for name, module in modules.items()}, advance)
 
     def _replace(self, index: int, prefix: str) -> None:
-        """Put the encoded modules of a layer in place of those that were encoded."""
+        """Replace the chosen modules of a layer by their encoded form, read from the store."""
         layer = self.model.layers[index]
         seeded = [
             (name, self._seeded(prefix + name, module))
@@ -219,8 +234,8 @@ class Encoder:
         layer.update_modules(tree_unflatten(seeded))
 
     def _ends(self, names: list[str], stream: LayerStream | None, advance: Callable) -> None:
-        """Encode the head or the embedding, where it is to be encoded; only a head that is not the embedding has inputs
-        to calibrate on."""
+        """Encode the output head and the embedding, where they are chosen (`names`). Only a head with a matrix of its
+        own is calibrated; an embedding is encoded data-free."""
         if not names:
             return
         if self.store.has("ends", names):
@@ -240,7 +255,8 @@ class Encoder:
 
     def _encode(self, unit: str, modules: dict[str, tuple[nn.Module, np.ndarray | None]], advance: Callable) -> None:
         arrays, errors = {}, {}
-        inputs, source = None, (None, None)  # of the latest matrix: those that read the same inputs follow each other
+        # Matrices that read the same inputs follow each other: they share what is computed from the Gram matrix.
+        inputs, source = None, (None, None)
         for name, (module, gram) in modules.items():
             fmt, weight, origin = self.choice.seeded[name][0], np.array(dense(module)), f"{self.origin}: {name}.weight"
             if source[0] is not fmt or source[1] is not gram:
@@ -260,7 +276,8 @@ class Encoder:
 
 
 def _input_grams(stream: LayerStream, names: Iterable[str]) -> dict[str, np.ndarray]:
-    """Module name → XᵀX of what it reads of all windows, float64 (D, D); those that read the same x share an array."""
+    """Module name → the Gram matrix XᵀX, (D, D) in float64, of the module's inputs X in all windows. Modules that read
+    the same inputs share one array."""
     grams: dict[tuple[str, ...], np.ndarray] = {}
 
     def add(readers: tuple[str, ...], x: mx.array) -> None:
@@ -272,6 +289,7 @@ def _input_grams(stream: LayerStream, names: Iterable[str]) -> dict[str, np.ndar
 
 
 def _gram(x: mx.array) -> np.ndarray:
-    """XᵀX of inputs (..., D), summed in float32 over a batch: the same bits for any number of threads."""
+    """XᵀX of inputs (..., D) of one batch, summed in float32 and returned in float64. The result does not depend on the
+    number of threads."""
     columns = mx.contiguous(x.reshape(-1, x.shape[-1]).astype(mx.float32).T)
     return np.array(linear(columns, columns), np.float64)

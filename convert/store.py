@@ -1,7 +1,9 @@
-"""The work folder of a long conversion: the finished layers' blocks, so that a killed run goes on where it was.
+"""The work folder of a SeedLM encoding. It keeps the blocks of finished layers, so that an interrupted conversion can
+be continued.
 
-It stands beside the destination, under a hidden name, and is removed when the destination is complete. A file is
-written under a temporary name and renamed; a fingerprint of source, options and text tells whose work it is.
+The folder has a hidden name beside the destination, and is removed when the destination is complete. Each file is
+written under a temporary name and then renamed, so a file under its final name is complete. A fingerprint of source,
+options and calibration text tells whether the folder belongs to the same conversion. This module encodes nothing.
 """
 
 import json
@@ -17,7 +19,11 @@ from ..seedlm.format import BlockFormat, check_arrays
 
 
 class Store:
-    """`modules`: module name → (format, rows, cols) of all that will be stored."""
+    """The work folder for `destination`. A folder with another fingerprint is deleted, with a warning.
+
+    modules: name of each module that will be stored → (block format, rows, columns). Raises MlxeffError where the
+    folder cannot be written.
+    """
 
     def __init__(self, destination: Path, fingerprint: str, modules: dict[str, tuple[BlockFormat, int, int]]):
         destination = Path(destination).absolute()
@@ -41,7 +47,8 @@ class Store:
             notices.info(f"{self.folder}: {done} layers are encoded already")
 
     def has(self, unit: str, names: list[str]) -> bool:
-        """Whether the blocks of these modules are stored, whole and of the right shapes."""
+        """Whether the file of `unit` holds all modules `names` in the right shapes. Warns where it is damaged. A
+        unit is a layer of the model, or the embedding and output head together."""
         path = self.folder / f"{unit}.safetensors"
         if not path.is_file():
             return False
@@ -60,7 +67,8 @@ class Store:
         return True
 
     def write(self, unit: str, arrays: dict[str, dict[str, mx.array]], errors: dict[str, float]) -> None:
-        """Store a unit's modules, name → arrays, with the encoder's error of each."""
+        """Write the file of `unit`: the arrays of each module, and the error of its encoding. Raises
+        MlxeffError where this fails."""
         path, partial = self.folder / f"{unit}.safetensors", self.folder / f".{unit}.safetensors"
         flat = {f"{name}.{kind}": array for name, own in arrays.items() for kind, array in own.items()}
         try:
@@ -73,7 +81,7 @@ class Store:
         self._files |= dict.fromkeys(arrays, path)
 
     def read(self, name: str) -> list[mx.array]:
-        """The arrays of a stored module, in the order of its format."""
+        """The arrays of a stored module, in the order of `BlockFormat.arrays`."""
         fmt, rows, cols = self.modules[name]
         with readable_by_mlx(self._files[name]) as file:
             arrays = mx.load(file, format="safetensors")
@@ -81,7 +89,7 @@ class Store:
 
     @property
     def written(self) -> bool:
-        """Whether any module is stored."""
+        """Whether this conversion has found or written any finished module."""
         return bool(self._files)
 
     def remove(self) -> None:
