@@ -1,6 +1,15 @@
-"""Measuring speed on the user's machine: the verb `mlxeff bench`.
+"""The command `mlxeff bench`: measures speed on the user's machine.
 
-`request` what is asked for, `ttft` the measuring, `arms` what is measured, `kvp_paper` a suite with published numbers,
-`report` its tables. The benchmarks of the project use these too: `samples` the file that keeps each sample, `selection`
-which measurements are made, `machine` the card, `tables` tables in Markdown.
+request    the user's request, and its execution
+ttft       the measurement of the time to first token (TTFT)
+arms       the models to compare, each with the way in which it is run
+kvp_paper  a suite of models and prompts with the numbers of the KV Prediction paper
+report     medians, and tables of them
+
+The folder `benchmarks` uses these modules, too:
+
+samples    the file that keeps every sample
+selection  the option --only, which selects measurements
+machine    the description of the machine, and its memory
+tables     tables in Markdown
 """

@@ -1,5 +1,5 @@
-"""What is measured: a model and how it is run, by name; and models of random weights, whose speed is that of trained
-ones.
+"""The arms of a benchmark: each is a model with the way in which it is run, under a name. Also fills models with random
+weights, which run as fast as trained ones. This module measures no times.
 """
 
 from collections.abc import Iterable, Sequence
@@ -16,13 +16,13 @@ from ..kvprediction.flops import parameters, ttft_flops
 from ..models.decoder import DecoderModel
 from ..ops import native_for
 
-BLOCK = 1 << 20  # random numbers, which are repeated to fill a matrix
-COPIES = 4  # of a chunk's widest activations that live at once, generously
+BLOCK = 1 << 20  # how many random numbers are drawn; they are repeated to fill a matrix
+COPIES = 4  # upper estimate of how many arrays as large as a chunk's widest activations exist at the same time
 
 
 @dataclass(frozen=True)
 class Arm:
-    """A model and how it is run, under the name of its row in a table."""
+    """A model with the way in which it is run (`setup`). `name` is its name in tables and in --only."""
 
     name: str
     setup: Setup
@@ -33,11 +33,11 @@ class Arm:
 
     @property
     def pair(self) -> KvPrediction | None:
-        """The pair that predicts the prompt's keys and values, None where the model computes them all."""
+        """The pair of KV Prediction that reads the prompt; None where the model reads the prompt by itself."""
         return self.setup.reading if isinstance(self.setup.reading, KvPrediction) else None
 
     def prepare(self) -> None:
-        """Compute the weights, and use the native kernels for whole passes where they apply."""
+        """Evaluate the weights, and switch the models to the native executor where it supports them."""
         for module in self.modules:
             mx.eval(module.parameters())
         if native_for() and self.base.native is None:
@@ -50,7 +50,7 @@ class Arm:
         return [self.base, *((self.pair.auxiliary, self.pair.predictor) if self.pair else ())]
 
     def flops(self, tokens: int) -> int:
-        """Forward FLOPs to the first token of a prompt, as its paper counts them (`kvprediction.flops`)."""
+        """Forward FLOPs to the first token after a prompt of `tokens` tokens, counted as in `kvprediction.flops`."""
         if not self.pair:
             return 2 * tokens * parameters(self.base)
         base, auxiliary, predictor = map(parameters, self.modules)
@@ -60,8 +60,8 @@ class Arm:
         return ttft_flops(base, auxiliary, predictor, tokens, tokens - stop) + 2 * first * base
 
     def working_bytes(self, batch: int, tokens: int, step_size: int) -> int:
-        """Memory that a measurement takes beside the weights, about: the caches twice, since they are copied where they
-        grow, and a chunk's widest activations, all in float32."""
+        """An estimate of the memory, in bytes, that a measurement needs beside the weights: the KV caches twice,
+        because they are copied when they grow, and the widest activations of a chunk of `step_size` tokens; all in float32."""
         models = [self.base, *([self.pair.auxiliary] if self.pair else [])]
         chunk = min(step_size, tokens)
         held = sum(2 * groups * size for model in models for groups, size in model.kv_shapes)
@@ -75,14 +75,17 @@ def _matrices(model: nn.Module) -> Iterable[tuple[str, mx.array]]:
 
 
 def weight_bytes(arms: Iterable[Arm]) -> int:
-    """Memory of all their weights, what is shared counted once."""
+    """Bytes of the weights of all arms; arrays that several arms share count once."""
     arrays = {id(a): a for arm in arms for module in arm.modules for _, a in tree_flatten(module.parameters())}
     return sum(array.nbytes for array in arrays.values())
 
 
 def randomise(module: nn.Module, dtype: mx.Dtype) -> None:
-    """Give `module` random matrices of deviation columns^-0.5, so that activations keep their size, and norms of one;
-    lazily."""
+    """Replace the parameters of `module` by random ones of type `dtype`, not yet evaluated.
+
+    Vectors (norms, biases) become ones. Matrices get the standard deviation 1 / √columns, so that activations keep
+    their size from layer to layer, and embeddings 0.02.
+    """
     block = mx.random.normal((BLOCK,), key=mx.random.key(0))
 
     def fill(name: str, value: mx.array) -> mx.array:

@@ -1,10 +1,11 @@
-"""The suite `kvp-paper`: the models and points of the KV Prediction paper (arXiv 2410.08391), and what it prints.
+"""The suite `kvp-paper`: the models, batches and prompt lengths of the KV Prediction paper (arXiv 2410.08391), and the
+numbers that the paper prints for them.
 
-OpenELM 1.1B and 3B, the smaller OpenELMs, the layer-pruned baselines and the eleven pairs, with random weights where no
-checkpoint is named: the time to the first token does not depend on the values.
+The models are OpenELM 1.1B and 3B, the smaller OpenELMs, the layer-pruned baselines and the eleven pairs of KV
+Prediction. Where the user names no checkpoint, weights are random: the time to first token (TTFT) does not depend on
+their values. The paper's baselines that prune tokens (RP, SP, LazyLLM) are left out.
 
-The paper measured on the CPU of an M2 Pro; its numeric type, threads, software and repetitions are not stated. Of its
-times for pruned tokens (RP, SP, LazyLLM) none is here: they are not measured.
+The paper measured on the CPU of an M2 Pro. It does not state the numeric type, threads, software and repetitions.
 """
 
 from collections.abc import Sequence
@@ -33,7 +34,8 @@ SIZES = tuple(size.replace("_", ".") for size in SHAPES)
 
 @dataclass(frozen=True)
 class Published:
-    """What the paper prints of a model: FLOPs reduction; seconds and reduction of the TTFT at batch 64, 59 tokens."""
+    """The paper's numbers for a model: the reduction of FLOPs against the base as a factor (`flops`), and at batch 64 x
+    59 tokens the TTFT in seconds (`ttft_s`) and its reduction as a factor. None: not printed."""
 
     flops: float
     ttft_s: float | None = None
@@ -53,7 +55,7 @@ TABLE_5 = {  # OpenELM 1.1B
     "OE1.1B-KVP-LP-0.50": Published(1.93, 3.33, 1.68),
     "OE1.1B-KVP-LP-0.25": Published(3.60, 2.05, 2.73),
 }
-TABLE_6 = {  # OpenELM 3B; no times
+TABLE_6 = {  # OpenELM 3B; the paper prints no times for it
     "OE3B": Published(1.00),
     "OE3B-LP-0.75": Published(1.34),
     "OE3B-LP-0.50": Published(1.97),
@@ -67,19 +69,26 @@ TABLE_6 = {  # OpenELM 3B; no times
 }
 TABLES = {"OE1.1B": TABLE_5, "OE3B": TABLE_6}
 AT_TABLE_5 = Point(64, 59)
-FIGURE_1 = {"arm": "OE3B", "point": Point(1, 1024), "ttft_s": 4.8, "steps": 12}  # steps: TTFT in decode steps
-FIGURE_5B = ("OE1.1B-KVP-C-450M", "OE450M", 8, (128, 1024))  # within 10 to 20 % at batch 8, these prompts
+# Figure 1: the TTFT in seconds, and as a multiple (`steps`) of the time of a decode step.
+FIGURE_1 = {"arm": "OE3B", "point": Point(1, 1024), "ttft_s": 4.8, "steps": 12}
+# Figure 5b: the first model's TTFT is 10 to 20 % above the second's, at this batch and from 128 to 1024 prompt tokens.
+FIGURE_5B = ("OE1.1B-KVP-C-450M", "OE450M", 8, (128, 1024))
 NOTE = "Table 3 prints 3.59 for the FLOPs reduction of OE1.1B-KVP-LP-0.25, Table 5 3.60."
 
 
 def groups(dtype: mx.Dtype, checkpoints: dict[str, Path]) -> list[Group]:
-    """The arms of each base; `checkpoints`: a size of OpenELM → a folder to take in place of random weights."""
+    """A group of arms for each base model.
+
+    dtype: type of random weights. checkpoints: size of an OpenELM, such as "1.1B" → the folder of its checkpoint, which
+    is used in place of random weights.
+    """
     return [Group(list(table), Builder(dtype, checkpoints, base), POINTS) for base, table in TABLES.items()]
 
 
 @dataclass
 class Builder:
-    """`builder(names)` → the arms of one base, which share its weights and those of the auxiliaries."""
+    """`builder(names)` builds the arms with these names, all for the base model `base`. The arms share the weights of
+    base and auxiliaries."""
 
     dtype: mx.Dtype
     checkpoints: dict[str, Path]
@@ -124,12 +133,13 @@ class Builder:
         return model
 
     def _type(self) -> mx.Dtype:
-        """The weights' type: on a CPU without native kernels the one that MLX computes in."""
+        """The type of random weights: `dtype`, but on a CPU without native kernels the type in which MLX computes."""
         return self.dtype if native_for() else arithmetic_dtype(self.dtype, False)
 
 
 def _of_size(model: DecoderModel, size: str, origin: Path) -> DecoderModel:
-    """`model`, with a warning where it has not the size that its name in the tables says."""
+    """`model`, with a warning where it has other numbers of layers and hidden units than OpenELM of size `size`. Raises
+    MlxeffError where it lacks the seam "kv"."""
     require_seam(model, "kv", f"{origin}: the suite")
     published, own = SHAPES[size.replace(".", "_")][:2], (len(model.layers), model.hidden_size)
     if published != own:

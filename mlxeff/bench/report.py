@@ -1,4 +1,6 @@
-"""Samples → medians and tables in Markdown."""
+"""The report of `mlxeff bench ttft`: medians of the samples, and tables in Markdown, beside the numbers of the paper
+where the suite `kvp-paper` ran. Measures nothing.
+"""
 
 from collections.abc import Iterable
 from statistics import median
@@ -9,7 +11,12 @@ from .ttft import Point, Results
 
 
 def medians(samples: Iterable[dict]) -> dict[tuple, dict]:
-    """(device, batch, tokens, arm) → its medians, how many passes there were and how far they spread."""
+    """(device, batch, prompt tokens, arm) → the medians of its samples, as in the output of --json.
+
+    ttft_s is the median TTFT in seconds, spread_s the difference of the largest and the smallest one, and passes the
+    number of samples. prompt_tps and decode_tps are tokens per second over the whole batch; decode_tps is None where no
+    decode step was timed.
+    """
     found: dict[tuple, list[dict]] = {}
     for sample in samples:
         found.setdefault((sample["device"], sample["batch"], sample["tokens"], sample["arm"]), []).append(sample)
@@ -35,7 +42,8 @@ def _summary(key: tuple, samples: list[dict]) -> dict:
 
 
 def tables(results: Results, card: dict, suite: bool) -> str:
-    """Everything for people: the card, a table a device, what the paper has beside it, what was left out."""
+    """The whole report as text: the card of the machine, a table for each device, for the suite (`suite`) the
+    comparison with the paper, and the measurements that were skipped."""
     found = medians(results.samples.all)
     parts = [card_lines(card)]
     for device in dict.fromkeys(key[0] for key in found):
@@ -48,7 +56,7 @@ def tables(results: Results, card: dict, suite: bool) -> str:
 
 
 def _table(device: str, found: dict[tuple, dict], arms: list[str]) -> str:
-    """Seconds to the first token, and of the last point's arms the tokens a second."""
+    """The table of one device: a row for each point and a column for each arm, with TTFT and tokens per second."""
     title = f"Median TTFT in seconds on the {device}; in brackets prompt tokens/s and decoded tokens/s"
     shown = [arm for arm in arms if any(key[2] == arm for key in found)]
     rows = [
@@ -66,7 +74,7 @@ def _cell(summary: dict | None) -> str:
 
 
 def _table_5(found: dict[tuple, dict]) -> str:
-    """Ours beside the paper's Table 5, on each device."""
+    """For each device the measured TTFT and its reduction beside those in Table 5 of the paper."""
     point = kvp_paper.AT_TABLE_5
     parts = []
     for device in dict.fromkeys(key[0] for key in found):
@@ -87,7 +95,8 @@ def _table_5(found: dict[tuple, dict]) -> str:
 
 
 def _flops(arms: dict[str, dict]) -> str:
-    """Reductions of the TTFT's FLOPs: the paper's definition on our counts, its print, and with predictor and base."""
+    """The table of FLOPs reductions: the paper's definition with our parameter counts, the paper's printed number, and
+    the reduction of all FLOPs to the first token, with those of the predictor and the base's last token."""
     rows = []
     for base, published in kvp_paper.TABLES.items():
         whole = arms.get(base)
@@ -106,7 +115,7 @@ def _flops(arms: dict[str, dict]) -> str:
 
 
 def _figures(found: dict[tuple, dict]) -> str:
-    """Ours beside what the paper's text says of its figures."""
+    """Measured numbers beside those that the paper's text states for Figures 1 and 5b, one line each."""
     lines = []
     first, mark = kvp_paper.FIGURE_1, f"paper, {kvp_paper.MACHINE}"
     mine, other, batch, ends = kvp_paper.FIGURE_5B

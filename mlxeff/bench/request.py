@@ -1,6 +1,6 @@
-"""What `mlxeff bench ttft` is asked for → the arms to measure, the settings, and the measuring.
+"""A request to `mlxeff bench ttft`, and its execution: builds the arms, measures them, and returns the results.
 
-Everything that can be refused is refused before anything is loaded.
+Contradictory options are refused before any model is loaded. This module prints nothing and parses no command line.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,17 +20,27 @@ from . import kvp_paper, machine, ttft
 from .arms import Arm
 from .samples import Samples
 
-LENGTHS = (128, 512, 2048)
+LENGTHS = (128, 512, 2048)  # default prompt lengths in tokens
 INT_MAX = 2**31 - 1
 ACTIVATIONS = "float32 in the native CPU kernels, else the weights' type"
 
 
 @dataclass(frozen=True)
 class Request:
-    """Either `model` (a folder, file, name or hub id) with what is `switched` on beside it, or a `suite`.
+    """The options of the command. Either `model` or `suite` is given.
 
-    lengths: prompt lengths in tokens, None for LENGTHS as far as the context goes. memory: GB. out: the file that keeps
-    every sample. checkpoints: (size, model) in place of random weights of the suite, which are of `dtype`.
+    model        a folder, file, name or hub id; measured as it is, and with each technique in `switched`
+    suite        the name of a suite with models of its own, "kvp-paper"
+    switched     (technique, the value of its option)
+    run          the options of the forward passes of `model`
+    lengths      prompt lengths in tokens; None: those of LENGTHS that the context has room for
+    only         conditions "KEY=VALUE" that select measurements (see `selection`)
+    out          the file that keeps every sample; None: none
+    device       "cpu", "gpu" or "auto"
+    threads      of the native CPU kernels; None: unchanged
+    dtype        the type of the suite's random weights; None: float16
+    checkpoints  (size of an OpenELM, model): checkpoints that the suite uses in place of random weights
+    offline      whether models are taken from the local cache only
     """
 
     model: str | None
@@ -49,7 +59,7 @@ class Request:
     offline: bool = False
 
     def check(self) -> None:
-        """Refuse contradictions."""
+        """Raises MlxeffError for options that contradict each other or are out of range."""
         if (self.model is None) == (self.suite is None):
             raise MlxeffError("bench ttft: wanted MODEL or --suite, got " + ("both" if self.model else "neither"))
         if self.suite:
@@ -68,7 +78,7 @@ class Request:
 
     @property
     def devices(self) -> list[str]:
-        """Those to measure on, the first one made the default."""
+        """The devices to measure on, "cpu" or "gpu". Makes the first one MLX's default device."""
         if self.device == "auto" and self.suite:
             found = ["cpu", "gpu"] if kernels.has_metal() else ["cpu"]
             kernels.use_device(found[0])
@@ -80,7 +90,11 @@ Fetching = Callable[[str, str], AbstractContextManager]  # (title, unit) → a p
 
 
 def measure(request: Request, fetching: Fetching) -> tuple[dict, dict, ttft.Results]:
-    """(the card, the settings, the results)."""
+    """Run the request: (the card of the machine, a description of models and settings, the results).
+
+    Raises MlxeffError for a request that `Request.check` refuses, for a model that cannot be loaded, and for an `out`
+    file with samples of another kind.
+    """
     request.check()
     if request.threads:
         _set_threads(request.threads)
@@ -101,7 +115,7 @@ def _set_threads(count: int) -> None:
     native, reason = kernels.native()
     if native is None:
         raise MlxeffError(f"--threads: only the native CPU kernels have them: {reason}")
-    native.set_num_threads(min(count, INT_MAX))  # which has a limit of its own
+    native.set_num_threads(min(count, INT_MAX))  # a C int, which the native module limits further
 
 
 def _suite(request: Request) -> tuple[list[ttft.Group], dict]:
@@ -114,7 +128,7 @@ def _suite(request: Request) -> tuple[list[ttft.Group], dict]:
 
 
 def _model(request: Request, fetching: Fetching) -> tuple[list[ttft.Group], dict]:
-    """The model, and the model with each thing that is switched on, as one group."""
+    """One group of arms, the model as it is and the model with each technique; and the description of both."""
     with fetching(f"fetching {request.model}", "B") as progress:
         path = hub.resolve(request.model, offline=request.offline, progress=progress)
     base = load_path(path)
@@ -141,7 +155,8 @@ def _model(request: Request, fetching: Fetching) -> tuple[list[ttft.Group], dict
 
 
 def _lengths(asked: Sequence[int] | None, limit: int | None) -> list[int]:
-    """The prompt lengths asked for, else those of LENGTHS that the context has room for."""
+    """The prompt lengths `asked` for; None: those of LENGTHS within the context of `limit` tokens. Raises MlxeffError
+    for a length above `limit`."""
     lengths = asked or [length for length in LENGTHS if not limit or length <= limit] or [limit]
     if limit and max(lengths) > limit:
         raise MlxeffError(f"--prompt-lengths: {max(lengths)} tokens, but the context is {limit} tokens")

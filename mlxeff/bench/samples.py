@@ -1,6 +1,8 @@
-"""The file that keeps every sample as it is made, so that a run that was broken off goes on; and medians of samples.
+"""The file that keeps each sample as soon as it is measured, so that an interrupted benchmark can be continued; and
+medians of samples.
 
-JSON lines: first what may not differ between the samples of one file, then a sample a line.
+The format is JSON lines. The first line is the identity: the facts, such as machine and settings, that are the same for
+all samples of the file. Each further line is one sample. This module does not know what is measured.
 """
 
 import json
@@ -15,14 +17,14 @@ from ..names import json_text
 
 
 class Samples:
-    """Samples, in memory and, with a path, on disk.
+    """Samples (dicts) in memory and, with `path`, in a file. Samples that the file holds already are read.
 
-    identity   what may not differ between the samples of one file
-    keys       the fields that tell samples apart
-    holds      sample → whether a sample of the file is kept; one that is not has to be measured again
-    remedy     what helps against a file of another identity, for the message
+    identity   the facts that all samples of the file have in common
+    keys       the fields that identify a sample; of samples in the file with the same values, the last one counts
+    holds      called with each sample of the file; where it returns False, the sample is removed from the file
+    remedy     advice to the user in the message about a file with another identity
 
-    Raises MlxeffError for a file that holds other things, or samples made under another identity.
+    Raises MlxeffError for a file that cannot be read or written, is no file of samples, or has another identity.
     """
 
     def __init__(
@@ -53,7 +55,7 @@ class Samples:
             try:
                 held.append(json.loads(line))
             except ValueError:
-                if not held:  # a killed run may leave half a line, but not as the first one
+                if not held:  # an interrupted run may leave an incomplete line, but the first line is always complete
                     raise MlxeffError(f"{self.path}: line {number}: wanted JSON, got {line[:40]!r}") from None
         first = held[0] if isinstance(held[0], dict) else {}
         if names := sorted(name for name in {*first, *identity} if first.get(name) != identity.get(name)):
@@ -63,7 +65,7 @@ class Samples:
         self._write([identity, *self.all], "w")
 
     def _write(self, lines: Sequence[dict], mode: str) -> None:
-        """Append, or with mode "w" replace the file as a whole."""
+        """Append `lines` to the file (mode "a"), or replace the whole file by them (mode "w")."""
         target = self.path if mode == "a" else temporary_beside(self.path)
         try:
             with open(target, mode, encoding="utf-8") as file:
@@ -74,11 +76,11 @@ class Samples:
             raise MlxeffError(f"{self.path}: cannot be written: {error.strerror or error}") from error
 
     def key(self, sample: dict) -> tuple:
-        """What tells this sample from others."""
+        """The values of the fields that identify a sample."""
         return tuple(sample[name] for name in self.keys)
 
     def add(self, sample: dict) -> None:
-        """Keep a new sample. Where the file takes no more, a notice says so, and samples are kept in memory only."""
+        """Keep a new sample. Where the file cannot be written, warn once, and keep samples in memory only."""
         self.all.append(sample)
         if self.path is not None and not self.failed:
             try:
@@ -93,8 +95,8 @@ class Samples:
 
 
 def median_of(samples: Iterable[dict], metric: str, **fields) -> float | None:
-    """The median of all values of `metric`, a number or a list of numbers in each sample, in the samples with these
-    `fields`; None where there is none."""
+    """The median of the field `metric` over the samples whose fields have the values `fields`. Where the field is a
+    list of numbers, each of them counts. None where there is no value."""
     values = []
     for sample in samples:
         if fields.items() <= sample.items():

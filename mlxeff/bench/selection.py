@@ -1,11 +1,12 @@
-"""`--only KEY=VALUE …`: which measurements of a benchmark are made."""
+"""The option `--only KEY=VALUE …`, which selects the measurements of a benchmark. Knows no particular benchmark."""
 
 import argparse
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 
 def condition(keys: Sequence[str]) -> Callable[[str], str]:
-    """The type, for argparse, of a condition "KEY=VALUE" whose KEY is one of `keys`."""
+    """The argument `type` of argparse for a condition "KEY=VALUE" whose KEY is one of `keys`. It returns the text
+    unchanged, and raises ArgumentTypeError for any other text."""
 
     def checked(text: str) -> str:
         key, equals, value = text.partition("=")
@@ -17,8 +18,8 @@ def condition(keys: Sequence[str]) -> Callable[[str], str]:
 
 
 def selected(fields: Mapping, conditions: Iterable[str]) -> bool:
-    """Whether `fields` of a measurement meet the conditions "KEY=VALUE": for every key that is named, one of its
-    values. Texts match by a part of them, numbers whole."""
+    """Whether a measurement with these `fields` meets the conditions "KEY=VALUE". For each key that occurs in them, its
+    field must match at least one of the values: a text must contain the value, any other field must equal it."""
     values: dict[str, list[str]] = {}
     for text in conditions:
         key, _, value = text.partition("=")

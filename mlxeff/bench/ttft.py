@@ -1,7 +1,10 @@
-"""Time to first token: arms × batches × prompt lengths, medians of repetitions in which the arms take turns.
+"""Measures the time to first token (TTFT) of several arms, for each batch size and prompt length.
 
-A sample is one pass: a new cache, random token ids, the prompt up to the evaluated first token, then some decode steps.
-Each point begins with uncounted passes. Every sample is kept (`samples`), so a run that was broken off goes on.
+One pass gives one sample: an empty cache is filled with a prompt of random token ids until the first token is
+evaluated, and some decode steps follow. A batch size with a prompt length is a point. At each point, some warm-up
+passes come first and do not count; then the arms take turns, so that a disturbance of the machine does not hit one arm
+only. Every sample is kept at once (`samples`), so an interrupted run can be continued. This module is handed the arms
+and prints no tables.
 """
 
 import os
@@ -21,12 +24,13 @@ from .selection import selected
 
 KEYS = ("device", "batch", "tokens", "arm", "round")
 FILTERS = ("arm", "device", "batch", "tokens")
-VOCABULARY_SHARE = 0.9  # token ids are drawn from the first rows: the last ones are often special or unused
+# Token ids are drawn from this share of the vocabulary, its beginning: the last ids are often special or unused.
+VOCABULARY_SHARE = 0.9
 
 
 @dataclass(frozen=True)
 class Point:
-    """A batch of prompts of `tokens` tokens."""
+    """What is measured at one time: `batch` prompts of `tokens` tokens each."""
 
     batch: int
     tokens: int
@@ -34,8 +38,14 @@ class Point:
 
 @dataclass(frozen=True)
 class Settings:
-    """`rounds` counted passes of each arm at each point after `warmup` uncounted ones; `steps` decode steps a pass;
-    `step_size`: prompt tokens a chunk, None for the device's own; `memory`: bytes that may be used, None to ask."""
+    """The settings of a measurement.
+
+    rounds     passes of each arm at each point that count
+    warmup     passes before them that do not count
+    steps      decode steps in a pass
+    step_size  prompt tokens in a chunk of the prefill; None: the default of the device
+    memory     bytes that may be used; None: as `machine.usable_bytes` says
+    """
 
     rounds: int = 3
     warmup: int = 1
@@ -46,7 +56,10 @@ class Settings:
 
 @dataclass
 class Group:
-    """Arms that are in memory together. `build(names)` makes some of them, random weights unevaluated."""
+    """Arms that are in memory at the same time, and the points at which they are measured.
+
+    names: of all arms. build: called with some of the names, returns these arms; random weights are not yet evaluated.
+    """
 
     names: list[str]
     build: Callable[[Sequence[str]], list[Arm]]
@@ -56,7 +69,8 @@ class Group:
 
 @dataclass
 class Results:
-    """`samples`: one dictionary a pass; `arms`: what is known of each; `skipped`: a line for each thing left out."""
+    """The results: `samples`, one for each pass; `arms`, name → the result of `describe`; `skipped`, a line for each
+    measurement that was left out for lack of memory."""
 
     samples: Samples
     arms: dict[str, dict] = field(default_factory=dict)
@@ -66,7 +80,11 @@ class Results:
 def run(
     groups: Sequence[Group], devices: Sequence[str], settings: Settings, only: Sequence[str], results: Results
 ) -> None:
-    """Measure what passes `only` ("KEY=VALUE", keys of FILTERS) and is not in `results.samples` yet."""
+    """Measure the groups on the devices, and add to `results`.
+
+    Only measurements that meet the conditions `only` ("KEY=VALUE" with a key of FILTERS, see `selection`) are made, and
+    those whose samples `results` holds already are left out. Raises MlxeffError where no measurement meets `only`.
+    """
     places = ((n, d, p) for g in groups for n in g.names for d in devices for p in g.points)
     if not any(selected(_fields(*place), only) for place in places):
         raise MlxeffError(f"bench: --only {' '.join(only)}: no measurement is left")
@@ -104,7 +122,7 @@ def _run_group(group: Group, device: str, settings: Settings, only: Sequence[str
 
 
 def _fits(arm: Arm, device: str, point: Point, step_size: int, weights: float, usable: float, results: Results) -> bool:
-    """Whether there is memory for a pass; says so where there is not."""
+    """Whether the memory is enough for a pass. If not, notes the measurement as skipped."""
     needed = weights + arm.working_bytes(point.batch, point.tokens, step_size)
     if needed > usable:
         _skip(results, f"{arm.name}, batch {point.batch} x {point.tokens} tokens on {device}", needed, usable)
@@ -112,7 +130,7 @@ def _fits(arm: Arm, device: str, point: Point, step_size: int, weights: float, u
 
 
 def _rounds_left(name: str, device: str, point: Point, settings: Settings, results: Results) -> list[int]:
-    """The rounds of an arm at a point that are not in the samples."""
+    """The numbers of the rounds of an arm at a point that have no sample yet."""
     done = results.samples.done()
     return [r for r in range(settings.rounds) if (device, point.batch, point.tokens, name, r) not in done]
 
@@ -135,7 +153,8 @@ def _run_point(
 
 
 def measure(arm: Arm, point: Point, step_size: int, steps: int) -> dict:
-    """One pass: seconds to the first token of each of the batch's prompts, and seconds a decode step after it."""
+    """One pass of an arm: {"ttft_s": seconds until the first token of every prompt in the batch is evaluated, "step_s":
+    mean seconds of a decode step (None without steps), "load_average": of the machine before the pass}."""
     rows = int(arm.base.vocab_size * VOCABULARY_SHARE)
     tokens = mx.random.randint(0, rows, (point.batch, point.tokens), key=mx.random.key(point.batch * point.tokens))
     mx.eval(tokens)
@@ -153,7 +172,8 @@ def measure(arm: Arm, point: Point, step_size: int, steps: int) -> dict:
 
 
 def describe(arm: Arm) -> dict:
-    """What does not depend on the time: parameter counts, the weights' type."""
+    """The facts about an arm that need no measurement: the parameter counts of its models, and `flops_512`, the FLOPs
+    to the first token after 512 prompt tokens."""
     counts = [parameters(module) for module in arm.modules]
     return dict(zip(("base", "auxiliary", "predictor"), counts)) | {"flops_512": arm.flops(512)}
 
