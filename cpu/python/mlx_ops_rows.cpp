@@ -50,7 +50,7 @@ class RmsNorm : public NativePrimitive {
     const void* const weight = inputs[1].data<char>();
     const int weight_dtype = dtype_of(inputs[1]);
     const float eps = eps_;
-    if (x.ndim() == 4 && !x.flags().row_contiguous) {  // (B, tokens, heads, E) by strides: rows with two strides
+    if (x.ndim() == 4 && !x.flags().row_contiguous) {  // heads of a transposed array: rows with two strides
       allocate(outputs[0]);
       if (x.size() == 0) return;
       const int64_t B = x.shape(0), H = x.shape(1), S = x.shape(2), E = x.shape(3);
