@@ -1,9 +1,9 @@
 // Vector versions of exp, exp2 and sigmoid, and the reductions and the transpose that the attention kernels need.
 //
-// exp2 splits its argument into an integer n and a remainder r, evaluates a polynomial of degree 6 in r and multiplies
-// by 2^n; exp does the same with its argument in units of ln 2. The error is below 2 ulp for every argument whose
-// result is a normal number (checked by tests/test_cpu_elementwise.py). exp(-inf) is 0, large arguments give inf, small
-// ones give subnormal results and then 0, and NaN gives NaN.
+// exp2 splits its argument into n + r and exp splits it into n * ln 2 + r, with n an integer; both evaluate a
+// polynomial of degree 6 in r and multiply it by 2^n. The error is below 2 ulp for every argument whose result is a
+// normal number (checked by tests/test_cpu_elementwise.py). exp(-inf) is 0, large arguments give inf, small ones give
+// subnormal results and then 0, and NaN gives NaN.
 //
 // Only sources that are compiled per level may include this file.
 #pragma once
