@@ -1,12 +1,14 @@
-// Attention of a few rows (decode, verification of a short draft): reads keys and values where they lie, once a group.
+// The few-row attention kernel, for decode and for the verification of a short draft. It reads keys and values in place
+// from the cache, once for all query heads of a group.
 //
-//   for each block of 256 keys:  scores by dot products along E;  weights = softmax, online;  O = O * factor + weights
-//   V
+// For each block of 256 keys it computes the scores as dot products along E, turns them into weights by online softmax,
+// and updates O = O * factor + weights V.
 //
-// Scores: a tile of rows against 4 keys at a time, so that 4 dot products share their horizontal sum. Values: a tile of
-// rows and a panel of E in registers while the keys pass. Elements become fp32 when they are loaded; everything is
-// fp32. The block of keys stays in the L1 or L2 cache when a group has more rows than a tile. Cost: the bytes of K and
-// V that the rows see, from memory.
+// For the scores, a tile of rows is multiplied with 4 keys at a time, so that 4 dot products share one horizontal sum.
+// For the values, the sums of a tile of rows and a panel of E stay in registers over all keys of the block. Elements
+// are converted to fp32 when they are loaded, and all arithmetic is fp32. If a group has more rows than one tile, the
+// block of keys is read again from the L1 or L2 cache. The cost is reading from memory, once, the K and V that the rows
+// see.
 #include "attention/attention_rows.h"
 #include "base/pool.h"
 
