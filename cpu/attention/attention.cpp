@@ -1,12 +1,14 @@
-// Causal attention: argument checks, the plan of tasks, threading. See attention_kernels.h for the letters.
+// The C entry points of causal attention: argument checks, the division into tasks, and threading. attention_kernels.h
+// explains the shape letters.
 //
 //   out[b, h, i] = sum over visible t of softmax(scale * q[b, h, i] . k[b, g, t]) v[b, g, t],   g = h / (H / G)
 //
-// The query at position i of S sees keys 0 ... T - S + i, of these only the last `window` when a window is given. A NaN
-// in a query, or in a key or value that it sees, makes that output row NaN. A NaN in a query or key reaches no other
-// row; one in a value also reaches the queries shortly before it that are computed in the same tile (weight 0 times
-// NaN). Decode splits the keys into parts when there are more threads than batches times groups; the split depends on
-// the number of threads, so results of different thread counts agree to rounding, not bit for bit.
+// The query at position i of S sees the keys 0 ... T - S + i, and only the last `window` of these if a window is given.
+// A NaN in a query, or in a key or value that the query sees, makes the output row of the query NaN. A NaN in a query
+// or key affects no other row. A NaN in a value also affects earlier queries that are computed in the same tile,
+// because their weight 0 times NaN is NaN. Decode splits the keys into parts if there are more threads than batches
+// times groups. The split depends on the number of threads, so results with different thread counts agree up to
+// rounding but not bit for bit.
 #include "attention/attention_kernels.h"
 
 #include <atomic>
@@ -16,18 +18,23 @@
 namespace mlxeff {
 namespace {
 
-constexpr int64_t rows_per_task = 192;  // of a blocked task: packing K and V is shared by them
-constexpr int64_t smallest_part = 256;  // keys; a smaller part costs more to merge than it gains
-constexpr int64_t part_step = 128;
+constexpr int64_t rows_per_task = 192;  // target rows of a blocked task, which share its packed K and V
+constexpr int64_t smallest_part = 256;  // in keys; a smaller part costs more to merge than it saves
+constexpr int64_t part_step = 128;      // the number of keys in a part is a multiple of this
 
-// Rows of a group up to which the few-row kernel runs. It converts keys and values once for each tile of rows; the
-// blocked kernel does so once for all rows, but has to pack them. Measured on a Zen 4 with T = 512, 2048 and 8192, one
-// thread and two, heads of 64 elements: few-row takes 0.3 to 0.7 of the blocked kernel's time up to 12 rows and 0.7 to
-// 0.9 of it at 24. They are equal at 48 rows or more with AVX-512, at 30 to 36 with AVX2. At the scalar level, where an
-// fp16 element takes many instructions to convert, they are equal at 4 rows (in fp32 beyond 64). In the bf16 mode AMX
-// leaves the blocked kernel with little more than the packing, which lasts as long as the few-row kernel with some 12
-// rows (an estimate). Where no keys precede the queries, few-row takes 0.8 to 1.1 of the time from 18 rows on; there
-// the blocked kernel gives the first tokens of a text the same bits as it does in a longer one.
+// The largest number of rows in a group for which the few-row kernel (attention_decode.cpp) runs. That kernel converts
+// keys and values once for each tile of rows; the blocked kernel converts them once for all rows, but must also pack
+// them.
+//
+// Measured on a Zen 4 CPU with T = 512, 2048 and 8192, one and two threads, and heads of 64 elements: the few-row
+// kernel takes 0.3 to 0.7 of the blocked kernel's time up to 12 rows and 0.7 to 0.9 of it at 24 rows. Both take the
+// same time at 48 rows or more with AVX-512 and at 30 to 36 rows with AVX2. At the scalar level, where converting an
+// fp16 element takes many instructions, they take the same time at 4 rows (with fp32 keys and values, beyond 64 rows).
+// In the bf16 mode with AMX, the blocked kernel spends nearly all its time on packing, which takes about as long as the
+// few-row kernel with 12 rows (an estimate).
+//
+// If no keys precede the queries (T = S), the few-row kernel takes 0.8 to 1.1 of the blocked kernel's time from 18 rows
+// on. Using the blocked kernel there gives the first tokens of a text the same bits, however long the text is.
 int64_t decode_rows(const AttentionArgs& a) {
   if (active_isa() == Isa::scalar && a.k.dtype != MLXEFF_F32) return 4;
   const bool amx = active_isa() == Isa::amx && a.mode == MLXEFF_COMPUTE_BF16;
@@ -56,7 +63,8 @@ AttentionPlan plan_attention(const AttentionArgs& a, int threads) {
   const int64_t R = a.H / a.G;
   plan.decode = a.S * R <= decode_rows(a);
   plan.block = plan.decode ? a.S : min_of(a.S, max_of(8, ceil_div(rows_per_task, R)));
-  // Several blocks a thread, so that the longer causal blocks even out.
+  // Use several blocks per thread: blocks at later positions see more keys and take longer, and more blocks balance the
+  // load.
   while (!plan.decode && plan.block * R > 48 && plan.block > 8 && a.B * a.G * ceil_div(a.S, plan.block) < 4 * threads)
     plan.block = ceil_div(plan.block, 2);
   plan.blocks = ceil_div(a.S, plan.block);

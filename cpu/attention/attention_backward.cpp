@@ -1,11 +1,13 @@
-// Gradients of attention, recomputed block by block from q, k, v and the forward pass's lse, in fp32.
+// The gradients of attention in fp32. The weights P are recomputed block by block from q, k and the forward pass's
+// logsumexp `lse`.
 //
 //   P = exp(scale q k^T - lse),  dP = dout v^T,  dS = P * (dP - D)  with  D = sum over E of dout * out
 //   dv = P^T dout,  dq = scale dS k,  dk = scale dS^T q
 //
-// Two passes, one over blocks of queries for dq and one over blocks of keys for dk and dv, each block summed by one
-// task in a fixed order: P and dS are computed twice, and in return the result does not depend on the number of
-// threads. dk and dv sum over the query heads of a group. Blocks that causality or the window hide are skipped.
+// One pass over blocks of queries computes dq, and one over blocks of keys computes dk and dv. A single task sums each
+// block in a fixed order. P and dS are therefore computed twice, but the result does not depend on the number of
+// threads. dk and dv are sums over the query heads of a group. Blocks that are hidden by the causal mask or the window
+// are skipped.
 #include "attention/attention_products.h"
 #include "attention/attention_rows.h"
 #include "base/pool.h"
@@ -14,7 +16,8 @@ namespace mlxeff {
 namespace MLXEFF_ISA {
 
 constexpr int64_t tile = row_tile_fp32, block = backward_block;
-// Columns of a block of P or dS: a whole number of row tiles of their transposes can be read.
+// The row stride of a block of P or dS, padded so that the product kernel can read whole row tiles of the transposed
+// block.
 constexpr int64_t block_stride = (block + tile + VL - 1) / VL * VL;
 
 void backward_row_dots(const AttentionBackwardArgs& args, int64_t begin, int64_t end) {
@@ -30,9 +33,9 @@ void backward_row_dots(const AttentionBackwardArgs& args, int64_t begin, int64_t
   }
 }
 
-// One thread's buffers. Rows are those of a block of query positions of a group.
+// The buffers of one thread. `rows` counts the rows of a block of query positions, for all query heads of a group.
 struct BackwardBuffers {
-  int64_t rows, width;  // of whole tiles; E in whole vectors
+  int64_t rows, width;  // rows rounded up to whole tiles; E rounded up to whole vectors
   float *queries, *douts, *query_panels, *dout_panels, *keys_t, *values_t, *key_panels, *weights, *dscores, *dq, *dk,
       *dv;
   bool valid;
@@ -57,7 +60,8 @@ struct QueryBlock {
       : b(b), g(g), position(position), positions(min_of(block, a.S - position)), rows(positions * (a.H / a.G)) {}
 };
 
-// queries = q * scale * log2(e) and douts, as rows of E; rows of the last tile beyond the block are zero.
+// Loads q * scale * log2(e) to `queries` and dout to `douts`, one row of E elements per query. Rows that pad the last
+// tile are zero.
 static void load_query_block(const AttentionBackwardArgs& args, const QueryBlock& at, const BackwardBuffers& buffer) {
   const AttentionArgs& a = args.forward;
   const int64_t R = a.H / a.G, padding = (round_up(at.rows, tile) - at.rows) * a.E;
@@ -70,7 +74,8 @@ static void load_query_block(const AttentionBackwardArgs& args, const QueryBlock
   memset(buffer.douts + at.rows * a.E, 0, size_t(padding) * 4);
 }
 
-// c (m rows, n) (+)= A @ panels (depth, n); rows of c up to the next whole tile are written too.
+// Computes c (m, n) = A @ b, or adds the product to c if `accumulate`; b holds (depth, n) in packed panels. Writes
+// whole row tiles, so c needs room for m rounded up to a whole tile.
 static void multiply_all(const float* a, int64_t a_row, int64_t a_step, int64_t m, const float* b, int64_t depth,
                          int64_t n, float* c, int64_t ldc, bool accumulate) {
   const Panels panels(n);
@@ -82,7 +87,8 @@ static void multiply_all(const float* a, int64_t a_row, int64_t a_step, int64_t 
   }
 }
 
-// weights = P and dscores = dS of a block of rows and keys [key, key + count), whose transposes are packed.
+// Computes weights = P and dscores = dS for a block of rows and the keys [key, key + count), whose transposed keys and
+// values are already packed.
 static void recompute(const AttentionBackwardArgs& args, const QueryBlock& at, int64_t key, int64_t count,
                       const BackwardBuffers& buffer) {
   const AttentionArgs& a = args.forward;
@@ -151,7 +157,8 @@ bool backward_keys(const AttentionBackwardArgs& args, int64_t begin, int64_t end
     Fp32Product::pack_transposed(buffer.values_t, tokens_from(a.v, b, g, key), a.E, count);
     memset(buffer.dk, 0, size_t((block + tile) * buffer.width) * 4);
     memset(buffer.dv, 0, size_t((block + tile) * buffer.width) * 4);
-    // Positions before the first see none of these keys; positions further on may have them outside their window.
+    // The loop starts at the first position that sees any of these keys, and ends where the keys lie outside the
+    // window.
     for (int64_t position = max_of(0, key - (a.T - a.S)); position < a.S; position += block) {
       if (visible_keys(a, position).first >= key + count) break;
       const QueryBlock at(a, b, g, position);

@@ -1,12 +1,12 @@
-// Attention by blocks: for prefill, and for groups of queries too large for the few-row kernel.
+// The blocked attention kernel, for prefill and for groups with too many rows for the few-row kernel.
 //
 //   for each block of keys:  scores = Q K^T;  weights = softmax, online;  O = O * factor + weights V
 //
-// A task has R * plan.block rows, ordered by position, so that a tile of rows knows the first and the last key that any
-// of its rows sees: products are limited to these keys and blocks that no row sees are not touched. K and V of a block
-// are converted and packed once for all rows. A panel of K or V stays in the L1 cache while the rows pass over it; the
-// scores of a block, the queries and the accumulators stay in L2. Everything is fp32, except that in the bf16 mode
-// queries, keys, weights and values are rounded to bf16 before they are multiplied.
+// A task has R * plan.block rows, ordered by position. The keys that a tile of rows sees therefore form one range:
+// products are limited to this range, and blocks of keys that no row sees are skipped. K and V of a block are converted
+// and packed once for all rows. A panel of K or V stays in the L1 cache while all rows are multiplied with it; the
+// scores of a block, the queries and the accumulators stay in L2. Arithmetic is fp32, except that the bf16 mode rounds
+// queries, keys, weights and values to bf16 before the products.
 #include "attention/attention_products.h"
 #include "attention/attention_rows.h"
 #include "base/pool.h"
@@ -16,11 +16,11 @@ namespace MLXEFF_ISA {
 
 constexpr int64_t key_block = 128;
 
-// One thread's buffers for blocks of `rows` rows (whole row tiles).
+// The buffers of one thread for blocks of `rows` rows, rounded up to whole row tiles.
 template <class Product>
 struct BlockBuffers {
   using Operand = typename Product::Operand;
-  int64_t depth, width;  // E padded for products over E; for accumulators
+  int64_t depth, width;  // E padded for the products that sum over E; E padded for the accumulators
   Operand *queries, *keys, *values;
   float *scores, *sums;
   RowState* states;
@@ -49,7 +49,8 @@ template <class Product>
 static bool run_task(const AttentionArgs& a, const AttentionPlan& plan, float* workspace, int64_t task) {
   using Operand = typename Product::Operand;
   const int64_t groups = a.B * a.G, R = a.H / a.G, part = task % plan.parts, bg = task / plan.parts % groups;
-  const int64_t block = plan.blocks - 1 - task / plan.parts / groups;  // the longest first
+  const int64_t block =
+      plan.blocks - 1 - task / plan.parts / groups;  // later positions, whose tasks take longest, come first
   const int64_t b = bg / a.G, g = bg % a.G, position = block * plan.block;
   const int64_t positions = min_of(plan.block, a.S - position), rows = positions * R, tile = Product::row_tile;
   const BlockBuffers<Product> buffer(round_up(rows, tile), a.E);
@@ -75,7 +76,7 @@ static bool run_task(const AttentionArgs& a, const AttentionPlan& plan, float* w
     const int64_t value_depth = round_up(keys, Product::depth_step);
     Product::pack_transposed(buffer.keys, {head_row(a.k, b, g, key), a.k.token, a.k.dtype}, a.E, keys);
     Product::pack_columns(buffer.values, {head_row(a.v, b, g, key), a.v.token, a.v.dtype}, keys, a.E);
-    // Keys of this block that the tile beginning at `row` sees.
+    // The range of keys of this block that the tile of rows starting at `row` sees.
     const auto tile_range = [&](int64_t row) {
       return KeyRange{max_of(0, range(row).first - key), min_of(keys, range(row + tile - 1).last - key)};
     };

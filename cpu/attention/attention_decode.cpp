@@ -1,12 +1,14 @@
-// Attention of a few rows (decode, verification of a short draft): reads keys and values where they lie, once a group.
+// The few-row attention kernel, for decode and for the verification of a short draft. It reads keys and values in place
+// from the cache, once for all query heads of a group.
 //
-//   for each block of 256 keys:  scores by dot products along E;  weights = softmax, online;  O = O * factor + weights
-//   V
+// For each block of 256 keys it computes the scores as dot products along E, turns them into weights by online softmax,
+// and updates O = O * factor + weights V.
 //
-// Scores: a tile of rows against 4 keys at a time, so that 4 dot products share their horizontal sum. Values: a tile of
-// rows and a panel of E in registers while the keys pass. Elements become fp32 when they are loaded; everything is
-// fp32. The block of keys stays in the L1 or L2 cache when a group has more rows than a tile. Cost: the bytes of K and
-// V that the rows see, from memory.
+// For the scores, a tile of rows is multiplied with 4 keys at a time, so that 4 dot products share one horizontal sum.
+// For the values, the sums of a tile of rows and a panel of E stay in registers over all keys of the block. Elements
+// are converted to fp32 when they are loaded, and all arithmetic is fp32. If a group has more rows than one tile, the
+// block of keys is read again from the L1 or L2 cache. The cost is reading from memory, once, the K and V that the rows
+// see.
 #include "attention/attention_rows.h"
 #include "base/pool.h"
 
@@ -15,13 +17,13 @@ namespace MLXEFF_ISA {
 
 constexpr int64_t decode_block = 256;
 #if defined(__AVX512F__) || defined(__ARM_NEON)
-constexpr int score_rows = 4, value_rows = 4, value_panel = 4;  // 32 registers
+constexpr int score_rows = 4, value_rows = 4, value_panel = 4;  // for 32 vector registers
 #else
-constexpr int score_rows = 2, value_rows = 4, value_panel = 2;  // 16
+constexpr int score_rows = 2, value_rows = 4, value_panel = 2;  // for 16 vector registers
 #endif
-constexpr int64_t prefetch_tokens = 24;
+constexpr int64_t prefetch_tokens = 24;  // distance of the prefetch ahead of the current token
 
-// Rows of K or V at the keys of a block.
+// The rows of K or V for a range of tokens, with their element type.
 template <class T>
 struct Tokens {
   const T* data;
@@ -35,7 +37,7 @@ MLXEFF_INLINE void prefetch_row(const Tokens<T>& x, int64_t i, int64_t E) {
   for (int64_t byte = 0; byte < E * int64_t(sizeof(T)); byte += 64) __builtin_prefetch(p + byte);
 }
 
-// scores[r][j] = queries[r] . keys[j] for four keys at `offsets` from `key`.
+// Computes scores[r][j] = queries[r] . keys[j] for the four keys at the offsets offsets[j] from `key`.
 template <class T, int rows>
 MLXEFF_INLINE void score_four(const float* queries, int64_t width, const T* key, const int64_t offsets[4], int64_t E,
                               float* scores) {
@@ -58,7 +60,8 @@ MLXEFF_INLINE void score_four(const float* queries, int64_t width, const T* key,
   for (int r = 0; r < rows; ++r) store_sums(scores + r * decode_block, sums[r][0], sums[r][1], sums[r][2], sums[r][3]);
 }
 
-// The same for `count` keys; writes up to the next multiple of 4, where the last key is taken again.
+// Computes the scores of `count` keys. Writes `count` rounded up to a multiple of 4 scores; the excess ones repeat the
+// last key.
 template <class T, int rows>
 static inline void score_tile(const float* queries, int64_t width, const Tokens<T>& keys, int64_t count, int64_t E,
                               int64_t prefetch, float* scores) {
@@ -75,8 +78,8 @@ static inline void score_tile(const float* queries, int64_t width, const Tokens<
   }
 }
 
-// out[r][0, panel) += sum over keys j in [begin, end) of weights[r][j] * values[j][0, panel); `E` is what the panel has
-// of E.
+// Adds the sum over keys j in [begin, end) of weights[r][j] * values[j] to out[r], for one panel of columns. `E` is the
+// number of columns of the head that lie in the panel.
 template <class T, int rows, int panel>
 static inline void value_tile(const float* weights, const Tokens<T>& values, int64_t begin, int64_t end, int64_t E,
                               int64_t prefetch, float* out, int64_t width) {
@@ -109,7 +112,7 @@ static inline void value_rows_tile(const float* weights, const Tokens<T>& values
     value_tile<T, rows, 1>(weights, panel(), begin, end, min_of(VL, E - e), prefetch, out + e, width);
 }
 
-// Calls action with the number of rows of a tile, at most `most`, as a type.
+// Calls action with the number of rows of a tile, at most `most`, as a compile-time constant.
 template <int n>
 struct RowCount {
   static constexpr int value = n;
@@ -142,7 +145,7 @@ static void value_block(const AttentionArgs& a, const float* weights, int64_t ro
   });
 }
 
-// Calls action with the tokens from `token` on, typed.
+// Calls action with the Tokens of x from `token` on, for the element type of x.
 template <class Action>
 MLXEFF_INLINE void with_tokens(const Heads& x, int64_t b, int64_t g, int64_t token, Action action) {
   const char* const p = head_row(x, b, g, token);
@@ -169,7 +172,7 @@ static bool run_task(const AttentionArgs& a, const AttentionPlan& plan, float* w
   const int64_t begin = plan.first_key + part * plan.part_keys, end = min_of(begin + plan.part_keys, a.T);
   for (int64_t key = begin; key < end; key += decode_block) {
     const int64_t count = min_of(decode_block, end - key);
-    const int64_t prefetch = end - prefetch_tokens - key;  // for so many tokens; never beyond the cache
+    const int64_t prefetch = end - prefetch_tokens - key;  // tokens that may be prefetched without reading past the end
     with_tokens(a.k, b, g, key,
                 [&](auto keys) { score_block(a, queries, width, rows, keys, count, prefetch, scores); });
     for (int64_t row = 0; row < rows; ++row) {

@@ -1,6 +1,6 @@
-// The table of attention kernels of a level, and the merge of partial results.
+// The table of attention kernels of one instruction-set level, and the merge of the partial results of a row.
 //
-// With maxima m_p, sums l_p and accumulators o_p of the parts p, and m = max m_p:
+// Part p of the keys has the maximum m_p, the sum l_p and the accumulator o_p. With m = max m_p:
 //   out = (sum over p of 2^(m_p - m) o_p) / (sum over p of 2^(m_p - m) l_p).
 #include "attention/attention_rows.h"
 
@@ -17,7 +17,7 @@ static void merge(const AttentionArgs& a, const AttentionPlan& plan, const float
   whole.parts = 1;
   for (int64_t index = begin; index < end; ++index) {
     const int64_t i = index % a.S, h = index / a.S % a.H, b = index / a.S / a.H;
-    // The first part's place holds the total in the end.
+    // The total is accumulated in the place of the first part.
     float* const total = partial_row(a, plan, const_cast<float*>(workspace), b, h, i, 0);
     RowState state = {-INFINITY, 0.0f};
     for (int64_t p = 0; p < plan.parts; ++p) {

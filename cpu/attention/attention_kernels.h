@@ -1,8 +1,9 @@
-// The kernels of causal attention. Each call runs on one thread; see attention.cpp for how they are put together.
+// The table of causal attention kernels, and the plan that divides attention into tasks. Each kernel call runs on one
+// thread; attention.cpp combines the calls.
 //
-// Letters: B batch, H query heads, G key/value heads, S queries, T keys (T >= S), E head size. R = H / G query heads
-// share a key/value head, and one task handles all R of them, so that keys and values are read once a group. A row is
-// one query of one head; within a group, row = position * R + (head - group * R).
+// Shape letters: B batch, H query heads, G key/value heads, S queries, T keys (T >= S), E head size. A group is the R =
+// H / G query heads that share one key/value head. One task handles all R heads of a group, so that keys and values are
+// read once per group. A row is one query of one head; within a group, row = position * R + (head - group * R).
 #pragma once
 #include "base/isa.h"
 
@@ -11,15 +12,16 @@ namespace mlxeff {
 using Heads = mlxeff_heads;
 using AttentionArgs = mlxeff_attention_args;
 
-// Tasks: for each batch and group, blocks of query positions times parts of the key range. With several parts, a task
-// leaves partial results in the workspace and a row is complete after `merge`.
+// The division into tasks: for each batch and group there is one task for each block of query positions and each part
+// of the key range. If there are several parts, a task writes partial results to the workspace, and `merge` then
+// combines them.
 struct AttentionPlan {
-  bool decode;               // few rows: dot products straight from the cache; else blocked matrix products
-  int64_t block, blocks;     // query positions a task; number of such blocks
-  int64_t first_key;         // keys before it are outside every window
+  bool decode;               // use the few-row kernel (attention_decode.cpp), else the blocked one
+  int64_t block, blocks;     // query positions per task; number of such blocks
+  int64_t first_key;         // the first key that lies inside any query's window
   int64_t part_keys, parts;  // keys of a part; number of parts
   int64_t tasks;             // B * G * blocks * parts
-  int64_t workspace;         // bytes, 0 with one part
+  int64_t workspace;         // bytes; 0 if there is one part
 };
 AttentionPlan plan_attention(const AttentionArgs& args, int threads);
 
@@ -30,15 +32,15 @@ struct AttentionBackwardArgs {
 };
 
 struct AttentionKernels {
-  // Tasks [begin, end) of the plan. False: out of memory.
+  // Runs tasks [begin, end) of the plan. Returns false if memory is exhausted.
   bool (*run)(const AttentionArgs& args, const AttentionPlan& plan, float* workspace, int64_t begin, int64_t end);
-  // Output rows [begin, end) of B * H * S from the partial results of all parts.
+  // Computes output rows [begin, end) of B * H * S from the partial results of all parts.
   void (*merge)(const AttentionArgs& args, const AttentionPlan& plan, const float* workspace, int64_t begin,
                 int64_t end);
 
-  // Backward, three steps in this order; each needs all of the first. row_dots: rows [begin, end) of B * H * S.
-  // queries: tasks [begin, end) of B * G * ceil(S / backward_block) give dq.
-  // keys: tasks [begin, end) of B * G * ceil(T / backward_block) give dk and dv.
+  // The backward pass. The first function computes row_dot for rows [begin, end) of B * H * S and must be complete for
+  // all rows before the other two run. The second computes dq, in tasks [begin, end) of B * G * ceil(S /
+  // backward_block). The third computes dk and dv, in tasks [begin, end) of B * G * ceil(T / backward_block).
   void (*backward_row_dots)(const AttentionBackwardArgs& args, int64_t begin, int64_t end);
   bool (*backward_queries)(const AttentionBackwardArgs& args, int64_t begin, int64_t end);
   bool (*backward_keys)(const AttentionBackwardArgs& args, int64_t begin, int64_t end);
@@ -51,7 +53,7 @@ static inline char* head_row(const Heads& x, int64_t b, int64_t h, int64_t token
   return static_cast<char*>(x.data) + (b * x.batch + h * x.head + token * x.token) * int64_t(dtype_size(x.dtype));
 }
 
-// Keys [first, last) are seen by the query at position i of S.
+// The range [first, last) of keys that a query sees.
 struct KeyRange {
   int64_t first, last;
 };
@@ -60,7 +62,7 @@ static inline KeyRange visible_keys(const AttentionArgs& a, int64_t i) {
   return {a.window > 0 ? max_of(0, last - a.window) : 0, last};
 }
 
-// A partial result in the workspace: maximum, sum, then E accumulated values.
+// Returns the partial result of one row and part in the workspace: its maximum, its sum, then E accumulated values.
 static inline float* partial_row(const AttentionArgs& a, const AttentionPlan& plan, float* workspace, int64_t b,
                                  int64_t h, int64_t i, int64_t part) {
   return workspace + (((b * a.H + h) * a.S + i) * plan.parts + part) * (a.E + 2);

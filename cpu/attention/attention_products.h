@@ -1,16 +1,17 @@
-// The matrix products inside a block of attention: C (rows, n) += A (rows, depth) @ B (depth, n), and the packing of B.
+// The matrix products inside a block of attention, C (rows, n) += A (rows, depth) @ B (depth, n), and the packing of B.
 //
-// B is packed in panels of a few vectors of columns; a panel holds `depth` steps one after the other, so a product
-// reads it front to back. Fp32Product multiplies in fp32. Bf16Product rounds both operands to bf16, two consecutive
-// depths side by side in a 32-bit lane, and adds in fp32; it exists where there are AMX tiles. Both offer
-//   Operand              element of A and B
-//   row_tile             rows of A for one call of multiply; matrices A and C have whole tiles of rows
+// B is packed in panels, each a few vectors of columns wide; a panel stores its `depth` rows one after the other, so a
+// product reads it sequentially. Fp32Product multiplies in fp32. Bf16Product rounds both operands to bf16 and sums in
+// fp32; it stores two consecutive rows of B side by side in 32-bit lanes and exists only for levels with AMX tiles.
+// Both define:
+//   Operand              the element type of A and B
+//   row_tile             rows of A in one call of multiply; A and C must have whole tiles of rows
 //   depth_step           depth must be a multiple of it; A and B are padded with zeros
-//   pack_columns         B = X (depth, n), as values are used
-//   pack_transposed      B = X^T with X (n, depth), as keys are used
-//   multiply             one row tile by one panel
+//   pack_columns         packs B = X (depth, n); used for values
+//   pack_transposed      packs B = X^T with X (n, depth); used for keys
+//   multiply             multiplies one row tile with one panel
 //
-// To be included by per-level sources only.
+// Only sources that are compiled per level may include this file.
 #pragma once
 #include "base/simd_math.h"
 #include "products/amx_tile.h"
@@ -19,13 +20,13 @@ namespace mlxeff {
 namespace MLXEFF_ISA {
 
 #if defined(__AVX512F__) || defined(__ARM_NEON)
-constexpr int max_panel = 4;  // vectors; 6 x 4 accumulators of 32 registers
+constexpr int max_panel = 4;  // in vectors; 6 x 4 accumulators in 32 vector registers
 #else
-constexpr int max_panel = 2;  // 6 x 2 of 16
+constexpr int max_panel = 2;  // 6 x 2 accumulators in 16 vector registers
 #endif
 constexpr int row_tile_fp32 = 6;
 
-// `n` columns as panels of `width` vectors, the last one possibly narrower.
+// The division of `n` columns into panels of `width` vectors, the last of which may be narrower.
 struct Panels {
   int64_t vectors, width, count;
   explicit Panels(int64_t n) : vectors(ceil_div(n, VL)), width(1), count(1) {
@@ -82,7 +83,7 @@ struct Fp32Product {
   static void begin() {}
   static void end() {}
 
-  // A's element (m, k) is a[m * a_row + k * a_step], so that A may be the transpose of a stored matrix.
+  // The element (m, k) of A is a[m * a_row + k * a_step], so A may be the transpose of a stored matrix.
   static void multiply(const float* a, int64_t a_row, int64_t a_step, const float* b, int width, int64_t depth,
                        float* c, int64_t ldc, bool accumulate) {
     switch (width) {
@@ -132,7 +133,7 @@ struct Fp32Product {
 MLXEFF_INLINE __m512i pair_up(__m256i first, __m256i second) {  // lane i: first[i] | second[i] << 16
   return _mm512_or_si512(_mm512_cvtepu16_epi32(first), _mm512_slli_epi32(_mm512_cvtepu16_epi32(second), 16));
 }
-// 32 elements from i on, zeros from `n` on, rounded to bf16.
+// Loads 32 elements from index i on and rounds them to bf16; elements from index n on are zero.
 MLXEFF_INLINE vf load_pairs(const char* row, int dtype, int64_t i, int64_t n) {
   const auto sixteen = [&](int64_t at) {
     return at < n ? to_bf16(load_any_first(row, dtype, at, n - at)) : _mm256_setzero_si256();
@@ -205,7 +206,7 @@ struct Bf16Product {
       for (int j = 0; j < width; ++j) {
         const int64_t column = (p * panels.width + j) * VL;
         for (int64_t k = 0; k < padded; k += 2 * VL) {
-          vf rows[VL];  // each lane a pair of bf16
+          vf rows[VL];  // each lane holds two bf16 values
           for (int i = 0; i < VL; ++i)
             rows[i] = column + i < n ? load_pairs(x.row(column + i), x.dtype, k, depth) : zero();
           transpose(rows);

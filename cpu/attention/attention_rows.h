@@ -1,9 +1,9 @@
-// What the decode and the blocked kernels share: the online softmax of a row, and the end of a row.
+// The functions that the few-row and the blocked attention kernels share: loading a query, the online softmax of a row,
+// and storing a finished row.
 //
-// Scores are in units of log 2: queries are multiplied by scale * log2(e) in fp32 when they are loaded, and every
-// exponential is exp2.
+// Queries are multiplied by scale * log2(e) in fp32 when they are loaded, so every exponential of a score is an exp2.
 //
-// To be included by per-level sources only.
+// Only sources that are compiled per level may include this file.
 #pragma once
 #include <math.h>
 
@@ -19,9 +19,10 @@ struct RowState {
   float max, sum;
 };
 
-// scores[begin, end) -> weights[begin, end) = exp2(score - max) for columns in [first, last), 0 outside. Updates the
-// running maximum and sum and returns the factor by which what was accumulated before has to be multiplied.
-// `weights` may be the same memory as `scores`, also with the narrower type. begin and end are multiples of VL.
+// Computes weights[j] = exp2(scores[j] - max) for j in [begin, end) that lie in [first, last), and 0 for the others.
+// Updates the running maximum and sum, and returns the factor by which the caller must multiply the values accumulated
+// so far. `weights` may use the same memory as `scores`, even if its element type is narrower. begin and end must be
+// multiples of VL.
 template <class Weight>
 static inline float softmax_block(const float* scores, Weight* weights, int64_t begin, int64_t end, int64_t first,
                                   int64_t last, RowState* state) {
@@ -39,7 +40,7 @@ static inline float softmax_block(const float* scores, Weight* weights, int64_t 
   for (int64_t j = whole_begin; j < whole_end; j += VL) most = max(load(scores + j), most);
   for (int64_t j = whole_end; j < end; j += VL) most = max(masked(j), most);
   const float now = max(most), before = state->max, peak = now > before ? now : before;
-  // A row that has seen nothing but -inf keeps weights of 0 rather than exp2(-inf + inf).
+  // If all scores of a row so far are -inf, its weights are 0: using 0 in place of the maximum avoids exp2(-inf + inf).
   const float base = peak == -INFINITY ? 0.0f : peak;
   vf total = zero();
   const auto emit = [&](int64_t j, vf score) {
@@ -56,12 +57,12 @@ static inline float softmax_block(const float* scores, Weight* weights, int64_t 
   return factor;
 }
 
-MLXEFF_INLINE void scale_row(float* row, int64_t n, float factor) {  // n a multiple of VL
+MLXEFF_INLINE void scale_row(float* row, int64_t n, float factor) {  // n must be a multiple of VL
   if (factor == 1.0f) return;
   for (int64_t j = 0; j < n; j += VL) store(row + j, load(row + j) * factor);
 }
 
-// A finished row goes to the output, one of several parts to the workspace.
+// Stores a finished row in the output or, if the keys are split into several parts, in the workspace.
 static inline void finish_row(const AttentionArgs& a, const AttentionPlan& plan, float* workspace, int64_t b, int64_t h,
                               int64_t i, int64_t part, float* row, RowState state) {
   if (plan.parts > 1) {
@@ -76,7 +77,7 @@ static inline void finish_row(const AttentionArgs& a, const AttentionPlan& plan,
   if (a.lse) a.lse[(b * a.H + h) * a.S + i] = (state.max + log2f(state.sum)) * ln_2;
 }
 
-// dst[0, width) = src[0, E) * factor, then zeros.
+// Sets dst[0, E) = src[0, E) * factor, and dst[E, width) to zeros.
 static inline void load_query(float* dst, int64_t width, const char* src, int dtype, int64_t E, float factor) {
   to_floats(dst, src, dtype, E);
   for (int64_t e = 0; e < E; ++e) dst[e] *= factor;

@@ -1,9 +1,10 @@
-// What every kernel source shares: element types, conversions one value at a time, small integer helpers.
+// Definitions shared by all kernel sources: element types, scalar conversions between them, and small integer helpers.
 //
-// Sources of a kernel family are compiled once for each instruction-set level with that level's flags. The linker may
-// merge equal inline functions of different objects into one copy, which could be the copy that was compiled with wide
-// flags; so everything here is `static` (one copy an object), and templates live in the per-level namespace
-// `mlxeff::MLXEFF_ISA` or in an unnamed one. For the same reason kernels use no templates of the C++ library.
+// The sources of a kernel family are compiled once for each instruction-set level, with the compiler flags of that
+// level. The linker may merge equal inline functions of several object files into one copy, and could keep the copy
+// that uses instructions the CPU lacks. Therefore every function here is `static` (one copy per object file), and
+// templates live in the per-level namespace `mlxeff::MLXEFF_ISA` or in an unnamed namespace. For the same reason
+// kernels use no templates of the C++ standard library.
 #pragma once
 #include <stddef.h>
 #include <stdint.h>
@@ -43,8 +44,8 @@ MLXEFF_INLINE uint32_t float_to_bits(float value) {
 MLXEFF_INLINE float to_float(float value) { return value; }
 MLXEFF_INLINE float to_float(bf16 value) { return bits_to_float(uint32_t(value.bits) << 16); }
 MLXEFF_INLINE float to_float(f16 value) {
-  // Exponent and mantissa move into fp32's places; multiplying by 2^112 corrects the exponent bias and normalises
-  // subnormals exactly. Infinities and NaNs take the largest exponent instead.
+  // Shifts exponent and mantissa to their positions in fp32; multiplying by 2^112 then corrects the exponent bias and
+  // normalises subnormals exactly. Infinities and NaNs get the largest exponent instead.
   const uint32_t sign = uint32_t(value.bits & 0x8000u) << 16, magnitude = value.bits & 0x7fffu;
   if (magnitude >= 0x7c00u) return bits_to_float(sign | 0x7f800000u | (magnitude & 0x3ffu) << 13);
   return bits_to_float(sign | float_to_bits(bits_to_float(magnitude << 13) * 0x1p112f));
@@ -62,7 +63,7 @@ MLXEFF_INLINE void from_float(float value, f16* out) {
   uint32_t half;
   if (magnitude > 0x7f800000u) {
     half = 0x7e00u | (magnitude >> 13 & 0x3ffu);
-  } else if (magnitude >= 0x477ff000u) {  // rounds beyond 65504
+  } else if (magnitude >= 0x477ff000u) {  // rounds to more than 65504, the largest fp16 number: infinity
     half = 0x7c00u;
   } else if (magnitude < 0x38800000u) {  // subnormal half: adding 0.5 leaves the rounded mantissa in the low bits
     half = float_to_bits(bits_to_float(magnitude) + 0.5f) - float_to_bits(0.5f);

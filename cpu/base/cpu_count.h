@@ -1,5 +1,5 @@
-// How many CPUs this process may use: the least of the affinity mask and the cgroup's CPU quota, at least 1.
-// On macOS, the performance cores.
+// usable_cpus(): the number of CPUs that this process may use, at least 1. On Linux it is the smaller of the size of
+// the affinity mask and the CPU quota of the cgroup; on macOS it is the number of performance cores.
 #pragma once
 #include <unistd.h>
 
@@ -17,7 +17,7 @@ namespace {
 
 #if defined(__linux__)
 int affinity_cpus() {
-  for (int cpus = 1024; cpus <= 1 << 16; cpus *= 2) {  // the kernel refuses a mask smaller than its own
+  for (int cpus = 1024; cpus <= 1 << 16; cpus *= 2) {  // Linux rejects a mask smaller than its own
     cpu_set_t* mask = CPU_ALLOC(cpus);
     const size_t size = CPU_ALLOC_SIZE(cpus);
     const int found = sched_getaffinity(0, size, mask) == 0 ? CPU_COUNT_S(size, mask) : 0;
@@ -38,8 +38,8 @@ double read_quota(const std::string& folder) {
   return INFINITY;
 }
 
-// The smallest quota of this process's cgroup and of the groups above it; below `root` in place of the real file
-// system.
+// The smallest CPU quota, in CPUs, of this process's cgroup and its ancestors. `root` is a prefix for all paths, so
+// that a test can supply its own files.
 double cgroup_cpus(const std::string& root = "") {
   double least = INFINITY;
   std::ifstream groups(root + "/proc/self/cgroup");

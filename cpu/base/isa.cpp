@@ -1,9 +1,10 @@
-// Which instruction-set level this process uses.
+// Selects the instruction-set level that this process uses.
 //
-// A level counts as usable when the CPU reports every feature bit its flags need and the operating system saves the
-// registers (XCR0; for AMX also the permission that Linux grants by arch_prctl). Family and model numbers are never
-// looked at: virtual machines report them wrongly. MLXEFF_CPU_ISA caps the level; an unknown value is ignored with one
-// line on stderr. Compiled with the platform's base flags only.
+// A level is usable if the CPU reports every feature that the compiler flags of the level require, and the operating
+// system saves the registers that the level uses (XCR0; AMX also needs a permission that Linux grants through
+// arch_prctl). CPU family and model numbers are ignored, because virtual machines report them wrongly. The environment
+// variable MLXEFF_CPU_ISA sets an upper limit; an unknown value is ignored with a warning on stderr. This file is
+// compiled with the platform's base flags only.
 #include "base/isa.h"
 
 #include <atomic>
@@ -119,7 +120,7 @@ int find_level(const char* name) {
 
 struct Choice {
   std::string available;
-  int best = 0;  // under the cap
+  int best = 0;  // the highest usable level that MLXEFF_CPU_ISA allows
   std::atomic<int> current{0};
 
   Choice() {

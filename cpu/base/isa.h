@@ -1,4 +1,4 @@
-// Instruction-set levels and the choice of one at run time.
+// The instruction-set levels, and the dispatch to the kernels of the level in use at run time.
 #pragma once
 #include "base/common.h"
 
@@ -9,7 +9,7 @@ enum class Isa { scalar, avx2, avx512, amx, neon, dotprod, i8mm };
 // The level in use: the best one that the machine, the operating system, the build and MLXEFF_CPU_ISA allow.
 Isa active_isa();
 
-// Whether the CPU has AVX-512 VBMI, which level avx512 does not imply.
+// True if the CPU has AVX-512 VBMI, which the level avx512 does not require.
 bool has_byte_permutes();
 
 }  // namespace mlxeff

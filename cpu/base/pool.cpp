@@ -1,21 +1,25 @@
-// The thread pool: one a process, created at the first parallel region, never destroyed.
+// The thread pool. A process has one pool, which is created at the first parallel region and never destroyed.
 //
-// Joining     A region is announced by one atomic word, the gate: generation, an open flag, and the members so far.
-// Idle
-//             workers see it and enter by compare-and-swap until the caller, done with its own part, closes it. A
-//             worker that the system has not scheduled simply is not a member, so a region never waits for a thread
-//             that has not started on it; one that arrives late still shares the rest of the work.
-// Work        Pieces are handed out by an atomic counter, so a slowed-down member takes fewer of them.
-// Waiting     Every wait spins for a bounded time and then sleeps on a condition variable; wakers pay for a system call
-//             only when somebody sleeps.
-// Placement   Linux often wakes a worker on its waker's CPU, where it waits for milliseconds behind the waker. So a
-// worker
-//             about to be woken is first kept off that one CPU (within the caller's own affinity mask).
-// Exclusion   One region at a time. A nested call, or a call from a second thread, runs on its own thread alone.
-// Fork        The child has no workers, so it drops the pool (leaking it, since its mutexes are in an unknown state)
-// and
-//             makes a new one when needed.
-// Exit        The pool is leaked on purpose: workers may still sleep in it while the process ends.
+// Joining: one atomic word, the gate, announces a region. It holds a generation number, an open flag and the number of
+// members so far. Idle workers see the open gate and join by compare-and-swap, until the caller has finished its own
+// part and closes the gate. A worker that the operating system has not scheduled does not join, so a region never waits
+// for a thread that has not started on it. A worker that joins late shares the remaining work.
+//
+// Work: an atomic counter hands out the pieces of work, so a member that is slowed down takes fewer of them.
+//
+// Waiting: every wait spins for a bounded time and then sleeps on a condition variable. Waking costs a system call only
+// if a thread sleeps.
+//
+// Placement: Linux often wakes a worker on the CPU of the thread that woke it, where it waits for milliseconds until
+// that thread yields. Before a worker is woken, that CPU is therefore removed from its affinity mask (within the
+// caller's mask).
+//
+// Exclusion: one region runs at a time. A nested call, or a call from a second thread, runs on its own thread alone.
+//
+// Fork: a child process has no workers, so it abandons the pool (and leaks it, since its mutexes are in an unknown
+// state) and makes a new one when needed.
+//
+// Exit: the pool is leaked on purpose, because workers may still sleep in it while the process ends.
 #include "base/pool.h"
 
 #include <pthread.h>
@@ -36,7 +40,8 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 constexpr auto idle_spin = std::chrono::microseconds(50);
-constexpr auto step_spin = std::chrono::microseconds(200);  // inside a region: a piece of work is rarely longer
+constexpr auto step_spin =
+    std::chrono::microseconds(200);  // for waits inside a region: a piece of work rarely takes longer
 constexpr int max_threads = 256;
 
 thread_local bool inside_region = false;
@@ -61,7 +66,8 @@ bool spin_until(Ready ready, Clock::duration limit) {
   return false;
 }
 
-// Waits for a condition on sequentially consistent atomics. Whoever makes it true calls wake() afterwards.
+// Waits for a condition on sequentially consistent atomics. The thread that makes the condition true must call wake()
+// afterwards.
 class WaitPoint {
  public:
   explicit WaitPoint(Clock::duration spin) : spin_(spin) {}
@@ -95,7 +101,7 @@ class Pool {
 
   std::mutex running;  // held by the thread whose region uses the pool
 
-  // Both are called with `running` held.
+  // The caller of these two functions must hold `running`.
   void resize(int threads);
   void run(void (*function)(Team&, void*), void* context);
 
@@ -113,14 +119,15 @@ class Pool {
   int avoided_cpu_[max_threads];
   std::atomic<bool> stopping_{false};
 
-  // The region in progress.
+  // State of the current region.
   void (*function_)(Team&, void*) = nullptr;
   void* context_ = nullptr;
   alignas(64) std::atomic<uint64_t> gate_{0};  // generation << 32 | open flag | members
   alignas(64) std::atomic<int> left_{0};       // workers that have finished with the region
 
-  // for_chunks number p uses slot p % ring: (p mod 2^24) << 40 | pieces taken << 20 | pieces finished. The first member
-  // to reach a phase turns its slot over; a late member recognises by the number that the slot has moved on.
+  // A phase is one call of for_chunks. Phase p uses slot p % ring, which holds (p mod 2^24) << 40 | pieces taken << 20
+  // | pieces finished. The first member to reach a phase resets its slot for it. A late member sees from the phase
+  // number in the slot that a later phase uses the slot, so that its own phase is complete.
   static constexpr uint32_t ring = 16, phase_mask = (1u << 24) - 1;
   static constexpr uint64_t taken_one = 1u << 20, finished_mask = taken_one - 1;
   struct alignas(64) Slot {
@@ -138,7 +145,7 @@ void Pool::resize(int threads) {
   idle_.wake();
   for (int i = 1; i < threads_; ++i) workers_[i].join();
   stopping_ = false;
-  sigset_t all, previous;  // signals are for the program's own threads
+  sigset_t all, previous;  // workers block all signals: only the program's own threads handle them
   sigfillset(&all);
   pthread_sigmask(SIG_SETMASK, &all, &previous);
   threads_ = 1;
@@ -148,7 +155,7 @@ void Pool::resize(int threads) {
       avoided_cpu_[i] = -1;
       workers_[i] = std::thread([this, seen] { work(seen); });
     }
-  } catch (const std::system_error&) {  // go on with the threads that could be started
+  } catch (const std::system_error&) {  // continue with the threads that have been started
   }
   pthread_sigmask(SIG_SETMASK, &previous, nullptr);
 }
@@ -231,7 +238,7 @@ void Pool::for_chunks(uint32_t phase, int64_t n, int64_t chunk, void (*body)(voi
 namespace {
 
 std::atomic<Pool*> current_pool{nullptr};
-std::atomic<int> wanted_threads{0};  // 0: the default
+std::atomic<int> wanted_threads{0};  // 0 selects the default number
 
 Pool* pool() {
   if (Pool* existing = current_pool.load()) return existing;

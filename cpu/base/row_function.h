@@ -1,5 +1,5 @@
-// A reference to a callable that does something for one row: what a virtual call takes where a template would take the
-// callable itself.
+// RowFunction: a non-owning reference to a callable that processes one row. Virtual functions take it as a parameter,
+// since they cannot be templates over the callable's type.
 #pragma once
 #include <stdint.h>
 

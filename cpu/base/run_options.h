@@ -1,10 +1,10 @@
-// How one pass of a decoder computes.
+// RunOptions: the options of one pass of a decoder.
 #pragma once
 #include "base/common.h"
 
 namespace mlxeff {
 
-// Handed down to every store of keys and values and to every feed-forward; each looks at what concerns it.
+// Passed to every key/value store and every feed-forward, each of which reads the options that concern it.
 struct RunOptions {
   int mode = MLXEFF_EXACT;  // of the matrix products: MLXEFF_EXACT, MLXEFF_COMPUTE_BF16 or MLXEFF_COMPUTE_INT8
 };

@@ -1,8 +1,9 @@
-// A vector of fp32 lanes at the width of the level that is compiled, with loads and stores that convert from and to
-// fp16 and bf16. `vf` is the compiler's own vector type, so + - * / < and ?: work on it; a * b + c contracts to a fused
-// multiply-add where the level has one. On ARM and at level `scalar` a vector holds 4 lanes.
+// `vf`, a vector of VL fp32 lanes, as wide as the registers of the instruction-set level being compiled, with loads and
+// stores that convert from and to fp16 and bf16. `vf` is a vector type of the compiler, so the operators + - * / < and
+// ?: work on it; the compiler contracts a * b + c to a fused multiply-add if the level has one. On ARM and at the level
+// `scalar` a vector has 4 lanes.
 //
-// To be included by per-level sources only.
+// Only sources that are compiled per level may include this file.
 #pragma once
 #include "base/common.h"
 
@@ -46,7 +47,8 @@ MLXEFF_INLINE void store(f16* p, vf v) { _mm256_storeu_si256((__m256i*)p, _mm512
 MLXEFF_INLINE vf load(const bf16* p) {
   return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
 }
-// Rounded by integer arithmetic, or by the instruction that does so (which also flushes subnormals to zero).
+// Rounds to nearest even, with integer arithmetic or, where it exists, with an instruction that also flushes subnormals
+// to zero.
 MLXEFF_INLINE __m256i to_bf16(vf v) {
 #if defined(__AVX512BF16__)
   return (__m256i)_mm512_cvtneps_pbh((__m512)v);
@@ -112,7 +114,7 @@ MLXEFF_INLINE float max(vf v) {
 }
 #endif
 
-// The first n elements, n >= 0; the lanes beyond are zero, and nothing beyond is read.
+// Loads the first n elements, n >= 0. The remaining lanes are zero, and no memory beyond the n elements is read.
 #if defined(__AVX512F__)
 MLXEFF_INLINE __mmask16 first_lanes(int64_t n) { return __mmask16((1u << min_of(n, VL)) - 1); }
 MLXEFF_INLINE vf load_up_to(const float* p, int64_t n) { return (vf)_mm512_maskz_loadu_ps(first_lanes(n), p); }
@@ -132,8 +134,8 @@ MLXEFF_INLINE vf load_up_to(const T* p, int64_t n) {
 }
 #endif
 
-// dst[0, n) = src[0, n), converted. The last vector overlaps the one before; fewer elements than a vector go one at a
-// time.
+// Converts src[0, n) to dst[0, n). The last vector overlaps the one before it; if n is less than a vector, elements are
+// converted one at a time.
 template <class To, class From>
 MLXEFF_INLINE void convert(To* MLXEFF_RESTRICT dst, const From* MLXEFF_RESTRICT src, int64_t n) {
   if (n < VL) {

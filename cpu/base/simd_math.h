@@ -1,10 +1,11 @@
-// Vectorised exp, exp2 and sigmoid, and the reductions and the transpose that the attention kernels need.
+// Vector versions of exp, exp2 and sigmoid, and the reductions and the transpose that the attention kernels need.
 //
-// exp and exp2 split the argument into n + r, evaluate a polynomial of degree 6 in r and scale by 2^n. Their error,
-// over all arguments with a normal result, is below 2 ulp (tests/test_cpu_elementwise.py holds them to it). exp(-inf) =
-// 0, large arguments give inf, small ones go through the subnormals to 0, NaN gives NaN.
+// exp2 splits its argument into n + r and exp splits it into n * ln 2 + r, with n an integer; both evaluate a
+// polynomial of degree 6 in r and multiply it by 2^n. The error is below 2 ulp for every argument whose result is a
+// normal number (checked by tests/test_cpu_elementwise.py). exp(-inf) is 0, large arguments give inf, small ones give
+// subnormal results and then 0, and NaN gives NaN.
 //
-// To be included by per-level sources only.
+// Only sources that are compiled per level may include this file.
 #pragma once
 #include "base/simd.h"
 
@@ -19,13 +20,13 @@ MLXEFF_INLINE vf scale_by_power(vf p, vf shifted) {
 #if defined(__AVX512F__)
   return (vf)_mm512_scalef_ps((__m512)p, (__m512)(shifted - round_magic));
 #else
-  // In two factors, since 2^n alone may lie outside the normal range.
+  // Multiplies by 2^n in two steps, since 2^n itself may lie outside the range of normal numbers.
   const vi n = (vi)shifted - (vi)broadcast(round_magic), half = n >> 1;
   return p * (vf)((half + 127) << 23) * (vf)((n - half + 127) << 23);
 #endif
 }
 
-MLXEFF_INLINE vf clamp(vf x, float low, float high) {  // NaN stays
+MLXEFF_INLINE vf clamp(vf x, float low, float high) {  // NaN is returned unchanged
   x = x < low ? broadcast(low) : x;
   return x > high ? broadcast(high) : x;
 }
@@ -45,7 +46,7 @@ MLXEFF_INLINE vf vexp2(vf x) {
 MLXEFF_INLINE vf vexp(vf x) {
   x = clamp(x, -105.0f, 89.5f);
   const vf shifted = fma(x, broadcast(1.44269504f), broadcast(round_magic)), n = shifted - round_magic;
-  // ln 2 in two parts; n times the first is exact.
+  // ln 2 is split into two constants, so that n times the larger one is exact.
   const vf r = fma(n, broadcast(2.12194440e-4f), fma(n, broadcast(-0.693359375f), x));
   vf p = broadcast(1.9875691500e-4f);
   p = fma(p, r, broadcast(1.3981999507e-3f));
@@ -58,7 +59,7 @@ MLXEFF_INLINE vf vexp(vf x) {
 
 MLXEFF_INLINE vf sigmoid(vf x) { return 1.0f / (1.0f + vexp(-x)); }
 
-// The first n < VL elements at p, zeros after them.
+// Loads the first n < VL elements at p; the remaining lanes are zero.
 template <class T>
 MLXEFF_INLINE vf load_first(const T* p, int64_t n) {
   float lanes[VL] = {};
@@ -72,14 +73,14 @@ MLXEFF_INLINE void store_first(T* p, vf v, int64_t n) {
   for (int64_t i = 0; i < n; ++i) from_float(lanes[i], p + i);
 }
 
-// Lanes 0, 1, 2, ...
+// Returns the vector 0, 1, 2, ...
 MLXEFF_INLINE vi lane_numbers() {
   vi lanes;
   for (int i = 0; i < VL; ++i) lanes[i] = i;
   return lanes;
 }
 
-// out[0..4) = the sums of a, b, c, d.
+// Stores the sums over the lanes of a, b, c and d in out[0..4).
 MLXEFF_INLINE void store_sums(float* out, vf a, vf b, vf c, vf d) {
 #if defined(__AVX512F__)
   const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps((__m512)a, (__m512)b), _mm512_unpackhi_ps((__m512)a, (__m512)b));
@@ -115,7 +116,7 @@ MLXEFF_INLINE void interleave(vf a, vf b, vf* low, vf* high) {  // low = a0 b0 a
 }
 #undef MLXEFF_SHUFFLE
 
-// rows[i][j] becomes rows[j][i]: log2(VL) rounds, each interleaving row i with row i + VL / 2.
+// Transposes a VL x VL matrix in log2(VL) rounds, each of which interleaves row i with row i + VL / 2.
 MLXEFF_INLINE void transpose(vf rows[VL]) {
   for (int size = 1; size < VL; size *= 2) {
     vf next[VL];

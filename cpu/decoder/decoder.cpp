@@ -1,4 +1,5 @@
-// The calls of a decoder: their checks, the workspace, and the one parallel region in which each runs (pass.cpp).
+// The public calls of the native decoder. Each call checks its arguments, reserves the workspace, and runs one Pass
+// (pass.cpp) on every thread of a single parallel region.
 #include "decoder/decoder.h"
 
 #include <new>
@@ -8,12 +9,13 @@
 namespace mlxeff {
 namespace {
 
-constexpr int64_t alignment = 16;  // floats
+constexpr int64_t alignment = 16;  // of each part of the workspace, in floats (64 bytes)
 
 int64_t padded(int64_t floats) { return round_up(floats, alignment); }
 int64_t floats_of(int64_t bytes) { return ceil_div(bytes, int64_t(sizeof(float))); }
 
-// The most that a product of the pass prepares, and the most workspace of a feed-forward.
+// The largest buffer of prepared inputs (see PassTeam::multiply) and the largest feed-forward workspace that any step
+// of a pass over `rows` rows needs.
 FeedForward::Needs needs(const DecoderSpec& spec, int64_t rows, const RunOptions& options) {
   FeedForward::Needs most = {0, prepared_bytes({&spec.head}, rows, options)};
   for (const DecoderLayer& l : spec.layers) {
@@ -26,7 +28,8 @@ FeedForward::Needs needs(const DecoderSpec& spec, int64_t rows, const RunOptions
   return most;
 }
 
-// The most workspace of the first `layers` stores, for a team of any size.
+// The largest workspace in bytes that one of the first `layers` stores needs, whatever the number of threads in the
+// team.
 int64_t store_bytes(const DecoderSpec& spec, KvStore* const* stores, size_t layers, const Span& span,
                     const RunOptions& options) {
   int64_t most = 0;
@@ -36,7 +39,7 @@ int64_t store_bytes(const DecoderSpec& spec, KvStore* const* stores, size_t laye
   return most;
 }
 
-// Whether the first `layers` stores have room for the span, which is not empty.
+// True if the span is valid and not empty, and each of the first `layers` stores has room for it.
 bool fits(const Span& span, KvStore* const* stores, size_t layers) {
   bool good = span.batch > 0 && span.length > 0 && span.end >= span.length;
   for (size_t i = 0; good && i < layers; ++i) good = stores[i]->fits(span);
@@ -72,8 +75,8 @@ int Decoder::pass(const int32_t* tokens, const Span& span, KvStore* const* store
   for (int64_t r = 0; r < rows; ++r)
     if (tokens[r] < 0 || tokens[r] >= spec_.embedding.N) return MLXEFF_BAD_ARGUMENT;
 
-  // The last layer may go on with one row of each sequence. Few rows are padded more than many: they may need more
-  // room.
+  // The last layer may process only the last row of each sequence. The kernels for few rows pad their input more than
+  // the kernels for many rows, so the smaller pass can need the larger workspace: take the maximum of both.
   const Span last = {span.batch, 1, span.end};
   const FeedForward::Needs all_rows = needs(spec_, rows, options), last_rows = needs(spec_, last.rows(), options);
   const int64_t prepared = max_of(all_rows.prepared, last_rows.prepared);

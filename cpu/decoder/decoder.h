@@ -1,5 +1,6 @@
-// A whole decoder (RMSNorm, GQA attention with RoPE, feed-forward) as one call: token ids -> logits. It opens at two
-// places: what a layer remembers (kv/kv_store.h) and its feed-forward (feed_forward.h).
+// The native decoder: one call computes a whole transformer (RMSNorm, grouped-query attention with RoPE, feed-forward)
+// from token ids to logits. Two interfaces let a model vary: the key/value store of a layer (kv/kv_store.h) and its
+// feed-forward (feed_forward.h).
 #pragma once
 #include <functional>
 #include <initializer_list>
@@ -12,7 +13,9 @@
 
 namespace mlxeff {
 
-// Norm weights are fp32; q_norm and k_norm (head_dim) are null where the model has none. window 0: full attention.
+// The weights and sizes of one layer. Norm weights are fp32; attention_norm and feed_forward_norm have `dim` elements,
+// q_norm and k_norm have `head_dim` and are null if the model does not normalise its queries or keys. `heads` counts
+// query heads and `groups` key/value heads. `window` is the sliding attention window in tokens; 0 means full attention.
 struct DecoderLayer {
   const float *attention_norm, *q_norm, *k_norm, *feed_forward_norm;
   Linear q, k, v, o;
@@ -20,22 +23,24 @@ struct DecoderLayer {
   std::unique_ptr<FeedForward> feed_forward;
 };
 
-// What a reading pass writes of one layer, fp32, null where it is not wanted: its normed input (batch, length, dim),
-// and keys and values (batch, length, groups, head_dim) before norm and rotation.
+// The outputs of Decoder::read for one layer, all fp32: the normalised input of its attention (batch, length, dim), and
+// its keys and values (batch, length, groups, head_dim) before the key norm and RoPE. A null pointer means that the
+// caller does not need that output.
 struct LayerReading {
   float *input, *keys, *values;
 };
 
-// Keys before norm and rotation, and values, of one layer: fp32 (batch, groups, length, head_dim).
+// Keys before the key norm and RoPE, and values, of one layer, given by the caller: fp32 (batch, groups, length,
+// head_dim).
 struct KvRows {
   mlxeff_heads keys, values;
 };
 
-struct DecoderSpec {
+struct DecoderSpec {  // the weights and hyperparameters of a model
   int64_t dim, head_dim;
   float eps;
-  const float* inverse_frequencies;  // (head_dim / 2), radians a position
-  float rope_magnitude;              // factor of rotated queries and keys (YaRN)
+  const float* inverse_frequencies;  // of RoPE: (head_dim / 2), in radians per position
+  float rope_magnitude;              // scale of the rotated queries and keys (as in YaRN; 1 for plain RoPE)
   const float* final_norm;
   WeightMatrix embedding;
   Linear head;
@@ -46,39 +51,41 @@ struct DecoderSpec {
 
 class Pass;
 
-// Each call appends `length` tokens of each of `batch` sequences after `offset` tokens held by stores[layer], and
-// returns an MLXEFF_* code: MLXEFF_BAD_ARGUMENT for a token outside the vocabulary or a store without room.
+// Each call adds `length` tokens to each of `batch` sequences, for which stores[layer] already holds `offset` tokens.
+// It returns an MLXEFF_* code; MLXEFF_BAD_ARGUMENT reports a token id outside the vocabulary or a store without room.
 class Decoder {
  public:
   explicit Decoder(DecoderSpec spec);
 
   const DecoderSpec& spec() const { return spec_; }
 
-  // Tokens (batch, length) -> fp32 logits of all of them, (batch, length, vocabulary), or of each sequence's last one,
-  // (batch, vocabulary).
+  // Computes fp32 logits from the token ids `tokens` (batch, length): for every token, (batch, length, vocabulary), if
+  // `all_rows` is true, else for the last token of each sequence, (batch, vocabulary).
   int forward(const int32_t* tokens, int64_t batch, int64_t length, int64_t offset, KvStore* const* stores,
               float* logits, bool all_rows, const RunOptions& options);
 
-  // The same without the head: readings[layer] of all tokens. Of the last layer nothing else is computed, and `stores`
-  // ends before it.
+  // Runs the layers without the output head and writes readings[layer] for all tokens. The last layer computes only its
+  // reading and appends nothing, so `stores` holds one store for each layer but the last.
   int read(const int32_t* tokens, int64_t batch, int64_t length, int64_t offset, KvStore* const* stores,
            const LayerReading* readings, const RunOptions& options);
 
-  // Keys and values that are given for all layers; the keys are normed and rotated here.
+  // Appends the keys and values given[layer] to stores[layer], for all layers. This call applies the key norm and RoPE.
   int append(int64_t batch, int64_t length, int64_t offset, KvStore* const* stores, const KvRows* given,
              const RunOptions& options);
 
  private:
-  // A pass over tokens that calls run(pass) on every member of the team; it uses the stores of the first `layers`.
+  // Runs one pass over the tokens: calls run(pass) on every member of the team. The pass uses the first `layers`
+  // stores.
   int pass(const int32_t* tokens, const Span& span, KvStore* const* stores, size_t layers, const RunOptions& options,
            const std::function<void(Pass&)>& run);
 
-  // The parts of the workspace, `widths` floats each; none without memory.
+  // Divides the workspace into one aligned part for each element of `widths`, which gives the part's size in floats.
+  // Grows the workspace if needed; returns an empty vector if memory is exhausted.
   std::vector<float*> workspace(std::initializer_list<int64_t> widths);
 
   DecoderSpec spec_;
   int64_t widest_heads_ = 0, widest_groups_ = 0;
-  std::mutex busy_;  // the workspace serves one call at a time
+  std::mutex busy_;  // held during a call, because all calls use the same workspace
   std::unique_ptr<float[]> workspace_;
   size_t workspace_floats_ = 0;
 };

@@ -1,4 +1,4 @@
-// Row-wise kernels of a decoder, compiled once a level.
+// The row kernels of decoder_kernels.h, compiled once for each instruction-set level.
 #include "decoder/decoder_kernels.h"
 
 #include "base/simd.h"

@@ -1,4 +1,5 @@
-// Table of what a decoder does between its products, norms and rotations. Each works on one row, on the calling thread.
+// The table of the decoder's small row kernels: addition and conversion to and from fp32. Each kernel processes one row
+// of n elements on the calling thread.
 #pragma once
 #include "base/isa.h"
 
@@ -7,9 +8,9 @@ namespace mlxeff {
 struct DecoderKernels {
   // x += term.
   void (*add)(float* x, const float* term, int64_t n);
-  // out = x, of `dtype`, in fp32.
+  // Converts x, of type `dtype`, to fp32.
   void (*load)(float* out, const void* x, int dtype, int64_t n);
-  // out = x as `dtype`.
+  // Converts the fp32 x to `dtype`.
   void (*store)(void* out, int dtype, const float* x, int64_t n);
 };
 

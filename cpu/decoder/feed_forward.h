@@ -1,36 +1,40 @@
-// The feed-forward of one layer of a decoder: from normed rows to what is added to the residual.
+// The interface of a decoder layer's feed-forward, which maps the normalised hidden states to the term that is added to
+// the residual.
 #pragma once
 #include "decoder/pass_team.h"
 
 namespace mlxeff {
 
-// x (rows, dim) and out (rows, dim) fp32. make_row(r) writes row r of x and is called once for each row, in one step
-// (PassTeam::multiply does so); it may read `out`, which is written in later steps only.
+// The input x and the output `out` of a feed-forward, both fp32 (rows, dim). make_row(r) computes row r of x; the
+// feed-forward must call it exactly once for each row, within a single step, which PassTeam::multiply does. make_row
+// may read the previous content of `out`, so `out` must not be written before a later step.
 struct FeedForwardRows {
   float *x, *out;
   int64_t rows;
   RowFunction<void> make_row;
 };
 
-// Every member of the team calls `run` once a pass and takes the same steps (Team::for_chunks), those too that join
-// when a step, or the whole pass, is done. So the number of steps and of their pieces may only depend on what stays the
-// same while the pass runs. The workspace does not: what a step leaves there lasts until the call returns, then another
-// layer's takes its place. A decoder's passes run one at a time: a feed-forward may count what it does.
+// Every member of the team calls `run` once per pass and goes through the same steps (calls of Team::for_chunks), even
+// a member that joins after a step, or the whole pass, has been completed by the others. The number of steps and of
+// their pieces may therefore depend only on values that stay constant during the pass, and not on the contents of the
+// workspace: another layer overwrites the workspace as soon as `run` returns. The passes of one decoder never overlap,
+// so a feed-forward may keep usage counters without synchronising passes.
 class FeedForward {
  public:
-  // `bias` (dim) is added to every row by the pass, after `out`; null: none.
+  // `bias` (dim) is null or a vector that the pass adds to every row together with `out`; `run` must not add it.
   explicit FeedForward(const float* bias) : bias(bias) {}
   virtual ~FeedForward() = default;
 
   const float* const bias;
 
-  // Bytes of workspace, and the most that a multiply of `run` prepares, for `rows` rows.
+  // For a pass over `rows` rows: the bytes of workspace that `run` needs, and the prepared_bytes of its largest
+  // PassTeam::multiply.
   struct Needs {
     int64_t workspace, prepared;
   };
   virtual Needs needs(int64_t rows, const RunOptions& options) const = 0;
 
-  // out = the feed-forward of x, without `bias`.
+  // Computes out = feed_forward(x) without `bias`.
   virtual void run(PassTeam& pass, const FeedForwardRows& rows, void* workspace) = 0;
 };
 

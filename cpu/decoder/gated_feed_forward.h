@@ -1,4 +1,4 @@
-// The gated feed-forward: down(silu(gate(x)) * up(x)).
+// The gated feed-forward (SwiGLU): down(silu(gate(x)) * up(x)).
 #pragma once
 #include "decoder/feed_forward.h"
 
@@ -6,7 +6,7 @@ namespace mlxeff {
 
 class GatedFeedForward : public FeedForward {
  public:
-  // gate and up (width, dim), down (dim, width).
+  // The weights of gate and up are (width, dim), those of down are (dim, width).
   GatedFeedForward(const Linear& gate, const Linear& up, const Linear& down)
       : FeedForward(down.bias), gate_(gate), up_(up), down_(down) {}
 

@@ -38,7 +38,7 @@ void Pass::embed() {
   angles();
 }
 
-// Cosines and sines of the new tokens' positions.
+// Computes the RoPE cosines and sines for the positions of the new tokens.
 void Pass::angles() {
   const int64_t half = spec_.head_dim / 2;
   team_.team.for_chunks(span_.length, 16, [&](int64_t begin, int64_t end) {
@@ -51,7 +51,8 @@ void Pass::angles() {
   });
 }
 
-// With last_only, keys and values of all tokens, and the rest of the layer for each sequence's last token.
+// Runs one layer. With `last_only`, keys and values are stored for all tokens, but attention and feed-forward are
+// computed only for the last token of each sequence.
 void Pass::layer(int64_t index, bool last_only) {
   const DecoderLayer& l = spec_.layers[size_t(index)];
   enter(index, {{&l.q, b_.queries}, {&l.k, b_.keys}, {&l.v, b_.values}});
@@ -60,13 +61,14 @@ void Pass::layer(int64_t index, bool last_only) {
   if (last_only && span_.length > 1) keep_last_rows(l);
   const Queries queries = {span_, spec_.sizes(l), b_.queries, b_.attended};
   team_.check(stores_[index]->attend(team_.team, queries, team_.options, b_.workspace));
-  const auto made_already = [](int64_t) {};
+  const auto made_already = [](int64_t) {};  // attention has written all rows of the input
   team_.multiply(b_.attended, {{&l.o, b_.added}}, span_.rows(), &made_already);
   const auto make_row = [&](int64_t r) { add_and_norm(r, b_.added, l.o.bias, l.feed_forward_norm); };
   l.feed_forward->run(team_, {b_.normed, b_.added, span_.rows(), &make_row}, b_.workspace);
 }
 
-// The norm of the layer's input and products with it.
+// Adds the previous layer's feed-forward output to the residual, normalises the sum, which is the input of this layer's
+// attention, and multiplies it with the matrices of `outputs`.
 void Pass::enter(int64_t index, std::initializer_list<Output> outputs) {
   const float* const before = index ? b_.added : nullptr;
   const float* const before_bias = index ? spec_.layers[size_t(index - 1)].feed_forward->bias : nullptr;
@@ -94,13 +96,14 @@ void Pass::head(float* logits) {
     team_.team.for_rows(span_.rows(), [&](int64_t r) { add(logits + r * width, spec_.head.bias, width); });
 }
 
-// The new rows go into the layer's store.
+// Appends the keys and values of the new tokens to the layer's store.
 void Pass::store(int64_t index, RowFunction<NewRow> finish) {
   const NewRows rows = {span_, spec_.sizes(spec_.layers[size_t(index)]), b_.cosines, b_.sines, finish};
   team_.check(stores_[index]->append(team_.team, rows, team_.options, b_.workspace));
 }
 
-// Biases, norms and the rotation of the row's queries; biases and norms of its keys and values.
+// Adds the biases to row r of the queries, keys and values, normalises its queries and keys if the model does so, and
+// applies RoPE to its queries. The store applies RoPE to the keys.
 NewRow Pass::finish_row(int64_t index, int64_t r) {
   const DecoderLayer& l = spec_.layers[size_t(index)];
   const int64_t size = spec_.head_dim, half = size / 2, t = r % span_.length;
@@ -115,7 +118,8 @@ NewRow Pass::finish_row(int64_t index, int64_t r) {
   return {k, size, b_.values + r * l.groups * size, size};
 }
 
-// The same of keys and values that are given, which are not to be changed: `normed` has room for the row's keys.
+// Does the same for row r of keys and values that the caller gave, which must not be modified: normalised keys are
+// written to `normed`, which has room for one row.
 NewRow Pass::finish_given(int64_t index, int64_t r, const KvRows& given, float* normed) {
   const DecoderLayer& l = spec_.layers[size_t(index)];
   const int64_t b = r / span_.length, t = r % span_.length, size = spec_.head_dim;
@@ -126,7 +130,8 @@ NewRow Pass::finish_given(int64_t index, int64_t r, const KvRows& given, float* 
   return {normed, size, row.values, row.value_step};
 }
 
-// Bias of the row's keys and values, which are then as a reading wants them.
+// Adds the biases to row r of the keys and values. A LayerReading reports keys and values in this state, so they are
+// copied to it here.
 void Pass::finish_kv(int64_t index, int64_t r) {
   const DecoderLayer& l = spec_.layers[size_t(index)];
   const int64_t width = l.groups * spec_.head_dim;
@@ -139,7 +144,8 @@ void Pass::finish_kv(int64_t index, int64_t r) {
   if (float* const values = readings_[index].values) memcpy(values + r * width, v, size_t(width) * 4);
 }
 
-// Narrows the pass to the last token of each sequence: their hidden states and queries move to the first rows.
+// Narrows the pass to the last token of each sequence: moves the hidden states and queries of these tokens to the first
+// rows of their buffers.
 void Pass::keep_last_rows(const DecoderLayer& l) {
   const int64_t wide = l.heads * spec_.head_dim;
   team_.team.for_chunks(1, 1, [&](int64_t, int64_t) {
@@ -163,7 +169,7 @@ void Pass::add(float* x, const float* term, int64_t n) {
   if (term) row_.add(x, term, n);
 }
 
-// `count` vectors of n elements, one after the other; out may be x.
+// Applies RMSNorm to `count` consecutive vectors of n elements. `out` may be x.
 void Pass::norm(float* out, const float* x, const float* weight, int64_t count, int64_t n) {
   const NormRows from = {reinterpret_cast<char*>(const_cast<float*>(x)), n, 0, MLXEFF_F32},
                  to = {reinterpret_cast<char*>(out), n, 0, MLXEFF_F32};

@@ -1,7 +1,7 @@
-// One call of a decoder, step by step, as one member of the team sees it.
+// A Pass: one call of a decoder, as one member of the thread team executes it.
 //
-// Activations are fp32. A step is one for_chunks: when it returns, the step is complete, so steps need no other
-// synchronisation. Members of the team compute the same plan from the same arguments.
+// Activations are fp32. A step is one call of Team::for_chunks. The step is complete when for_chunks returns, so steps
+// need no other synchronisation. Every member derives the same sequence of steps from the same arguments.
 #pragma once
 #include "decoder/decoder.h"
 #include "decoder/decoder_kernels.h"
@@ -10,11 +10,13 @@
 
 namespace mlxeff {
 
-// The buffers of one pass, each (rows, width).
+// The buffers of one pass, fp32 (rows, width) each: the residual `x`, its normalised form, queries, keys, values, the
+// attention output, the output of the last projection or feed-forward, which is still to be added to `x`, and the RoPE
+// tables (length, head_dim / 2).
 struct Buffers {
   float *x, *normed, *queries, *keys, *values, *attended, *added, *cosines, *sines;
-  char* prepared;   // inputs in the form that the products read
-  void* workspace;  // of the stores and the feed-forwards, one after the other
+  char* prepared;   // inputs converted to the layout that the matrix products read
+  void* workspace;  // scratch memory that stores and feed-forwards use in turn
 };
 
 class Pass {
@@ -22,11 +24,12 @@ class Pass {
   Pass(const DecoderSpec& spec, Team& team, const Buffers& buffers, KvStore* const* stores, const int32_t* tokens,
        const Span& span, const RunOptions& options, std::atomic<int>& error);
 
-  // Logits of all rows, or of each sequence's last one.
+  // Computes the logits of all rows, or only of the last row of each sequence (Decoder::forward).
   void run(float* logits, bool all_rows);
-  // What each layer reads (LayerReading).
+  // Writes the LayerReading of each layer (Decoder::read).
   void read(const LayerReading* readings);
-  // Keys and values that are given for all layers, of `widest` groups at most, go into the stores.
+  // Appends the given keys and values of all layers to the stores (Decoder::append). `widest` is the largest number of
+  // key/value heads of any layer.
   void append(const KvRows* given, int64_t widest);
 
  private:

@@ -1,5 +1,6 @@
-// A row goes from the products' output to its place in one touch: its keys are rotated and rounded on the way.
-// Attention is that of attention.cpp.
+// The dense store of dense_kv.h. Each new row is copied once, from the output of the projections to its place in the
+// store, and its keys are rotated and rounded during that copy. Attention uses the kernels of
+// attention/attention_kernels.h.
 #include "kv/dense_kv.h"
 
 #include <math.h>
@@ -62,7 +63,7 @@ int DenseKv::attend(Team& team, const Queries& queries, const RunOptions& option
   const AttentionPlan plan = plan_attention(args, team.count);
   const AttentionKernels& kernels = MLXEFF_DISPATCH(attention_kernels);
   float* const partial = static_cast<float*>(workspace);
-  bool failed = false;  // of the pieces of this member
+  bool failed = false;  // a piece of work of this team member ran out of memory
   team.for_chunks(plan.tasks, 1, [&](int64_t begin, int64_t end) {
     if (!kernels.run(args, plan, partial, begin, end)) failed = true;
   });

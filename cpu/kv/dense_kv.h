@@ -1,4 +1,4 @@
-// Keys and values as they are, in fp32, fp16 or bf16.
+// DenseKv: a store that holds unquantised keys and values in fp32, fp16 or bf16.
 #pragma once
 #include "kv/kv_store.h"
 
@@ -6,7 +6,7 @@ namespace mlxeff {
 
 class DenseKv : public KvStore {
  public:
-  // Keys, which are stored rotated, and values: both (batch, groups, capacity, size), row-major, of one dtype.
+  // `keys`, stored after RoPE, and `values` are row-major (batch, groups, capacity, size) arrays of the same dtype.
   DenseKv(void* keys, void* values, int64_t capacity, int dtype)
       : keys_(static_cast<char*>(keys)), values_(static_cast<char*>(values)), capacity_(capacity), dtype_(dtype) {}
 

@@ -1,7 +1,8 @@
-// What one layer of a decoder remembers of the tokens it has seen: a store of keys and values, which attends itself.
+// The interface of a key/value store: the cache of one decoder layer, which also computes the attention over its
+// content.
 //
-// Letters as in attention_kernels.h; here B is `batch`, S `length`, E `size`. All rows are fp32. A row is one new token
-// of one sequence: row r is token r % length of sequence r / length.
+// The members `batch`, `length`, `groups` and `size` are the shape letters B, S, G and E of attention_kernels.h. All
+// rows are fp32. A row is one new token of one sequence: row r is token r % length of sequence r / length.
 #pragma once
 #include "base/pool.h"
 #include "base/row_function.h"
@@ -9,19 +10,22 @@
 
 namespace mlxeff {
 
-// The tokens that a pass adds: `length` of each of `batch` sequences, the last one at position end - 1.
+// The tokens that a pass adds: `length` tokens to each of `batch` sequences. The last token of each is at position end
+// - 1.
 struct Span {
   int64_t batch, length, end;
   int64_t rows() const { return batch * length; }
   int64_t position(int64_t token) const { return end - length + token; }
 };
 
-// Query heads, key/value heads, elements of a head; window 0: all tokens are attended to, else the last `window`.
+// The number of query heads, of key/value heads, and of elements in a head. With a `window` other than 0, a query
+// attends only to the last `window` tokens; 0 means full attention.
 struct AttentionSizes {
   int64_t heads, groups, size, window;
 };
 
-// Keys, ready to be rotated, and values of one row: `groups` heads, `key_step` and `value_step` floats apart.
+// The keys of one row, ready for RoPE, and its values. Consecutive heads of the `groups` heads are `key_step` and
+// `value_step` floats apart.
 struct NewRow {
   const float* keys;
   int64_t key_step;
@@ -33,42 +37,44 @@ struct NewRow {
 struct NewRows {
   Span span;
   AttentionSizes sizes;
-  const float *cosines, *sines;  // of the new tokens' positions, (length, size / 2)
-  // Finishes row r (biases and norms of its keys, and of the queries that belong to it). To be called once for each
-  // row; what it returns stays valid until the pass adds other rows.
+  const float *cosines, *sines;  // RoPE tables of the new tokens' positions, (length, size / 2)
+  // Completes row r before it is stored: adds biases, normalises its keys and queries, and rotates its queries. Must be
+  // called exactly once for each row. The returned pointers stay valid until the pass appends the rows of another
+  // layer.
   RowFunction<NewRow> finish;
 
-  // The row's keys, rotated to its position, into `to`: one token of `groups` heads, of any dtype.
+  // Applies RoPE to the keys of row r and writes them to `to`: one token of `groups` heads, of any dtype.
   void rotate(int64_t r, const NewRow& row, const mlxeff_heads& to) const;
 };
 
-// Rotated queries of one layer and where their attention goes, both (batch, length, heads, size).
+// The rotated queries of one layer, and `attended`, the output of their attention; both (batch, length, heads, size).
 struct Queries {
   Span span;
   AttentionSizes sizes;
   float *queries, *attended;
 };
 
-// A store is opened for one pass and holds the tokens before it. Every member of the team calls `append` once and
-// `attend` once, after it; both return the member's MLXEFF_* code. A pass that wants only the last tokens' result
-// attends with a shorter span of the same end.
+// A store object serves one pass and already holds the tokens of earlier passes. Every member of the team calls
+// `append` once and then `attend` once; both return an MLXEFF_* code for the work of that member. A pass that needs
+// only the results of the last tokens calls `attend` with a shorter span that has the same `end`.
 //
-// Every member takes the same steps (Team::for_chunks), those too that join when a step, or the whole pass, is done. So
-// the number of steps and of their pieces may only depend on what stays the same while the pass runs. The workspace
-// does not: what a step leaves there lasts until the call returns, then another layer's takes its place.
+// Every member goes through the same steps (calls of Team::for_chunks), even a member that joins after a step, or the
+// whole pass, has been completed by the others. The number of steps and of their pieces may therefore depend only on
+// values that stay constant during the pass, and not on the contents of the workspace: another layer overwrites the
+// workspace as soon as the call returns.
 class KvStore {
  public:
   virtual ~KvStore() = default;
 
-  // Whether there is room for the span.
+  // True if the store has room for the tokens of the span.
   virtual bool fits(const Span& span) const = 0;
-  // Bytes that append and attend need beside the store, with a team of `threads`.
+  // Bytes of workspace that `append` and `attend` need with a team of `threads` members.
   virtual int64_t workspace_bytes(const Span& span, const AttentionSizes& sizes, const RunOptions& options,
                                   int threads) const = 0;
 
-  // Stores the new rows at their positions.
+  // Writes the new keys and values to the store, at the positions of their tokens.
   virtual int append(Team& team, const NewRows& rows, const RunOptions& options, void* workspace) = 0;
-  // Causal attention of the queries to the tokens up to their own.
+  // Computes causal attention: each query attends to the stored tokens up to and including its own.
   virtual int attend(Team& team, const Queries& queries, const RunOptions& options, void* workspace) = 0;
 };
 

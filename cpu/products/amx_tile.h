@@ -1,13 +1,14 @@
-// Intel AMX tile products of bf16: c [32][32] += a [32][K] @ b, in four fp32 tiles of 16 x 16.
+// The bf16 matrix product on Intel AMX tiles: c [32][32] += a [32][K] @ b, in four fp32 tiles of 16 x 16.
 //
 //   a  row-major bf16; a tile is 16 rows x 32 values
 //   b  panel [K / 2][32][2]: the two values of a k-pair lie side by side, as TDPBF16PS wants them
 //   c  fp32, rows of ldc
 //
-// TDPBF16PS multiplies bf16 and accumulates in fp32, treating subnormals as zero. With MLXEFF_AMX_EMULATED the tiles
-// are arrays in memory, so the code around them can be tested on any machine.
+// The instruction TDPBF16PS multiplies bf16 values and accumulates in fp32, treating subnormals as zero. If
+// MLXEFF_AMX_EMULATED is defined, the tiles are arrays in memory, so that the surrounding code can be tested on any
+// machine.
 //
-// To be included by per-level sources only.
+// Only sources that are compiled per level may include this file.
 #pragma once
 #include "base/simd.h"
 
@@ -52,8 +53,8 @@ MLXEFF_INLINE void tile_product() {
 
 #else
 
-// Eight tiles of 16 rows x 64 bytes. The statement names the whole configuration as its input: compilers that see only
-// its first bytes used drop the stores to the rest.
+// Configures eight tiles of 16 rows x 64 bytes. The assembly statement declares the whole configuration as its input,
+// because a compiler that sees only the first bytes used removes the stores to the others.
 MLXEFF_INLINE void amx_begin() {
   struct alignas(64) Configuration {
     uint8_t palette, start_row, reserved[14];
@@ -85,7 +86,7 @@ MLXEFF_INLINE void tile_product() {
 
 #endif
 
-// Between amx_begin and amx_end. K is a multiple of 32; all 32 rows of a and of c exist.
+// Must be called between amx_begin and amx_end. K must be a multiple of 32, and a and c must have 32 rows.
 static inline void amx_tile(const bf16* a, int64_t lda, const bf16* b, int64_t K, float* c, int64_t ldc,
                             bool accumulate) {
   if (accumulate) {
@@ -108,7 +109,8 @@ static inline void amx_tile(const bf16* a, int64_t lda, const bf16* b, int64_t K
   tile_store<2>(c + 16 * ldc, ldc * 4), tile_store<3>(c + 16 * ldc + 16, ldc * 4);
 }
 
-// Two vectors of fp32, k and k + 1 of the same 16 columns, as pairs of bf16.
+// Rounds two fp32 vectors, rows k (`even`) and k + 1 (`odd`) of the same 16 columns, to bf16 and stores them
+// interleaved, as a panel holds them.
 MLXEFF_INLINE void store_pairs(bf16* out, vf even, vf odd) {
   const __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)even));
   const __m512i high = _mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)odd)), 16);

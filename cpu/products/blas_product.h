@@ -1,16 +1,18 @@
-// Products with many rows of x by a BLAS, in builds that have one. On macOS that is Accelerate, the only way to the
-// matrix units of Apple's CPUs: a P-core's vectors do 102 GFLOPS in fp32 on an M1, its matrix unit 600 to 1400.
+// Matrix products with many rows of x through a BLAS library, in builds that have one. On macOS this is Accelerate, the
+// only access to the matrix units of Apple's CPUs: on an M1, the vector units of a performance core reach 102 GFLOPS in
+// fp32, and its matrix unit reaches 600 to 1400.
 //
-// Rows of W are brought into fp32, a block at a time, and the block is given to cblas_sgemm on the calling thread
-// alone: while one thread is in the matrix unit, which cores share, others read their blocks. Blocks do not depend on
-// the number of threads.
+// Rows of W are converted to fp32 one block at a time, and the block is multiplied by cblas_sgemm on the calling thread
+// alone. Cores share a matrix unit: while one thread uses it, other threads convert their blocks. The division into
+// blocks does not depend on the number of threads.
 #pragma once
 #include "products/product_kernels.h"
 #include "products/weight_matrix.h"
 
 namespace mlxeff {
 
-// x (M, K) and y (M, N) are fp32 and contiguous. Where a product is added to y, the BLAS rounds in an order of its own.
+// The arguments of a BLAS product. x (M, K) and y (M, N) are fp32 and contiguous. With `accumulate` the BLAS adds to y
+// while it sums, so the order of rounding differs from the other kernels.
 struct BlasArgs {
   WeightMatrix w;
   const float* x;
@@ -19,7 +21,8 @@ struct BlasArgs {
   bool accumulate;
 };
 
-// The table, or null where the build has no BLAS, or M rows are too few to be worth its packing of both operands.
+// Returns the kernel table, or null if the build has no BLAS or if M rows are too few to repay the packing of both
+// operands.
 const ProductKernels<BlasArgs>* blas_kernels(int64_t M);
 
 }  // namespace mlxeff

@@ -1,11 +1,11 @@
-// Register-blocked inner products against a panel: the innermost step of every matrix product with many rows.
+// The register-blocked product of a few rows with a panel: the innermost step of every matrix product with many rows.
 //
 // A panel holds 2 * VL columns of the right-hand operand, side by side for each k: fp32 [K][2 * VL], or for int8
-// products bytes [K / 4][2 * VL][4]. The left-hand operand is read by rows, one broadcast an element; its row stride
-// should not be a multiple of 4 KiB, else the rows of a tile compete for the same cache sets. Accumulators stay in
-// registers.
+// products bytes [K / 4][2 * VL][4]. Elements of the left-hand operand are read one at a time and broadcast to all
+// lanes. Its row stride should not be a multiple of 4 KiB, because the rows of a tile would then compete for the same
+// cache sets. Accumulators stay in registers.
 //
-// To be included by per-level sources only.
+// Only sources that are compiled per level may include this file.
 #pragma once
 #include "base/simd.h"
 
@@ -14,18 +14,18 @@ namespace MLXEFF_ISA {
 
 constexpr int panel_width = 2 * VL;
 #if defined(__AVX512F__) || defined(__aarch64__)
-constexpr int tile_rows = 12;  // 24 accumulators of 32 registers
+constexpr int tile_rows = 12;  // 24 accumulators in 32 vector registers
 #else
-constexpr int tile_rows = 6;  // 12 of 16
+constexpr int tile_rows = 6;  // 12 accumulators in 16 vector registers
 #endif
 
-// Elements between the rows of a copied operand of K columns: whole vectors, and not a multiple of 4 KiB.
+// The row stride, in elements, for a copy of an operand with K columns: whole vectors, and not a multiple of 4 KiB.
 MLXEFF_INLINE int64_t padded_stride(int64_t K, int64_t element_size) {
   return round_up(K * element_size, 64) / element_size +
          64 / element_size * (round_up(K * element_size, 64) % 1024 == 0);
 }
 
-// c [rows][panel_width] (+)= x [rows][K] @ panel
+// Computes c [rows][panel_width] = x [rows][K] @ panel, or adds the product to c if `accumulate`.
 template <int rows>
 static void gemm_tile(const float* MLXEFF_RESTRICT x, int64_t ldx, const float* MLXEFF_RESTRICT panel, int64_t K,
                       float* MLXEFF_RESTRICT c, bool accumulate) {
@@ -50,7 +50,7 @@ static void gemm_tile(const float* MLXEFF_RESTRICT x, int64_t ldx, const float* 
 
 typedef void GemmTile(const float*, int64_t, const float*, int64_t, float*, bool);
 
-// c [M][panel_width] (+)= x [M][K] @ panel, in tiles of nearly equal height.
+// Does the same for M rows, in tiles of nearly equal height.
 static inline void gemm_panel(const float* x, int64_t ldx, int64_t M, const float* panel, int64_t K, float* c,
                               bool accumulate) {
   static GemmTile* const tiles[] = {gemm_tile<1>,  gemm_tile<2>, gemm_tile<3>, gemm_tile<4>,

@@ -1,4 +1,4 @@
-// C entry points of the dense matmul and of its two backward products: argument checks and threading.
+// The C entry points of the dense matrix product and of its two gradients: argument checks and threading.
 #include "products/matmul_kernels.h"
 #include "products/threaded_product.h"
 

@@ -1,7 +1,7 @@
-// Table of the dense matmul kernels of one instruction-set level.
+// The table of dense matrix product kernels of one instruction-set level, and their arguments.
 //
-// All dense products are c (M, N) = A (M, K) B (K, N), where the arrays hold A or its transpose, B or its transpose; A
-// is the x of product_kernels.h, and the columns of B its rows of W.
+// All dense products are c (M, N) = A (M, K) B (K, N), where each array in memory holds the operand or its transpose.
+// In the terms of product_kernels.h, A is x and B is the transpose of W.
 #pragma once
 #include "products/product_kernels.h"
 

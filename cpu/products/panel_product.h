@@ -1,7 +1,8 @@
-// A matrix product c (M, N) = a (M, K) b (K, N) around the tiles of gemm_tile.h and amx_tile.h: how it is cut up, and
-// the loops over panels of b. What b is, dense or quantised, is the business of the callable that fills a panel.
+// The blocked matrix product c (M, N) = a (M, K) b (K, N) on top of the tiles of gemm_tile.h and amx_tile.h: block
+// sizes, and the loops over panels of b. The caller supplies a callable that fills a panel, so b may be dense or
+// compressed.
 //
-// To be included by per-level sources only.
+// Only sources that are compiled per level may include this file.
 #pragma once
 #include "base/pool.h"
 #include "products/amx_tile.h"
@@ -12,14 +13,14 @@ namespace mlxeff {
 namespace MLXEFF_ISA {
 
 #if defined(__AVX512F__) || defined(__aarch64__)
-constexpr int direct_rows = 8;  // of a, up to which b is used straight from registers: as many as these allow
+constexpr int direct_rows = 8;  // most rows of a for which b is used directly in registers; limited by their number
 #else
 constexpr int direct_rows = 4;
 #endif
-constexpr int64_t panel_depth = 256;  // 256 x 32 fp32 = 32 KiB stay in the first-level cache
+constexpr int64_t panel_depth = 256;  // 256 x 32 fp32 = 32 KiB, which stay in the L1 cache
 constexpr int64_t amx_panel_depth =
-    1024;                               // longer: loading and storing accumulator tiles costs as much as two products
-constexpr int64_t rows_at_once = 1024;  // of a, before a panel is filled anew; bounds the accumulators
+    1024;                               // deeper than for fp32: an accumulator tile's load and store cost two products
+constexpr int64_t rows_at_once = 1024;  // rows of a per filled panel; bounds the size of the accumulators
 
 MLXEFF_INLINE bool amx_mode(int mode) {
 #if defined(MLXEFF_AMX)
@@ -30,8 +31,8 @@ MLXEFF_INLINE bool amx_mode(int mode) {
 #endif
 }
 
-// Rows of a that the kernels read, of which those beyond M are zeros: AMX takes 32 at a time; the direct kernels exist
-// for 1, 2, 4 and 8.
+// The number of rows of a that the kernels read; rows beyond M are zeros. AMX processes 32 rows at a time, and the
+// direct kernels for few rows exist for 1, 2, 4 and 8 rows.
 static inline int64_t rows_read(int64_t M, bool few, bool amx) {
   if (amx) return round_up(M, 32);
   if (!few) return M;
@@ -40,19 +41,21 @@ static inline int64_t rows_read(int64_t M, bool few, bool amx) {
   return rows;
 }
 
-// Columns that a thread should take at once. Few rows: about 64 KiB of b, to share the work evenly at little cost.
+// The number of columns that a thread should take at a time for few rows of a: about 64 KiB of b, which balances the
+// threads at little overhead.
 static inline int64_t direct_piece(int64_t N, int64_t column_bytes, int threads) {
   return VL * max_of(1, min_of(65536 / (VL * column_bytes), N / (VL * threads * 4)));
 }
-// Many: whole panels; with AMX up to four, so that a tile of a is used several times while it is near.
+// The same for many rows of a: one whole panel, or with AMX up to four, so that a tile of a is used several times while
+// it is in the cache.
 static inline int64_t panel_piece(int64_t N, bool amx, int threads) {
   if (!amx) return panel_width;
   const int64_t widest = 4 * panel_width, rounds = ceil_div(N, widest * threads);
   return round_up(ceil_div(N, rounds * threads), panel_width);
 }
 
-// Columns [n_begin, n_end) of c in fp32. fill(n, k, k_end, panel) stores rows [k, k_end) of columns n on as
-// panel [k_end - k][panel_width]; k = 0 comes first.
+// Computes columns [n_begin, n_end) of c in fp32. fill(n, k, k_end, panel) must store the rows [k, k_end) of b, from
+// column n on, as panel [k_end - k][panel_width]. It is called with k = 0 first.
 template <class Fill>
 static int panel_product(const float* a, int64_t lda, int64_t M, int64_t K, int64_t n_begin, int64_t n_end,
                          const ProductOutput& c, Fill fill) {
@@ -74,9 +77,10 @@ static int panel_product(const float* a, int64_t lda, int64_t M, int64_t K, int6
 }
 
 #if defined(MLXEFF_AMX)
-// The same with both operands in bf16; a is padded with zeros to multiples of 32 rows and columns. At most a few panels
-// wide: all of them are filled before a is read, so that each tile of a serves every panel while it is in the cache.
-// fill(n, k, k_end, panel) stores panel [(k_end - k) / 2][panel_width][2], zeros where k_end lies beyond K.
+// Computes columns [n_begin, n_end) of c with both operands in bf16 on AMX tiles. a must be padded with zeros to
+// multiples of 32 rows and columns. The range must be at most a few panels wide: all its panels are filled before a is
+// read, so that each tile of a serves every panel while it is in the cache. fill(n, k, k_end, panel) must store panel
+// [(k_end - k) / 2][panel_width][2], with zeros for rows from K on.
 template <class Fill>
 static int amx_product(const bf16* a, int64_t lda, int64_t M, int64_t K, int64_t n_begin, int64_t n_end,
                        const ProductOutput& c, Fill fill) {

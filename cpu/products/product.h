@@ -1,5 +1,5 @@
-// y = x W^T for a weight matrix of any kind: one form over the kernel tables of the matrix families and of the BLAS. x
-// and y are fp32.
+// Product: y = x W^T for a weight matrix of any kind, behind one interface. It selects the kernel table of the matrix's
+// kind (quantised, SeedLM or dense) or of the BLAS. x and y are fp32.
 #pragma once
 #include "products/blas_product.h"
 #include "products/matmul_kernels.h"
@@ -8,10 +8,10 @@
 
 namespace mlxeff {
 
-// The calls come in the order of product_kernels.h: bind (or share_input), prepare over all rows of x, run over all
-// rows of W.
+// The functions must be called in the order of product_kernels.h: bind (or share_input), prepare for all rows of x, run
+// for all rows of W.
 class Product {
-  // Calls f(kernel table, its arguments) of the matrix's family.
+  // Calls f(kernel table, arguments) for the kernels that this product uses.
   template <class Self, class F>
   static auto visit(Self& self, F&& f) {
     if (self.blas_) return f(*self.blas_, self.b_);
@@ -25,7 +25,8 @@ class Product {
 
  public:
   Product() = default;
-  // `mode` is MLXEFF_EXACT, _BF16 or _INT8; a dense matrix takes INT8 for BF16. With `accumulate` y += x W^T.
+  // `mode` is MLXEFF_EXACT, MLXEFF_COMPUTE_BF16 or MLXEFF_COMPUTE_INT8; a dense matrix treats INT8 as BF16. With
+  // `accumulate` the product is added to y.
   Product(const WeightMatrix& w, const float* x, float* y, int64_t rows, int mode, bool accumulate = false)
       : quantised_(&MLXEFF_DISPATCH(qmatmul_kernels)), seeds_(&MLXEFF_DISPATCH(seedlm_kernels)),
         dense_(&MLXEFF_DISPATCH(matmul_kernels)) {
@@ -60,7 +61,8 @@ class Product {
     return visit(*this, [&](const auto& kernels, const auto& args) { return kernels.run(args, begin, end); });
   }
 
-  // Whether `other`, of the same x, needs it in the same form; share_input then replaces its bind and prepare.
+  // True if this product and `other`, which has the same x, read x in the same layout. Then one of them can call
+  // share_input with the other instead of bind and prepare.
   bool same_input(const Product& other) const {
     const WeightMatrix &a = matrix(), &b = other.matrix();
     if (a.kind() != b.kind()) return false;

@@ -1,6 +1,6 @@
-// How the kernels of all products store their finished sums in y, or add them to it.
+// Functions by which all matrix product kernels store their finished sums in y, or add them to y.
 //
-// To be included by per-level sources only.
+// Only sources that are compiled per level may include this file.
 #pragma once
 #include "base/simd.h"
 #include "products/product_kernels.h"
@@ -31,7 +31,7 @@ static inline void store_block(const float* sums, int64_t stride, int64_t rows, 
   }
 }
 
-// The same for one vector of sums a row.
+// Stores one vector of sums per row.
 static inline void store_strip(const vf* sums, int64_t rows, int64_t columns, const ProductOutput& y, int64_t n_begin) {
   for (int64_t m = 0; m < rows; ++m) {
     float row[VL];

@@ -1,20 +1,21 @@
-// Cache lines of a matrix, asked for ahead of their use in the order of their addresses: of each row, the part in use.
+// RowLines: prefetches the cache lines of a matrix in the order of their addresses. Only the part of each row that the
+// product reads is prefetched.
 //
-// To be included by per-level sources only.
+// Only sources that are compiled per level may include this file.
 #pragma once
 #include "base/common.h"
 
 namespace mlxeff {
 namespace MLXEFF_ISA {
 
-// `gaps`: there may be some between rows. Rows without gaps share their lines.
+// `gaps` is true if unused bytes may lie between the rows. Rows without gaps can share a cache line.
 template <bool gaps>
 struct RowLines {
   const char* next = nullptr;
-  int64_t left = 0, lines = 0;  // in this row; in a row
+  int64_t left = 0, lines = 0;  // lines left in this row; lines in a whole row
   int64_t gap = 0;              // bytes from the end of a row's last line to the next row
 
-  // From `row` on, a row of `bytes` bytes in use; rows are `stride` bytes apart.
+  // Starts at the address `row`. Each row uses `bytes` bytes, and rows are `stride` bytes apart.
   inline __attribute__((always_inline)) void start(const char* row, int64_t bytes, int64_t stride) {
     next = row;
     left = lines = bytes == stride ? INT64_MAX : ceil_div(bytes, 64);

@@ -1,5 +1,5 @@
-// What the C entry points of the matrix families share: a product by a kernel table, and rows of a weight matrix, on
-// all threads of the pool. For sources compiled with base flags.
+// Functions that the C entry points of all matrix kinds share: a product computed with a kernel table, and the decoding
+// of rows of a weight matrix, on all threads of the pool. For sources compiled with the platform's base flags.
 #pragma once
 #include <atomic>
 
@@ -8,8 +8,8 @@
 
 namespace mlxeff {
 
-// The calls of product_kernels.h for a product (M, K) x (K, N), none of them 0; rows are prepared in multiples of
-// `row_step`.
+// Computes a product (M, K) x (K, N) with the functions of product_kernels.h. M, N and K must not be 0. Rows are
+// prepared in pieces of a multiple of `row_step`.
 template <class Args>
 static int threaded_product(const ProductKernels<Args>& kernels, Args& args, int64_t M, int64_t N, int64_t K,
                             int64_t row_step = 1) {
@@ -31,8 +31,8 @@ static inline bool output_known(const ProductOutput& y) {
   return y.accumulate ? y.dtype == MLXEFF_F32 : dtype_known(y.dtype);
 }
 
-// decode(n, where) for the rows ids[0], ids[1], ... of `rows`, or with null ids for the first `count`; `piece` rows at
-// once.
+// Calls decode(n, destination) for `count` rows of a matrix with `rows` rows: for the rows ids[0], ids[1], ..., or for
+// the first `count` rows if `ids` is null. A thread takes `piece` rows at a time.
 template <class Decode>
 static int threaded_rows(int64_t rows, int64_t columns, const int32_t* ids, int64_t count, void* out, int64_t ld,
                          int out_dtype, int64_t piece, Decode&& decode) {

@@ -10,7 +10,7 @@ namespace {
 
 int64_t in_dtype(int64_t values, int dtype) { return values * int64_t(dtype_size(dtype)); }
 
-// W without what comes before `row` and, in each row, before `column`; N and K stay.
+// Returns W with its data pointers moved to element (row, column). N and K are unchanged.
 WeightMatrix from(WeightMatrix w, int64_t row, int64_t column) {
   switch (w.kind()) {
     case WeightMatrix::Kind::quantised: {

@@ -1,11 +1,13 @@
-// A weight matrix of any kind.
+// WeightMatrix: a weight matrix that is quantised, SeedLM-encoded or dense, and functions to slice it and to read a
+// row.
 #pragma once
 #include "base/common.h"
 
 namespace mlxeff {
 
-// W (N, K): affine-quantised, or in SeedLM blocks, or dense (row-major). The kind is that of the pointer which is not
-// null. Its rows are parts of rows of `ld` values: ld = K for a whole matrix, more for some columns of one.
+// A weight matrix W (N, K): affine-quantised, in SeedLM blocks, or dense and row-major. Its kind is that of the one
+// data pointer (quantised.packed, seeds.seeds or dense) that is not null. `ld` is the number of values between the
+// starts of two rows: K for a whole matrix, and more for a slice of its columns.
 struct WeightMatrix {
   int64_t N, K, ld;
   mlxeff_qweight quantised;
@@ -21,13 +23,14 @@ struct WeightMatrix {
   Kind kind() const { return quantised.packed ? Kind::quantised : seeds.seeds ? Kind::seeds : Kind::dense; }
 };
 
-// part = the rows, or the columns, [begin, begin + count) of W, in W's own memory; `part` may be w. MLXEFF_BAD_ARGUMENT
-// for none, for some that W lacks, and for columns that cut what is stored as one: a group of quantised values;
-// at the first column, a block of seeds, or two of four states. The last block of seeds may be cut.
+// Sets `part` to the rows, or the columns, [begin, begin + count) of W, without copying data; `part` may point to w.
+// Returns MLXEFF_BAD_ARGUMENT if the range is empty or exceeds W, or if columns split a unit of storage. Columns of a
+// quantised matrix must begin and end at a group boundary. Columns of a SeedLM matrix must begin at a block boundary
+// and, with four states, at an even block, because two blocks share a byte of exponents; they may end anywhere.
 int slice_rows(const WeightMatrix& w, int64_t begin, int64_t count, WeightMatrix* part);
 int slice_columns(const WeightMatrix& w, int64_t begin, int64_t count, WeightMatrix* part);
 
-// out (K) = row n of W in fp32.
+// Writes row n of W to out (K) in fp32.
 void read_row(const WeightMatrix& w, int64_t n, float* out);
 
 }  // namespace mlxeff

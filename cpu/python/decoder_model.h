@@ -1,4 +1,5 @@
-// A native decoder as Python builds it: ends first, then layer by layer, everything by name.
+// DecoderModel: builds a native decoder from Python dicts of named arrays. The constructor takes the embedding, final
+// norm and output head; add_layer then adds one layer after the other.
 #pragma once
 #include "decoder/decoder.h"
 #include "python/feed_forwards.h"
@@ -8,26 +9,28 @@ namespace mlxeff {
 
 class DecoderModel {
  public:
-  // rope: {"frequencies": (head_dim / 2), "magnitude": number}; norm (dim); matrices as in weights.h, (vocabulary,
-  // dim).
+  // `rope` is {"frequencies": array (head_dim / 2) of inverse frequencies, "magnitude": number}. `norm` (dim) is the
+  // weight of the final norm. `embedding` and `head` are matrices (vocabulary, dim) in the form of weights.h.
   DecoderModel(int64_t dim, int64_t head_dim, float eps, const Named& rope, const mx::array& norm,
                const Named& embedding, const Named& head);
 
-  // norms: {"attention": (dim), "feed_forward": (dim), "query": (head_dim) or None, "key": (head_dim) or None};
-  // attention: {"query", "key", "value", "output"}: matrices; window 0: full attention. Not after the first call.
+  // `norms` is {"attention": (dim), "feed_forward": (dim), "query": (head_dim) or None, "key": (head_dim) or None}.
+  // `attention` holds the matrices "query", "key", "value" and "output". `window` 0 means full attention. No layer can
+  // be added after the first call of decoder().
   void add_layer(const nb::dict& norms, const nb::dict& attention, int64_t heads, int64_t groups, int64_t window,
                  const nb::dict& feed_forward);
 
-  // The decoder of the layers added.
+  // Builds the decoder from the added layers at the first call, and returns it at every call.
   Decoder& decoder();
 
  private:
   Weights weights_;
-  DecoderSpec spec_ = {};  // until the decoder takes it over
+  DecoderSpec spec_ = {};  // empty once the decoder has taken it over
   std::unique_ptr<Decoder> decoder_;
 };
 
-// What Python holds. A task in flight shares the model itself, never a Python object: it may outlive the interpreter.
+// The object that Python owns. A running task shares ownership of the model but holds no Python object, because the
+// task may outlive the interpreter.
 struct DecoderHandle {
   std::shared_ptr<DecoderModel> model;
 };

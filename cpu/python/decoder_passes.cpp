@@ -1,5 +1,5 @@
-// A decoder's passes as MLX primitives: forward, read and append. The arrays of the stores are inputs and, with the new
-// tokens in them, outputs.
+// The calls of a native decoder (forward, read and append) as MLX primitives. The arrays of the key/value stores are
+// inputs of a primitive; its outputs are the same arrays with the new tokens added.
 #include <nanobind/stl/vector.h>
 
 #include "python/decoder_model.h"
@@ -11,15 +11,18 @@ namespace {
 using Arrays = std::vector<mx::array>;
 using Kinds = std::vector<const StoreKind*>;
 
-// What a pass is for: logits, or some of what each layer reads (see LayerReading).
+// The results that a pass computes: logits, or the attention inputs, keys and values of selected layers (see
+// LayerReading).
 struct Purpose {
   bool all_logits = false;
-  std::vector<int> inputs = {}, pairs = {};  // layers, rising; without any the pass gives logits
+  std::vector<int> inputs = {},
+                   pairs = {};  // layer indices in ascending order; if both are empty, the pass computes logits
   bool reads() const { return !inputs.empty() || !pairs.empty(); }
 };
 
-// Inputs: tokens, then the stores' arrays. Outputs: logits, or the inputs, raw keys and raw values of the layers of the
-// purpose; then the stores' arrays. A reading leaves out the last layer's store.
+// Inputs: the tokens, then the arrays of the stores. Outputs: the logits, or the attention inputs, raw keys and raw
+// values (before key norm and RoPE) of the layers that `Purpose` selects; then the arrays of the stores. A pass without
+// logits does not use the last layer's store.
 class DecoderForward : public NativePrimitive {
  public:
   DecoderForward(mx::Stream stream, std::shared_ptr<DecoderModel> model, Kinds kinds, int64_t offset, Purpose purpose,
@@ -64,8 +67,8 @@ class DecoderForward : public NativePrimitive {
   RunOptions options_;
 };
 
-// Inputs: raw keys of each layer, raw values of each layer, both (B, G, S, E) float32; then the stores' arrays, which
-// with the new tokens in them are the outputs.
+// Inputs: the raw keys of each layer, then the raw values of each layer, all float32 (B, G, S, E); then the arrays of
+// the stores. Outputs: the arrays of the stores with the new tokens added.
 class DecoderAppend : public NativePrimitive {
  public:
   DecoderAppend(mx::Stream stream, std::shared_ptr<DecoderModel> model, Kinds kinds, int64_t offset)
@@ -90,7 +93,7 @@ class DecoderAppend : public NativePrimitive {
   int64_t offset_;
 };
 
-// The outputs of a pass; the first `results` of them are not the stores'.
+// The outputs of a pass: first `results` arrays of results, then the arrays of the stores.
 struct Outputs {
   Arrays arrays;
   size_t results;

@@ -1,4 +1,5 @@
-// {"kind": "gated", "gate": (width, dim), "up": (width, dim), "down": (dim, width)}.
+// Builds the gated feed-forward from {"kind": "gated", "gate": matrix (width, dim), "up": matrix (width, dim), "down":
+// matrix (dim, width)}.
 #include "decoder/gated_feed_forward.h"
 #include "python/feed_forwards.h"
 

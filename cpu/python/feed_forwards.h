@@ -1,5 +1,5 @@
-// The kinds of feed-forward that Python may give. A new one is a file that defines its FeedForwardKind, and a line in
-// feed_forwards.cpp.
+// The registry of feed-forward kinds that Python can request. To add a kind, write a file that defines its
+// FeedForwardKind and add a line to feed_forwards.cpp.
 #pragma once
 #include <memory>
 #include <string>
@@ -12,7 +12,8 @@ namespace mlxeff {
 
 struct FeedForwardKind {
   const char* name;
-  // Of a model of `dim`; refuses what does not fit. `weights` keeps the arrays that it refers to.
+  // Builds the feed-forward of a model with hidden size `dim` from the dict `given`, or throws std::invalid_argument if
+  // the dict does not fit. `weights` keeps the arrays alive that the feed-forward points into.
   std::unique_ptr<FeedForward> (*make)(const Named& given, Weights& weights, int64_t dim);
 };
 

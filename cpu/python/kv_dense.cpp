@@ -1,4 +1,5 @@
-// {"kind": "dense", "keys": array, "values": array}: both (B, G, capacity, E), of one floating type.
+// Opens the dense key/value store from {"kind": "dense", "keys": array, "values": array}. Both arrays are (B, G,
+// capacity, E), of the same floating-point type.
 #include "kv/dense_kv.h"
 #include "python/kv_stores.h"
 

@@ -1,6 +1,6 @@
-// The stores of keys and values that Python gives, a dict for each layer, and their way through a primitive: the arrays
-// of a store are inputs of the primitive and, with the new tokens in them, outputs of it. A new kind is a file that
-// defines its StoreKind, and a line in kv_stores.cpp.
+// The key/value stores that Python passes to a decoder, one dict per layer, and their conversion to inputs and outputs
+// of an MLX primitive. The arrays of a store are inputs of the primitive; its outputs are the same arrays with the new
+// tokens added. To add a kind of store, write a file that defines its StoreKind and add a line to kv_stores.cpp.
 #pragma once
 #include <memory>
 #include <string>
@@ -13,10 +13,11 @@ namespace mlxeff {
 
 struct StoreKind {
   const char* name;
-  std::vector<const char*> arrays;  // the names of its arrays, all that its dict holds beside "kind"
-  // Refuses arrays that do not fit a layer, or lack room for the span.
+  std::vector<const char*> arrays;  // names of the arrays in the dict, which holds nothing else but "kind"
+  // Throws std::invalid_argument if the arrays do not fit the layer's sizes or have no room for the span.
   void (*check)(const Named& given, const AttentionSizes& sizes, const Span& span);
-  // A store for one pass over the span, in the memory of the arrays, which come in the order of their names.
+  // Returns a store for one pass over the span, which reads and writes the memory of `arrays`, given in the order of
+  // the names above.
   std::unique_ptr<KvStore> (*open)(mx::array* arrays, const Span& span);
 };
 
@@ -25,16 +26,16 @@ extern const StoreKind dense_kv_kind;
 // The names of all kinds.
 std::vector<std::string> store_kinds();
 
-// The stores of one call.
+// The stores that Python passed to one call of a decoder.
 class GivenStores {
  public:
-  // One for each of the first `layers`, with room for the span.
+  // Checks that `given` holds one store for each of the first `layers` layers, with room for the span.
   GivenStores(const nb::list& given, const DecoderSpec& spec, size_t layers, const Span& span);
 
   const std::vector<const StoreKind*>& kinds() const { return kinds_; }
   // Appends the stores' arrays to a primitive's inputs, and their shapes and types to those of its outputs.
   void add_to(std::vector<mx::array>& inputs, std::vector<mx::Shape>& shapes, std::vector<mx::Dtype>& dtypes) const;
-  // The dicts again, with the primitive's outputs that stand for the stores.
+  // Returns the same list of dicts with the primitive's outputs in place of the given arrays.
   nb::list updated(const mx::array* outputs) const;
 
  private:
@@ -42,14 +43,15 @@ class GivenStores {
   std::vector<mx::array> arrays_;
 };
 
-// While a primitive is evaluated: each output array of a store is the input's own memory where nobody else holds it, or
-// a copy.
+// The stores of a primitive during its evaluation. Each output array of a store reuses the memory of its input array if
+// nothing else refers to that memory; otherwise it is a copy.
 class StoreUpdate {
  public:
   StoreUpdate(const std::vector<const StoreKind*>& kinds, const Span& span, const mx::array* inputs,
               mx::array* outputs);
 
-  // In the task, once: the stores with what they held before it.
+  // Makes the copies and returns the stores, which then hold the tokens of earlier passes. The task must call this
+  // exactly once, before it uses the stores.
   KvStore* const* ready();
 
  private:
@@ -63,9 +65,10 @@ class StoreUpdate {
   std::vector<KvStore*> stores_;
 };
 
-// Each output of a primitive holds all inputs, so that no input of one with several outputs seems free to be reused.
-// MLX drops these references right after the evaluation, unless the graph is being traced; dropping those of the other
-// outputs before it lets `is_donatable` tell whether anybody else holds a buffer. To be called before a StoreUpdate.
+// Clears the references that the primitive's other outputs hold to its inputs. Each output of a primitive refers to all
+// inputs, so an input of a primitive with several outputs never counts as donatable. MLX drops these references right
+// after the evaluation, unless the graph is being traced; dropping them earlier lets `is_donatable` tell whether
+// anything else refers to a buffer. Must be called before a StoreUpdate is made.
 void drop_inputs_of_siblings(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs);
 
 }  // namespace mlxeff

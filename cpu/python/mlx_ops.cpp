@@ -24,7 +24,8 @@ void refuse(const char* origin, const std::string& wanted, const mx::array& got)
   throw std::invalid_argument(text.str());
 }
 
-// The copy is made on the same stream, before the work that follows; the encoder keeps it until then.
+// The copy is made on this primitive's stream before the work that reads it, and the command encoder keeps it alive
+// until that work is done.
 mx::array NativePrimitive::row_contiguous(const mx::array& x) {
   mx::array copy = mx::contiguous(x, false, stream());
   std::vector<mx::array> outputs = {copy};
@@ -33,7 +34,7 @@ mx::array NativePrimitive::row_contiguous(const mx::array& x) {
   return copy;
 }
 
-// True if all axes but the last step through memory like one; *ld is its stride.
+// True if all axes but the last can be merged into one axis with a constant stride, which is written to *ld.
 static bool collapses(const mx::array& x, int64_t* ld) {
   const int last = int(x.ndim()) - 1;
   if (x.shape(last) != 1 && x.strides(last) != 1) return false;
@@ -87,7 +88,7 @@ MatrixView matrix_of(mx::array& out) {
   return {out.data<char>(), columns, columns ? int64_t(out.size()) / columns : 0, columns, dtype_of(out)};
 }
 
-constexpr int64_t decoded_floats = 8 << 20;  // of the weights that are decoded at a time for dx
+constexpr int64_t decoded_floats = 8 << 20;  // most weights that blocked_dx decodes at a time
 
 void blocked_dx(int64_t N, int64_t K, const MatrixView& dy, const MatrixView& dx,
                 const std::function<int(int64_t, int64_t, float*)>& decode) {
@@ -115,7 +116,8 @@ void blocked_dx(int64_t N, int64_t K, const MatrixView& dy, const MatrixView& dx
 
 namespace {
 
-// y = x w^T of (x, w), its gradients dx = dy w of (dy, w) and dw = dy^T x of (dy, x).
+// The product that a primitive computes: y = x w^T from inputs (x, w), or one of its gradients, dx = dy w from (dy, w)
+// and dw = dy^T x from (dy, x).
 enum class Product { y, dx, dw };
 
 class LinearProduct : public NativePrimitive {
@@ -189,7 +191,7 @@ void quantized_dx(const mlxeff_qweight& w, const MatrixView& dy, const MatrixVie
   });
 }
 
-// y of (x, packed, scales, biases), or dx of (dy, packed, scales, biases).
+// Computes y from the inputs (x, packed, scales, biases), or dx from (dy, packed, scales, biases).
 class QuantizedProduct : public NativePrimitive {
  public:
   QuantizedProduct(mx::Stream stream, int group, int bits, int mode, bool gradient)
@@ -200,7 +202,7 @@ class QuantizedProduct : public NativePrimitive {
     allocate(outputs[0]);
     if (outputs[0].size() == 0) return;
     const MatrixView a = matrix(inputs[0]), out = matrix_of(outputs[0]);
-    // The packed words and the scales are made row-contiguous by quantized_matmul.
+    // The function quantized_matmul has made the packed words, scales and biases row-contiguous.
     const mx::array &packed = inputs[1], &scales = inputs[2], &biases = inputs[3];
     const int64_t columns = packed.shape(1) * 32 / bits_;
     const mlxeff_qweight w = {packed.data<uint32_t>(),

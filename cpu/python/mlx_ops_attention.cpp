@@ -1,6 +1,6 @@
-// Attention and rotary embedding as MLX operators with gradients, on (B, heads, tokens, E) arrays taken by their
-// strides: a part of a cache buffer, or a transposed (B, tokens, heads, E), is read in place. Results lie in memory as
-// (B, tokens, heads, E).
+// Attention and rotary position embedding as MLX operators with gradients. Arrays are (B, heads, tokens, E) with any
+// strides whose last axis is contiguous, so a slice of a cache buffer or a transposed (B, tokens, heads, E) array is
+// read without a copy. Results are stored in the order (B, tokens, heads, E).
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/vector.h>
 
@@ -11,7 +11,7 @@
 namespace mlxeff {
 namespace {
 
-// dq, dk, dv of (q, k, v, out, lse, dout).
+// Computes (dq, dk, dv) from the inputs (q, k, v, out, lse, dout).
 class AttentionGradient : public NativePrimitive {
  public:
   AttentionGradient(mx::Stream stream, float scale, int64_t window)
@@ -45,7 +45,8 @@ class AttentionGradient : public NativePrimitive {
   int64_t window_;
 };
 
-// (out, lse) of (q, k, v). lse, fp32 (B, H, S), is for the gradient; it has none itself.
+// Computes (out, lse) from the inputs (q, k, v). `lse`, the logsumexp of each row of scores, fp32 (B, H, S), is saved
+// for the gradient and is not differentiable itself.
 class Attention : public NativePrimitive {
  public:
   Attention(mx::Stream stream, float scale, int64_t window)
@@ -99,7 +100,7 @@ mx::array attention(const mx::array& q, const mx::array& k, const mx::array& v, 
                                 std::make_shared<Attention>(cpu_stream(), scale, window), {q, k, v})[0];
 }
 
-// x (B, heads, tokens, E) turned by rows offset, offset + 1, ... of (x, cos, sin).
+// Applies RoPE to x (B, heads, tokens, E). The inputs are (x, cos, sin); token i uses row offset + i of the tables.
 class Rotation : public NativePrimitive {
  public:
   Rotation(mx::Stream stream, int64_t offset, bool inverse)
@@ -148,7 +149,8 @@ mx::array rope(const mx::array& x, const mx::array& cos, const mx::array& sin, i
                    {x, mx::contiguous(cos, false, stream), mx::contiguous(sin, false, stream)});
 }
 
-// Computed at once, so that tables may be kept from one call to the next, whatever transformation the call is part of.
+// Computes the tables of cosines and sines eagerly, so that a caller can reuse them in later calls even if this call is
+// part of a function transformation such as a gradient.
 std::pair<mx::array, mx::array> rope_table(const std::vector<double>& inverse_frequencies, int positions,
                                            double scale) {
   const int half = int(inverse_frequencies.size());

@@ -1,4 +1,5 @@
-// Operators on rows, with gradients: RMSNorm, SwiGLU, cross-entropy, logsumexp; and without: argmax, sampling.
+// Row-wise kernels as MLX operators: RMSNorm, SwiGLU, cross-entropy and logsumexp with gradients; argmax and sampling
+// without.
 #include <nanobind/stl/optional.h>
 
 #include <memory>
@@ -10,7 +11,7 @@
 namespace mlxeff {
 namespace {
 
-// (dx, dw) of (x, weight, dy); dw is fp32.
+// Computes (dx, dw) from the inputs (x, weight, dy); dw is fp32.
 class RmsNormGradient : public NativePrimitive {
  public:
   RmsNormGradient(mx::Stream stream, float eps) : NativePrimitive(stream, "native rms_norm (gradient)"), eps_(eps) {}
@@ -39,7 +40,7 @@ class RmsNormGradient : public NativePrimitive {
   float eps_;
 };
 
-// y of (x, weight).
+// Computes y from the inputs (x, weight).
 class RmsNorm : public NativePrimitive {
  public:
   RmsNorm(mx::Stream stream, float eps) : NativePrimitive(stream, "native rms_norm"), eps_(eps) {}
@@ -49,7 +50,7 @@ class RmsNorm : public NativePrimitive {
     const void* const weight = inputs[1].data<char>();
     const int weight_dtype = dtype_of(inputs[1]);
     const float eps = eps_;
-    if (x.ndim() == 4 && !x.flags().row_contiguous) {  // heads: rows with two strides
+    if (x.ndim() == 4 && !x.flags().row_contiguous) {  // heads of a transposed array: rows with two strides
       allocate(outputs[0]);
       if (x.size() == 0) return;
       const int64_t B = x.shape(0), H = x.shape(1), S = x.shape(2), E = x.shape(3);
@@ -95,7 +96,7 @@ mx::array rms_norm(const mx::array& x, const mx::array& weight, float eps) {
                    {x, mx::contiguous(weight, false, stream)});
 }
 
-// (dgate, dup) of (gate, up, dy).
+// Computes (dgate, dup) from the inputs (gate, up, dy).
 class SwigluGradient : public NativePrimitive {
  public:
   explicit SwigluGradient(mx::Stream stream) : NativePrimitive(stream, "native swiglu (gradient)") {}
@@ -117,7 +118,7 @@ class SwigluGradient : public NativePrimitive {
   }
 };
 
-// y of (gate, up), of one dtype.
+// Computes y from the inputs (gate, up), which have the same dtype.
 class Swiglu : public NativePrimitive {
  public:
   explicit Swiglu(mx::Stream stream) : NativePrimitive(stream, "native swiglu") {}
@@ -153,7 +154,7 @@ mx::array swiglu(const mx::array& gate, const mx::array& up) {
                    {mx::astype(gate, dtype, stream), mx::astype(up, dtype, stream)});
 }
 
-// dlogits of (logits, targets, lse, dloss).
+// Computes dlogits from the inputs (logits, targets, lse, dloss).
 class CrossEntropyGradient : public NativePrimitive {
  public:
   explicit CrossEntropyGradient(mx::Stream stream) : NativePrimitive(stream, "native cross_entropy (gradient)") {}
@@ -172,7 +173,8 @@ class CrossEntropyGradient : public NativePrimitive {
   std::vector<mx::Shape> output_shapes(const std::vector<mx::array>& inputs) override { return {inputs[0].shape()}; }
 };
 
-// (loss, lse), fp32, of (logits, targets). lse is for the gradient; it has none itself.
+// Computes (loss, lse), both fp32, from the inputs (logits, targets). `lse`, the logsumexp of each row, is saved for
+// the gradient and is not differentiable itself.
 class CrossEntropy : public NativePrimitive {
  public:
   explicit CrossEntropy(mx::Stream stream) : NativePrimitive(stream, "native cross_entropy") {}
@@ -194,7 +196,7 @@ class CrossEntropy : public NativePrimitive {
         gradients.push_back(
             mx::array(primals[0].shape(), primals[0].dtype(), std::make_shared<CrossEntropyGradient>(stream()),
                       {primals[0], primals[1], outputs[1], mx::contiguous(cotangents[0], false, stream())}));
-      else gradients.push_back(mx::zeros_like(primals[1], stream()));  // whole numbers
+      else gradients.push_back(mx::zeros_like(primals[1], stream()));  // the targets are integers: no gradient
     }
     return gradients;
   }
@@ -221,7 +223,7 @@ mx::array cross_entropy(const mx::array& logits, const mx::array& targets) {
                                 {logits, mx::contiguous(mx::astype(targets, mx::int32, stream), false, stream)})[0];
 }
 
-// lse (..., 1), fp32, of x (..., V).
+// Computes the logsumexp of each row: fp32 (..., 1) from x (..., V).
 class LogSumExp : public NativePrimitive {
  public:
   explicit LogSumExp(mx::Stream stream) : NativePrimitive(stream, "native logsumexp") {}
@@ -284,7 +286,7 @@ struct SamplingOptions {
   }
 };
 
-// Tokens of (logits, u).
+// Samples one token per row from the inputs (logits, u); u holds uniform random numbers in [0, 1).
 class Sample : public NativePrimitive {
  public:
   Sample(mx::Stream stream, SamplingOptions options) : NativePrimitive(stream, "native sample"), options_(options) {}
@@ -296,7 +298,7 @@ class Sample : public NativePrimitive {
     dispatch([=, u = inputs[1].data<float>(), out = outputs[0].data<int32_t>(), o = options_] {
       const int64_t row_size = x.ld * int64_t(dtype_size(x.dtype));
       memset(out, 0,
-             size_t(x.rows) * sizeof(int32_t));  // after a row that is refused, tasks already launched read valid ids
+             size_t(x.rows) * sizeof(int32_t));  // if a row is refused, later tasks still read valid token ids
       for (int64_t row = 0; row < x.rows; ++row)
         check(mlxeff_sample(x.data + row * row_size, x.dtype, x.columns, o.temp, o.top_k, o.top_p, o.min_p,
                             double(u[row]), out + row),

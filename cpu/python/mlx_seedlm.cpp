@@ -1,5 +1,5 @@
-// The SeedLM kernels in the Python module mlxeff._native: products and decoding as MLX primitives, the encoder on NumPy
-// arrays.
+// The SeedLM functions of the Python module mlxeff._native: matrix products and decoding as MLX primitives, and the
+// encoder, which works on NumPy arrays.
 #include "python/mlx_seedlm.h"
 
 #include <nanobind/ndarray.h>
@@ -63,7 +63,8 @@ void seed_dx(const mlxeff_seedlm_weight& w, const MatrixView& dy, const MatrixVi
   });
 }
 
-// x (..., cols), arrays -> x W^T (..., rows) in x's dtype; or its gradient, dy (..., rows), arrays -> dx (..., cols).
+// Computes x W^T (..., rows), in the dtype of x, from x (..., cols) and the arrays of W; or its gradient dx (..., cols)
+// from dy (..., rows) and the arrays of W.
 class SeedMatmul : public NativePrimitive {
  public:
   SeedMatmul(mx::Stream stream, SeedLayout layout, int mode, bool gradient)
@@ -105,7 +106,7 @@ class SeedMatmul : public NativePrimitive {
   bool gradient_;
 };
 
-// ids (n), arrays -> rows (n, cols); with no ids all of the matrix.
+// Decodes the rows `ids` (n) of a matrix to an array (n, cols), or the whole matrix if there are no ids.
 class SeedRows : public NativePrimitive {
  public:
   SeedRows(mx::Stream stream, SeedLayout layout, bool chosen)

@@ -1,7 +1,9 @@
-// The Python module mlxeff._native: the native kernels as MLX primitives. Only this folder knows MLX and Python.
+// The Python module mlxeff._native: the native kernels as MLX primitives. Only this folder of cpu/ depends on MLX and
+// Python.
 //
-// A primitive's work is handed to the stream's command encoder with raw pointers; MLX keeps inputs and outputs alive
-// until it is done. So the graph stays lazy and the calls compose with mx.eval, mx.async_eval and streams.
+// A primitive submits its work to the stream's command encoder as a task with raw pointers; MLX keeps inputs and
+// outputs alive until the task is done. Graphs therefore stay lazy, and the operators compose with mx.eval,
+// mx.async_eval and streams.
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>

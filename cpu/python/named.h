@@ -1,5 +1,5 @@
-// A Python dict at the boundary: every value is asked for by its name, and what does not fit is a ValueError of one
-// line that says where and what ("decoder: head: missing scales; unknown scale").
+// Named: a checked view of a Python dict of arguments. Values are read by name. A missing, unknown or unsuitable value
+// raises a ValueError whose one line states the place and the fault ("decoder: head: missing scales; unknown scale").
 #pragma once
 #include <optional>
 #include <string>
@@ -11,26 +11,26 @@ namespace mlxeff {
 
 class Named {
  public:
-  // `where` begins every error; `given` must be a dict.
+  // `given` must be a dict. `where` is the prefix of every error message.
   Named(nb::handle given, std::string where);
 
-  // Refuses a dict that lacks one of `required`, or has a name that is in neither list and is not "kind" where that was
-  // read. To be called before the values are read.
+  // Throws if the dict lacks a name of `required` or has a name that is in neither list; "kind" is allowed if kind()
+  // was called. Must be called before the values are read.
   void expect(const std::vector<const char*>& required, const std::vector<const char*>& optional = {}) const;
 
   bool has(const char* name) const;
-  // Values by name, of names that `expect` found.
+  // Return the value of a name whose presence `expect` has checked.
   const mx::array& array(const char* name) const;
   int64_t integer(const char* name) const;
   double number(const char* name) const;
   Named dict(const char* name) const;
-  // An array, or nothing for None and for a name that is not there.
+  // Returns the array, or an empty optional if the value is None or the name is absent.
   std::optional<mx::array> array_or_none(const char* name) const;
-  // An array of this shape and a floating type.
+  // The same, checking that the array has the given shape and a floating-point type.
   const mx::array& array(const char* name, const mx::Shape& shape) const;
   std::optional<mx::array> array_or_none(const char* name, const mx::Shape& shape) const;
 
-  // The element of `kinds`, pointers to things with a `name`, that the value of "kind" names.
+  // Returns the element of `kinds` whose `name` equals the value of "kind". `kinds` is a sequence of pointers.
   template <class Kinds>
   auto kind(const Kinds& kinds) {
     const std::string name = read_kind();
@@ -45,7 +45,7 @@ class Named {
   [[noreturn]] void refuse(const std::string& what) const;
 
  private:
-  nb::handle find(const char* name) const;  // null where it is not there
+  nb::handle find(const char* name) const;  // null if the name is absent
   nb::handle get(const char* name) const;
   std::string read_kind();
   [[noreturn]] void refuse_value(const char* name, const std::string& wanted, nb::handle got) const;

@@ -1,8 +1,8 @@
-// The weights of a native decoder: matrices and vectors that Python gives by name.
+// Weights: owns the arrays of a native decoder, which Python passes as dicts of named matrices and vectors.
 //
-// A matrix is a dict with a "kind", the arrays and numbers of that kind, and a "bias", an array (N) or None:
+// A matrix is a dict with a "kind", the arrays and numbers of that kind, and a "bias", which is an array (N) or None:
 //   dense   weight (N, K)
-//   affine  weight (packed, uint32), scales, biases; group_size, bits: as mx.quantize makes them
+//   affine  weight (packed, uint32), scales, biases; group_size, bits: in the format of mx.quantize
 //   seedlm  blocks, or seeds, coefficients, exponents; cols, columns, states, exponent_bias: mlxeff/seedlm/format.py
 #pragma once
 #include <deque>
@@ -14,11 +14,11 @@ namespace mlxeff {
 
 class Weights {
  public:
-  // The array, evaluated and row-contiguous; it is kept for as long as this object lives.
+  // Returns the array, evaluated and row-contiguous. This object keeps it alive.
   const mx::array& keep(const mx::array& given);
-  // The same in float32; null for none.
+  // Returns the data of the array in float32, kept alive in the same way; null if there is no array.
   const float* floats(const std::optional<mx::array>& given);
-  // The matrix `given`, which is to be (rows, columns); rows 0: of any number.
+  // Reads the matrix `given` and checks that it is (rows, columns); `rows` 0 allows any number of rows.
   Linear linear(Named given, int64_t rows, int64_t columns);
 
  private:
