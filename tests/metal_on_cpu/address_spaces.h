@@ -78,20 +78,21 @@ To as_type(From);
 #define OF_THREE(name)  \
   template <typename T> \
   T name(T, T, T);
-OF_ONE(abs)
 // clang-format off
-OF_ONE(fabs) OF_ONE(floor) OF_ONE(ceil) OF_ONE(rint) OF_ONE(round) OF_ONE(exp) OF_ONE(exp2) OF_ONE(log)
-OF_ONE(log2) OF_ONE(sqrt) OF_ONE(rsqrt) OF_ONE(sin) OF_ONE(cos) OF_ONE(tanh) OF_ONE(popcount) OF_ONE(clz)
-OF_ONE(ctz) OF_TWO(min) OF_TWO(max) OF_TWO(pow) OF_THREE(fma) OF_THREE(clamp)
-// clang-format on
+OF_ONE(abs) OF_ONE(fabs) OF_ONE(floor) OF_ONE(ceil) OF_ONE(rint) OF_ONE(round)
+OF_ONE(exp) OF_ONE(exp2) OF_ONE(log) OF_ONE(log2) OF_ONE(sqrt) OF_ONE(rsqrt) OF_ONE(sin) OF_ONE(cos) OF_ONE(tanh)
+OF_ONE(popcount) OF_ONE(clz) OF_ONE(ctz)
+OF_TWO(min) OF_TWO(max) OF_TWO(pow)
+OF_THREE(fma) OF_THREE(clamp)
 
-            OF_ONE(simd_sum) OF_ONE(simd_max) OF_ONE(simd_min) OF_ONE(simd_or) OF_ONE(simd_and)
-                OF_ONE(simd_prefix_inclusive_sum) OF_ONE(simd_prefix_exclusive_sum) OF_ONE(simd_broadcast_first)
+OF_ONE(simd_sum) OF_ONE(simd_max) OF_ONE(simd_min) OF_ONE(simd_or) OF_ONE(simd_and)
+OF_ONE(simd_prefix_inclusive_sum) OF_ONE(simd_prefix_exclusive_sum) OF_ONE(simd_broadcast_first)
 #undef OF_ONE
 #undef OF_TWO
 #undef OF_THREE
-                    template <typename T>
-                    T simd_shuffle(T, ushort);
+template <typename T>
+T simd_shuffle(T, ushort);
+// clang-format on
 template <typename T>
 T simd_shuffle_xor(T, ushort);
 template <typename T>
