@@ -61,7 +61,8 @@ class Arm:
 
     def working_bytes(self, batch: int, tokens: int, step_size: int) -> int:
         """An estimate of the memory, in bytes, that a measurement needs beside the weights: the KV caches twice,
-        because they are copied when they grow, and the widest activations of a chunk of `step_size` tokens; all in float32."""
+        because they are copied when they grow, and the widest activations of a chunk of `step_size` tokens; all in
+        float32."""
         models = [self.base, *([self.pair.auxiliary] if self.pair else [])]
         chunk = min(step_size, tokens)
         held = sum(2 * groups * size for model in models for groups, size in model.kv_shapes)
