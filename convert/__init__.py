@@ -132,6 +132,7 @@ def _options(
     dequantize: bool,
     keep: tuple[tuple[str, int], ...] | None,
 ) -> Options:
+    """Check the arguments of `convert` that do not concern SeedLM, and return them as `Options`."""
     if dtype is not None and dtype not in DTYPES:
         raise MlxeffError(f"convert: dtype: wanted one of {', '.join(DTYPES)}, got {dtype!r}")
     bits, group = quantize or (None, None)
@@ -221,6 +222,8 @@ def _write(
     tokens: folder.TokenizerFiles,
     progress: Callable[[int, int], None] | None,
 ) -> None:
+    """Write the weights, config.json and the tokenizer into the new folder `destination`. Warns where there is no
+    tokenizer."""
     if not tokens.found:
         notices.warning(f"{source.path}: no tokenizer found, {destination} has none: name one with --tokenizer")
     config = conversion.config | {"mlxeff": folder.provenance(source, conversion.options)}

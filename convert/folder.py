@@ -51,6 +51,7 @@ class TokenizerFiles:
 
     @property
     def found(self) -> list[str]:
+        """The tokenizer's files, for the report: their paths in the converted folder; [] without a tokenizer."""
         return ["built from the GGUF metadata"] if self.metadata else [str(self.target(file)) for file in self.files]
 
     @staticmethod

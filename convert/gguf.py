@@ -10,10 +10,12 @@ from .plan import Family, Spec, Weight
 
 
 def recognises(source: Source) -> bool:
+    """Whether the source is a GGUF file."""
     return source.format == "gguf"
 
 
 def read(source: Source) -> Family:
+    """The config and the weights of a GGUF file. Raises MlxeffError for a model that `models.gguf` does not know."""
     config = config_from_gguf(source)
     if "tokenizer.ggml.tokens" in source.metadata:  # the vocabulary may have end tokens that no other entry names
         ends = end_ids(source.metadata, str(source.path))
@@ -40,6 +42,8 @@ def _weight(parameter: Parameter) -> Weight:
 
 
 def _specs(parameter: Parameter) -> tuple[Spec, ...]:
+    """The names, dtypes and shapes of weight, scales and biases of a quantised parameter, as `mx.quantize` packs
+    them."""
     tensor = parameter.tensor
     rows, columns = tensor.shape
     grouped = (rows, columns // tensor.group_size)

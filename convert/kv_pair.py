@@ -32,6 +32,7 @@ PARTS = ("base", "auxiliary")
 
 
 def recognises(source: Source) -> bool:
+    """Whether the source is CoreNet's checkpoint of a pair of KV Prediction."""
     return any(_plain(name).startswith(PREDICTOR) for name in source.tensors)
 
 
@@ -71,10 +72,12 @@ def convert_pair(
 
 
 def _plain(name: str) -> str:
+    """The name of a tensor without the prefix "module." of data-parallel training."""
     return name.removeprefix("module.")
 
 
 def _check_names(source: Source) -> None:
+    """Raises MlxeffError for tensors that belong to neither model nor to the predictor."""
     names = [_plain(name) for name in source.tensors]
     known = tuple(f"{part}." for part in PARTS)
     if strays := [n for n in names if not n.startswith(known) and not TENSOR.fullmatch(n.removeprefix(PREDICTOR))]:
@@ -96,6 +99,7 @@ def _model(source: Source, part: str, options: Options) -> Conversion:
 
 
 def _predictor(source: Source, base: dict, auxiliary: dict) -> Predictor:
+    """The predictor with the weights of the source, in float32. `base` and `auxiliary` are the models' configs."""
     shapes = [build_model(config).kv_shapes for config in (auxiliary, base)]
     predictor = Predictor(*shapes, layer_map(base, auxiliary))
     weights = {}

@@ -15,6 +15,7 @@ from .plan import Family, Weight
 
 
 def recognises(source: Source) -> bool:
+    """Whether the source has a config.json that names a `model_type`."""
     return source.config is not None and isinstance(source.config.get("model_type"), str)
 
 
@@ -51,10 +52,12 @@ def weights(source: Source, config: dict) -> list[Weight]:
 
 
 def dense(name: str, tensor: Tensor) -> Weight:
+    """The weight `name`, which the source stores as the one array `tensor`."""
     return Weight(name, tensor.dtype, tensor.shape, tensor.nbytes, lambda: [tensor.read()])
 
 
 def _packed(source: Source, config: dict, module: str) -> Weight:
+    """The matrix of `module`, which the source stores quantised by MLX."""
     quantization = config.get("quantization") or {}
     own = quantization.get(module)
     group = (own if isinstance(own, dict) else quantization).get("group_size")

@@ -22,6 +22,7 @@ LAYER = re.compile(r"layers\.(\d+)\.(.+)")
 
 
 def recognises(source: Source) -> bool:
+    """Whether the source is an OpenELM, of Hugging Face or of CoreNet."""
     if llama.recognises(source):
         return source.config["model_type"] == "openelm"
     return any(name.endswith(EMBEDDING) for name in source.tensors)
@@ -43,6 +44,7 @@ def _plain(name: str) -> str:
 
 
 def _weight(name: str, tensor: Tensor) -> Weight:
+    """The weight for a tensor of CoreNet: under Hugging Face's name, and without the padding of the vocabulary."""
     full = "lm_head.weight" if name == "classifier.weight" else PREFIX + name
     if name not in (EMBEDDING, "classifier.weight") or tensor.shape[:1] != (PADDED_ROWS,):
         return llama.dense(full, tensor)
@@ -61,6 +63,7 @@ class _Shapes:
         self.origin, self.tensors = source.path.name, tensors
 
     def get(self, name: str, dimensions: int) -> tuple[int, ...]:
+        """The shape of the tensor `name`, which has so many `dimensions`."""
         tensor = self.tensors.get(name)
         if tensor is None:
             raise MlxeffError(f"{self.origin}: missing tensor {name!r} of an OpenELM")
@@ -71,6 +74,7 @@ class _Shapes:
         return tensor.shape
 
     def layers(self) -> int:
+        """The number of layers."""
         found = {int(match[1]) for name in self.tensors if (match := LAYER.fullmatch(name))}
         if found != set(range(len(found))) or not found:
             raise MlxeffError(

@@ -55,6 +55,7 @@ class Weight:
 
     @property
     def module(self) -> str:
+        """The name of the module that has this parameter."""
         return self.name.rpartition(".")[0]
 
 
@@ -89,6 +90,7 @@ class Options:
     dequantize: bool = False
 
     def as_dict(self) -> dict:
+        """The options as the report shows them and config.json records them."""
         quantize = f"{self.recipe or self.bits}:{self.group_size}" if self.bits else None
         result = {"dtype": self.dtype, "quantize": quantize} | (self.seedlm.as_dict() if self.seedlm else {})
         if self.keep:
@@ -123,6 +125,7 @@ class Conversion:
 
     @property
     def tensors(self) -> int:
+        """The number of tensors to write."""
         return sum(len(piece.specs) for piece in self.pieces)
 
     def refuse_differences(self, origin: str | Path) -> None:
@@ -185,6 +188,7 @@ def plan(family: Family, options: Options, encoded: Callable[[str], list[mx.arra
 
 
 def _commonest(weights: list[Weight]) -> str | None:
+    """The float type in which the source stores the most bytes; None where it stores no floats."""
     sizes = Counter()
     for weight in weights:
         sizes[weight.dtype] += weight.nbytes
@@ -205,6 +209,7 @@ def _say_rounding(weights: list[Weight], default: str | None) -> None:
 def _config(
     config: dict, weights: list[Weight], default: str | None, quantized: dict | None, choice: "Choice | None"
 ) -> dict:
+    """The config.json to write: `config` with the float type, and the entries on quantisation and SeedLM."""
     names = {value: key for key, value in DTYPES.items()}
     if (dtype := default or _commonest(weights)) in names:
         config.pop("dtype", None)
@@ -221,6 +226,8 @@ def _config(
 
 @dataclass(frozen=True)
 class _Job:
+    """How one weight is written: its piece, its entries in `Conversion.changes`, and the memory for it in bytes."""
+
     piece: Piece
     changes: list[tuple[str, tuple, str, str]]
     peak_bytes: int
@@ -299,10 +306,12 @@ def _finite(name: str, weight: mx.array) -> mx.array:
 
 
 def _target(dtype: str, default: str | None) -> str:
+    """The dtype in which a tensor is written: `default`, if any, for floats; otherwise the stored one."""
     return default if default and dtype in FLOATS else dtype
 
 
 def _quantised(weight: Weight, dense: Spec, bits: int, group_size: int) -> Piece:
+    """The piece of a matrix that is cast to the dtype of `dense` and then quantised."""
     rows, columns = weight.shape
     grouped = (rows, columns // group_size)
     specs = (

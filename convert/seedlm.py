@@ -63,6 +63,7 @@ class SeedOptions:
 
     @property
     def format(self) -> BlockFormat:
+        """The block format."""
         return block_format(self.bits)
 
     def choose(self, model: nn.Module, weights: list[Weight], config: dict) -> "Choice":
@@ -71,6 +72,7 @@ class SeedOptions:
         return _choose(model, weights, config, self)
 
     def as_dict(self) -> dict:
+        """The options as the report shows them and config.json records them."""
         keep = ",".join(f"{name}:{bits}" for name, bits in self.keep) or "none"
         method = f"{self.calibration}, {self.tokens} tokens" if self.tokens else "data-free"
         return {"seedlm": self.bits, "keep": keep, "calibration": method}
@@ -120,6 +122,7 @@ class Choice:
 
 
 def _nbytes(fmt: BlockFormat, rows: int, cols: int) -> int:
+    """The bytes of an encoded matrix."""
     arrays = fmt.arrays(rows, cols).values()
     return sum(math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in arrays)
 
@@ -157,6 +160,7 @@ def _scheme(weight: Weight, config: dict, bits: int) -> dict | None:
 
 
 def _stored_scheme(weight: Weight, config: dict) -> dict | None:
+    """The scheme in which the source stores a matrix; None where it is dense."""
     if not weight.packed:
         return None
     (_, _, words), (_, _, groups) = weight.packed[:2]
@@ -251,9 +255,12 @@ class Encoder:
         self._encode("ends", {name: (found[name], grams.get(name)) for name in names}, advance)
 
     def _count(self, names: Iterable[str]) -> int:
+        """The number of weights in the modules `names`."""
         return sum(rows * cols for _, rows, cols in (self.choice.seeded[name] for name in names))
 
     def _encode(self, unit: str, modules: dict[str, tuple[nn.Module, np.ndarray | None]], advance: Callable) -> None:
+        """Encode modules and write them to the store as `unit`. `modules`: name → (the module, the Gram matrix of its
+        inputs or None)."""
         arrays, errors = {}, {}
         # Matrices that read the same inputs follow each other: they share what is computed from the Gram matrix.
         inputs, source = None, (None, None)
@@ -267,6 +274,7 @@ class Encoder:
         self.store.write(unit, arrays, errors)
 
     def _seeded(self, name: str, module: nn.Module) -> SeedLinear:
+        """The encoded form of `module`, with the arrays of the store and the module's own bias."""
         fmt, rows, cols = self.choice.seeded[name]
         seeded = SeedLinear(fmt, rows, cols, "bias" in module)
         seeded.update(dict(zip(fmt.arrays(rows, cols), self.store.read(name), strict=True)))

@@ -32,6 +32,7 @@ class Store:
         self._open(fingerprint)
 
     def _open(self, fingerprint: str) -> None:
+        """Make the folder, or continue with the existing one where its fingerprint is the same."""
         mark = self.folder / "fingerprint"
         if self.folder.exists() and (not mark.is_file() or mark.read_text(encoding="utf-8") != fingerprint):
             notices.warning(f"{self.folder}: finished layers of another source, text or options: begun anew")
@@ -93,4 +94,5 @@ class Store:
         return bool(self._files)
 
     def remove(self) -> None:
+        """Delete the folder."""
         shutil.rmtree(self.folder, ignore_errors=True)

@@ -29,6 +29,7 @@ class Arm:
 
     @property
     def base(self) -> DecoderModel:
+        """The model that decodes; with a pair of KV Prediction, its base model."""
         return self.setup.model
 
     @property
@@ -47,6 +48,7 @@ class Arm:
 
     @property
     def modules(self) -> list[nn.Module]:
+        """All modules with weights: the base model, and with a pair its auxiliary and its predictor."""
         return [self.base, *((self.pair.auxiliary, self.pair.predictor) if self.pair else ())]
 
     def flops(self, tokens: int) -> int:
@@ -61,7 +63,8 @@ class Arm:
 
     def working_bytes(self, batch: int, tokens: int, step_size: int) -> int:
         """An estimate of the memory, in bytes, that a measurement needs beside the weights: the KV caches twice,
-        because they are copied when they grow, and the widest activations of a chunk of `step_size` tokens; all in float32."""
+        because they are copied when they grow, and the widest activations of a chunk of `step_size` tokens; all in
+        float32."""
         models = [self.base, *([self.pair.auxiliary] if self.pair else [])]
         chunk = min(step_size, tokens)
         held = sum(2 * groups * size for model in models for groups, size in model.kv_shapes)
@@ -70,6 +73,7 @@ class Arm:
 
 
 def _matrices(model: nn.Module) -> Iterable[tuple[str, mx.array]]:
+    """(Name, array) of each matrix in the model's layers."""
     flat = tree_flatten(model.parameters())
     return ((name, value) for name, value in flat if value.ndim == 2 and "layers." in name)
 
@@ -102,6 +106,7 @@ def randomise(module: nn.Module, dtype: mx.Dtype) -> None:
 def random_predictor(
     auxiliary: DecoderModel, base: DecoderModel, layer_map: Sequence[int], dtype: mx.Dtype
 ) -> Predictor:
+    """A predictor for the two models with random weights of type `dtype`; `layer_map` as in `Predictor`."""
     predictor = Predictor(auxiliary.kv_shapes, base.kv_shapes, layer_map)
     randomise(predictor, dtype)
     return predictor.eval()

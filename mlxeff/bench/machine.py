@@ -83,8 +83,8 @@ def usable_bytes(device: str) -> float:
     """Bytes of memory that a benchmark may use on `device`, "cpu" or "gpu".
 
     On Linux this is a share of the available memory. Elsewhere it is a share of all memory, because the available
-    memory is not known well: caches that the system would free count as used. On a GPU it is at most the working set that the
-    device recommends.
+    memory is not known well: caches that the system would free count as used. On a GPU it is at most the
+    working set that the device recommends.
     """
     share = LINUX_SHARE if sys.platform == "linux" else OTHER_SHARE
     usable = share * memory.available()[0]

@@ -46,6 +46,7 @@ class Samples:
             self._write([identity], "w")
 
     def _read(self, identity: dict) -> None:
+        """Read the samples of the file, and write it anew without those that are incomplete or not held."""
         held = []
         try:
             text = self.path.read_text(encoding="utf-8")

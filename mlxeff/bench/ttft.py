@@ -95,6 +95,7 @@ def run(
 
 
 def _run_group(group: Group, device: str, settings: Settings, only: Sequence[str], results: Results) -> None:
+    """Measure the arms of a group on one device, at the points in the order of their number of tokens."""
     kernels.use_device(device)
     points = sorted(group.points, key=lambda point: point.batch * point.tokens)
     asked = {point: [n for n in group.names if selected(_fields(n, device, point), only)] for point in points}
@@ -138,6 +139,7 @@ def _rounds_left(name: str, device: str, point: Point, settings: Settings, resul
 def _run_point(
     arms: Sequence[Arm], device: str, point: Point, settings: Settings, step_size: int, results: Results
 ) -> None:
+    """Measure arms at one point: warm-up passes, then rounds in which each arm has one pass."""
     left = {arm.name: _rounds_left(arm.name, device, point, settings, results) for arm in arms}
     for number in range(-settings.warmup, settings.rounds):
         for arm in arms:

@@ -103,6 +103,7 @@ def digest(folder: Path) -> str:
 
 
 def _check_quantization(path: Path, scheme: dict) -> None:
+    """Raises MlxeffError unless `scheme` is one of `mx.quantize` that the predictor's maps support."""
     typed = {key: type(value) for key, value in scheme.items()} == {"group_size": int, "bits": int, "mode": str}
     if not typed or not (scheme["group_size"] in GROUPS and scheme["bits"] in BITS and scheme["mode"] == "affine"):
         wanted = f"group_size of {GROUPS}, bits of {BITS} and mode affine"
@@ -110,6 +111,7 @@ def _check_quantization(path: Path, scheme: dict) -> None:
 
 
 def _check_auxiliary(path: Path, auxiliary: dict) -> None:
+    """Raises MlxeffError unless the entry `auxiliary` has one of the forms in the head of this module."""
     layers, keys = auxiliary.get("layers"), set(auxiliary) - {"tuned"}
     if "tuned" in auxiliary and not _is_tuning(auxiliary["tuned"]):
         raise MlxeffError(f"{path}: auxiliary: tuned: wanted a method, for lora a rank, got {auxiliary['tuned']!r:.80}")

@@ -120,6 +120,7 @@ class Fit:
 
     @property
     def error(self) -> float:
+        """The mean of all `errors`."""
         return float(np.mean(self.errors))
 
 
@@ -227,6 +228,7 @@ def _rows(rows: mx.array, ones: bool = False) -> np.ndarray:
 
 
 def _sum(sums: dict, key: tuple, value: np.ndarray) -> None:
+    """Add `value` to the entry `key` of `sums`, which need not exist yet."""
     if key in sums:
         sums[key] += value
     else:

@@ -18,6 +18,7 @@ def parameters(model: nn.Module) -> int:
 
 
 def _own(module: nn.Module) -> int:
+    """The number of parameters of one module, without those of the modules in it."""
     if isinstance(module, (nn.QuantizedLinear, nn.QuantizedEmbedding)):
         bias = module.bias.size if "bias" in module else 0
         return module.weight.size * 32 // module.bits + bias

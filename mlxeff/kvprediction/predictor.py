@@ -105,6 +105,7 @@ class Predictor(nn.Module):
 
     @property
     def layer_map(self) -> list[int]:
+        """For each base layer the auxiliary layer that its maps read; a shared layer names itself."""
         return self._layer_map
 
     @property
