@@ -20,8 +20,8 @@ constexpr int64_t least_rows = 32;
 constexpr int64_t block_floats = 1 << 20;  // most floats of W in the block of one thread
 constexpr int64_t widest_block = 256;  // rows of W: enough work for each packing of x, enough blocks for the threads
 
-// While an object of this class exists, Accelerate uses a single thread for calls from the thread that made it, in
-// addition to the threads of the pool. It has an effect on macOS 15 or newer.
+// While an object of this class exists, Accelerate computes calls from this thread on this thread alone, and starts no
+// threads of its own beside those of the pool. It has an effect on macOS 15 or newer.
 class OneThread {
  public:
 #if defined(__APPLE__) && __MAC_OS_X_VERSION_MAX_ALLOWED >= 150000

@@ -1,4 +1,5 @@
-// C entry points of the SeedLM products: argument checks and threading. See mlxeff_cpu.h for the layout.
+// The C entry points of the SeedLM products: argument checks and threading. mlxeff_cpu.h describes the layout of a
+// matrix.
 #include "products/threaded_product.h"
 #include "seedlm/seedlm_kernels.h"
 

@@ -1,12 +1,14 @@
-// Decoding of SeedLM blocks, one block in each vector lane.
+// The decoder of SeedLM blocks: Blocks holds one block in each vector lane.
 //
-// The windows of a column, of 16 bits of the stream each and P in number, begin at adjacent bits, so one shift brings G
-// = P of them into the mantissa of a float, the last one leading. With the other bits cleared and an exponent set,
-// window i of the G is f[i] = 2^(G - 1 - i) + V[i] / 65536; it stands for f[i] - centre(i) = (V[i] - 32768) / 65536.
-// Every partial sum of q[i] * f[i] and -q[i] * centre(i) is an integer below 2^24 in units of 2^-16: exact in fp32. One
-// multiplication by 65536 * fl32(2^e / 32767) then gives the weight with its one rounding.
+// A weight of a block is 2^e / 32767 * sum over i of q[i] * (V[i] - 32768), where each state V[i] is a window of 16
+// bits of the seed's bit stream (seedlm_stream.h). The P windows of a column begin at adjacent bits, so one shift moves
+// G = P of them into the mantissa of a float, with the last window at the most significant bit. Clearing the other bits
+// and setting an exponent turns window i into the float f[i] = 2^(G - 1 - i) + V[i] / 65536. Subtracting centre(i), the
+// value of f[i] for V[i] = 32768, leaves (V[i] - 32768) / 65536. Every partial sum of q[i] * f[i] and -q[i] * centre(i)
+// is an integer below 2^24 in units of 2^-16 and therefore exact in fp32. One multiplication by 65536 * fl32(2^e /
+// 32767) then gives the weight, with a single rounding.
 //
-// To be included by per-level sources only.
+// Only sources that are compiled per level may include this file.
 #pragma once
 #include "base/simd.h"
 #include "seedlm/seedlm_layout.h"
@@ -25,7 +27,8 @@ constexpr StreamTables<3> stream_tables;
 constexpr StreamTables<8> stream_tables;
 #endif
 
-// 32 bits of the streams of the seeds in the low 16 bits of each lane, as StreamTables numbers them.
+// Returns, for the seed in the low 16 bits of each lane, 32 bits of its stream; StreamTables defines which bits each
+// `word` holds.
 template <int word>
 MLXEFF_INLINE vu stream_word(vu seeds) {
   const auto& table = stream_tables.word[word];
@@ -40,7 +43,8 @@ MLXEFF_INLINE vu stream_word(vu seeds) {
   vu bits = {};
 #pragma GCC unroll 6
   for (int i = 0; i < 6; ++i) {
-    const vu group = i == 5 ? seeds >> 15 & 1u : seeds >> (3 * i);  // the lookup reads the low three bits of the index
+    const vu group = i == 5 ? seeds >> 15 & 1u
+                            : seeds >> (3 * i);  // the permute instruction uses only the low three bits of the index
     bits ^= (vu)_mm256_permutevar8x32_epi32(_mm256_load_si256((const __m256i*)table[i]), (__m256i)group);
   }
   return bits;
@@ -51,7 +55,7 @@ MLXEFF_INLINE vu stream_word(vu seeds) {
 #endif
 }
 
-// The lanes' values of 16 bits each, zero-extended; `count` of them, the rest zero.
+// Loads `count` 16-bit values into the lanes, zero-extended; the remaining lanes are zero.
 MLXEFF_INLINE vu load_u16(const uint16_t* p, int64_t count) {
 #if defined(__AVX512F__)
   return (vu)_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first_lanes(count), p));
@@ -74,7 +78,8 @@ MLXEFF_INLINE vu load_u32(const uint32_t* p, int64_t count) {
   return out;
 #endif
 }
-// The lanes' nibbles, the low one of a byte first, in the low four bits; what the bits above hold is not defined.
+// Loads `count` nibbles, the low nibble of a byte first, into the low four bits of the lanes. The higher bits are
+// undefined.
 MLXEFF_INLINE vu load_nibbles(const uint8_t* p, int64_t count) {
   uint8_t bytes[VL / 2] = {};
   if (count >= VL) memcpy(bytes, p, sizeof bytes);
@@ -92,7 +97,7 @@ MLXEFF_INLINE vu load_nibbles(const uint8_t* p, int64_t count) {
 #endif
 }
 
-// What f[i] is for V[i] = 32768.
+// The value of f[i] for V[i] = 32768.
 template <int G>
 constexpr float centre(int i) {
   return float(1 << (G - 1 - i)) + 0.5f;
@@ -105,7 +110,7 @@ struct Blocks {
   vu packed;       // coefficient p at bit 4 p
   vu code;         // exponent code in the low four bits
 
-  // Blocks [j, j + VL) of row n, j even; lanes beyond those in use have coefficients 0.
+  // Loads the blocks [j, j + VL) of row n; j must be even. Lanes beyond the row's last block have coefficients 0.
   MLXEFF_INLINE Blocks of_row(const mlxeff_seedlm_weight& w, int64_t n, int64_t j, const SeedRowBlocks& a_row) {
     const int64_t at = n * a_row.stride + j, count = min_of(VL, a_row.used - j);
     if constexpr (P == 3) {
@@ -115,7 +120,7 @@ struct Blocks {
     return unpack(load_u16(static_cast<const uint16_t*>(w.seeds) + at, count), load_u16(w.coefficients + at, count),
                   load_nibbles(w.exponents + at / 2, count));
   }
-  // Block j of the rows n, n + 1, …; lanes beyond `rows` repeat the last.
+  // Loads block j of the rows n, n + 1, …; lanes from `rows` on repeat the last row.
   MLXEFF_INLINE Blocks of_rows(const mlxeff_seedlm_weight& w, int64_t n, int64_t rows, int64_t j,
                                const SeedRowBlocks& a_row) {
     uint32_t seeds[VL], packed[VL], code[VL];
@@ -135,14 +140,14 @@ struct Blocks {
     return unpack(first, from_array(packed), from_array(code));
   }
 
-  // The stream with window n at bit 8 - G, so that window n + G - 1 begins at bit 7, as do the leading 16 of 23
-  // mantissa bits. All G belong to one column.
+  // Returns the stream shifted so that window n begins at bit 8 - G. Window n + G - 1 then begins at bit 7 and fills
+  // the leading 16 of the 23 mantissa bits. All G windows must belong to one column.
   template <int G>
   inline __attribute__((always_inline)) vu windows(int n) const {
     const int holder = P == 3 ? n / 15 : n / 16, shift = n - holder * stride - (8 - G);
     return shift < 0 ? word[holder] << -shift : word[holder] >> shift;
   }
-  // f[i] of them.
+  // Returns f[i], given the result of windows().
   template <int G>
   static inline __attribute__((always_inline)) vf fraction(vu windows, int i) {
     const int mask = 0xffff << (8 - G + i), exponent = (127 + G - 1 - i) << 23;
@@ -160,12 +165,14 @@ struct Blocks {
     return __builtin_convertvector((vi)(packed << (28 - 4 * p)) >> 28, vf);
 #endif
   }
-  // fl32(2^e / 32767) times `unit`, a power of two.
+  // Returns fl32(2^e / 32767) * unit, where `unit` is a power of two.
   inline __attribute__((always_inline)) vf scale(const mlxeff_seedlm_weight& w, float unit = 65536.0f) const {
     const uint32_t lowest = uint32_t(w.exponent_bias - 8 + 127);
 #if defined(__AVX512F__)
     const vu codes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    const vf table = (vf)((codes + lowest) << 23) * (unit * (1.0f / 32767.0f));  // the same for all blocks of a matrix
+    const vf table =
+        (vf)((codes + lowest) << 23) *
+        (unit * (1.0f / 32767.0f));  // the scales of the exponent codes, the same for all blocks of a matrix
     return (vf)_mm512_permutexvar_ps((__m512i)code, (__m512)table);
 #else
     return (vf)(((code & 15u) + lowest) << 23) * (unit * (1.0f / 32767.0f));
@@ -189,7 +196,7 @@ struct Blocks {
   }
 };
 
-// Calls body(c, weights of column c of the blocks) for each column.
+// Calls body(c, weights) for each column c of a block; `weights` holds the decoded weights of that column in all lanes.
 template <int C, int P, class Body>
 MLXEFF_INLINE void decode_columns(const Blocks<C, P>& blocks, const mlxeff_seedlm_weight& w, Body body) {
   vf q[P], offset = zero();

@@ -1,13 +1,14 @@
-// One seed for one block: the least-squares coefficients, their rounding, and the error of what the block then decodes
-// to.
+// The evaluation of one seed for one block: the least-squares coefficients, their rounding, and the error of the block
+// that results from decoding.
 //
-// Rounding: the exponent e puts the largest |t| into [4, 8); q = round(t / 2^e), clipped to [-8, 7]. Refined: of e and
-// e - 1, and of the 3^P neighbours q - 1, q, q + 1, the coefficients nearest to t under the Gram matrix. Seeds are
+// Rounding: the exponent e scales the least-squares solution t so that its largest |t| / 2^e lies in [4, 8), and q =
+// round(t / 2^e) is clipped to [-8, 7]. With refinement, the encoder tries both e and e - 1, each with the 3^P
+// neighbours q - 1, q, q + 1, and takes the coefficients nearest to t in the norm of the Gram matrix. Seeds are
 // compared by the error of the decoded block.
 //
-// All in fp32, with operations that IEEE 754 rounds alike everywhere, in one order: every product that is added to
-// something goes through fma. So each level, metal/seedlm_encode.metal and mlxeff/seedlm/search.py find the same bits;
-// a change here is a change there.
+// All arithmetic is fp32 and consists of operations that IEEE 754 defines exactly, in a fixed order; every multiply-add
+// is an fma. Every instruction-set level, metal/seedlm_encode.metal and mlxeff/seedlm/search.py therefore find the same
+// bits, and must be changed together.
 #include <math.h>
 
 #include "seedlm/seedlm_search_kernels.h"
@@ -25,8 +26,8 @@ MLXEFF_INLINE float power_of_two(int exponent) {
   return value;
 }
 
-// G = L D L^T with ones on L's diagonal, t least-squares: coefficients q cost sum_p D_p (d_p + sum_{j > p} L_jp d_j)^2,
-// d = q - t.
+// The factorisation G = L D L^T, with ones on the diagonal of L, and the least-squares coefficients t. Coefficients q
+// exceed the least error by sum_p D_p (d_p + sum_{j > p} L_jp d_j)^2, with d = q - t.
 template <int P>
 struct Fit {
   float L[P][P], D[P], t[P];
@@ -79,7 +80,7 @@ MLXEFF_INLINE bool solve(const BlockSearch& block, const uint16_t* states, Fit<P
     fit.t[i] = b[i] / fit.D[i];
     for (int j = i + 1; j < P; ++j) fit.t[i] = fma(-fit.L[j][i], fit.t[j], fit.t[i]);
   }
-  for (float& t : fit.t) t = fma(-0x1p-15f, t, t);  // of states / 32767
+  for (float& t : fit.t) t = fma(-0x1p-15f, t, t);  // turns t into coefficients of states / 32767
   return true;
 }
 
@@ -89,7 +90,8 @@ struct Rounded {
   int exponent, q[P];
 };
 
-// Tries the coefficients p, p - 1, …, 0 around t / unit; `cost` is what the later ones contribute.
+// Tries values around t / unit for the coefficients p, p - 1, …, 0. `cost` is the contribution of the coefficients
+// after p, which are already chosen.
 template <int P, int p>
 struct Choose {
   MLXEFF_INLINE void run(const Fit<P>& fit, int exponent, int reach, float cost, int* q, float* misses,
@@ -116,7 +118,7 @@ struct Choose<P, -1> {
   }
 };
 
-// What the error is of the block that these coefficients decode to.
+// Returns the error of the block that results from decoding these coefficients.
 template <int C, int P>
 MLXEFF_INLINE float error_of(const BlockSearch& block, const uint16_t* states, const Rounded<P>& rounded) {
   const float scale = power_of_two(rounded.exponent) * (1.0f / 32767.0f);

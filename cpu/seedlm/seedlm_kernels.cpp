@@ -1,5 +1,6 @@
-// SeedLM products y = x W^T at one instruction-set level: the choice of the regime by M, mode and CPU. seedlm_few.h and
-// seedlm_int8.h (few rows of x) and seedlm_panel.h (many) hold the products.
+// The table of SeedLM products y = x W^T of one instruction-set level. It selects the product by the number of rows M,
+// the mode and the CPU: seedlm_few.h and seedlm_int8.h hold the products for few rows of x, and seedlm_panel.h those
+// for many.
 #include "seedlm/seedlm_int8.h"
 #include "seedlm/seedlm_panel.h"
 
@@ -21,7 +22,7 @@ Regime regime(const SeedArgs& args) {
   return args.M <= few_rows ? Regime::few : Regime::panel;
 }
 
-// Bytes between the rows of x in the form that the kernels read.
+// The row stride, in bytes, of x in the layout that the kernels read.
 int64_t row_bytes(const SeedArgs& args) {
   switch (regime(args)) {
     case Regime::few: return chunks_a_row(args) * chunk_vectors(args) * VL * 4;
@@ -51,7 +52,8 @@ void to_bf16_row(bf16* out, const void* x, int dtype, int64_t K, int64_t stride)
   memset(out + K, 0, size_t(stride - K) * 2);
 }
 
-// Whoever prepares the last row also clears the rows that exist only in the workspace.
+// Converts rows [m_begin, m_end) of x. The call that converts the last row also clears the padding rows of the
+// workspace.
 void prepare(const SeedArgs& args, int64_t m_begin, int64_t m_end) {
   const int64_t K = args.w.K, stride = row_bytes(args);
   const Regime chosen = regime(args);
@@ -71,7 +73,7 @@ void prepare(const SeedArgs& args, int64_t m_begin, int64_t m_end) {
 
 int64_t piece(const SeedArgs& args, int threads) {
   if (args.M > few_rows) return panel_width;
-  const int64_t weights = 1 << 17;  // enough to hide the cost of sharing
+  const int64_t weights = 1 << 17;  // per piece: enough to hide the cost of distributing work
   return max_of(1, min_of(weights / max_of(1, args.w.K), args.w.N / (threads * 4)));
 }
 

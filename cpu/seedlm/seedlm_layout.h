@@ -1,12 +1,12 @@
-// Where the blocks of a matrix's rows lie.
+// SeedRowBlocks: the position of a row's blocks in the arrays of a SeedLM matrix.
 #pragma once
 #include "base/common.h"
 
 namespace mlxeff {
 
 struct SeedRowBlocks {
-  int64_t used;    // blocks of a row that hold its K columns, the last one perhaps in part
-  int64_t stride;  // between the first blocks of two rows; even where there are four states
+  int64_t used;    // blocks that hold the K columns of a row; the last one may be partial
+  int64_t stride;  // blocks from the start of one row to the next; even with four states
 };
 static inline SeedRowBlocks seed_row_blocks(const mlxeff_seedlm_weight& w) {
   const int64_t stride = ceil_div(w.ld, w.columns);

@@ -1,10 +1,11 @@
-// SeedLM products with many rows of x: weights are decoded once into a panel of 2 * VL columns in the cache, one row of
-// W in each lane, which then meets all rows of x in register-blocked tiles (gemm_tile.h) or AMX tiles.
+// SeedLM products with many rows of x. Weights are decoded once, with one row of W in each lane, into a panel of 2 * VL
+// columns that stays in the cache. The panel is then multiplied with all rows of x in register-blocked tiles
+// (gemm_tile.h) or AMX tiles.
 //
 //   EXACT  panel and x in fp32
 //   BF16   (AMX) panel and x rounded to bf16, sums in fp32
 //
-// To be included by per-level sources only.
+// Only sources that are compiled per level may include this file.
 #pragma once
 #include "products/panel_product.h"
 #include "seedlm/seedlm_decode.h"
@@ -13,14 +14,14 @@
 namespace mlxeff {
 namespace MLXEFF_ISA {
 
-// Floats, or bf16 values, between the rows of x.
+// The row stride of x, in floats for panel_stride and in bf16 values for amx_panel_stride.
 MLXEFF_INLINE int64_t panel_stride(const SeedArgs& args) { return padded_stride(args.w.K, 4); }
-MLXEFF_INLINE int64_t amx_panel_stride(const SeedArgs& args) {  // whole blocks, of which the last may be cut by K
+MLXEFF_INLINE int64_t amx_panel_stride(const SeedArgs& args) {  // whole blocks, even if K ends within the last one
   return padded_stride(round_up(round_up(args.w.K, args.w.columns), 32), 2);
 }
 
-// Calls body(half, column of the panel's K, weights of VL rows of W) for the blocks [j, j_end) of up to 2 * VL rows
-// from n on.
+// Decodes the blocks [j, j_end) of up to 2 * VL rows from row n on. Calls body(half, k, weights) for each half of VL
+// rows and each column k, counted from the first column of block j.
 template <int C, int P, class Body>
 MLXEFF_INLINE void decode_panel(const mlxeff_seedlm_weight& w, int64_t n, int64_t rows, int64_t j, int64_t j_end,
                                 Body body) {
@@ -57,7 +58,7 @@ template <int C, int P>
 static int run_panel_amx(const SeedArgs& args, int64_t n_begin, int64_t n_end) {
   const mlxeff_seedlm_weight w = args.w;
   const int64_t blocks = ceil_div(w.K, C), ldx = amx_panel_stride(args), padded_rows = round_up(args.M, 32);
-  const int64_t step = amx_panel_depth / (C * 8) * 8;  // a multiple of 8 blocks is one of 32 columns
+  const int64_t step = amx_panel_depth / (C * 8) * 8;  // a multiple of 8 blocks has a multiple of 32 columns
   bf16* const panel = static_cast<bf16*>(scratch(Scratch::panel, size_t((step + 8) * C * panel_width) * 2));
   float* const sums =
       static_cast<float*>(scratch(Scratch::accumulator, size_t(min_of(padded_rows, rows_at_once) * panel_width) * 4));

@@ -1,4 +1,5 @@
-// C entry point of the SeedLM encoder: argument checks, tables, threading, decoded values and errors.
+// The C entry point of the SeedLM encoder: argument checks, the search tables, threading, and the decoded values and
+// errors of the encoded blocks.
 #include <math.h>
 
 #include <map>
@@ -22,7 +23,7 @@ AlignedFloats aligned_floats(int64_t count) {
   return AlignedFloats(static_cast<float*>(::operator new[](size_t(count) * 4, std::align_val_t(64))));
 }
 
-// The states as one level's kernels read them: 400 KB that last as long as the process.
+// The shift register's states in the layout that the kernels of one level read: 400 KB, kept until the process ends.
 struct Register {
   uint16_t cycle[cycle_length + most_windows];
   AlignedFloats states;
@@ -44,8 +45,8 @@ struct Register {
   }
 };
 
-// Tables for one metric, in memory that the calling thread keeps: a conversion asks for thousands of them, one at a
-// time.
+// Builds the tables for one metric, in scratch memory that the calling thread reuses, because a conversion needs
+// thousands of them one after the other.
 SearchTables tables_for(const SearchKernels& kernels, int C, int P, const float* diagonal) {
   float* const inverse =
       static_cast<float*>(scratch(Scratch::shared_input, size_t(kernels.steps * kernels.lanes * P * (P + 1) / 2) * 4));
@@ -60,8 +61,8 @@ SearchTables tables_for(const SearchKernels& kernels, int C, int P, const float*
   return tables;
 }
 
-// What the stored block decodes to, C values; returns its error, the sum of diagonal * (w - decoded)^2 over the columns
-// in the matrix.
+// Decodes the stored block to C values. Returns its error, the sum of diagonal * (w - decoded)^2 over the block's
+// columns that lie inside the matrix.
 double decode_block(const SearchArgs& args, const float* diagonal, int64_t index, float* decoded) {
   const int C = args.tables->columns, P = args.tables->states_per_row;
   const int64_t first = index % args.blocks_a_row * C;

@@ -1,9 +1,11 @@
-// Scans all seeds for blocks of weights, at one instruction-set level; seedlm_search_kernels.h tells the method.
+// The kernels that scan all seeds for blocks of weights, at one instruction-set level. seedlm_search_kernels.h
+// describes the method.
 //
-// A tile of blocks goes through the tables together, a chunk of 32 steps at a time, which stays in the first-level
-// cache; the largest energy b^T G^-1 b of each chunk and lane is kept. Chunks that may hold a better seed than the best
-// so far are scanned again for its place. Energies are fp32 and good to `slack` of |w|^2; the choice depends on
-// evaluation alone, which is the same at every level.
+// A tile of blocks is scanned together, one chunk of 32 steps of the tables at a time, so that the chunk stays in the
+// L1 cache. The scan keeps the largest energy b^T G^-1 b of each chunk and lane. Chunks that may contain a better seed
+// than the best one so far are scanned again to find it. Energies are fp32 with an error of up to `slack` * |w|^2, and
+// differ between levels within that error. The chosen seed depends only on the evaluation of candidates, which gives
+// the same bits at every level.
 #include "seedlm/seedlm_search_kernels.h"
 
 #include <math.h>
@@ -15,13 +17,14 @@ namespace mlxeff {
 namespace MLXEFF_ISA {
 namespace {
 
-constexpr int64_t segment = 65536 / VL;  // the last slot of the last lane is the first seed again
+constexpr int64_t segment = 65536 / VL;  // steps per lane; the last step of the last lane repeats the first seed
 constexpr int chunk = 32;                // steps
 constexpr int64_t chunks = segment / chunk;
-constexpr int tile = 32;  // blocks
+constexpr int tile = 32;  // in blocks
 constexpr float slack = 6e-4f;
 constexpr float excluded =
-    most_condition * 1.05f;  // seeds that evaluation refuses, whatever the rounding here: fp32 energies lose the slack
+    most_condition *
+    1.05f;  // condition at which seeds are skipped: the margin ensures that evaluation would reject them too
 
 template <int P>
 constexpr int entries = P * (P + 1) / 2;
@@ -32,7 +35,7 @@ void fill_states(const uint16_t* cycle, float* states) {
       states[i * VL + lane] = float(int(cycle[(lane * segment + i) % cycle_length]) - 32768) / 32767.0f;
 }
 
-// G^-1 by the factors L D L^T of G.
+// Computes G^-1 for the seeds of one step from the factorisation G = L D L^T.
 template <int C, int P>
 void invert_step(const SearchTables& tables, int64_t step) {
   const float* const u = tables.states + step * VL;
@@ -91,7 +94,8 @@ void fill_inverse(const SearchTables& tables, int64_t begin, int64_t end) {
   else fill_inverse_of<12, 4>(tables, begin, end);
 }
 
-// Energies of one chunk for a block: body(step, energies of the lanes). hw: metric times weights.
+// Computes the energies of one chunk for a block and calls body(step, energies of the lanes). `hw` is the metric times
+// the weights.
 template <int C, int P, class Body>
 MLXEFF_INLINE void scan(const SearchTables& tables, int64_t first, const float* hw, Body body) {
   const float* u = tables.states + first * VL;
@@ -123,7 +127,7 @@ MLXEFF_INLINE void scan(const SearchTables& tables, int64_t first, const float* 
   }
 }
 
-// The largest energies of all chunks, [block][chunk][lane].
+// Writes the largest energy of each chunk and lane to largest[block][chunk][lane].
 template <int C, int P>
 void scan_tile(const SearchTables& tables, const BlockSearch* block, int blocks, float* largest) {
   for (int64_t i = 0; i < chunks; ++i)
@@ -134,10 +138,10 @@ void scan_tile(const SearchTables& tables, const BlockSearch* block, int blocks,
     }
 }
 
-// No seed of less energy is better than the best one found.
+// The least energy that a seed needs to be possibly better than the best one found.
 MLXEFF_INLINE float least_energy(const BlockSearch& block) { return (1 - slack) * block.norm - block.error; }
 
-// Scans a chunk again and evaluates the seeds that may be better than the best.
+// Scans a chunk again and evaluates the seeds that may be better than the best one found.
 template <int C, int P>
 void visit(const SearchTables& tables, int64_t index, const float* largest, BlockSearch& block) {
   float energies[chunk][VL];
@@ -161,8 +165,9 @@ void choose_seed(const SearchTables& tables, const float* largest, BlockSearch& 
     if (i != best && max(load(largest + i * VL)) > least_energy(block)) visit<C, P>(tables, i, largest + i * VL, block);
 }
 
-// Scales a block, and tells whether it is to be searched: a block whose weights are all smaller than the smallest step
-// of coefficients, or 2^24 times the largest one, is left as zeros. *finite tells of NaN and infinities.
+// Loads and scales a block, and returns whether it has to be searched. A block stays zero if all its weights are
+// smaller than the smallest coefficient step or exceed the largest step by a factor of 2^24. *finite is set to false if
+// a weight is NaN or infinite.
 bool load_block(const SearchArgs& args, int64_t index, BlockSearch& block, bool* finite) {
   const SearchTables& tables = *args.tables;
   const int64_t first = index % args.blocks_a_row * tables.columns;

@@ -1,13 +1,14 @@
-// The search for the seed of a block: tables, and the kernels of one instruction-set level that scan all seeds.
+// The search for the best seed of a block: its tables, its state, and the table of kernels of one instruction-set level
+// that scan all seeds.
 //
-// The columns of every seed's matrix U are among the 65,535 vectors u[n] = (U[n], U[n + P], …) along the register's
-// cycle, so one inner product a seed, d[n] = u[n] . (h w), serves P seeds. With b = (d[n], …, d[n + P - 1]) and the
-// Gram matrix G[n] of the seed's columns under the metric h, no coefficients of seed n reach an error below |w|^2 - b^T
-// G^-1 b, the bound. Only seeds whose bound is below the best error found so far are evaluated with quantised
-// coefficients: a handful a block.
+// Let u[n] = (U[n], U[n + P], …) for each of the 65,535 positions n of the shift register's cycle. The columns of the
+// matrix of the seed at position n are u[n], …, u[n + P - 1], so each inner product d[n] = u[n] . (h w) serves P seeds.
+// Let b = (d[n], …, d[n + P - 1]), and let G[n] be the Gram matrix of the seed's columns under the metric h. No
+// coefficients give seed n an error below the bound |w|^2 - b^T G[n]^-1 b, where |w|^2 is the norm under h. Only the
+// few seeds per block whose bound is below the best error so far are evaluated with quantised coefficients.
 //
-// Vector lane l scans the seeds [l * segment, (l + 1) * segment) of the cycle, so all reads are aligned and d is
-// computed once.
+// Vector lane l scans the seeds [l * segment, (l + 1) * segment) of the cycle, so that all reads are aligned and each d
+// is computed once.
 #pragma once
 #include "base/isa.h"
 
@@ -16,10 +17,11 @@ namespace mlxeff {
 constexpr int cycle_length = 65535;
 constexpr int most_columns = 12, most_states = 4, most_windows = most_columns * most_states;
 
-// What does not depend on the weights. `states` and `inverse` are laid out by the level that built them.
+// The tables that do not depend on the weights. The layout of `states` and `inverse` is that of the level whose kernels
+// filled them.
 struct SearchTables {
   int columns, states_per_row;  // C, P
-  float metric[most_columns];   // h, of mean 1
+  float metric[most_columns];   // h, scaled to mean 1
   const uint16_t* cycle;  // (cycle_length + most_windows): the register's states from 1 on, and the first ones again
   const float* states;    // (segment + most_windows, VL): (state - 32768) / 32767
   float* inverse;         // (segment, P (P + 1) / 2, VL): the upper part of G^-1, off-diagonals doubled
@@ -37,7 +39,7 @@ struct SearchArgs {
 };
 
 struct SearchKernels {
-  int64_t steps;  // of a segment
+  int64_t steps;  // number of steps in a segment
   int lanes;
   void (*fill_states)(const uint16_t* cycle, float* states);
   void (*fill_inverse)(const SearchTables& tables, int64_t step_begin, int64_t step_end);
@@ -46,34 +48,34 @@ struct SearchKernels {
 
 MLXEFF_DECLARE_FAMILY(SearchKernels, search_kernels)
 
-constexpr float most_condition = 4000;    // trace(G) trace(G^-1) of the seeds that are considered
-constexpr float least_weight = 0x1p-40f;  // of the scaled weights: smaller ones count as zeros
+constexpr float most_condition = 4000;    // largest trace(G) * trace(G^-1) of a usable seed
+constexpr float least_weight = 0x1p-40f;  // smaller scaled weights are treated as zeros
 constexpr float least_metric =
-    0x1p-7f;  // of h, whose mean is 1: smaller ones count as this, lest one column leave every seed ill-conditioned
-constexpr float least_miss = 0x1p-50f;  // differences of scaled weights: smaller ones count as none
-constexpr int least_exponent = -24;     // of coefficients of the scaled weights
-// (With these limits nothing underflows that matters, so it makes no difference whether subnormal numbers are flushed
-// to zero.)
+    0x1p-7f;  // lower limit of h, whose mean is 1; it keeps a column from making every seed ill-conditioned
+constexpr float least_miss = 0x1p-50f;  // smaller differences of scaled weights are treated as zero
+constexpr int least_exponent = -24;     // lowest exponent of coefficients, for scaled weights
+// These limits keep every relevant intermediate value in the normal range, so flushing subnormal numbers to zero does
+// not change the result.
 
-// A block scaled by a power of two so that its largest weight lies in [1/2, 1), and the best seed found for it. Of
-// seeds with the same error the lowest is kept, and zeros if no seed is better.
+// A block, scaled by a power of two so that its largest weight lies in [1/2, 1), and the best seed found for it. Among
+// seeds with the same error the lowest is kept; if no seed is better than all zeros, the block stays zero.
 struct BlockSearch {
   int columns, states_per_row;
   bool refine;
-  int base;             // exponent of code 0, of the scaled block
-  int lowest, highest;  // exponents that are tried
+  int base;             // exponent that code 0 stands for, for the scaled block
+  int lowest, highest;  // range of exponents to try
   float w[most_columns], h[most_columns], hw[most_columns];
   float norm;     // sum of h w^2
-  float error;    // of the best: `norm` at first
-  uint16_t seed;  // of the best; 0: none
+  float error;    // error of the best seed; initially `norm`
+  uint16_t seed;  // the best seed; 0 if there is none
   int exponent;
   int8_t coefficients[most_states];
 };
 
 #if defined(MLXEFF_ISA)
 namespace MLXEFF_ISA {
-// Evaluates the seed states[0], with the coefficients rounded by the rule in force, and keeps it if it is better.
-// seedlm_evaluate.cpp
+// Evaluates the seed states[0] with rounded coefficients and keeps it if it is better than the best one so far. Defined
+// in seedlm_evaluate.cpp.
 void evaluate_seed(BlockSearch& block, const uint16_t* states);
 }  // namespace MLXEFF_ISA
 #endif

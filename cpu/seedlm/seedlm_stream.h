@@ -1,7 +1,8 @@
 // The bit stream of SeedLM's shift register (16 bits, taps 0, 1, 3, 12), computed at compile time.
 //
-// State n of a seed is the window of bits n … n + 15; bits 0 … 15 are the seed, and the later ones are linear in it
-// over GF(2): the exclusive-or of a table entry for each group of its bits.
+// State n of a seed is the window of bits n … n + 15 of its stream. Bits 0 … 15 are the seed itself. The later bits are
+// a linear function of the seed over GF(2), so they are the exclusive-or of one table entry for each group of seed
+// bits.
 #pragma once
 #include "base/common.h"
 
@@ -10,7 +11,7 @@ namespace {
 
 constexpr uint32_t next_state(uint32_t s) { return s >> 1 | ((s ^ s >> 1 ^ s >> 3 ^ s >> 12) & 1u) << 15; }
 
-// Bits 16 … 62 of the stream of a seed.
+// Returns bits 16 … 62 of the stream of a seed.
 constexpr uint64_t later_bits(uint32_t seed) {
   uint64_t bits = 0;
   for (int n = 0; n < 47; ++n) {
@@ -20,8 +21,8 @@ constexpr uint64_t later_bits(uint32_t seed) {
   return bits;
 }
 
-// 32 bits of the streams of all seeds, from bit 8 (of word 0), 16 (word 1) or 32 (word 2) on. Entry [i][v]: of the seed
-// whose only bits are v, at bit i * width.
+// Tables for 32 bits of a seed's stream, which begin at bit 8 (word 0), 16 (word 1) or 32 (word 2). Entry [i][v] holds
+// these bits for the seed v << (i * width).
 template <int width>
 struct StreamTables {
   static constexpr int count = (16 + width - 1) / width, entries = 1 << width;
