@@ -166,8 +166,8 @@ void choose_seed(const SearchTables& tables, const float* largest, BlockSearch& 
 }
 
 // Loads and scales a block, and returns whether it has to be searched. A block stays zero if all its weights are
-// smaller than the smallest coefficient step or exceed the largest step by a factor of 2^24. *finite is set to false if
-// a weight is NaN or infinite.
+// smaller than the smallest coefficient step, or if its largest weight is more than 2^24 times the largest step.
+// *finite is set to false if a weight is NaN or infinite.
 bool load_block(const SearchArgs& args, int64_t index, BlockSearch& block, bool* finite) {
   const SearchTables& tables = *args.tables;
   const int64_t first = index % args.blocks_a_row * tables.columns;
