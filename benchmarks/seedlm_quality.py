@@ -85,7 +85,7 @@ def measure(truth: Truth, model: DecoderModel | None, windows: np.ndarray) -> di
 
 
 def stem() -> Path:
-    """The name, without extension, of this machine's result files."""
+    """The path, without extension, of this machine's result files."""
     return saving.result_path(card.machine()["cpu"], "seedlm-quality")
 
 

@@ -187,7 +187,7 @@ def _pruned(arms: dict[str, dict], measure: str, flops: float) -> float | None:
 
 
 def _target_gap(arms: dict[str, dict]) -> Iterable[str]:
-    """The share of the pair's loss against the base that `keep` and `refine` recover."""
+    """A line for each pair: the share of its KL divergence from the base that `keep` and `refine` recover."""
     for name, plain in arms.items():
         found = {
             dial.removeprefix(f"{name}, "): 1 - arm["kl"] / plain["kl"]
@@ -241,8 +241,9 @@ def plot(document: dict, path: Path) -> None:
 
 
 def _share(name: str, arms: dict[str, dict], whole: float) -> float | None:
-    """The timed arm whose cost to the first token equals that of an arm that was not timed: `refine` starts only after
-    the first token, and a trained predictor has the shapes of the closed-form one.
+    """The arm's time to the first token divided by the base's time `whole`. An arm that was not timed takes the time of
+    one with the same cost: `refine` starts only after the first token, and a trained predictor has the shapes of the
+    closed-form one.
     """
     timed = [name, same := name.removesuffix(", refine"), SAME_SHAPES.sub("", same)]
     found = [times(arms[each])[PLOT_POINT] for each in timed if each in arms and PLOT_POINT in times(arms[each])]

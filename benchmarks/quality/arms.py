@@ -142,7 +142,9 @@ def affine_arm(path: Path, bits: int, group: int) -> DecoderModel:
 
 
 def seed_arm(path: Path, work: Path, name: str) -> DecoderModel:
-    """The arm of a folder converted with SeedLM; converts it if it is missing."""
+    """The model of the SeedLM arm `name`, from its folder in `work`; converts the reference if the folder is
+    missing.
+    """
     bits, data_free = SEEDS[name]
     folder = work / name.replace(" ", "-")
     if not folder.exists():
