@@ -18,13 +18,13 @@ namespace MLXEFF_ISA {
 namespace {
 
 constexpr int64_t segment = 65536 / VL;  // steps per lane; the last step of the last lane repeats the first seed
-constexpr int chunk = 32;                // steps
+constexpr int chunk = 32;                // in steps
 constexpr int64_t chunks = segment / chunk;
-constexpr int tile = 32;  // in blocks
-constexpr float slack = 6e-4f;
-constexpr float excluded =
-    most_condition *
-    1.05f;  // condition at which seeds are skipped: the margin ensures that evaluation would reject them too
+constexpr int tile = 32;        // in blocks
+constexpr float slack = 6e-4f;  // error bound of an energy, relative to |w|^2
+// The scan skips seeds whose condition trace(G) * trace(G^-1) exceeds this. The margin of 5 % covers the rounding of
+// the scan, so that it never skips a seed that evaluation would accept.
+constexpr float excluded = most_condition * 1.05f;
 
 template <int P>
 constexpr int entries = P * (P + 1) / 2;
