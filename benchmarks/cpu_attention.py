@@ -1,12 +1,12 @@
-"""Microbenchmark of the native attention kernels: decode and verification of a draft in GB/s of keys and values read,
-prefill in GFLOPS.
+"""Microbenchmark of the native attention kernels: GB/s of keys and values read for decode and for the verification of a
+draft, GFLOPS for prefill.
 
     python benchmarks/cpu_attention.py [--isa avx2] [--quick]
 
-Decode is one token, verification eight. Both visit several caches in turn, together over 256 MB, so that they come from
-memory (or from a shared last-level cache that is larger). The FLOPS of prefill count the causal half: 4 E S (S + 1) / 2
-a query head; of the backward pass 14 E instead, as it recomputes the scores twice. Times are medians; process CPU time
-at one thread, wall time at two.
+Decode processes one token, verification eight. Both cycle through several caches of more than 256 MB in total, so that
+keys and values are read from memory (or from a larger shared last-level cache). The operations of prefill are counted
+for the causal half, 4 E S (S + 1) / 2 per query head; those of the backward pass with 14 E in place of 4 E, since it
+recomputes the scores twice. Times are medians: process CPU time with one thread, wall time with two.
 """
 
 import argparse

@@ -2,10 +2,10 @@
 
     python benchmarks/cpu_matmul.py [--threads 1 2] [--isa NAME] [--shape 2048x2048x4 ...] [--json FILE]
 
-Weights are cold: each call takes the next of enough matrices to exceed 256 MB. GB/s counts the packed words, scales and
-biases. Times are medians, on a machine that should do nothing else. Ceilings, measured in the same run with numpy's
-BLAS, one thread of it in each of the given number of Python threads: for one row the bandwidth of sdot(a, a) over
-256 MB a thread; for many rows the rate of sgemm, 1024 x 1024 x 1024.
+Weights are cold: successive calls cycle through matrices of more than 256 MB in total. GB/s counts the packed words,
+scales and biases. Times are medians; the machine should be otherwise idle. The ceilings are measured in the same run
+with numpy's single-threaded BLAS in each of the given number of Python threads: for one row, the read bandwidth of
+sdot(a, a) over 256 MB per thread; for many rows, the rate of a 1024 x 1024 x 1024 sgemm.
 """
 
 import argparse
@@ -31,7 +31,9 @@ MODES = {"exact": EXACT, "int8": COMPUTE_INT8, "bf16": COMPUTE_BF16}
 
 
 class ColdWeights:
-    """Copies of one random quantised matrix, more than the caches hold; `call(i, x, y, mode)` multiplies by one."""
+    """Copies of one random quantised matrix, larger than the CPU caches together; `call(i, x, y, mode)` multiplies by
+    copy i.
+    """
 
     def __init__(self, n, k, bits, group=32, total=256 << 20):
         self.bytes = n * k * bits // 8 + 2 * 2 * n * k // group
@@ -53,19 +55,19 @@ class ColdWeights:
 
 
 def on_each_thread(threads, work):
-    """Median seconds of work(i) done at the same time for i = 0, 1, ... on as many threads."""
+    """Run work(i) at the same time for i = 0, 1, ..., one thread each, and return the median seconds."""
     with ThreadPoolExecutor(threads) as pool:
         return median_time(lambda _: list(pool.map(work, range(threads))))
 
 
 def read_bandwidth(threads):
-    """GB/s."""
+    """Read bandwidth in GB/s of `threads` threads together."""
     arrays = [np.ones(64 << 20, np.float32) for _ in range(threads)]
     return sum(a.nbytes for a in arrays) / on_each_thread(threads, lambda i: np.dot(arrays[i], arrays[i])) / 1e9
 
 
 def sgemm_rate(threads):
-    """GFLOPS."""
+    """Rate of float32 matrix products in GFLOPS of `threads` threads together."""
     a, outs = np.ones((1024, 1024), np.float32), [np.empty((1024, 1024), np.float32) for _ in range(threads)]
     return threads * 2 * 1024**3 / on_each_thread(threads, lambda i: np.matmul(a, a, out=outs[i])) / 1e9
 

@@ -1,4 +1,5 @@
-"""mlxeff on this CPU beside llama.cpp, mlx-lm and PyTorch: speed, memory, correctness, and the machine's own ceilings.
+"""Compare mlxeff with llama.cpp, mlx-lm and PyTorch on this CPU: speed, memory, correctness, and the machine's
+ceilings.
 
     python benchmarks/cpu_peers.py [--only KEY=VALUE ...] [--rounds 3] [--resume] [--save]
 
@@ -69,7 +70,7 @@ def main() -> int:
 
 
 def measure(options: argparse.Namespace, chosen: list[Job]) -> tuple[dict, dict]:
-    """The card and all samples; what a token costs for each model in them."""
+    """Return the results document: the card, all samples, and the cost of a token for each model in them."""
     folder = options.cache
     samples = Samples(folder / "samples.jsonl", identity(), options.resume, options.limit)
     peers = {name: install(name, folder) for name in PEERS if any(needed(job) == name for job in chosen)}
@@ -90,7 +91,7 @@ def kinds(chosen: list[Job]) -> set[str]:
 
 
 def run(chosen: list[Job], measurer: Measurer, samples: Samples) -> None:
-    """Measure what is not in `samples` yet, a line each on standard error."""
+    """Measure everything that is not in `samples` yet, and report each measurement as a line on standard error."""
     done, commit = samples.done(), current_commit()
     left = [job for job in chosen if job.key not in done]
     for number, job in enumerate(left, 1):
@@ -106,7 +107,7 @@ def run(chosen: list[Job], measurer: Measurer, samples: Samples) -> None:
 
 
 def summary(sample: dict) -> str:
-    """The numbers of a sample, short."""
+    """The numbers of a sample as a short text."""
     names = (
         "gbps",
         "gflops",
@@ -129,7 +130,7 @@ def summary(sample: dict) -> str:
 
 
 def prepare(measurer: Measurer, chosen: list[Job], folder: Path) -> None:
-    """The token ids of the cold start, and the reference of correctness, where they will be needed."""
+    """Write the token ids of the cold start and the reference of the correctness check, if `chosen` needs them."""
     if not kinds(chosen) & {"quality", "cold start"}:
         return
     gguf = measurer.files[FOUR].gguf
@@ -145,7 +146,7 @@ def prepare(measurer: Measurer, chosen: list[Job], folder: Path) -> None:
 
 
 def write_reference(measurer: Measurer, prompts: list[list[int]]) -> None:
-    """The tokens and logits that the kind "quality" compares with."""
+    """Write the reference tokens and logits for measurements of the kind "quality"."""
     print("computing the reference of correctness, some minutes", file=sys.stderr, flush=True)
     files = measurer.files[FOUR]
     task = {"task": "reference", "threads": cores(), "prompts": prompts, "generate": GENERATED}
@@ -181,7 +182,7 @@ def parse() -> argparse.Namespace:
 
 @contextlib.contextmanager
 def locked(folder: Path):
-    """One run in a folder at a time."""
+    """Hold a lock on the folder, so that only one run uses it at a time."""
     with open(folder / "lock", "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -195,7 +196,7 @@ def result_path(machine: dict) -> Path:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the process being measured too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # a normal exit also ends the measured process
     try:
         sys.exit(main())
     except MlxeffError as error:

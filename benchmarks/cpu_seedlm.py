@@ -1,16 +1,17 @@
-"""Speed of SeedLM on this CPU, in one run: the products beside our own and MLX's 4-bit affine ones, the encoder, and
-the whole built-in model beside other engines (`cpu_seedlm_models.py`).
+"""Speed of SeedLM on this CPU: its matrix products compared with the 4-bit affine products of mlxeff and MLX, its
+encoder, and the whole built-in model compared with other engines (`cpu_seedlm_models.py`).
 
     python benchmarks/cpu_seedlm.py [--threads 1 2] [--isa NAME] [--shape 576x576 ...] [--no-models] [--save]
 
-Gw/s: billions of weights of the matrix a second, for one call with M rows of x. The arms take turns, round by round; a
-number is the median of the rounds. Weights are cold: each call takes the next of enough matrices to exceed 64 MB.
-MLX's product runs on one thread whatever is asked. The encoder is timed on Gaussian weights, in millions of weights a
+Gw/s means billions of matrix weights per second, for one call with M rows of x. The arms take turns, round by round;
+each number is the median over the rounds. Weights are cold: successive calls cycle through matrices of more than 64 MB
+in total. MLX's product always runs on one thread. The encoder is timed on Gaussian weights, in millions of weights per
 second.
 
-Ceilings of a product with one row, in Gw/s: from bytes, the read bandwidth of an fp32 dot product over the bytes a
-weight; from instructions, the multiply-add instructions a second of an fp32 matrix product over the vector
-instructions a weight. These are counted in the inner loops of the object code (g++ 12), for AVX-512 only.
+A product with one row has two ceilings, in Gw/s: the memory ceiling is the read bandwidth of an fp32 dot product
+divided by the bytes per weight; the instruction ceiling is the number of multiply-add instructions per second of an
+fp32 matrix product divided by the vector instructions per weight. The vector instructions are counted in the inner
+loops of the object code (g++ 12), for AVX-512 only.
 """
 
 import argparse
@@ -43,7 +44,7 @@ COLD_BYTES = 64 << 20
 MODES = {"exact": EXACT, "int8": COMPUTE_INT8}
 AFFINE, MLX = "affine 4 g64", "mlx 4 g64"
 LANES = 16  # fp32 lanes of a vector, of AVX-512
-# Vector instructions, moves apart, for one vector of 16 blocks or packed words, and the weights that these hold.
+# Vector instructions without moves for one vector of 16 blocks or packed words, and the number of weights in it.
 INSTRUCTIONS = {
     ("seedlm 4", "exact"): (79, 128),
     ("seedlm 4.5", "exact"): (107, 128),
@@ -56,7 +57,7 @@ INSTRUCTIONS = {
 
 
 class ColdSeeds:
-    """Copies of one random encoded matrix; `call(i, x, y, mode)` multiplies by one of them."""
+    """Copies of one random encoded matrix; `call(i, x, y, mode)` multiplies by copy i."""
 
     def __init__(self, name, n, k):
         weight = Seeded.random(name, np.random.default_rng(0), n, k)
@@ -77,7 +78,7 @@ class ColdSeeds:
 
 
 class ColdMlx:
-    """The same for mx.quantized_matmul on the CPU, with float32 scales (its fast case there)."""
+    """Cold weights for mx.quantized_matmul on the CPU, with float32 scales (MLX's fast case on a CPU)."""
 
     def __init__(self, n, k):
         mx.set_default_device(mx.cpu)
@@ -90,7 +91,7 @@ class ColdMlx:
 
 
 def products(options, ceilings):
-    """One line a shape, M, number of threads, kernel and mode."""
+    """Measure the products: one result row for each shape, M, number of threads, kernel and mode."""
     rows = []
     for shape in options.shape:
         n, k = map(int, shape.split("x"))
@@ -111,7 +112,7 @@ def products(options, ceilings):
 
 
 def interleaved(arms, x, y, options):
-    """Arm → median seconds of a call, one a round."""
+    """Time the arms in turn, one call of each per round: arm → median seconds of a call."""
     found = {key: [] for key in arms}
     for _ in range(options.rounds):
         for key, call in arms.items():
@@ -144,7 +145,7 @@ def ceilings_of(bandwidth, multiply_adds):
 
 
 def encoders(options):
-    """Millions of weights a second of the encoder."""
+    """Speed of the encoder in millions of weights per second."""
     rows = []
     for threads in options.threads:
         set_threads(threads)

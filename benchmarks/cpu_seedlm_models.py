@@ -1,9 +1,11 @@
-"""Decode speed and time to first token of the whole built-in model with SeedLM weights, beside other 4-bit forms of it.
+"""Decode speed and time to first token of the built-in model with SeedLM weights, compared with its other 4-bit
+formats.
 
     python benchmarks/cpu_seedlm_models.py [--seeds FOLDER ...]     # alone; `cpu_seedlm.py` does this after the kernels
 
-Every measurement is a process of `peers.worker`; the arms take turns, round by round. mlx-lm, which takes no number of
-threads, is measured once: it takes minutes. An arm whose model or peer is not there is left out, with a line.
+Every measurement is a process of `peers.worker`; the arms take turns, round by round. mlx-lm has no option for the
+number of threads and takes minutes, so it is measured once. An arm whose model or engine is not installed is skipped
+with a message.
 """
 
 import argparse
@@ -20,18 +22,18 @@ from peers.report import LLAMA_Q4_0
 from peers.table import EXACT_FLOAT32, FOUR, INT8_FLOAT16, UNTHREADED, arm
 from places import work_folder
 
-DEPTH = 512  # tokens of the prompt: time to the first token, decoded tokens a second after it
-LIMIT = 240.0  # seconds a process
+DEPTH = 512  # tokens of the prompt that is timed to its first token; decode speed is measured after it
+LIMIT = 240.0  # seconds that one process may take
 OWN = {"exact": EXACT_FLOAT32, "int8": INT8_FLOAT16}
 
 
 def default_seeds() -> list[Path]:
-    """The model at 4 bits as `seedlm_quality.py` leaves it in the user's cache folder."""
+    """The 4-bit SeedLM model that `seedlm_quality.py` leaves in the user's cache folder."""
     return [work_folder("seedlm") / "SeedLM-4-aware"]
 
 
 def arms(seeds: list[Path], folder: Path) -> dict[str, Engine]:
-    """Those that can be measured here, by name."""
+    """The arms that can be measured on this machine, by name."""
     files, llama = checkpoints.make(FOUR, folder), install("llama.cpp", folder)
     found = {}
     for mode, options in OWN.items():
@@ -64,7 +66,7 @@ def measure(seeds: list[Path], threads: list[int], rounds: int) -> list[dict]:
 
 
 def run(measurer: Measurer, name: str, engine: Engine, threads: int) -> dict:
-    """What the process of the arm `name` measured, or why it did not."""
+    """Measure the arm `name` in a process: its results, or the reason of its failure."""
     try:
         return measurer.run_task(engine.task("speed", threads, DEPTH), engine.python)
     except subprocess.TimeoutExpired:
@@ -76,7 +78,7 @@ def run(measurer: Measurer, name: str, engine: Engine, threads: int) -> dict:
 
 
 def table(samples: list[dict]) -> str:
-    """Medians over rounds and repetitions."""
+    """The table of medians over rounds and repetitions."""
     lines = [f"{'model':<34} {'threads':>7} {'TTFT ' + str(DEPTH) + ', s':>12} {'decode tok/s':>13}"]
     for name, threads in dict.fromkeys((s["arm"], s["threads"]) for s in samples if "error" not in s):
         ttft, decode = (median_of(samples, each, arm=name, threads=threads) for each in ("ttft_s", "decode_tps"))

@@ -1,4 +1,5 @@
-"""Forward and backward pass of the built-in model's shape on this CPU: the native operations beside MLX's own.
+"""Time of a training step (forward and backward pass) of the built-in model on this CPU: native operations against
+MLX's.
 
     python benchmarks/cpu_training.py [--shapes 4x256 1x32] [--mlx-tokens 32] [--rounds 3] [--save]
 
@@ -31,7 +32,7 @@ ARMS = {
     "native, 1 thread": {"MLXEFF_NUM_THREADS": "1"},
     "MLX": {"MLXEFF_NATIVE": "0"},
 }
-PASSES = 2  # counted, of a process; MLX's arm has one
+PASSES = 2  # timed passes per process; the MLX arm runs one
 
 
 def main():
@@ -60,7 +61,7 @@ def size_of(shape: str) -> tuple[int, int]:
 
 
 def card() -> dict:
-    """What was measured, where."""
+    """Describe the machine, the versions and the measured model."""
     from mlxeff.bench import machine
 
     return {"command": saving.command(), **machine.card()}
@@ -110,12 +111,12 @@ def train(batch: int, tokens: int, passes: int) -> dict:
         del gradients
     weights = sum(
         p.size for _, p in tree_flatten(model.parameters()) if p.ndim == 2
-    )  # the embedding once: it is the head
+    )  # the embedding counts once, since the head shares its weights
     return {
         "seconds": seconds[1:],
-        "cpu_seconds": busy[1:],  # of all threads: what the machine's other work changes least
+        "cpu_seconds": busy[1:],  # of all threads; least affected by other load on the machine
         "loss": value.item(),
-        "gflop": 6e-9 * weights * batch * tokens,  # of the matrix products, without attention's
+        "gflop": 6e-9 * weights * batch * tokens,  # of the matrix products, without those of attention
         "rss_mib": peak_rss(),
     }
 

@@ -1,4 +1,6 @@
-"""How near a model's next-token distributions are to another one's and to the text. C tokens, V vocabulary."""
+"""Compare the next-token distributions of a model with those of another model and with the text. C tokens, V
+vocabulary.
+"""
 
 import math
 from collections.abc import Sequence
@@ -8,8 +10,10 @@ import numpy as np
 
 
 def compare(found: mx.array, truth: mx.array, targets: np.ndarray) -> dict:
-    """Sums over the C tokens `targets` of log-probabilities (C, V): negative log-likelihood and KL(truth ‖ found) in
-    nats, how often the first choices agree; and KL and agreement of the first token."""
+    """Compare log-probabilities (C, V) at the C tokens `targets`. Returns sums over the tokens of the negative
+    log-likelihood, of KL(truth ‖ found), both in nats, and of equal most likely tokens; and the KL and agreement of the
+    first token.
+    """
     nll = -mx.take_along_axis(found, mx.array(targets)[:, None], axis=-1)[:, 0]
     kl = (mx.exp(truth) * (truth - found)).sum(-1)
     same = mx.argmax(found, axis=-1) == mx.argmax(truth, axis=-1)

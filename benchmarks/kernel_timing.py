@@ -1,5 +1,6 @@
-"""What the microbenchmarks of single native kernels share: the C functions, which the tests call too, the instruction
-set, and the time of a call."""
+"""Helpers of the microbenchmarks of single native kernels: the C functions, which the tests call too, the choice of the
+instruction-set level, and the timing of a call.
+"""
 
 import argparse
 import statistics
@@ -14,12 +15,12 @@ from cpu_library import LEVELS, lib, set_isa
 
 
 def add_isa(parser: argparse.ArgumentParser) -> None:
-    """The option `--isa`."""
+    """Add the option `--isa` to the parser."""
     parser.add_argument("--isa", choices=LEVELS, help="instruction-set level (default: the best)")
 
 
 def use_isa(name: str | None) -> str:
-    """Compute with the level that `--isa` names, if any; returns the level that computes."""
+    """Select the instruction-set level `name` if it is given; return the level in use."""
     if name:
         set_isa(name)
     return lib.mlxeff_isa().decode()
@@ -28,8 +29,9 @@ def use_isa(name: str | None) -> str:
 def median_time(
     call: Callable[[int], object], seconds: float = 0.3, least: int = 7, clock: Callable[[], float] = time.perf_counter
 ) -> float:
-    """Median seconds, by `clock`, of call(1), call(2), … after an uncounted call(0): as many as `seconds` have room
-    for, at least `least`."""
+    """Median seconds, measured by `clock`, of call(1), call(2), … after an untimed call(0). Makes as many calls as fit
+    into `seconds`, and at least `least`.
+    """
     call(0)
     times, stop = [], time.perf_counter() + seconds
     while len(times) < least or time.perf_counter() < stop:

@@ -4,12 +4,12 @@
     python benchmarks/kvp_quality.py --phase ttft [...]    # the times; they need a quiet machine, quality does not
     python benchmarks/kvp_quality.py --table FILE.json     # a saved result's tables; --report: those of RESULTS.md
 
-Arms: the base; its layer-pruned forms as models of their own; pairs of KV Prediction by their recipes (`kvp.pairs`,
-made under --work where they are not there yet: some minutes a piece, trained ones 5 to 15) and those that --pair names,
-as they are, some with `keep` and `refine` too (`kvp.pairs.DIALLED`). On windows of `data/jargon-validation.txt` a
-prompt is read, and what follows is scored: perplexity, KL divergence from the base, agreement of the first choices. Two
-sets of questions (`kvp.questions`) have their answers in the prompt. Every sample is kept under --work as it is made: a
-run that was broken off goes on.
+The arms are the base, layer-pruned copies of it as models of their own, and KV Prediction pairs: those of the recipes
+in `kvp.pairs`, which are made under --work if they are missing (a few minutes each, 5 to 15 for trained ones), and
+those that --pair names. Some pairs are also measured with `keep` and `refine` (`kvp.pairs.DIALLED`). On windows of
+`data/jargon-validation.txt` an arm reads a prompt, and the text after it is scored: perplexity, KL divergence from the
+base, and agreement of the most likely tokens. Two sets of questions (`kvp.questions`) have their answers in the prompt.
+Every sample is saved under --work at once, so an interrupted run continues where it ended.
 
 The last line is one JSON document; --save writes it, and a plot (needs `mlxeff[benchmarks]`), to results/.
 """
@@ -128,7 +128,9 @@ def measure_questions(base: Loaded, arms: Tagged, asked: dict[str, Samples]) -> 
 
 
 def measure_times(arms: Tagged, options: argparse.Namespace, samples: Samples) -> None:
-    """Seconds to the first token; `refine` begins after it."""
+    """Measure the seconds to the first token; arms with `refine` need no measurement, since refinement starts after
+    it.
+    """
     timed = {name: arm for name, (arm, _) in arms.items() if not (arm.pair and arm.pair.refine)}
     group = ttft.Group(list(timed), lambda names: [timed[name] for name in names], TTFT_POINTS, loaded=True)
     with show_notices():

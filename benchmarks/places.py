@@ -1,4 +1,6 @@
-"""Where things lie: the project, the results and their report, the texts, what benchmarks keep between runs."""
+"""Paths of the project, of the results and their report, of the texts, and of the folders that benchmarks keep between
+runs.
+"""
 
 from pathlib import Path
 
@@ -13,7 +15,7 @@ REPORT = HERE / "RESULTS.md"
 
 
 def work_folder(name: str) -> Path:
-    """`mlxeff-NAME` in the user's cache folder: what a benchmark makes once and uses again."""
+    """The folder `mlxeff-NAME` in the user's cache folder, for files that a benchmark makes once and reuses."""
     from mlxeff.hub.catalog import cache_dir
 
     return cache_dir().with_name(f"mlxeff-{name}")

@@ -1,5 +1,6 @@
-"""How benchmarks leave their results: the file's name, whole files only, marked sections of RESULTS.md and of the
-README, and plots where they can be drawn."""
+"""How benchmarks save their results: file names, atomic writes, marked sections of RESULTS.md and of the README, and
+plots if matplotlib is installed.
+"""
 
 import argparse
 import json
@@ -14,18 +15,18 @@ __all__ = ["README", "REPORT", "RESULTS"]
 
 
 def command() -> str:
-    """The command that runs, for the card."""
+    """The command line of this process, for the card of a result."""
     return " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
 
 
 def result_path(cpu: str, name: str) -> Path:
-    """`results/<cpu>-<name>`; of the processor's name letters, digits and full stops are kept."""
+    """The path `results/<cpu>-<name>`; <cpu> keeps the letters, digits and full stops of the processor's name."""
     chip = re.sub(r"[^A-Za-z0-9.]+", "-", cpu.replace("(R)", "")).strip("-")
     return RESULTS / f"{chip}-{name}"
 
 
 def once(path: Path, write: Callable[[Path], object]) -> Path:
-    """`path`, a file or a folder, written by `write(temporary path)` and renamed when it is missing."""
+    """Make the file or folder `path` if it is missing: `write(temporary path)` writes it, then it is renamed."""
     if not path.exists():
         partial = _partial(path)
         partial.unlink(missing_ok=True) if not partial.is_dir() else None
@@ -42,7 +43,7 @@ def write_text(text: str, path: Path) -> None:
 
 
 def write_json(document: dict, path: Path) -> None:
-    """Write a result, and say where."""
+    """Write a result as JSON and print its path."""
     write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", path)
     print(f"written: {path}", file=sys.stderr)
 
@@ -59,7 +60,7 @@ def _partial(path: Path) -> Path:
 
 
 def add_report(parser: argparse.ArgumentParser) -> None:
-    """The option `--report`: None without it, "" where it names no file."""
+    """Add the option `--report`, whose value is None if it is absent and "" if it names no file."""
     parser.add_argument(
         "--report",
         nargs="?",

@@ -1,4 +1,4 @@
-"""Quality per bit: SeedLM beside MLX's affine quantisation, mlx-lm's GPTQ, AWQ, DWQ and llama.cpp's types.
+"""Quality per bit: SeedLM compared with MLX's affine quantisation, mlx-lm's GPTQ, AWQ and DWQ, and llama.cpp's types.
 
     python benchmarks/seedlm_quality.py [--tokens 16384] [--arms NAME ...] [--add] [--save]
     python benchmarks/seedlm_quality.py --report [FILE]
@@ -45,7 +45,9 @@ SAME = 1e-4  # relative difference of perplexities of one model on two machines
 
 
 class Truth:
-    """The reference's distributions on windows (W, T) of tokens: of its passes the hidden states are kept."""
+    """The reference's distributions on windows (W, T) of tokens, computed from the stored hidden states of its
+    passes.
+    """
 
     def __init__(self, model: DecoderModel, windows: np.ndarray):
         self.head, self.hidden = model.head, []
@@ -62,7 +64,7 @@ Item = TypeVar("Item")
 
 
 def progress(items: Sequence[Item]) -> Iterator[Item]:
-    """The items, with a line that counts them."""
+    """Yield the items and show their count as progress."""
     for number, item in enumerate(items):
         print(f"\r{number + 1} of {len(items)}", end="", file=sys.stderr, flush=True)
         yield item
@@ -70,7 +72,9 @@ def progress(items: Sequence[Item]) -> Iterator[Item]:
 
 
 def measure(truth: Truth, model: DecoderModel | None, windows: np.ndarray) -> dict:
-    """Perplexity, KL divergence and shared first choices over all predicted tokens; without a model the reference's."""
+    """Perplexity, KL divergence and agreement of first choices over all predicted tokens; of the reference without a
+    model.
+    """
     compared = []
     for number, window in enumerate(progress(windows)):
         true = truth[number]
@@ -81,17 +85,17 @@ def measure(truth: Truth, model: DecoderModel | None, windows: np.ndarray) -> di
 
 
 def stem() -> Path:
-    """Of the result files of this machine."""
+    """The path, without extension, of this machine's result files."""
     return saving.result_path(card.machine()["cpu"], "seedlm-quality")
 
 
 def saved() -> dict:
-    """The document of this machine."""
+    """The saved results document of this machine."""
     return saving.read_json(stem().with_suffix(".json"))
 
 
 def write(document: dict, add: bool) -> None:
-    """Save the document; with `add` it gets the arms that another run has saved meanwhile, and keeps them."""
+    """Save the document; with `add`, first merge the arms that another run has saved in the meantime."""
     path = stem().with_suffix(".json")
     if add and path.exists():
         document["arms"] = saved()["arms"] | document["arms"]
@@ -110,13 +114,15 @@ def begun(options: argparse.Namespace, tokens: int) -> dict:
 
 
 def origin(document: dict) -> dict:
-    """What an arm says of the machine it was measured on: nothing where that is the document's."""
+    """The machine an arm was measured on, for its record; empty if it is the document's machine."""
     here = json.loads(json.dumps(card.machine()))
     return {} if all(document["card"].get(key) == value for key, value in here.items()) else {"machine": here}
 
 
 def check_reference(document: dict, found: dict) -> None:
-    """Arms of several machines stand in one table if the reference is the same on all."""
+    """Raise an error if the reference differs from the document's: arms of several machines share a table only if it is
+    equal.
+    """
     if (kept := document["arms"].get("reference")) and abs(found["perplexity"] / kept["perplexity"] - 1) > SAME:
         before, now = kept["perplexity"], found["perplexity"]
         raise SystemExit(f"{stem()}.json: --add: the reference's perplexity was {before}, is {now} here: measure anew")

@@ -1,4 +1,4 @@
-"""Tables of committed results that no measuring script writes: the README's table, and four sections of RESULTS.md.
+"""Write the tables of committed results that no measuring script writes: the README's and four sections of RESULTS.md.
 
     python benchmarks/summary.py [--machine Intel-Xeon-Processor]
 
@@ -60,12 +60,12 @@ def sections(machine: str) -> dict[str, str]:
 
 
 def load(machine: str, pattern: str) -> dict:
-    """The one result of `machine` whose name goes on with `pattern`."""
+    """The one result of `machine` whose file name continues with `pattern`."""
     return json.loads(_found(machine, pattern).read_text(encoding="utf-8"))
 
 
 def lines(machine: str, pattern: str) -> list[dict]:
-    """The same of a file with a document a line."""
+    """The results in a file of `machine` that holds one JSON document per line."""
     return [json.loads(line) for line in _found(machine, pattern).read_text(encoding="utf-8").splitlines()]
 
 
@@ -134,7 +134,7 @@ def _training(samples: list[dict]) -> list[str]:
 
 
 def seed_speeds(samples: list[dict]) -> str:
-    """Medians of each number of threads, most first."""
+    """The medians for each number of threads, largest number first."""
     counts = sorted({sample["threads"] for sample in samples}, reverse=True)
     rows = []
     for name, arms in SEED_ARMS.items():
@@ -149,7 +149,7 @@ def seed_speeds(samples: list[dict]) -> str:
 
 
 def encoder_speeds(samples: list[dict]) -> str:
-    """With the refined rounding, which `mlxeff convert` uses."""
+    """The encoder's speeds with refined rounding, which `mlxeff convert` uses."""
     found = {(s["format"], s["threads"]): s["mw_per_s"] for s in samples if s["rounding"] == "refined"}
     counts = sorted({threads for _, threads in found}, reverse=True)
     rows = [[form, *(short(found[form, n]) for n in counts)] for form in dict.fromkeys(form for form, _ in found)]
@@ -181,7 +181,7 @@ def _reduced(found: dict[tuple, dict], place: tuple, arm: str) -> str:
 
 
 def training(samples: list[dict]) -> str:
-    """Medians of the passes."""
+    """The table of medians of the training passes."""
     rows = []
     for shape, arm in dict.fromkeys((s["shape"], s["arm"]) for s in samples):
         batch, tokens = map(int, shape.split("x"))

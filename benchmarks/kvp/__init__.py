@@ -1,1 +1,1 @@
-"""Parts of `kvp_quality.py`: `pairs` which are measured, `questions` and `measures` of quality, `report`."""
+"""Parts of `kvp_quality.py`: the model `pairs`, the `questions` and `measures` of quality, and the `report`."""

@@ -1,8 +1,8 @@
-"""Measures of quality: a model, or a pair of KV Prediction, that reads a prompt, against the base model.
+"""Measures of quality: compare a model, or a KV Prediction pair, that reads a prompt with the base model.
 
-A prompt of P tokens of the text goes into a cache, by prediction or not; the C tokens that follow it are scored by
-teacher forcing. The continuation's first token comes from the prompt's last one, the others attend to the cache. V is
-the vocabulary.
+A prompt of P tokens of the text is read into a cache, with or without KV Prediction. The C tokens that follow it are
+scored by teacher forcing: the prompt's last token predicts the first of them, and the later ones attend to the cache. V
+is the vocabulary size.
 """
 
 import mlx.core as mx
@@ -34,7 +34,9 @@ def logits(setup: Setup, prompt: mx.array, continuation: mx.array) -> mx.array:
 def _refined(
     setup: Setup, refinement: Refinement, cache: Cache, tokens: list[int], continuation: mx.array
 ) -> list[mx.array]:
-    """Logits (1, V) of the next tokens, one by one with a step of the refinement after each, until it is done."""
+    """Yield the logits (1, V) of the next tokens one by one, with a refinement step after each, until the refinement
+    ends.
+    """
     rows = []
     for token in continuation[:-1].tolist():
         if refinement.done:
@@ -56,6 +58,6 @@ def windows(ids: list[int], count: int, prompt: int, continuation: int) -> np.nd
 
 
 def log_probabilities(setup: Setup, window: np.ndarray, prompt: int) -> mx.array:
-    """(C, V) of the window's continuation."""
+    """Log-probabilities (C, V) of the window's continuation."""
     ids = mx.array(window)
     return log_softmax(logits(setup, ids[:prompt], ids[prompt:]).astype(mx.float32))

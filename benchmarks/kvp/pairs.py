@@ -1,7 +1,8 @@
-"""The pairs that are measured. Each is a recipe, "AUX" or "AUX HOW", and is made where it is missing: AUX as in
-`mlxeff fit kv-predictor --aux`, HOW one of HOW below, without it the closed form. All are fitted in closed form on one
-text, half of it the converter's calibration text and half what the base model writes by itself; some are trained on
-from there, on `training_text`; "RECIPE 8-bit" is that of RECIPE with its maps rounded to 8 bits.
+"""The KV Prediction pairs that are measured. A pair is named by its recipe, "AUX" or "AUX HOW", and is made if it is
+missing. AUX is a value of `mlxeff fit kv-predictor --aux`; HOW is a key of the table HOW, and without it the fit is the
+closed form. All pairs are fitted in closed form on one text, half of it the converter's calibration text and half text
+that the base model generates; some are then trained further on `training_text`. "RECIPE 8-bit" is the pair of RECIPE
+with its maps rounded to 8 bits.
 
     python -m kvp.pairs RECIPE FOLDER       # in benchmarks/: make one, for use
 """
@@ -85,8 +86,9 @@ DIALLED = (  # whose dials are measured too
 
 
 def make(recipe: str, model: str, work: Path, tokens: int, folder: Path | None = None) -> Path:
-    """The pair of `recipe`, in `folder` or under `work`, made unless it is there; its closed form is of `tokens`
-    tokens."""
+    """Return the pair of `recipe` in `folder` or under `work`, and make it if missing; its closed form is fitted on
+    `tokens` tokens.
+    """
     folder = folder or work / re.sub(r"[^\w.]+", "-", f"{recipe}-{tokens}")
     if folder.exists():
         _check(folder, recipe)
@@ -106,7 +108,7 @@ def make(recipe: str, model: str, work: Path, tokens: int, folder: Path | None =
 
 
 def _check(folder: Path, recipe: str) -> None:
-    """Refuse a folder that was made by an earlier form of the recipe."""
+    """Raise an error for a folder that was made with another definition of the recipe."""
     kept = read_config(folder).provenance
     (steps, rate), got = TRAINED.get(recipe.removesuffix(ROUNDED), (0, None)), (kept.get("steps"), kept.get("rate"))
     if steps != got[0] or (steps and rate != got[1]):
@@ -114,7 +116,7 @@ def _check(folder: Path, recipe: str) -> None:
 
 
 def _rounded(whole: Path, model: str, folder: Path) -> Path:
-    """The pair in `whole` with its maps of BITS bits, in `folder`."""
+    """Write the pair in `whole` to `folder`, with its maps rounded to BITS bits."""
     if read_config(whole).tuned:
         raise MlxeffError(f"{whole}: wanted a pair whose auxiliary is not tuned")
     predictor = load_pair(whole, load_path(hub.resolve(model))).predictor
@@ -126,7 +128,9 @@ def _rounded(whole: Path, model: str, folder: Path) -> Path:
 
 
 def trained_baselines(made: dict[str, Path]) -> dict[str, Path]:
-    """Of pairs by recipe, those whose auxiliary was trained too, as a model of its own: a layer-pruned baseline."""
+    """The pairs, by recipe, whose auxiliary was also trained as a model of its own; it serves as a layer-pruned
+    baseline.
+    """
     return {
         f"LP {each.split()[0].removeprefix('lp:')} trained": folder
         for each, folder in made.items()
@@ -142,7 +146,7 @@ def _training_text(model: str, work: Path) -> Path:
 
 
 def _text(model: str, work: Path, tokens: int) -> Path:
-    """A file of which the first `tokens` tokens are the model's own and the calibration text's, by turns."""
+    """Write a text file whose first `tokens` tokens alternate between generated text and calibration text."""
     path = work / f"fit-{tokens}.txt"
     if not path.exists():
         loaded = load_path(hub.resolve(model))
@@ -157,8 +161,9 @@ def _text(model: str, work: Path, tokens: int) -> Path:
 
 
 def arms(base: Loaded, pairs: dict[str, Path], pruned: dict[str, Path]) -> dict[str, Arm]:
-    """What is measured, by name: the base, the layer-pruned baselines (`pruned`: trained ones, each a model or a pair
-    whose auxiliary is meant), and each pair with its dials."""
+    """The arms by name: the base, the layer-pruned baselines, and each pair with its settings of `keep` and `refine`.
+    `pruned` gives trained baselines; each is a model, or a pair whose auxiliary is used.
+    """
     count = len(base.model.layers)
     found = {"base": Setup(base.model)}
     for fraction in FRACTIONS:
@@ -176,7 +181,7 @@ def arms(base: Loaded, pairs: dict[str, Path], pruned: dict[str, Path]) -> dict[
 
 
 def pair_of(name: str) -> str:
-    """The name of the pair, with any dials, that an arm of `arms` has; its own name where it has no dials."""
+    """The name of the pair that an arm of `arms` uses, without its `keep` and `refine` settings."""
     return name.partition(",")[0]
 
 
@@ -187,7 +192,7 @@ def auxiliary_of(folder: Path, base: Loaded) -> DecoderModel:
 
 
 def chosen(names: Sequence[str], only: Sequence[str]) -> list[str]:
-    """The names that hold one of the words of `only`, all without it."""
+    """The names that contain one of the words of `only`; all names if `only` is empty."""
     return [name for name in names if not only or any(word in name for word in only)]
 
 

@@ -1,6 +1,6 @@
-"""Two small extractive question sets, made from the validation text. `exact`: definitions with their terms, and the
-term of one of the definitions is asked for. `numbers`: a list of terms with four digits each, and those of one term are
-asked for. The answer stands in the prompt, so it is a matter of finding, not of knowing.
+"""Two small extractive question sets, made from the validation text. In `exact` the prompt holds definitions with their
+terms and asks for the term of one definition. In `numbers` it holds a list of terms with four digits each and asks for
+the digits of one term. The prompt contains the answer, so the sets test retrieval and not knowledge.
 
     python -m kvp.questions        # in benchmarks/: writes data/jargon-questions.json and data/demo-prompt.txt again,
                                    # always the same
@@ -25,7 +25,7 @@ MAX_TOKENS, STOP = 16, ["\n"]
 
 
 def entries(text: str) -> list[tuple[str, str]]:
-    """(term, the first sentence of its definition) of the entries that are short and do not name their own term."""
+    """(term, first sentence of its definition) of the entries that are short and do not contain their own term."""
     found = []
     for term, paragraph in ENTRY.findall(text):
         plain = re.sub(r"^(?:\[[^\]]*\]|\d\.|\s)+", "", paragraph)
@@ -68,7 +68,7 @@ def _lookup(chooser: random.Random, terms: list[str]) -> tuple[str, str]:
 
 
 def sets() -> dict[str, list[tuple[str, str]]]:
-    """Prompts and their answers."""
+    """The question sets by name, each a list of prompts and answers."""
     of_terms = [(prompt(item), item["answer"]) for item in read()]
     return {"exact": of_terms, "numbers": numbers(TEXT.read_text(encoding="utf-8"))}
 
@@ -89,14 +89,14 @@ def prompt(item: dict) -> str:
 
 
 def answer(setup: Setup, tokenizer: Tokenizer, ids: list[int]) -> str:
-    """What the model says, greedily, up to the end of the line."""
+    """The model's greedy answer up to the end of the line."""
     how = {"reading": setup.reading, "options": setup.options, "stop": STOP, "prefill_step_size": 512}
     stream = stream_generate(setup.model, tokenizer, ids, max_tokens=MAX_TOKENS, **how)
     return "".join(response.text for response in stream)
 
 
 def exact(said: str, answer: str) -> bool:
-    """Equal but for case, punctuation and spaces."""
+    """True if the texts are equal except for case, punctuation and spaces."""
     return _normal(said) == _normal(answer)
 
 

@@ -1,4 +1,4 @@
-"""Samples → a summary of each arm, tables in Markdown, targets, plot."""
+"""Turn samples into a summary of each arm, Markdown tables, a check of the targets, and a plot."""
 
 import math
 import re
@@ -32,7 +32,9 @@ def summary(
     timed: list[dict],
     prompt: int,
 ) -> dict:
-    """What is known of each arm that has samples; `digests`: by the name of the pair, `asked`: by that of the set."""
+    """Summarise each arm that has samples. `digests` is keyed by the pair's name, `asked` by the question set's
+    name.
+    """
     costs = {name: arm.flops(prompt) for name, arm in arms.items()}
     ttft = sorted(medians(timed).items())
     found = {}
@@ -77,7 +79,7 @@ def _questions(name: str, samples: list[dict]) -> dict:
 
 
 def tables(document: dict) -> str:
-    """All that is for people."""
+    """All tables and the check of the targets as Markdown text."""
     arms = document["arms"]
     parts = [card_lines(document["card"]), _quality(arms)]
     if points := _points(arms):
@@ -113,7 +115,7 @@ def _quality(arms: dict[str, dict]) -> str:
 
 
 def _ttft(arms: dict[str, dict], points: list[tuple[int, int]]) -> str:
-    """Seconds, and in brackets what share of the base's."""
+    """Times to the first token in seconds, each followed by its share of the base's time in brackets."""
     head = ["TTFT, s", *(f"{batch} x {tokens}" for batch, tokens in points)]
     rows = []
     whole = times(arms.get("base", {"ttft": []}))
@@ -152,7 +154,7 @@ def _target_ttft(arms: dict[str, dict]) -> Iterable[str]:
 
 
 def _target_pareto(arms: dict[str, dict]) -> Iterable[str]:
-    """Of each measure how many of the pairs are above the layer-pruned baselines at equal FLOPs."""
+    """For each measure, how many pairs are better than the layer-pruned baselines at equal FLOPs."""
     for measure, sign in BETTER.items():
         known = {name: arm for name, arm in arms.items() if arm["kind"] == "pair" and measure in arm}
         both = {name: (arm[measure], _pruned(arms, measure, arm["flops"])) for name, arm in known.items()}
@@ -168,8 +170,10 @@ def _target_pareto(arms: dict[str, dict]) -> Iterable[str]:
 
 
 def _pruned(arms: dict[str, dict], measure: str, flops: float) -> float | None:
-    """What a layer-pruned baseline of these FLOPs would have, interpolated between the baselines and the base: of
-    several of equal cost the better one; the logarithm of perplexities."""
+    """The value of `measure` that a layer-pruned baseline with these FLOPs would have, interpolated between the
+    baselines and the base. Of several baselines of equal cost the better one counts; perplexities are interpolated by
+    their logarithm.
+    """
     sign, best = BETTER[measure], {}
     for arm in arms.values():
         if arm["kind"] in ("base", "pruned") and measure in arm:
@@ -183,7 +187,7 @@ def _pruned(arms: dict[str, dict], measure: str, flops: float) -> float | None:
 
 
 def _target_gap(arms: dict[str, dict]) -> Iterable[str]:
-    """How much of the pair's distance from the base its dials recover."""
+    """A line for each pair: the share of its KL divergence from the base that `keep` and `refine` recover."""
     for name, plain in arms.items():
         found = {
             dial.removeprefix(f"{name}, "): 1 - arm["kl"] / plain["kl"]
@@ -201,19 +205,21 @@ def _verdict(met: bool) -> str:
 
 
 def save(document: dict) -> None:
-    """Write the document, and the plot where matplotlib is there."""
+    """Write the document, and the plot if matplotlib is installed."""
     path = result_path(document["card"]["cpu"])
     saving.write_json(document, path)
     plot(document, path.with_suffix(".png"))
 
 
 def result_path(cpu: str) -> Path:
-    """Of the result of a machine."""
+    """The path of the results document of a machine."""
     return saving.result_path(cpu, "kvp-quality.json")
 
 
 def plot(document: dict, path: Path) -> None:
-    """Agreement with the base and exact match against the TTFT's FLOPs and its measured time, shares of the base's."""
+    """Plot agreement with the base and exact match against the FLOPs and the measured time to first token, relative to
+    the base.
+    """
     if (pyplot := saving.pyplot()) is None:
         return
     arms = document["arms"]
@@ -235,8 +241,10 @@ def plot(document: dict, path: Path) -> None:
 
 
 def _share(name: str, arms: dict[str, dict], whole: float) -> float | None:
-    """Of an arm that was not timed: what its first token costs as well. `refine` begins after it, and a trained
-    predictor has the shapes of that in closed form."""
+    """The arm's time to the first token divided by the base's time `whole`. An arm that was not timed takes the time of
+    one with the same cost: `refine` starts only after the first token, and a trained predictor has the shapes of the
+    closed-form one.
+    """
     timed = [name, same := name.removesuffix(", refine"), SAME_SHAPES.sub("", same)]
     found = [times(arms[each])[PLOT_POINT] for each in timed if each in arms and PLOT_POINT in times(arms[each])]
     return found[0] / whole if found else None

@@ -1,6 +1,6 @@
-"""The text that pairs are trained on, in thirds: what the base model writes by itself, the converter's calibration
-text, and glossaries of the entries of that text with questions, in the form of `questions`, where MARK stands before
-each answer. None of it is in the texts that quality is measured on.
+"""The text that pairs are trained on. It consists of three equal parts: text that the base model generates, the
+converter's calibration text, and glossaries made of entries of the calibration text with questions in the form of
+`questions`, where MARK precedes each answer. None of it occurs in the texts on which quality is measured.
 
     python -m kvp.training_text FILE [--tokens N]       # in benchmarks/; the same tokens always give the same file
 """
@@ -24,7 +24,7 @@ MARK = "<|prompt ends|>"
 
 
 def glossaries(found: list[tuple[str, str]], seed: int) -> Iterator[str]:
-    """Some of the entries (term, definition) and questions for most of these, without end."""
+    """Yield glossaries without end, each with some of the entries (term, definition) and questions for most of them."""
     chooser = random.Random(seed)
     while True:
         chosen = chooser.sample(found, ENTRIES)
@@ -34,7 +34,7 @@ def glossaries(found: list[tuple[str, str]], seed: int) -> Iterator[str]:
 
 
 def write(base: Loaded, path: Path, tokens: int) -> None:
-    """Write `tokens` tokens or a few more."""
+    """Write a text of at least `tokens` tokens."""
     encode, decode = base.tokenizer.encode, base.tokenizer.decode
     third, calibration = -(-tokens // 3), CALIBRATION.read_text(encoding="utf-8")
     drawn = sample(base.model, base.tokenizer.bos_token_id, third, LENGTH, SEED)

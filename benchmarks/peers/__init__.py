@@ -1,3 +1,3 @@
-"""What `benchmarks/cpu_peers.py` is made of: the table of what is measured, the peers' installation, the models, the
-workers (a process a measurement), the ceilings and the report.
+"""Parts of `benchmarks/cpu_peers.py`: the table of measurements, the peers' installation, the models, the workers (one
+process per measurement), the ceilings and the report.
 """

@@ -1,4 +1,4 @@
-"""What was measured, where: the machine, the versions, the peers."""
+"""The card of a result: the machine, the versions and the peers."""
 
 import os
 from importlib.metadata import PackageNotFoundError, version
@@ -34,7 +34,7 @@ def versions() -> dict:
 
 
 def identity() -> dict:
-    """What may not change between the samples of one file."""
+    """The properties that must be the same for all samples of a file."""
     return machine() | versions() | {"peers": [LLAMA_VERSION, XLLAMACPP_VERSION, TORCH_VERSION]}
 
 

@@ -1,5 +1,5 @@
-"""The models measured, made once in the cache folder from the built-in one: GGUF files that every engine of GGUF reads,
-and folders of the same weights for mlx-lm and torch. And what a token costs, counted from a file's tensors.
+"""The measured models, made once in the cache folder from the built-in one: GGUF files for the engines that read GGUF,
+and folders of the same weights for mlx-lm and torch. Also the cost of a token, counted from a file's tensors.
 
 Blocks are those of the `gguf` library, llama.cpp's own; a file is written under a temporary name and renamed.
 """
@@ -38,7 +38,7 @@ class Files:
 
 @dataclass(frozen=True)
 class Costs:
-    """What a token needs, however it is computed."""
+    """The memory traffic and arithmetic that a token requires in any implementation."""
 
     weight_bytes: int  # of the file's matrices and norms, all read for a decoded token
     layer_values: int  # of the layers' matrices
@@ -57,7 +57,7 @@ class Costs:
 
 
 def make(name: str, folder: Path) -> Files:
-    """The files of the model `name` of `table`, made where they are missing."""
+    """Return the files of the model `name` of `table`, made if they are missing."""
     builtin, place = hub.resolve(hub.DEFAULT_MODEL), folder / "models"
     place.mkdir(parents=True, exist_ok=True)
     if name == LARGE:
@@ -79,7 +79,7 @@ def repacked(path: Path, place: Path) -> Path:
 
 
 def costs(path: Path) -> Costs:
-    """Counted from the tensors and keys of a GGUF file."""
+    """The costs of a token, counted from the tensors and keys of a GGUF file."""
     source = open_source(path)
     tensors, key = source.tensors, lambda name: source.metadata[f"llama.{name}"]
     head = tensors.get("output.weight", tensors["token_embd.weight"])

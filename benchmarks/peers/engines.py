@@ -1,5 +1,6 @@
 """The engines measured, behind one interface: `generate(ids, count)` yields greedy tokens from an empty cache,
-`logits(pieces)` gives the rows (S, V) of pieces of one text computed in turn, `note` says what computes.
+`logits(pieces)` gives the rows (S, V) of the pieces of one text, computed one after the other, and `note` names the
+code that computes.
 
 A job names the `path` of the model, `threads`, `context` (tokens at most) and `options` of the arm. A class imports its
 engine itself, so that this module runs in mlxeff's environment and in the peers'.

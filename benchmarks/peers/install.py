@@ -28,7 +28,7 @@ TILE_BARRIER = '    asm volatile("" :: "r"(&tc) : "memory");\n'
 
 @dataclass(frozen=True)
 class Peer:
-    """How a peer can be run: the interpreter that has it, the engine of `engines` that drives it."""
+    """How to run a peer: the interpreter that has it, and the class of `engines` that drives it."""
 
     engine: str
     python: str
@@ -65,11 +65,11 @@ def recorded(name: str, folder: Path) -> Peer | None:
 
 
 class InstallError(MlxeffError):
-    """A peer cannot be had."""
+    """A peer cannot be installed."""
 
 
 def llama_cpp(folder: Path) -> Peer:
-    """From source; where that fails, the prebuilt wheel, which knows no more than AVX2."""
+    """Install llama.cpp from source or, if that fails, from the prebuilt wheel, which uses at most AVX2."""
     python = environment(folder)
     try:
         source = unpack(folder)

@@ -1,4 +1,4 @@
-"""A job of `table` → a process → its sample, a dictionary of what was measured; and the samples of all jobs.
+"""Run each job of `table` in a process and return its sample, a dictionary of the measured values; store the samples.
 
 The processes see no OpenBLAS override of the caller's, and one number of threads.
 """
@@ -34,13 +34,13 @@ class Engine:
     python: str = sys.executable
 
     def task(self, kind: str, threads: int, depth: int) -> dict:
-        """What the worker is told; `kind`: of `worker.TASKS`."""
+        """The task for the worker; `kind` is a key of `worker.TASKS`."""
         task = {"task": kind, "engine": self.name, "path": str(self.path), "options": self.options}
         return task | {"threads": threads, "depth": depth, "generate": GENERATED}
 
 
 class Measurer:
-    """Runs jobs. `limit`: seconds a process may take."""
+    """Runs jobs. `limit` is the number of seconds that a process may take."""
 
     def __init__(self, folder: Path, files: dict[str, Files], peers: dict[str, Peer], limit: float):
         self.folder, self.files, self.peers, self.limit = folder, files, peers, limit
@@ -49,7 +49,7 @@ class Measurer:
         self.cold_ids: list[int] = []  # of COLD_PROMPT
 
     def sample(self, job: Job) -> dict:
-        """What was measured; or `exceeded_s`, the limit; or `error`, one line."""
+        """The measured values; or `exceeded_s`, the limit that was exceeded; or `error`, one line."""
         busy = os.getloadavg()[0]
         try:
             found = {"ceiling": self._ceiling, "cold start": self._cold_start}.get(job.kind, self._worker)(job)
@@ -60,17 +60,17 @@ class Measurer:
         return asdict(job) | found | {"load_average": busy}
 
     def absent(self, job: Job) -> str | None:
-        """The peer that this job needs and that is not there, or cannot do it."""
+        """The peer that this job needs, if it is not installed or does not support the job."""
         name = needed(job)
         peer = self.peers.get(name) if name else None
         return name if peer and (not peer.present or (job.kind == "quality" and peer.engine == "xllamacpp")) else None
 
     def run_task(self, task: dict, python: str = sys.executable) -> dict:
-        """What the worker answers to `task`."""
+        """Run a worker on `task` and return its answer."""
         return json.loads(last_line(worker_command(task, python), environment(task["threads"]), self.limit))
 
     def _task(self, job: Job) -> tuple[dict, str]:
-        """What the worker of a job is told, and the interpreter for it."""
+        """The task of a job for its worker, and the interpreter that runs it."""
         chosen = arm(job.arm)
         peer = self.peers.get(chosen.peer) if chosen.peer else None
         path, python = getattr(self.files[job.model], chosen.files), peer.python if peer else sys.executable
@@ -106,7 +106,7 @@ def last_line(command: list, variables: dict, limit: float | None) -> str:
 
 
 def reason(error: subprocess.CalledProcessError) -> str:
-    """One line: what the process said last, or how it ended."""
+    """The reason of a failure as one line: the last output of the process, or how it ended."""
     lines = (error.stderr or "").strip().splitlines()
     return lines[-1] if lines else f"ended with {error.returncode}"
 

@@ -1,4 +1,4 @@
-"""Samples → medians → tables of Markdown: speed, shares of the machine's ceilings, correctness, the targets.
+"""Turn samples into medians and Markdown tables: speed, shares of the machine's ceilings, correctness, the targets.
 
 llama.cpp stands in a ratio with its better attention setting for that metric.
 """
@@ -72,7 +72,7 @@ def quotient(a: float | None, b: float | None) -> float | None:
 
 @dataclass(frozen=True)
 class Target:
-    """What is wanted of `value(results, arm, threads)`: at most or at least `bound`."""
+    """A target: `value(results, arm, threads)` must be at most or at least `bound`."""
 
     what: str
     bound: float
@@ -111,7 +111,7 @@ def over_mlx_lm(results: Results, arm: Arm, threads: int) -> float | None:
 
 
 def more_memory(results: Results, arm: Arm, threads: int) -> float | None:
-    """MiB beyond llama.cpp's, at the depth where that is most."""
+    """Memory in MiB beyond that of llama.cpp, at the depth with the largest difference."""
     pairs = [
         (results.speed("rss_mib", arm.name, FOUR, threads, depth), results.best("rss_mib", FOUR, threads, depth, LLAMA))
         for depth in DEPTHS[FOUR]
@@ -232,7 +232,7 @@ def shown(results: Results) -> str:
 
 
 def short(value: float | None) -> str:
-    """Three digits of what is small, no fraction of what is large."""
+    """A number as text: small numbers with three digits, large ones without a fraction."""
     return "" if value is None else f"{value:.3g}" if value < 100 else f"{value:.0f}"
 
 
@@ -266,7 +266,7 @@ def qualities(results: Results) -> str:
 
 
 def failures(results: Results) -> str:
-    """What has no number, and why."""
+    """The measurements that have no value, each with the reason."""
     rows = []
     for s in results.samples:
         if "error" in s or "exceeded_s" in s:

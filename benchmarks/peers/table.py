@@ -1,4 +1,5 @@
-"""What is measured: the arms (an engine in one mode), the models, the depths. A new mode of mlxeff is one line of ARMS.
+"""The table of measurements: the arms (an engine in one mode), models and depths. A new mode of mlxeff is a line in
+ARMS.
 
 Knows nothing of how it is measured.
 """
@@ -38,7 +39,9 @@ class Arm:
 
     @property
     def threaded(self) -> bool:
-        """Whether it takes a number of threads; if not, it is measured once, among those of all cores."""
+        """True if the arm has an option for the number of threads; if not, it is measured once, with the arms that use
+        all cores.
+        """
         return self.engine not in UNTHREADED
 
 
@@ -74,7 +77,7 @@ class Job:
 
     @property
     def key(self) -> tuple:
-        """What tells it from the others."""
+        """The key that identifies the job."""
         return astuple(self)
 
     def __str__(self) -> str:

@@ -1,7 +1,7 @@
 """One measurement in a process of its own: `python -m peers.worker JOB`, JOB a JSON document; the last line answers.
 
-Every engine gets the same: exact token ids, greedy decoding, a short warm-up, prompts repeated until there are REPEATS
-of them or SECONDS are over.
+Every engine gets the same token ids, greedy decoding and a short warm-up. A prompt is repeated until REPEATS
+repetitions are done or SECONDS have passed.
 """
 
 import json
@@ -60,7 +60,7 @@ def peak_rss() -> float:
 
 
 def cold_start(job: dict) -> dict:
-    """Load, one token, a word as soon as it is there: the parent times the process."""
+    """Load the model, generate one token and print a word at once; the parent process measures the time."""
     engine = ENGINES[job["engine"]](job | {"context": 256})
     if hasattr(engine, "complete"):
         engine.complete(job["ids"], 1)

@@ -1,1 +1,1 @@
-"""What `seedlm_quality.py` is made of: the arms, the peers that quantise for it, the measures, tables and the plot."""
+"""Parts of `seedlm_quality.py`: the arms, the quantisers of other projects, the measures, the tables and the plot."""

@@ -1,4 +1,6 @@
-"""The arms: the reference with its decoder layers replaced by quantised ones. Embedding and head stay as they are."""
+"""The arms: the reference model with its decoder layers replaced by quantised ones. Embedding and head are
+unchanged.
+"""
 
 import functools
 from dataclasses import dataclass, field
@@ -30,15 +32,16 @@ NAMES = [*AFFINE, *SEEDS, *MLX_LM, *LLAMA]
 
 @dataclass
 class QuantisedModel:
-    """An arm. `linear_bytes`: of the decoder's matrices, where the model in memory does not hold them as the file
-    does."""
+    """An arm. `linear_bytes` is the size of the decoder's matrices in the file, if the model holds them in another form
+    in memory.
+    """
 
     model: DecoderModel
     linear_bytes: int | None = None
     made: dict = field(default_factory=dict)  # how, if by a peer
 
     def size(self) -> dict:
-        """Bits a weight of the linear layers, and bytes of all parameters."""
+        """Bits per weight of the linear layers, and bytes of all parameters."""
         held = [(m.rows * m.cols if isinstance(m, SeedLinear) else dense(m).size, m) for _, m in linears(self.model)]
         inside = sum(a.nbytes for _, m in held for _, a in tree_flatten(m.parameters()))
         everything = sum(a.nbytes for _, a in tree_flatten(self.model.parameters()))
@@ -47,18 +50,20 @@ class QuantisedModel:
 
 
 def linears(model: DecoderModel) -> list[tuple[str, nn.Module]]:
-    """(name, module) of the decoder's linear layers, the head left out."""
+    """(name, module) of the decoder's linear layers, without the head."""
     return [(name, module) for name, module in model.named_modules() if is_matrix(module) and ".layers." in name]
 
 
 class Workshop:
-    """Makes arms of the reference at `path`; folders lie in `work` and `peers`; `limit`: CPU seconds."""
+    """Makes the arms of the reference at `path`. Folders are kept in `work` and `peers`; `limit` is in CPU seconds per
+    arm.
+    """
 
     def __init__(self, path: Path, work: Path, peers: Path, limit: float):
         self.path, self.work, self.peers, self.limit = path, work, peers, limit
 
     def arm(self, name: str) -> QuantisedModel:
-        """Raises MlxeffError where the arm cannot be had."""
+        """Make the arm `name`. Raises MlxeffError if that is impossible."""
         if name in AFFINE:
             return QuantisedModel(affine_arm(self.path, *AFFINE[name]))
         if name in SEEDS:
@@ -94,13 +99,13 @@ class Workshop:
         return place
 
     def _folder(self) -> Path:
-        """The reference's own blocks as a folder that mlx-lm loads; scales in float32."""
+        """The reference's own quantised blocks as a folder that mlx-lm loads, with float32 scales."""
         place = self._quantised() / "reference"
         return once(place, lambda path: convert(self.path, path, dtype="float32"))
 
 
 def assembled(path: Path, replaced: list[tuple[str, nn.Module]]) -> DecoderModel:
-    """The reference with modules replaced, whole passes run natively."""
+    """The reference with modules replaced, set to run whole passes natively."""
     model = load_path(path).model
     model.update_modules(tree_unflatten(replaced))
     mx.eval(model.parameters())
@@ -110,7 +115,9 @@ def assembled(path: Path, replaced: list[tuple[str, nn.Module]]) -> DecoderModel
 
 
 def replaced_by(other: DecoderModel) -> list[tuple[str, nn.Module]]:
-    """The modules of another quantisation of the same model, embedding and head left out; scales in half precision."""
+    """The modules of another quantisation of the same model, without embedding and head, with scales in half
+    precision.
+    """
     kept, embeddings = [], (nn.Embedding, nn.QuantizedEmbedding)
     for name, module in tree_flatten(other.leaf_modules(), is_leaf=nn.Module.is_module):
         if isinstance(module, embeddings) or name.startswith("lm_head"):
@@ -122,7 +129,9 @@ def replaced_by(other: DecoderModel) -> list[tuple[str, nn.Module]]:
 
 
 def affine_arm(path: Path, bits: int, group: int) -> DecoderModel:
-    """The reference requantised by MLX, scales in half precision; in smaller groups where these do not divide a row."""
+    """The reference requantised by MLX with half-precision scales; groups are smaller if `group` does not divide a
+    row.
+    """
     replaced = []
     for name, module in linears(load_path(path).model):
         layer = nn.Linear(1, 1, bias=False)
@@ -133,7 +142,9 @@ def affine_arm(path: Path, bits: int, group: int) -> DecoderModel:
 
 
 def seed_arm(path: Path, work: Path, name: str) -> DecoderModel:
-    """The converted folder, made where it is not there yet."""
+    """The model of the SeedLM arm `name`, from its folder in `work`; converts the reference if the folder is
+    missing.
+    """
     bits, data_free = SEEDS[name]
     folder = work / name.replace(" ", "-")
     if not folder.exists():

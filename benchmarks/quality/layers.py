@@ -1,5 +1,6 @@
-"""Relative error of the outputs of single layers, with weights that no grid favours: the model that the other measures
-take was itself rounded to a 4-bit grid once."""
+"""Relative error of the outputs of single layers with random weights. The built-in model used by the other measures was
+itself rounded to a 4-bit grid, which favours formats with a similar grid; random weights favour none.
+"""
 
 import mlx.core as mx
 import numpy as np
@@ -11,7 +12,7 @@ from .arms import AFFINE, SEEDS
 
 
 def single_layers(rows: int = 128, cols: int = 768, samples: int = 4096) -> dict[str, dict[str, float]]:
-    """Kind of weights → arm → error: weights N(0, 1) or Student t3, inputs with a power-law spectrum."""
+    """Kind of weights → arm → relative error. Weights are N(0, 1) or Student t3; inputs have a power-law spectrum."""
     rng = np.random.default_rng(0)
     basis = np.linalg.qr(rng.standard_normal((cols, cols)))[0]
     shape = (basis * np.arange(1, cols + 1) ** -0.25) @ basis.T * np.exp(0.3 * rng.standard_normal(cols))

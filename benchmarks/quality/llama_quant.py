@@ -1,4 +1,4 @@
-"""llama.cpp's quantisations of the reference, by its library in the peers' virtual environment (`peers/install.py`).
+"""Quantise the reference with llama.cpp's library in the peers' virtual environment (`peers/install.py`).
 
 The importance matrix is what `llama-imatrix` collects, computed here: the mean square of every input column of every
 linear layer, on the calibration text that SeedLM's encoder sees. K-quants need rows of a multiple of 256: for the
@@ -22,7 +22,7 @@ FILE, IMPORTANCE = "model.gguf", "importance.npz"
 
 
 def make(name: str, source: Path, importance: Path, folder: Path, python: str, limit: float) -> tuple[Path, dict]:
-    """The GGUF file of the arm `name` in `folder`, made when it is missing, and the counts of its block types."""
+    """Return the GGUF file of the arm `name` in `folder`, made if missing, and the counts of its block types."""
     from . import process
 
     task = {"source": str(source), "importance": str(importance), "type": TYPES[name]}

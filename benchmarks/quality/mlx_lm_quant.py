@@ -4,7 +4,7 @@ Their functions are called as they are; their data sets, which are downloads, ar
 those that SeedLM's encoder sees. The products run on native kernels (`mlx_on_native.py`). As a worker:
 `python -m quality.mlx_lm_quant`, the task as JSON on standard input; the last line tells what was done.
 
-What is less than their defaults, for the sake of time: GPTQ and AWQ run on as many tokens as METHODS says (default
+Settings below mlx-lm's defaults, to save time: GPTQ and AWQ run on as many tokens as METHODS says (default
 there: a downloaded text, and 128 × 512; AWQ's search costs 6 GFLOP a token). DWQ makes one pass over its windows,
 one a step, where the default is 512 steps of 4 × 1025 tokens; its learning rate 1e-6 is multiplied by the ratio of
 the steps, so that Adam can move a scale as far. GPTQ packs 2, 4 and 8 bits only; groups of 128 do not divide 576.
@@ -48,7 +48,7 @@ METHODS = {
 
 
 def make(name: str, source: Path, windows: np.ndarray, folder: Path, limit: float) -> tuple[Path, dict]:
-    """The folder of the arm `name` in `folder`, made when it is missing, and what was done.
+    """Return the folder of the arm `name` in `folder`, made if missing, and a record of how it was made.
 
     `source`: mlx-lm's folder of the reference. `windows`: token ids (W, T), evenly spread over the text.
     """

@@ -1,4 +1,4 @@
-"""mlx-lm's quantisers on this project's native CPU kernels: the same functions, their products computed faster.
+"""Run mlx-lm's quantisers on this project's native CPU kernels: the same functions with faster matrix products.
 
 MLX multiplies float32 matrices with reference BLAS on Linux CPUs, at about 1 GFLOPS a core, and mlx-lm's quantisers
 need some 10 TFLOP each: hours become minutes. Replaced are the forward of MLX's layers, the Gram matrices of GPTQ and
@@ -16,7 +16,7 @@ CLIPS = "bdg,odg->bod"  # samples by groups by size, rows by groups by size: AWQ
 
 
 def install() -> bool:
-    """Replace, in this process, where the native kernels apply; says whether they do."""
+    """Replace MLX's functions in this process if native kernels are available; return whether they are."""
     if not ops.native_for():
         return False
     nn.Linear.__call__ = modules.Linear.__call__

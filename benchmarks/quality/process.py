@@ -1,5 +1,6 @@
-"""A worker in a process of its own, low in priority, with a limit of CPU time: the machine may be shared, so the clock
-says little. Its folder is renamed when it is complete."""
+"""Run a worker in a process of its own with low priority and a limit of CPU time; wall time is unreliable, since the
+machine may be shared. The folder that the worker writes is renamed when it is complete.
+"""
 
 import fcntl
 import json
@@ -20,10 +21,11 @@ NOTE = "made.json"
 
 
 def make(place: Path, module: str, task: dict, limit: float, python: str = sys.executable) -> dict:
-    """Fill the folder `place` by `python -m module`, which reads the task, with `destination`; what the worker said.
+    """Make the folder `place` with `python -m module`, which reads the task and its `destination`; return the worker's
+    answer.
 
-    Does nothing where the folder is there; waits where another process is filling it. Raises MlxeffError for a worker
-    that fails or takes too many CPU seconds.
+    Does nothing if the folder exists, and waits if another process is making it. Raises MlxeffError if the worker fails
+    or uses too many CPU seconds.
     """
     place.parent.mkdir(parents=True, exist_ok=True)
     with open(place.parent / f".{place.name}.lock", "w") as lock:

@@ -1,4 +1,6 @@
-"""The results document → tables, the targets, the plot, the section of RESULTS.md. Knows nothing of models."""
+"""Turn the results document into tables, the targets, the plot and the section of RESULTS.md. Knows nothing of
+models.
+"""
 
 import sys
 from pathlib import Path
@@ -30,12 +32,12 @@ def group_of(name: str) -> str | None:
 
 
 def in_order(document: dict) -> list[tuple[str, dict]]:
-    """Arms by bits a weight, fewest first, then by KL."""
+    """The arms ordered by bits per weight, fewest first, then by KL divergence."""
     return sorted(document["arms"].items(), key=lambda item: (round(item[1]["bits"], 3), -item[1]["kl"]))
 
 
 def table(document: dict) -> str:
-    """Markdown."""
+    """The table of all arms as Markdown."""
     rows = []
     for name, a in in_order(document):
         cells = [name, f"{a['bits']:.3f}", f"{a['bytes'] / 1e6:.1f}", f"{a['perplexity']:.2f}", f"{a['kl']:.4f}"]
@@ -57,7 +59,7 @@ def targets(document: dict) -> list[str]:
 
 
 def layers(document: dict) -> str:
-    """Markdown: the relative errors of single layers, a column for each arm; nothing where they are not there yet."""
+    """Markdown table of the relative errors of single layers, a column per arm; empty if they are not measured yet."""
     kinds = document.get("single layers")
     if not kinds:
         return ""
@@ -67,7 +69,7 @@ def layers(document: dict) -> str:
 
 
 def how(document: dict) -> list[str]:
-    """A line for each arm that a peer made: with how much, in what time; or why it was not."""
+    """A line for each arm that a peer made: its calibration data and time, or the reason why it is missing."""
     lines = []
     for name, arm in document["arms"].items():
         if made := arm.get("made"):
@@ -78,12 +80,12 @@ def how(document: dict) -> list[str]:
 
 
 def absent(document: dict) -> list[str]:
-    """A line for each arm that could not be had."""
+    """A line for each arm that could not be made."""
     return [f"{name}: not measured: {why}" for name, why in document.get("not measured", {}).items()]
 
 
 def text(document: dict) -> str:
-    """All of it."""
+    """The whole report as text."""
     return "\n\n".join([table(document), "\n".join([*targets(document), *how(document)]), layers(document)])
 
 
@@ -96,7 +98,7 @@ def section(document: dict, picture: Path, root: Path) -> str:
 
 
 def plot(document: dict, path: Path) -> None:
-    """Bits a weight against KL divergence, every point with its name."""
+    """Plot bits per weight against KL divergence, with a name beside each point."""
     if (pyplot := saving.pyplot()) is None:
         return
     figure, axes = pyplot.subplots(figsize=(9, 6.5))
@@ -118,7 +120,7 @@ def plot(document: dict, path: Path) -> None:
 
 
 def write_names(axes, document: dict) -> None:
-    """Each point's name to its right, with a thin line where names had to move apart."""
+    """Write each point's name to its right, with a thin line to the point if names had to move apart."""
     named = {name: arm for name, arm in document["arms"].items() if group_of(name)}
     scale = 72 / axes.figure.dpi  # pixels → points
     at = [axes.transData.transform((arm["bits"], arm["kl"])) * scale for arm in named.values()]
@@ -132,7 +134,7 @@ def write_names(axes, document: dict) -> None:
 
 
 def apart(points: list[tuple[float, float]], height: float = 9, width: float = 62) -> list[float]:
-    """Heights of names near their points (x, y), so that no two lie on each other; all in points of typography."""
+    """Heights of the names near their points (x, y) such that no two names overlap; all in typographic points."""
     found = [y for _, y in points]
     order = sorted(range(len(points)), key=lambda i: found[i])
     for _ in range(500):

@@ -18,8 +18,8 @@ constexpr int direct_rows = 8;  // most rows of a for which b is used directly i
 constexpr int direct_rows = 4;
 #endif
 constexpr int64_t panel_depth = 256;  // 256 x 32 fp32 = 32 KiB, which stay in the L1 cache
-constexpr int64_t amx_panel_depth =
-    1024;                               // deeper than for fp32: an accumulator tile's load and store cost two products
+// Deeper than panel_depth, because loading and storing an accumulator tile costs as much as two tile products.
+constexpr int64_t amx_panel_depth = 1024;
 constexpr int64_t rows_at_once = 1024;  // rows of a per filled panel; bounds the size of the accumulators
 
 MLXEFF_INLINE bool amx_mode(int mode) {

@@ -1,5 +1,5 @@
-// RMSNorm of rows, of heads, and its gradients: checks and threading. Rows are independent and shared out in pieces of
-// about 16 Ki elements; for dw, columns are. NaN in a row makes that row NaN.
+// The C entry points of RMSNorm on rows and on heads, and of its gradients: argument checks and threading. Threads take
+// pieces of about 16 Ki elements: whole rows or, for dw, ranges of columns. A NaN in a row makes that row NaN.
 #include "rows/norm_kernels.h"
 
 #include <atomic>

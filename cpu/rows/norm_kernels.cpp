@@ -1,10 +1,10 @@
-// RMSNorm and its gradients.
+// The kernels of RMSNorm and its gradients, at one instruction-set level.
 //
 //   y = x * r * w,  r = 1 / sqrt(mean(x^2) + eps)
 //   dx = r * (w * dy) - x * r^3 / n * sum(w * dy * x),   dw = sum over rows of dy * x * r
 //
-// A row of half precision is widened to fp32, everything is computed in fp32, and results are rounded once when they
-// are stored.
+// Rows in half precision are converted to fp32, all arithmetic is fp32, and results are rounded once when they are
+// stored.
 #include "rows/norm_kernels.h"
 
 #include <math.h>
@@ -19,7 +19,8 @@ static char* row_of(const NormRows& x, int64_t row, int64_t inner) {
   return x.data + (row / inner * x.outer_stride + row % inner * x.inner_stride) * int64_t(dtype_size(x.dtype));
 }
 
-// Buffers of n fp32 values, zero beyond n up to a whole vector; the first holds the weight.
+// Returns `count` buffers of n fp32 values each, padded with zeros to whole vectors. The first holds the weight in
+// fp32. Returns null if memory is exhausted.
 static float* norm_buffers(const NormArgs& args, int64_t count) {
   const int64_t width = round_up(args.n, VL);
   float* const memory = static_cast<float*>(scratch(Scratch::panel, size_t(width * count) * 4));
@@ -31,7 +32,7 @@ static float* norm_buffers(const NormArgs& args, int64_t count) {
   return memory;
 }
 
-// sum of a[j] * b[j], in four independent sums.
+// Returns the sum of a[j] * b[j], accumulated in four independent sums.
 static float dot(const float* a, const float* b, int64_t n) {
   vf sums[4] = {};
   int64_t j = 0;
@@ -43,14 +44,14 @@ static float dot(const float* a, const float* b, int64_t n) {
 
 static float inverse_rms(const float* x, int64_t n, float eps) { return 1.0f / sqrtf(dot(x, x, n) / float(n) + eps); }
 
-// The row itself where it is fp32, else `buffer` with the row widened.
+// Returns `row` itself if it is fp32, and otherwise `buffer`, to which it converts the row.
 static const float* in_fp32(const void* row, int dtype, int64_t n, float* buffer) {
   if (dtype == MLXEFF_F32) return static_cast<const float*>(row);
   to_floats(buffer, row, dtype, n);
   return buffer;
 }
 
-// y = x * r * weight; y may be x.
+// Computes y = x * r * weight. y may be x.
 static void scale_row(float* y, const float* x, float r, const float* weight, int64_t n) {
   int64_t j = 0;
   for (; j + VL <= n; j += VL) store(y + j, load(x + j) * r * load(weight + j));

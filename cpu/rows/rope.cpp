@@ -1,5 +1,6 @@
-// Rotary position embedding: the table of angles, checks, threading. Scaled variants (linear, Llama 3, YaRN) differ
-// only in the inverse frequencies and the scale that the table is made with.
+// The C entry points of rotary position embedding (RoPE): the tables of cosines and sines, argument checks, and
+// threading. The scaled variants (linear, Llama 3, YaRN) differ only in the inverse frequencies and the scale from
+// which the tables are computed.
 #include "rows/rope_kernels.h"
 
 #include <cmath>

@@ -1,9 +1,10 @@
-// Rotary position embedding: element j and element j + rotated / 2 of a head are rotated as a pair,
+// The kernel of rotary position embedding, which rotates the elements j and j + rotated / 2 of a head as a pair:
 //
 //   y[j] = x[j] cos - x[j + h] sin,   y[j + h] = x[j] sin + x[j + h] cos,   h = rotated / 2
 //
-// with cos and sin of the row's token from the table; `inverse` rotates back, which is also the gradient. Elements from
-// `rotated` on are copied. fp32 arithmetic, rounded once. Each pair is read before it is written, so y may be x.
+// cos and sin are the table entries for the row's token. `inverse` rotates by the negative angle, which also computes
+// the gradient. Elements from `rotated` on are copied. Arithmetic is fp32, and results are rounded once. Each pair is
+// read before it is written, so y may be x.
 #include "rows/rope_kernels.h"
 
 #include "base/simd_math.h"

@@ -1,4 +1,5 @@
-// The kernel of the rotary position embedding. Each call runs on one thread over a range of rows.
+// The table of the rotary position embedding's kernel and its arguments. Each call processes a range of rows on one
+// thread.
 #pragma once
 #include "base/isa.h"
 
@@ -11,7 +12,7 @@ struct RopeArgs {
   bool inverse;
 };
 struct RopeKernels {
-  // Rows [begin, end) of B * S * H, heads innermost.
+  // Rotates the rows [begin, end) of B * S * H, where heads are the innermost index.
   void (*rows)(const RopeArgs& args, int64_t begin, int64_t end);
 };
 MLXEFF_DECLARE_FAMILY(RopeKernels, rope_kernels)

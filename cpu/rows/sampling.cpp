@@ -1,20 +1,21 @@
-// One token from a row of logits, without sorting the row.
+// The C entry point that samples one token from a row of logits, without sorting the row.
 //
-// Tokens are ranked by logit, largest first; equal logits by id, smallest first. Each filter keeps a beginning of the
-// ranking:
-//   top-p   those before which the ranked probabilities sum to less than top_p (softmax at temperature 1)
-//   min-p   those with logit >= max + log(min_p)
-//   top-k   the first k
-// so the three in a row keep the shortest of the three beginnings, and at least the first token. `temp` acts
-// afterwards: the token is the first, in the order of ids, at which the running sum of exp((logit - max) / temp) of the
-// kept tokens exceeds u times their total. Below a temperature of 1e-6 it is the first of the ranking.
+// Tokens are ranked by logit, largest first; tokens with equal logits are ranked by id, smallest first. Each filter
+// keeps a prefix of the ranking:
+//   top-p   tokens whose predecessors' probabilities sum to less than top_p (softmax at temperature 1)
+//   min-p   tokens with logit >= max + log(min_p)
+//   top-k   the first k tokens
+// The filters together keep the shortest of the three prefixes, and at least the first token. The temperature `temp` is
+// applied to the kept tokens: the result is the first token, in the order of ids, at which the running sum of
+// exp((logit - max) / temp) over the kept tokens exceeds u times their total. Below a temperature of 1e-6 the result is
+// the first token of the ranking.
 //
-// A floor under the kept logits comes first. min-p gives one; top-p gives another, since tokens less probable than
-// (1 - top_p) / V sum to less than 1 - top_p; and top-k a third, the k-th largest of the maxima of groups of 64. What
-// lies above is gathered (usually a few hundred of V), and the end of the beginning is found by quickselect on counts
-// and probability sums, in linear time.
+// The algorithm first finds a lower bound of the kept logits. Each filter gives one: min-p directly; top-p because
+// tokens less probable than (1 - top_p) / V sum to less than 1 - top_p; and top-k by the k-th largest of the maxima of
+// groups of 64 logits. The tokens above the bound (usually a few hundred of V) are gathered, and quickselect on counts
+// and probability sums finds the end of the prefix in linear time.
 //
-// Logits in fp16 and bf16 are widened; probabilities are fp32 and their sums fp64.
+// Logits in fp16 and bf16 are converted to fp32. Probabilities are fp32 and their sums fp64.
 #include "rows/sampling_kernels.h"
 
 #include <algorithm>
@@ -35,7 +36,7 @@ bool ranks_before(const Candidate& a, const Candidate& b) {
   return a.value > b.value || (a.value == b.value && a.id < b.id);
 }
 
-// A row of logits, block by block in fp32, padded with -inf.
+// A row of logits, which is read in blocks, converted to fp32 and padded with -inf.
 class Row {
  public:
   Row(const void* x, int dtype, int64_t n) : x_(static_cast<const char*>(x)), dtype_(dtype), n_(n) {}
@@ -60,7 +61,7 @@ class Row {
   float values_[block];
 };
 
-// At least k logits are not below it; -inf if there are fewer than k groups.
+// Returns a bound such that at least k logits are not below it; -inf if there are fewer than k groups.
 float floor_of_top_k(Row& row, const SamplingKernels& kernels, int64_t V, int64_t k) {
   const int64_t groups = ceil_div(V, sampling_group);
   if (k > groups) return -infinity;
@@ -75,19 +76,20 @@ float floor_of_top_k(Row& row, const SamplingKernels& kernels, int64_t V, int64_
   return maxima[k - 1];
 }
 
-// The last kept token in the ranking: a token is kept if it ranks before it or is it.
+// Returns the last kept token of the ranking. A token is kept exactly if it is this token or ranks before it.
 Candidate last_kept(Candidate* candidates, int64_t n, int64_t most, double mass, float max) {
   const auto probability = [max](const Candidate& c) { return double(std::exp(c.value - max)); };
   Candidate *begin = candidates, *end = candidates + n;
   Candidate last = *std::min_element(begin, end, ranks_before);
-  int64_t count = 0;  // of the candidates known to be kept, all before `begin`
+  int64_t count = 0;  // number of candidates known to be kept, which are those before `begin`
   double sum = 0;
   while (end - begin > 32) {
     Candidate* const middle = begin + (end - begin) / 2;
     std::nth_element(begin, middle, end, ranks_before);
     double half = 0;
     for (Candidate* c = begin; c < middle; ++c) half += probability(*c);
-    // `middle` is kept exactly if what ranks before it leaves room.
+    // The candidate `middle` is kept exactly if the count and the probability sum of those ranked before it are below
+    // the limits.
     if (count + (middle - begin) < most && sum + half < mass) {
       count += middle - begin + 1;
       sum += half + probability(*middle);
@@ -133,7 +135,7 @@ extern "C" int mlxeff_sample(const void* logits, int dtype, int64_t V, float tem
   Row row(logits, dtype, V);
   int64_t count;
   if (by_mass || by_count) {
-    // A little below the bound, which rounding must not lift above a token that belongs.
+    // Lower the bound slightly, so that rounding cannot exclude a token that has to be kept.
     if (by_mass) floor = std::max(floor, max + std::log((1 - top_p) * total / float(V)) - 1e-3f);
     if (by_count) floor = std::max(floor, floor_of_top_k(row, kernels, V, top_k));
     Candidate* const candidates = static_cast<Candidate*>(scratch(Scratch::panel, size_t(V + 1) * sizeof(Candidate)));
@@ -147,7 +149,7 @@ extern "C" int mlxeff_sample(const void* logits, int dtype, int64_t V, float tem
         last_kept(candidates, n, by_count ? top_k : V, by_mass ? double(top_p) * double(total) : double(infinity), max);
   }
 
-  // Kept: logits above last.value, and those equal to it with ids up to last.id.
+  // Kept tokens have a logit above last.value, or a logit equal to it and an id up to last.id.
   const float above = std::nextafter(last.value, infinity), inverse_temperature = 1 / temp;
   float weights[block];
   const auto block_weights = [&](int64_t i) {
@@ -170,7 +172,7 @@ extern "C" int mlxeff_sample(const void* logits, int dtype, int64_t V, float tem
   double left = u * mass;
   int64_t chosen = 0;
   while (chosen + 1 < row.blocks() && left >= sums[chosen]) left -= sums[chosen++];
-  while (sums[chosen] <= 0) --chosen;  // rounding went past the last block with kept tokens
+  while (sums[chosen] <= 0) --chosen;  // rounding led past the last block with kept tokens
   block_weights(chosen);
   for (int64_t j = 0; j < count; ++j) {
     if (weights[j] <= 0) continue;

@@ -1,5 +1,5 @@
-// Passes over a row of logits: selection above a floor, and weights with their sum. fp32; `weights` adds a block of n
-// in fp32 lanes. x and w have room for whole vectors, and x is -inf beyond n.
+// The sampling kernels at one instruction-set level. All arithmetic is fp32; `weights` sums a block of n elements in
+// fp32 lanes. x and w must have room for whole vectors, and x must be -inf beyond n.
 #include "rows/sampling_kernels.h"
 
 #include <math.h>

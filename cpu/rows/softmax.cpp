@@ -1,9 +1,10 @@
-// Softmax, logsumexp, cross-entropy with its gradient, and argmax, of rows over a vocabulary of any size. One row is
-// one piece of work. A NaN makes its row NaN; a row of nothing but -inf has logsumexp -inf and softmax NaN.
+// The C entry points of softmax, logsumexp, cross-entropy with its gradient, and argmax, on rows of any length. A
+// thread takes one row at a time. A NaN makes its row NaN; a row whose elements are all -inf has logsumexp -inf and
+// softmax NaN.
 //
 //   loss = logsumexp(x) - x[target];   dx = (exp(x - logsumexp(x)) - onehot(target)) * dloss
 //
-// A negative target marks a row that does not count: its loss and its gradient are 0.
+// A negative target marks a row to ignore: its loss and its gradient are 0.
 #include "rows/softmax_kernels.h"
 
 #include <cmath>
@@ -102,7 +103,8 @@ int mlxeff_cross_entropy_backward(const void* x, int64_t ldx, int x_dtype, const
       memset(gradient, 0, size_t(n) * dtype_size(dx_dtype));
       return;
     }
-    // expm1, since p - 1 cancels when the target is almost certain; read before dx, which may be x, is written.
+    // The target's gradient is p - 1, which expm1 computes without cancellation when p is close to 1. x is read here,
+    // before dx is written, because dx may be x.
     const float at_target = std::expm1(element(source, x_dtype, target) - lse[row]) * dloss[row];
     kernels.exponentials(source, x_dtype, gradient, dx_dtype, n, lse[row], dloss[row]);
     if (dx_dtype == MLXEFF_F32) static_cast<float*>(gradient)[target] = at_target;

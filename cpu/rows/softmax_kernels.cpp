@@ -1,8 +1,10 @@
-// Softmax pieces over long rows: fp32 arithmetic whatever the dtype, rounded once when stored.
+// The softmax kernels at one instruction-set level. Arithmetic is fp32 for every dtype, and results are rounded once
+// when they are stored.
 //
-// `statistics` walks the row in blocks that fit the L1 cache: the maximum of a block, then the sum of exp(x - maximum
-// so far) of the block, after the earlier sum has been rescaled. So the row is read from memory once. Each lane adds n
-// / VL terms within a block, blocks are added in fp64: the relative error of the sum is below 1e-6 for any n.
+// `statistics` processes the row in blocks that fit the L1 cache, so that the row is read from memory once. For each
+// block it finds the maximum, rescales the earlier sum to the new running maximum, and adds the sum of exp(x - maximum)
+// of the block. Within a block the lanes are summed in fp32, and the sums of the blocks are added in fp64, so the
+// relative error of the sum is below 1e-6 for any n.
 #include "rows/softmax_kernels.h"
 
 #include <math.h>
@@ -76,7 +78,7 @@ static void exponentials(const void* x, int dtype, void* y, int y_dtype, int64_t
 
 static int64_t argmax(const void* x, int dtype, int64_t n) {
   float buffer[block], peak = -INFINITY;
-  int64_t best = 0;  // a row of -inf has its maximum at 0
+  int64_t best = 0;  // the result for a row whose elements are all -inf
   for (int64_t begin = 0; begin < n; begin += block) {
     const int64_t count = min_of(block, n - begin);
     const float* const values = floats(x, dtype, begin, count, buffer);

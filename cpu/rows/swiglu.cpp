@@ -1,5 +1,5 @@
-// SiLU, SwiGLU and their gradients on matrices of `rows` rows of n elements: checks and threading. A row wider than a
-// piece is cut, so that a single row uses all threads too.
+// The C entry points of SiLU, SwiGLU and their gradients on matrices of `rows` rows of n elements: argument checks and
+// threading. Long rows are split into pieces, so that even a single row uses all threads.
 #include "rows/swiglu_kernels.h"
 
 #include <type_traits>
@@ -9,9 +9,9 @@
 namespace mlxeff {
 namespace {
 
-constexpr int64_t piece = 8192;  // elements: about the time it takes to wake a thread
+constexpr int64_t piece = 8192;  // in elements: work for about the time that waking a thread takes
 
-// body(row, first column, columns) over all rows, in pieces.
+// Calls body(row, first column, number of columns) for the pieces of all rows.
 template <class Body>
 void for_pieces(int64_t rows, int64_t n, Body body) {
   const int64_t cuts = ceil_div(n, piece), columns = round_up(ceil_div(n, cuts), 64),

@@ -1,8 +1,10 @@
-// SiLU and SwiGLU with gradients, g = gate, u = up, s = 1 / (1 + exp(-g)):
+// The kernels of SiLU and SwiGLU and of their gradients, at one instruction-set level. With g = gate, u = up and s = 1
+// / (1 + exp(-g)):
 //
 //   y = g s u,   dg = dy u s (1 + g (1 - s)),   du = dy g s
 //
-// fp32 arithmetic, rounded once. exp is within 2 ulp (simd_math.h); very negative g gives -0, NaN gives NaN.
+// Arithmetic is fp32, and results are rounded once. The error of exp is below 2 ulp (simd_math.h). A very negative g
+// gives -0, and NaN gives NaN.
 #include "rows/swiglu_kernels.h"
 
 #include "base/simd_math.h"
@@ -35,7 +37,7 @@ static void backward_of(const T* gate, const T* up, const T* dy, T* dgate, T* du
   for (int64_t j = 0; j < n; j += VL) {
     const vf g = load_some(gate + j, n - j), d = load_some(dy + j, n - j), s = sigmoid(g);
     const vf u = up ? load_some(up + j, n - j) : broadcast(1.0f);
-    // g (1 - s) tends to 0 for large |g|, but 0 * inf would be NaN.
+    // Clamping g avoids the NaN that 0 * inf gives for an infinite g; g (1 - s) tends to 0 for large g.
     store_some(dgate + j, d * u * s * (1.0f + clamp(g, -1e30f, 1e30f) * (1.0f - s)), n - j);
     if (dup) store_some(dup + j, d * g * s, n - j);
   }

@@ -1,13 +1,15 @@
-// The kernels of SiLU and SwiGLU. Each call runs on one thread over n contiguous elements.
+// The table of SiLU and SwiGLU kernels. Each call processes n contiguous elements on one thread.
 #pragma once
 #include "base/isa.h"
 
 namespace mlxeff {
 
 struct SwigluKernels {
-  // y = silu(gate) * up; with up null, y = silu(gate). All of one dtype; y may be gate or up.
+  // Computes y = silu(gate) * up, or y = silu(gate) if `up` is null. All arrays have the same dtype; y may be gate or
+  // up.
   void (*forward)(const void* gate, const void* up, void* y, int64_t n, int dtype);
-  // dgate, dup from dy; with up null, dgate only. All of one dtype; gradients may overwrite dy, gate or up.
+  // Computes dgate and dup from dy, or only dgate if `up` is null. All arrays have the same dtype; the gradients may
+  // overwrite dy, gate or up.
   void (*backward)(const void* gate, const void* up, const void* dy, void* dgate, void* dup, int64_t n, int dtype);
 };
 MLXEFF_DECLARE_FAMILY(SwigluKernels, swiglu_kernels)

@@ -1,14 +1,16 @@
-// SeedLM products with few rows of x in fp32: a row of W at a time, VL of its blocks in the lanes; the lanes of the
-// sums are added at the row's end. x is stored as [chunk of VL blocks][column of the block][lane], zeros beyond K.
+// SeedLM products with few rows of x in fp32. They process one row of W at a time, with VL of its blocks in the lanes,
+// and add up the lanes of the sums at the end of the row. x is stored as [chunk of VL blocks][column of the
+// block][lane], with zeros beyond K.
 //
-//   one row    y = sum over blocks of 2^e / 32767 * sum over p of q[p] * (sum over c of x[c] * (V[c][p] - 32768)): no
-//   weight is formed. The
-//              columns of a chunk are followed by P vectors of -centre * sum of x[c], from which the sums over c start.
-//              These add products of x and numbers up to 5 where the result has -1/2 to 1/2, so they round several
-//              times as much.
-//   more rows  weights are decoded to exact fp32 and used for all rows of x while in registers.
+// One row of x: y = sum over blocks of 2^e / 32767 * sum over p of q[p] * (sum over c of x[c] * (V[c][p] - 32768)),
+// computed without forming a weight. In the stored x, the columns of a chunk are followed by P vectors of -centre * sum
+// of x[c] (see seedlm_decode.h), which are the initial values of the sums over c. The sums add products of x and
+// factors up to 5, although the effective factors lie between -1/2 and 1/2, so their rounding error is several times
+// larger than that of a product with decoded weights.
 //
-// To be included by per-level sources only.
+// More rows: weights are decoded to exact fp32 and multiplied with all rows of x while they are in registers.
+//
+// Only sources that are compiled per level may include this file.
 #pragma once
 #include "products/product_output.h"
 #include "seedlm/seedlm_decode.h"
@@ -17,15 +19,16 @@
 namespace mlxeff {
 namespace MLXEFF_ISA {
 
-// Windows that share a shift in the product with one row: fewer shifts against smaller numbers.
+// The number of windows that share one shift in the product with one row of x. More windows need fewer shifts but give
+// larger factors, and hence more rounding error.
 template <int P>
 constexpr int shared_shift = P == 3 ? 3 : 2;
 
-// Vectors that a chunk of VL blocks takes in x.
+// The number of vectors that a chunk of VL blocks occupies in the stored x.
 MLXEFF_INLINE int64_t chunk_vectors(const SeedArgs& args) { return args.w.columns + (args.M == 1 ? args.w.states : 0); }
 MLXEFF_INLINE int64_t chunks_a_row(const SeedArgs& args) { return ceil_div(seed_row_blocks(args.w).used, VL); }
 
-// Calls body(chunk, its columns of x [C][VL]) for the chunks of one row of x.
+// Calls body(chunk, columns) for each chunk of one row of x; `columns` holds the chunk's part of x as [C][VL].
 template <class Body>
 MLXEFF_INLINE void each_chunk(const SeedArgs& args, const void* x, Body body) {
   const int C = args.w.columns;

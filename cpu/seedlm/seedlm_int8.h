@@ -1,17 +1,17 @@
-// SeedLM products with few rows of x in mode INT8, on CPUs with AVX-512 VBMI: a row of W at a time, 16 of its blocks in
-// the lanes.
+// SeedLM products with few rows of x in the mode INT8, for CPUs with AVX-512 VBMI. They process one row of W at a time,
+// with 16 of its blocks in the lanes:
 //
-//   y = sum over blocks of 2^e / 32767 * s * sum over p of q[p] * (sum over c of X[c] * (256 * v[c][p] + 127.5 -
-//   32768))
+//   y = sum over blocks of 2^e / 32767 * s * sum over p of q[p] * T[p]
+//   T[p] = sum over c of X[c] * (256 * v[c][p] + 127.5 - 32768)
 //
-// X = x / s rounded to int8, |X| <= 127, one scale s for each block of x; v is the leading byte of the state V. One
-// instruction (vpmultishiftqb) cuts four columns' v out of the stream of each block, another (vpdpbusd) multiplies them
-// by X and adds them to the block's sum: no weight is formed, and nothing is converted but the sums. x is stored as
-// chunks of 16 blocks:
+// X is x / s rounded to int8, |X| <= 127, with one scale s for each block of x; v is the leading byte of the state V.
+// The instruction vpmultishiftqb extracts the v of four columns from the stream of each block, and vpdpbusd multiplies
+// them by X and adds the products to the block's sum. No weight is formed, and only the sums are converted to float. x
+// is stored in chunks of 16 blocks:
 //
-//   int8 X [C / 4][block][4 columns], int32 sums to start from [block], float s [block]
+//   int8 X [C / 4][block][4 columns], int32 initial values of the sums [block], float s [block]
 //
-// To be included by per-level sources only.
+// Only sources that are compiled per level may include this file.
 #pragma once
 #include "seedlm/seedlm_few.h"
 
@@ -24,7 +24,7 @@ namespace MLXEFF_ISA {
 MLXEFF_INLINE int64_t int8_chunk_bytes(const SeedArgs& args) { return args.w.columns * VL + 8 * VL; }
 
 MLXEFF_INLINE vi
-round_to_int(vf v) {  // |v| < 2^22, to nearest: adding 1.5 * 2^23 leaves the integer in the low bits of the sum
+round_to_int(vf v) {  // rounds |v| < 2^22 to nearest: adding 1.5 * 2^23 leaves the integer in the low bits of the sum
   const vf magic = broadcast(0x1.8p23f);
   return (vi)(v + magic) - (vi)magic;
 }
@@ -35,7 +35,7 @@ static void prepare_int8(const SeedArgs& args, const void* x, char* out) {
     char* const chunk = out + i * int8_chunk_bytes(args);
     vf largest = zero();
     for (int c = 0; c < C; ++c) largest = max(largest, abs(load(columns + c * VL)));
-    const vf inverse = largest > 1e-35f ? 127.0f / largest : zero();  // below, it might be infinite
+    const vf inverse = largest > 1e-35f ? 127.0f / largest : zero();  // smaller values could make the inverse infinite
     vi total = {};
     for (int c = 0; c < C; c += 4) {
       vi four = {};
@@ -52,8 +52,8 @@ static void prepare_int8(const SeedArgs& args, const void* x, char* out) {
   });
 }
 
-// For vpmultishiftqb: the places of the leading bytes of window p, columns 4 * quarter on, in the streams of two
-// blocks.
+// The bit positions for vpmultishiftqb: where the leading bytes of window p lie in the streams of two blocks, for four
+// columns from column 4 * quarter on.
 template <int P>
 MLXEFF_INLINE __m512i byte_places(int p, int quarter) {
   uint64_t places = 0;

@@ -18,13 +18,13 @@ namespace MLXEFF_ISA {
 namespace {
 
 constexpr int64_t segment = 65536 / VL;  // steps per lane; the last step of the last lane repeats the first seed
-constexpr int chunk = 32;                // steps
+constexpr int chunk = 32;                // in steps
 constexpr int64_t chunks = segment / chunk;
-constexpr int tile = 32;  // in blocks
-constexpr float slack = 6e-4f;
-constexpr float excluded =
-    most_condition *
-    1.05f;  // condition at which seeds are skipped: the margin ensures that evaluation would reject them too
+constexpr int tile = 32;        // in blocks
+constexpr float slack = 6e-4f;  // error bound of an energy, relative to |w|^2
+// The scan skips seeds whose condition trace(G) * trace(G^-1) exceeds this. The margin of 5 % covers the rounding of
+// the scan, so that it never skips a seed that evaluation would accept.
+constexpr float excluded = most_condition * 1.05f;
 
 template <int P>
 constexpr int entries = P * (P + 1) / 2;
@@ -166,8 +166,8 @@ void choose_seed(const SearchTables& tables, const float* largest, BlockSearch& 
 }
 
 // Loads and scales a block, and returns whether it has to be searched. A block stays zero if all its weights are
-// smaller than the smallest coefficient step or exceed the largest step by a factor of 2^24. *finite is set to false if
-// a weight is NaN or infinite.
+// smaller than the smallest coefficient step, or if its largest weight is more than 2^24 times the largest step.
+// *finite is set to false if a weight is NaN or infinite.
 bool load_block(const SearchArgs& args, int64_t index, BlockSearch& block, bool* finite) {
   const SearchTables& tables = *args.tables;
   const int64_t first = index % args.blocks_a_row * tables.columns;

@@ -1,11 +1,12 @@
 // The search for the best seed of a block: its tables, its state, and the table of kernels of one instruction-set level
 // that scan all seeds.
 //
-// Let u[n] = (U[n], U[n + P], …) for each of the 65,535 positions n of the shift register's cycle. The columns of the
-// matrix of the seed at position n are u[n], …, u[n + P - 1], so each inner product d[n] = u[n] . (h w) serves P seeds.
-// Let b = (d[n], …, d[n + P - 1]), and let G[n] be the Gram matrix of the seed's columns under the metric h. No
-// coefficients give seed n an error below the bound |w|^2 - b^T G[n]^-1 b, where |w|^2 is the norm under h. Only the
-// few seeds per block whose bound is below the best error so far are evaluated with quantised coefficients.
+// Let U[n] be the state at position n of the shift register's cycle of 65,535 states, scaled to [-1, 1], and let u[n] =
+// (U[n], U[n + P], …) with one element for each column of the block. The columns of the matrix of the seed at position
+// n are u[n], …, u[n + P - 1], so each inner product d[n] = u[n] . (h w) serves P seeds. Let b = (d[n], …, d[n + P -
+// 1]), and let G[n] be the Gram matrix of the seed's columns under the metric h. No coefficients give seed n an error
+// below the bound |w|^2 - b^T G[n]^-1 b, where |w|^2 is the squared norm under h. Only the few seeds per block whose
+// bound is below the best error so far are evaluated with quantised coefficients.
 //
 // Vector lane l scans the seeds [l * segment, (l + 1) * segment) of the cycle, so that all reads are aligned and each d
 // is computed once.
