@@ -24,11 +24,17 @@ class MlxeffError(ValueError):
         super().__init__(one_line(str(message), self.longest))
 
 
+# What Python makes of bytes of a file name that are not UTF-8: they stay, so that the name can still be told.
+FILE_NAME_BYTES = frozenset(map(chr, range(0xDC80, 0xDD00)))
+
+
 def one_line(text: str, limit: int = 300) -> str:
     """`text` on one line of at most `limit` characters that can be printed: of a longer one the beginning and the end
     are kept."""
     line = " ".join(text.split()) if len(text.splitlines()) > 1 else text
-    line = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in line)
+    line = "".join(
+        letter if letter.isprintable() or letter in FILE_NAME_BYTES else repr(letter)[1:-1] for letter in line
+    )
     return line if len(line) <= limit else f"{line[: limit * 3 // 5]}…{line[-(limit * 2 // 5 - 1) :]}"
 
 
