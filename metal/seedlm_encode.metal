@@ -459,9 +459,9 @@ inline void write_block(thread const Best<P>& best, int base, int bias, uint blo
 // Searches one block with one simdgroup and writes its best encoding. `maxima` is the result of `scan`. A block becomes
 // zeros where no exponent from `base` to `base` + 15 can be used for it.
 template <int C, int P, typename Words, typename States, typename Table, typename Scaled, typename Metric>
-inline void choose(Words words, States states, Table table, Scaled scaled, Metric metric, int base, int bias, bool refine,
-                   const device float* maxima, uint block, uint lane, threadgroup uint* pending, device uint16_t* seeds,
-                   device int8_t* coefficients, device uint8_t* codes, device float* decoded) {
+inline void choose(Words words, States states, Table table, Scaled scaled, Metric metric, int base, int bias,
+                   bool refine, const device float* maxima, uint block, uint lane, threadgroup uint* pending,
+                   device uint16_t* seeds, device int8_t* coefficients, device uint8_t* codes, device float* decoded) {
   Search<C, P, Words, States, Table> search;
   search.words = words, search.states = states, search.table = table;
   search.pending = pending, search.lane = lane, search.count = 0;
