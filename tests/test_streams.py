@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from mlxeff import MlxeffError
+from mlxeff.cli.streams import interruptible
 from mlxeff.models.rope import make_rope
 from mlxeff.names import expand, json_text, readable_by_mlx
 from test_cli import COMMAND, document, environment, fails, generate, mlxeff
@@ -237,6 +238,19 @@ def test_ctrl_c_while_it_starts(tiny_folder, seconds):
     _, err = process.communicate(timeout=60)
     assert process.returncode in (130, -signal.SIGINT, 0), err
     assert b"Traceback" not in err
+
+
+def test_ctrl_c_in_a_destructor(capfd):
+    """Python drops an exception there, and `sys.unraisablehook` is all that hears of it."""
+
+    class Interrupted:
+        def __del__(self):
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt), interruptible():
+        Interrupted()
+        time.sleep(20)
+    assert capfd.readouterr().err == ""
 
 
 def wait_for_main(process):

@@ -2,10 +2,12 @@
 in one line what any exception means.
 """
 
+import _thread
 import contextlib
 import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from typing import TextIO
 
@@ -122,12 +124,20 @@ def _open_nothing(number: int) -> TextIO:
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
     """Inside the block Ctrl-C raises KeyboardInterrupt, unless the caller has chosen that it does something else. An
-    error that follows from one, such as an ImportError of a library that was interrupted, becomes one again."""
+    error that follows from one, such as an ImportError of a library that was interrupted, becomes one again. Where
+    Python drops every exception, such as in a destructor or while a module's lock is released, it is raised later."""
     before, happened = signal.getsignal(signal.SIGINT), []
+    report = sys.unraisablehook
 
     def interrupt(*_: object) -> None:
         happened.append(True)
         raise KeyboardInterrupt
+
+    def dropped(what: "sys.UnraisableHookArgs") -> None:
+        if what.exc_type is KeyboardInterrupt:  # a thread of its own: raised in here, it would be dropped again
+            threading.Timer(0.01, _thread.interrupt_main).start()
+        else:
+            report(what)
 
     try:
         if before in (signal.SIG_DFL, signal.default_int_handler):
@@ -135,12 +145,14 @@ def interruptible() -> Iterator[None]:
     except ValueError:  # not the main thread
         before = None
     try:
+        sys.unraisablehook = dropped
         yield
     except Exception as error:
         if happened and not isinstance(error, (MlxeffError, OSError)):
             raise KeyboardInterrupt from error
         raise
     finally:
+        sys.unraisablehook = report
         if before in (signal.SIG_DFL, signal.default_int_handler):
             signal.signal(signal.SIGINT, before)
 
