@@ -4,7 +4,8 @@ blocks stay quantised where MLX has the same form; others are read as dense weig
 import mlx.core as mx
 
 from ..checkpoint import Source
-from ..models.gguf import Parameter, config_from_gguf, parameters
+from ..errors import MlxeffError
+from ..models.gguf import FAMILIES, Parameter, config_from_gguf, parameters
 from ..tokenizer.gguf import end_ids
 from .plan import Family, Spec, Weight
 
@@ -16,6 +17,10 @@ def recognises(source: Source) -> bool:
 
 def read(source: Source) -> Family:
     """The config and the weights of a GGUF file. Raises MlxeffError for a model that `models.gguf` does not know."""
+    architecture, experts = source.metadata.get("general.architecture"), source.metadata.get("llama.expert_count")
+    if architecture not in FAMILIES or experts:
+        got = f"{architecture!r:.40}{' with experts' if experts else ''}"
+        raise MlxeffError(f"{source.path.name}: convert: wanted one of {', '.join(FAMILIES)}, got {got}")
     config = config_from_gguf(source)
     if "tokenizer.ggml.tokens" in source.metadata:  # the vocabulary may have end tokens that no other entry names
         ends = end_ids(source.metadata, str(source.path))

@@ -247,9 +247,13 @@ def test_ctrl_c_in_a_destructor(capfd):
         def __del__(self):
             signal.raise_signal(signal.SIGINT)
 
-    with pytest.raises(KeyboardInterrupt), interruptible():
-        Interrupted()
-        time.sleep(20)
+    def run():
+        with interruptible():
+            Interrupted()
+            time.sleep(20)
+
+    with pytest.raises(KeyboardInterrupt):
+        run()
     assert capfd.readouterr().err == ""
 
 

@@ -140,13 +140,26 @@ def _model(
             total = sum(value.nbytes for _, value in tree_flatten(model.parameters()))
             _require_memory(path, total - (mx.get_active_memory() - before))
         return model, config
-    from ..models.adapter import load_adapter
+    from ..models.adapter import AdapterModel, load_adapter
 
     notices.info("%s: architecture %r is not one of ours: plain decoding through mlx-lm", path, kind)
+    if source.config is None:
+        return AdapterModel(_foreign_gguf(source, config), config), config
     foreign = [technique for technique in stored_in(config) if technique.in_foreign_models]
     prepare = functools.partial(_install, foreign, config=config, tensors=source.tensors) if foreign else None
     model = load_adapter(_folder(path), kind, overrides, lazy, trust_remote_code, prepare)
     return model, model.config
+
+
+def _foreign_gguf(source: Source, config: dict) -> nn.Module:
+    """mlx-lm's model with the weights of a GGUF file."""
+    from ..models.gguf_foreign import build
+
+    with memory.explained(str(source.path)):
+        model, weights = build(source, config)
+        fill(model, weights, str(source.path), native=False)
+    settle_random_state()
+    return model
 
 
 def _require_memory(path: Path, need: int) -> None:
@@ -207,12 +220,12 @@ def build_model(config: dict, tensors: Collection[str] | None = None) -> nn.Modu
     return model.eval()
 
 
-def fill(model: nn.Module, weights: dict[str, mx.array], origin: str) -> None:
+def fill(model: nn.Module, weights: dict[str, mx.array], origin: str, native: bool | None = None) -> None:
     """Set the parameters of `model` to `weights`, whose names and shapes have to be exactly those of the parameters.
 
     Unless the native kernels are chosen, float arrays are converted to the type that MLX should compute in
-    (`kernels.arithmetic_dtype`). `origin` names the checkpoint in errors. Raises MlxeffError for missing and unknown
-    tensors and for wrong shapes and types.
+    (`kernels.arithmetic_dtype`). `native` says whether they are; None: as for a new model. `origin` names the
+    checkpoint in errors. Raises MlxeffError for missing and unknown tensors and for wrong shapes and types.
     """
     own = dict(tree_flatten(model.parameters()))
     if missing := sorted(set(own) - set(weights)):
@@ -230,7 +243,7 @@ def fill(model: nn.Module, weights: dict[str, mx.array], origin: str) -> None:
         if scales in weights and weights[scales].dtype != weights[name].dtype:
             wider = mx.result_type(weights[scales], weights[name])
             weights |= {each: weights[each].astype(wider) for each in (scales, name)}
-    if not native_for():  # the native kernels read weights of any type
+    if not (native_for() if native is None else native):  # the native kernels read weights of any type
         dtype = _arithmetic_dtype(weights, any(name.endswith(".scales") for name in weights))
         weights = {name: value.astype(dtype) if _is_float(value) else value for name, value in weights.items()}
     model.update(tree_unflatten(list(weights.items())))
@@ -256,7 +269,7 @@ def _config(source: Source) -> dict:
         return source.config
     if not source.metadata.get("general.architecture"):
         raise MlxeffError(f"{source.path}: wanted a model folder or a GGUF file, got weights without config.json")
-    from ..models.gguf import config_from_gguf
+    from ..models.gguf_foreign import config_from_gguf
 
     return config_from_gguf(source)
 

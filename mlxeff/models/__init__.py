@@ -5,6 +5,7 @@ parts           how a model describes itself: its modules by the role that they 
 plain, native   two executors: operator by operator, or a whole forward pass as one native CPU call
 config, rope    reading config.json, and the rotary embedding that it describes
 gguf            GGUF's names and keys → those of the Llama family
+gguf_foreign    the same for the architectures that only mlx-lm computes; `gguf_architectures` is their table
 adapter         models of other families, built by mlx-lm
 
 The attribute `seams` of a model names the places where a technique can plug in:

@@ -8,6 +8,7 @@ Importing mlx-lm also imports `transformers`, which is slow, so it happens insid
 import contextlib
 import inspect
 import json
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -194,12 +195,30 @@ def load_adapter(
         model, config = load_model(folder, lazy=lazy, model_config=overrides, **options)
     except MlxeffError:
         raise
-    except Exception as error:  # mlx-lm raises whatever its model classes raise
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise MlxeffError(
-            f"{folder}: unsupported architecture {kind!r}: not one of ours, and mlx-lm says: {reason}"
-        ) from error
+    except (Exception, SystemExit) as error:  # mlx-lm raises whatever its model classes raise
+        raise _unsupported(str(folder), kind, error) from error
     return AdapterModel(model, config)
+
+
+def build_foreign(config: dict, origin: str) -> nn.Module:
+    """mlx-lm's model of a config, with random weights that are not evaluated. `origin` names the checkpoint in errors.
+    Raises MlxeffError where mlx-lm has no such model."""
+    with _keep_file_limit():
+        from mlx_lm.utils import _get_classes
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            model_class, arguments_class = _get_classes(config)
+        return model_class(arguments_class.from_dict(config)).eval()
+    except (Exception, SystemExit) as error:
+        raise _unsupported(origin, config["model_type"], error) from error
+
+
+def _unsupported(origin: str, kind: str, error: BaseException) -> MlxeffError:
+    """The error to raise where mlx-lm does not build the model; some of its modules end the process instead of raising
+    where a library is missing."""
+    said = "a library is missing" if isinstance(error, SystemExit) else str(error)
+    reason = said.splitlines()[0] if said else type(error).__name__
+    return MlxeffError(f"{origin}: unsupported architecture {kind!r}: not one of ours, and mlx-lm says: {reason}")
 
 
 def _prepared(prepare: Callable[[nn.Module], object]) -> Callable[[dict], tuple]:

@@ -15,7 +15,8 @@ import numpy as np
 
 from ..checkpoint import Source, Tensor
 from ..errors import MlxeffError, notices, some
-from .config import LARGEST, fits
+from .config import fits
+from .gguf_keys import Keys
 
 FAMILIES = ("llama", "qwen2", "qwen3")  # values of general.architecture
 # GGUF's names → Hugging Face's, of the modules outside and inside of the layers.
@@ -33,11 +34,6 @@ LAYER = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-# Beginnings of keys that concern the file, the tokenizer or how the file was made.
-NOT_THE_MODEL = ("general.", "tokenizer.", "split.", "quantize.", "imatrix.", "GGUF.")
-# Keys of the model that change nothing: what is known from the tensors, or a remark.
-NEUTRAL_KEYS = {"vocab_size", "tensor_data_layout", "rope.scaling.finetuned", "expert_used_count"}
-NEUTRAL_KEYS |= {"rope.scaling.original_context_length"}  # without YaRN
 ROPE_MAGNITUDES = ("rope.scaling.attn_factor", "rope.scaling.yarn_attn_factor", "rope.scaling.yarn_ext_factor")
 YARN_TURNS = {"beta_fast": 32.0, "beta_slow": 1.0}  # YaRN's limits, with the values where a file has none
 FREQUENCIES = "rope_freqs.weight"  # tensor (head size / 2): divisors of the rotary frequencies (Llama 3.1 and later)
@@ -51,7 +47,7 @@ class Parameter:
 
     name: str
     tensor: Tensor
-    rows: mx.array | None  # order of the tensor's rows in the parameter, see `_rows`; None: as stored
+    rows: mx.array | None  # order of the tensor's rows in the parameter, see `interleaved_rows`; None: as stored
 
     @property
     def module(self) -> str:
@@ -78,7 +74,7 @@ class Parameter:
 def config_from_gguf(source: Source) -> dict:
     """The dict of a config.json for the model in a GGUF file: Hugging Face's keys, and mlx-lm's `quantization`. Raises
     MlxeffError for missing or invalid keys, and for architectures and variants that are not supported."""
-    keys = _Keys(source)
+    keys = Keys(source)
     _refuse_variants(keys)
     hidden, heads = keys.integer("embedding_length"), keys.integer("attention.head_count")
     groups = keys.integer("attention.head_count_kv", heads)
@@ -98,7 +94,7 @@ def config_from_gguf(source: Source) -> dict:
         "vocab_size": names["token_embd.weight"].shape[0],
         "max_position_embeddings": keys.integer("context_length"),
         "rope_theta": keys.number("rope.freq_base", 10000.0),
-        "rope_scaling": _rope_scaling(keys, head_dim),
+        "rope_scaling": rope_scaling(keys, head_dim),
         "tie_word_embeddings": "output.weight" not in names,
         "attention_bias": keys.architecture != "qwen2" and "blk.0.attn_q.bias" in names,
         "hidden_act": "silu",
@@ -109,12 +105,12 @@ def config_from_gguf(source: Source) -> dict:
         if type(token := source.metadata.get(f"tokenizer.ggml.{name}")) is int:
             config[name] = token
     keys.say_unused()
-    return config | _quantization(parameters(source, heads, groups))
+    return config | quantization(parameters(source, heads, groups))
 
 
 def weights_from_gguf(source: Source) -> dict[str, mx.array]:
     """All parameters by their Hugging Face names. Quantised modules have ".weight" (uint32), ".scales", ".biases"."""
-    keys, weights = _Keys(source), {}
+    keys, weights = Keys(source), {}
     heads = keys.integer("attention.head_count")
     for parameter in parameters(source, heads, keys.integer("attention.head_count_kv", heads)):
         weights.update(parameter.read_packed() if parameter.packed else {parameter.name: parameter.read()})
@@ -124,7 +120,7 @@ def weights_from_gguf(source: Source) -> dict[str, mx.array]:
 def parameters(source: Source, heads: int, groups: int) -> list[Parameter]:
     """The parameter for each tensor of the file, except the rotary frequencies. `heads` and `groups` are the numbers of
     query and KV heads. Raises MlxeffError for tensors that the family does not have."""
-    permuted = {"attn_q": heads, "attn_k": groups} if _Keys(source).architecture == "llama" else {}
+    permuted = {"attn_q": heads, "attn_k": groups} if Keys(source).architecture == "llama" else {}
     result, unknown = [], []
     for name, tensor in source.tensors.items():
         if name == FREQUENCIES:
@@ -137,62 +133,14 @@ def parameters(source: Source, heads: int, groups: int) -> list[Parameter]:
             unknown.append(name)
             continue
         prefix = f"model.layers.{int(layer[1])}." if layer else ""
-        rows = _rows(source, tensor, permuted[part]) if layer and part in permuted else None
+        rows = interleaved_rows(tensor, permuted[part]) if layer and part in permuted else None
         result.append(Parameter(f"{prefix}{module}.{kind}", tensor, rows))
     if unknown:
-        raise MlxeffError(f"{source.path.name}: {len(unknown)} unknown tensors: {', '.join(unknown[:4])}")
+        raise MlxeffError(f"{source.path.name}: {len(unknown)} unknown tensors: {some(unknown)}")
     return result
 
 
-class _Keys:
-    """Typed access to the metadata keys that begin with the name of the architecture, as in "llama.block_count"."""
-
-    def __init__(self, source: Source):
-        self.origin, self.metadata, self.tensors = source.path.name, source.metadata, source.tensors
-        self.used: set[str] = set()  # keys that were asked for
-        self.architecture = self.metadata.get("general.architecture")
-        if not isinstance(self.architecture, str) or self.architecture not in FAMILIES:
-            raise MlxeffError(
-                f"{self.origin}: architecture: wanted one of {', '.join(FAMILIES)}, got {self.architecture!r}"
-            )
-
-    def get(self, key: str, default: object = None) -> object:
-        """The value of "ARCHITECTURE.key"."""
-        self.used.add(f"{self.architecture}.{key}")
-        return self.metadata.get(f"{self.architecture}.{key}", default)
-
-    def integer(self, key: str, default: int | None = None) -> int:
-        """A positive integer, also from a list with one number for each layer, if all are equal. Raises MlxeffError."""
-        value = self.get(key, default)
-        if isinstance(value, np.ndarray) and value.size and (value == value[0]).all():
-            value = int(value[0])
-        if type(value) is not int or not 1 <= value <= LARGEST:
-            raise MlxeffError(
-                f"{self.origin}: {self.architecture}.{key}: wanted one positive number, got {value!r:.60}"
-            )
-        return value
-
-    def number(self, key: str, default: float | None = None) -> float:
-        """A positive float, as the shortest decimal of its float32: 1e-05 rather than 9.9999997e-06. Raises
-        MlxeffError."""
-        value = self.get(key, default)
-        if not fits(value, float) or value <= 0:
-            raise MlxeffError(f"{self.origin}: {self.architecture}.{key}: wanted a positive number, got {value!r:.60}")
-        return float(str(np.float32(value)))
-
-    def say_unused(self) -> None:
-        """A notice that names the keys of the model that nothing asked for, and those of no known kind."""
-        own = f"{self.architecture}."
-        unknown = [
-            key
-            for key in self.metadata
-            if key not in self.used and not key.startswith(NOT_THE_MODEL) and key.removeprefix(own) not in NEUTRAL_KEYS
-        ]
-        if unknown:
-            notices.warning("%s: metadata that is not used: %s", self.origin, some(unknown))
-
-
-def _refuse_variants(keys: _Keys) -> None:
+def _refuse_variants(keys: Keys) -> None:
     """Raises MlxeffError for keys that announce something that the dense decoder does not have; a notice says that a
     sliding window is ignored."""
     if type(experts := keys.get("expert_count", 0)) is not int or experts:
@@ -206,14 +154,10 @@ def _refuse_variants(keys: _Keys) -> None:
         notices.warning(f"{keys.origin}: sliding window of {window} tokens is not used: attention is full")
 
 
-def _check_sizes(keys: _Keys, queries: int, hidden: int) -> None:
+def _check_sizes(keys: Keys, queries: int, hidden: int) -> None:
     """Raises MlxeffError where the sizes in the metadata are not those of the tensors, before a model of these sizes is
     built. `queries` is the number of rows of the query projection, `hidden` the hidden size."""
-    layers = {name.split(".")[1] for name in keys.tensors if name.startswith("blk.")}
-    if len(layers) != keys.integer("block_count"):
-        raise MlxeffError(
-            f"{keys.origin}: block_count: wanted {keys.get('block_count')} layers, got tensors of {len(layers)}"
-        )
+    keys.layers()
     inner = keys.integer("feed_forward_length")
     shapes = {"token_embd": (None, hidden), "blk.0.attn_q": (queries, hidden), "blk.0.ffn_down": (hidden, inner)}
     for name, (rows, columns) in shapes.items():
@@ -225,7 +169,7 @@ def _check_sizes(keys: _Keys, queries: int, hidden: int) -> None:
             raise MlxeffError(f"{keys.origin}: tensor {tensor.name!r}: wanted shape {wanted}, got {tensor.shape}")
 
 
-def _rope_scaling(keys: _Keys, head_dim: int) -> dict | None:
+def rope_scaling(keys: Keys, head_dim: int) -> dict | None:
     """The config entry `rope_scaling`. Raises MlxeffError for a rule that is not supported."""
     rule, factor = str(keys.get("rope.scaling.type", "linear")), _rope_factor(keys)
     if rule == "none":
@@ -247,7 +191,7 @@ def _rope_scaling(keys: _Keys, head_dim: int) -> dict | None:
     return None if factor == 1.0 else scaling
 
 
-def _rope_factor(keys: _Keys) -> float:
+def _rope_factor(keys: Keys) -> float:
     """The factor of rope scaling, 1 where there is none. Files of 2023 have it under another key. llama.cpp takes 0 for
     no scaling."""
     said = {key: keys.get(key) for key in ("rope.scaling.factor", "rope.scale_linear")}
@@ -257,7 +201,7 @@ def _rope_factor(keys: _Keys) -> float:
     return 1.0
 
 
-def _llama3_rule(keys: _Keys, head_dim: int) -> dict | None:
+def _llama3_rule(keys: Keys, head_dim: int) -> dict | None:
     """The `rope_scaling` of type llama3 that gives the frequency divisors in the file; None where all are 1. Raises
     MlxeffError where no known entry gives them."""
     tensor = keys.tensors[FREQUENCIES]
@@ -278,16 +222,16 @@ def _llama3_rule(keys: _Keys, head_dim: int) -> dict | None:
     raise MlxeffError(f"{keys.origin}: {FREQUENCIES}: wanted the divisors of a llama3 rope_scaling, got others")
 
 
-def _rows(source: Source, tensor: Tensor, heads: int) -> mx.array:
+def interleaved_rows(tensor: Tensor, heads: int) -> mx.array:
     """The order of rows that undoes llama.cpp's permutation of a query or key projection: its rotary embedding pairs
     neighbouring dimensions, so its converter interleaves the two halves of each head's rows."""
     count = tensor.shape[0]
     if count % (2 * heads):
-        raise MlxeffError(f"{source.path.name}: tensor {tensor.name!r}: wanted rows for {heads} heads, got {count}")
+        raise MlxeffError(f"{tensor.origin.name}: tensor {tensor.name!r}: wanted rows for {heads} heads, got {count}")
     return mx.arange(count).reshape(heads, count // heads // 2, 2).swapaxes(1, 2).reshape(-1)
 
 
-def _quantization(all_parameters: list[Parameter]) -> dict:
+def quantization(all_parameters: list[Parameter]) -> dict:
     """mlx-lm's config entry `quantization` for these parameters: the most frequent number of bits is the default, and
     every matrix that differs has an entry of its own (false: not quantised)."""
     matrices = {p.module: p.tensor.bits if p.packed else None for p in all_parameters if len(p.tensor.shape) == 2}
