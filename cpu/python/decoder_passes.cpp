@@ -9,7 +9,7 @@ namespace mlxeff {
 namespace {
 
 using Arrays = std::vector<mx::array>;
-using Kinds = std::vector<const StoreKind*>;
+using Kinds = std::vector<GivenKind>;
 
 // The results that a pass computes: logits, or the attention inputs, keys and values of selected layers (see
 // LayerReading).

@@ -16,11 +16,11 @@ static void check_dense(const Named& given, const AttentionSizes& sizes, const S
     given.refuse("wanted room for " + std::to_string(span.end) + " tokens, got " + std::to_string(capacity));
 }
 
-static std::unique_ptr<KvStore> open_dense(mx::array* arrays, const Span&) {
+static std::unique_ptr<KvStore> open_dense(mx::array* arrays, const int64_t*, const Span&) {
   return std::make_unique<DenseKv>(arrays[0].data<void>(), arrays[1].data<void>(), arrays[0].shape(2),
                                    dtype_of(arrays[0]));
 }
 
-const StoreKind dense_kv_kind = {"dense", {"keys", "values"}, check_dense, open_dense};
+const StoreKind dense_kv_kind = {"dense", {"keys", "values"}, {}, check_dense, open_dense};
 
 }  // namespace mlxeff

@@ -4,7 +4,7 @@
 
 namespace mlxeff {
 
-static const StoreKind* const known_kinds[] = {&dense_kv_kind};
+static const StoreKind* const known_kinds[] = {&dense_kv_kind, &plane_int8_kind, &plane_int4_kind, &plane_k8v4_kind};
 
 std::vector<std::string> store_kinds() {
   std::vector<std::string> names;
@@ -19,9 +19,12 @@ GivenStores::GivenStores(const nb::list& given, const DecoderSpec& spec, size_t 
   for (size_t i = 0; i < layers; ++i) {
     Named store(given[i], "decoder: store " + std::to_string(i));
     const StoreKind* const kind = store.kind(known_kinds);
-    store.expect(kind->arrays);
+    std::vector<const char*> names = kind->arrays;
+    names.insert(names.end(), kind->integers.begin(), kind->integers.end());
+    store.expect(names);
     kind->check(store, spec.sizes(spec.layers[i]), span);
-    kinds_.push_back(kind);
+    kinds_.push_back({kind, {}});
+    for (const char* name : kind->integers) kinds_.back().integers.push_back(store.integer(name));
     for (const char* name : kind->arrays) arrays_.push_back(store.array(name));
   }
 }
@@ -37,18 +40,20 @@ void GivenStores::add_to(std::vector<mx::array>& inputs, std::vector<mx::Shape>&
 
 nb::list GivenStores::updated(const mx::array* outputs) const {
   nb::list stores;
-  for (const StoreKind* kind : kinds_) {
+  for (const GivenKind& given : kinds_) {
     nb::dict store;
-    store["kind"] = kind->name;
-    for (const char* name : kind->arrays) store[name] = *outputs++;
+    store["kind"] = given.kind->name;
+    for (const char* name : given.kind->arrays) store[name] = *outputs++;
+    for (size_t i = 0; i < given.integers.size(); ++i) store[given.kind->integers[i]] = given.integers[i];
     stores.append(store);
   }
   return stores;
 }
 
-StoreUpdate::StoreUpdate(const std::vector<const StoreKind*>& kinds, const Span& span, const mx::array* inputs,
+StoreUpdate::StoreUpdate(const std::vector<GivenKind>& kinds, const Span& span, const mx::array* inputs,
                          mx::array* outputs) {
-  for (const StoreKind* kind : kinds) {
+  for (const GivenKind& given : kinds) {
+    const StoreKind* const kind = given.kind;
     for (size_t i = 0; i < kind->arrays.size(); ++i) {
       const mx::array& in = inputs[i];
       mx::array& out = outputs[i];
@@ -60,7 +65,7 @@ StoreUpdate::StoreUpdate(const std::vector<const StoreKind*>& kinds, const Span&
         copies_.push_back({out.data<void>(), in.data<void>(), in.nbytes()});
       }
     }
-    held_.push_back(kind->open(outputs, span));
+    held_.push_back(kind->open(outputs, given.integers.data(), span));
     stores_.push_back(held_.back().get());
     inputs += kind->arrays.size();
     outputs += kind->arrays.size();

@@ -13,15 +13,22 @@ namespace mlxeff {
 
 struct StoreKind {
   const char* name;
-  std::vector<const char*> arrays;  // names of the arrays in the dict, which holds nothing else but "kind"
+  std::vector<const char*> arrays;    // names of the arrays in the dict
+  std::vector<const char*> integers;  // names of the integers in the dict, which holds nothing else but "kind"
   // Throws std::invalid_argument if the arrays do not fit the layer's sizes or have no room for the span.
   void (*check)(const Named& given, const AttentionSizes& sizes, const Span& span);
-  // Returns a store for one pass over the span, which reads and writes the memory of `arrays`, given in the order of
-  // the names above.
-  std::unique_ptr<KvStore> (*open)(mx::array* arrays, const Span& span);
+  // Returns a store for one pass over the span, which reads and writes the memory of `arrays`. Arrays and integers are
+  // given in the order of the names above.
+  std::unique_ptr<KvStore> (*open)(mx::array* arrays, const int64_t* integers, const Span& span);
 };
 
-extern const StoreKind dense_kv_kind;
+extern const StoreKind dense_kv_kind, plane_int8_kind, plane_int4_kind, plane_k8v4_kind;
+
+// The kind of one given store, with its integers.
+struct GivenKind {
+  const StoreKind* kind;
+  std::vector<int64_t> integers;
+};
 
 // The names of all kinds.
 std::vector<std::string> store_kinds();
@@ -32,14 +39,14 @@ class GivenStores {
   // Checks that `given` holds one store for each of the first `layers` layers, with room for the span.
   GivenStores(const nb::list& given, const DecoderSpec& spec, size_t layers, const Span& span);
 
-  const std::vector<const StoreKind*>& kinds() const { return kinds_; }
+  const std::vector<GivenKind>& kinds() const { return kinds_; }
   // Appends the stores' arrays to a primitive's inputs, and their shapes and types to those of its outputs.
   void add_to(std::vector<mx::array>& inputs, std::vector<mx::Shape>& shapes, std::vector<mx::Dtype>& dtypes) const;
   // Returns the same list of dicts with the primitive's outputs in place of the given arrays.
   nb::list updated(const mx::array* outputs) const;
 
  private:
-  std::vector<const StoreKind*> kinds_;
+  std::vector<GivenKind> kinds_;
   std::vector<mx::array> arrays_;
 };
 
@@ -47,8 +54,7 @@ class GivenStores {
 // nothing else refers to that memory; otherwise it is a copy.
 class StoreUpdate {
  public:
-  StoreUpdate(const std::vector<const StoreKind*>& kinds, const Span& span, const mx::array* inputs,
-              mx::array* outputs);
+  StoreUpdate(const std::vector<GivenKind>& kinds, const Span& span, const mx::array* inputs, mx::array* outputs);
 
   // Makes the copies and returns the stores, which then hold the tokens of earlier passes. The task must call this
   // exactly once, before it uses the stores.

@@ -18,6 +18,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from .. import hub, kernels, memory
+from ..cache import KINDS
 from ..checkpoint import Source, open_source
 from ..decode import Model
 from ..errors import MlxeffError, notices, some
@@ -28,8 +29,9 @@ from ..modules import PARTS, settle_random_state
 from ..ops import native_for
 from ..tokenizer import Tokenizer, from_folder, from_gguf
 from .quantization import check_sizes
-from .techniques import Stored, architecture, stored_in
+from .techniques import CACHES, Stored, architecture, stored_in
 
+KINDS.update(CACHES)
 SAMPLE_BYTES = 1 << 16  # bytes at the beginning and the end of a weight file that enter the fingerprint
 TOKENIZER_KEYS = {"chat_template", "eos_token", "trust_remote_code"}  # known keys of mlx-lm's `tokenizer_config`
 # model_type → class of the model, for the families that this package computes itself.

@@ -9,10 +9,12 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Option:
-    """An option or argument: its name ("--steps", "base"), and keywords of `argparse.ArgumentParser.add_argument`."""
+    """An option or argument: its name ("--steps", "base"), keywords of `argparse.ArgumentParser.add_argument`, and
+    further names."""
 
     name: str
     keywords: dict = field(default_factory=dict)
+    aliases: tuple[str, ...] = ()
 
     @property
     def key(self) -> str:
@@ -20,9 +22,9 @@ class Option:
         return self.keywords.get("dest") or self.name.lstrip("-").replace("-", "_").lower()
 
 
-def option(name: str, **keywords) -> Option:
+def option(name: str, *aliases: str, **keywords) -> Option:
     """An `Option` with its keywords as keyword arguments."""
-    return Option(name, keywords)
+    return Option(name, keywords, aliases)
 
 
 def integer(text: str, valid: Callable[[int], bool], wanted: str) -> int:

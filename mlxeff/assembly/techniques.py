@@ -17,6 +17,8 @@ from .options import Option, option, positive
 if TYPE_CHECKING:
     import mlx.nn as nn
 
+    from ..cache import Layer, LayerShape
+    from ..cache.layer import LayerMaker
     from ..checkpoint import Source
     from ..decode import Setup
     from ..running import RunOptions
@@ -138,7 +140,7 @@ def run_options(values: argparse.Namespace) -> "RunOptions":
     """`RunOptions` from the parsed values of the options in PRECISION."""
     from ..running import RunOptions
 
-    return RunOptions(compute=values.compute, kv=values.kv_dtype)
+    return RunOptions(compute=values.compute, kv=values.kv_cache)
 
 
 # SeedLM
@@ -231,6 +233,20 @@ def _fit_kv_predictor(progress: object, **values) -> dict:
     return fit_kv_predictor(progress=progress, **values)
 
 
+# QuantSpec's KV cache
+
+
+def _plane_layer(kind: str) -> "LayerMaker":
+    def make(shape: "LayerShape") -> "Layer":
+        from ..quantspec.cache import PlaneLayer
+
+        return PlaneLayer(shape, kind)
+
+    return make
+
+
+# Kind of KV cache that a technique adds to cache.KINDS → function that makes the cache of one layer.
+CACHES = {kind: _plane_layer(kind) for kind in ("int8", "int4", "k8v4")}
 # Options of all verbs that run a model.
 PRECISION: tuple[Option, ...] = (
     option(
@@ -241,9 +257,12 @@ PRECISION: tuple[Option, ...] = (
         "to bfloat16 where the CPU is faster with it (AMX); int8, activations rounded to 8 bits",
     ),
     option(
+        "--kv-cache",
         "--kv-dtype",
-        choices=("float32", "float16", "bfloat16"),
-        help="type of the KV cache (default: the type that the model computes in, float32 in the CPU kernels)",
+        choices=("float32", "float16", "bfloat16", *CACHES),
+        help="how the KV cache stores a number (default: in the type that the model computes in, float32 in the CPU "
+        "kernels); int8 and int4: keys quantised per channel and values per token, the newest 64 to 255 tokens in "
+        "float16; k8v4: keys in 8 bits, values in 4",
     ),
 )
 STORED: Sequence[Stored] = (

@@ -64,7 +64,7 @@ class Request:
             raise MlxeffError("bench ttft: wanted MODEL or --suite, got " + ("both" if self.model else "neither"))
         if self.suite:
             given = {technique.option.name: True for technique, _ in self.switched}
-            given |= {"--compute": self.run.compute != EXACT.compute, "--kv-dtype": self.run.kv is not None}
+            given |= {"--compute": self.run.compute != EXACT.compute, "--kv-cache": self.run.kv is not None}
         else:
             given = {"--checkpoint": self.checkpoints, "--dtype": self.dtype}
         for name, value in given.items():

@@ -71,6 +71,11 @@ class KVCache:
             length = kept
         return length
 
+    @property
+    def rewinds_exactly(self) -> bool:
+        """Whether `rewind` always keeps exactly the wanted number of tokens."""
+        return all(isinstance(layer, LayerCache) for layer in self.layers)
+
     @contextlib.contextmanager
     def rewound(self, length: int) -> Iterator[None]:
         """Inside the block the cache consists of its first `length` tokens. At the end of the block it has its former

@@ -22,7 +22,7 @@ def sentence(summary: str) -> str:
 def _add(parser: argparse._ActionsContainer, options: Iterable[Option], **more) -> None:
     """Add options to a parser; `more` are keywords that override theirs."""
     for option in options:
-        parser.add_argument(option.name, **option.keywords | more)
+        parser.add_argument(option.name, *option.aliases, **option.keywords | more)
 
 
 def add_generate(parser: argparse.ArgumentParser) -> None:

@@ -161,6 +161,9 @@ class KvPrediction:
             notices.warning("KV prediction: not used: the cache holds %d tokens already", cache.length)
             return prefill(model, cache, tokens, step_size, progress, options)
         first, stop = self.predicted(total)
+        if self.refine and not getattr(cache, "rewinds_exactly", True):
+            text = f"wanted a KV cache that can be taken back to every token, got {cache.kind}"
+            raise MlxeffError(f"KV prediction: {self.name}: refine: {text}")
         limit = getattr(self.auxiliary, "context_length", None)
         if limit and stop > limit:  # the auxiliary reads the first `stop` tokens
             text = f"wanted a prompt in the auxiliary's context of {limit} tokens, got {total}"
