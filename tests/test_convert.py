@@ -6,6 +6,7 @@ Oracle: mlx-lm's model with the source's weights put in by hand; the logits must
 import hashlib
 import importlib
 import json
+import math
 import os
 import resource
 import subprocess
@@ -25,7 +26,7 @@ from mlxeff.convert.quantization import RECIPES
 
 import checkpoint_files as files
 from helpers import assert_close
-from mlxeff import MlxeffError
+from mlxeff import MlxeffError, assembly
 from mlxeff.assembly.model import build_model, load_path
 from mlxeff.checkpoint import Source, Tensor, open_source
 from mlxeff.models.openelm import SIZES, published_config
@@ -429,6 +430,21 @@ def test_gguf_of_full_precision(tmp_path, rng, caplog):
     logits, config = converted(tmp_path / "out")
     assert mx.array_equal(logits, by_hand(config, {name: mx.array(value) for name, value in state.items()}))
     assert caplog.messages == [f"{path}: no tokenizer found, {tmp_path / 'out'} has none: name one with --tokenizer"]
+
+
+@pytest.mark.parametrize(("rule", "read"), [("yarn", "attention_factor"), ("linear", "magnitude")])
+def test_gguf_attn_factor(tmp_path, rng, caplog, rule, read):
+    """YaRN's becomes keys that stock mlx-lm reads; that of another rule does not, which a notice says."""
+    keys = {"type": rule, "factor": 4.0, "attn_factor": 1.5}
+    path, _ = gguf_file(tmp_path / "x.gguf", rng, "F32", {f"llama.rope.scaling.{k}": v for k, v in keys.items()})
+    convert(path, tmp_path / "out")
+    logits, config = converted(tmp_path / "out")
+    assert config["rope_scaling"][read] == pytest.approx(1.5 if rule == "linear" else 1.5 * (0.1 * math.log(4) + 1))
+    model, _ = assembly.load_model(path)
+    error = mx.abs(logits - model(TOKENS, model.new_cache())).max().item()
+    assert error < 1e-6 if rule == "yarn" else error > 1e-4
+    line = f"{path}: rope.scaling.attn_factor becomes rope_scaling's magnitude in config.json, which only mlxeff reads"
+    assert (line in caplog.messages) == (rule == "linear")
 
 
 @pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q8_0"])
