@@ -539,6 +539,27 @@ def test_provenance(tmp_path, rng):
     assert block["options"] == {"dtype": "float16", "quantize": "8:64"}
 
 
+def test_ignored_keys_are_left_out_and_recorded(tmp_path, rng, caplog):
+    source = write_tiny_model(tmp_path / "source")
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"attn_scale": 2.0}))
+    with pytest.raises(MlxeffError, match="run with --ignore-keys attn_scale"):
+        convert(source, tmp_path / "out")
+    report = convert(source, tmp_path / "out", ignore_keys=["attn_scale", "attn_scales"])
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert "attn_scale" not in written
+    assert written["mlxeff"]["options"]["ignore_keys"] == report.options["ignore_keys"] == "attn_scale,attn_scales"
+    assert any("ignore_keys attn_scale,attn_scales" in line for line in report.lines())
+    assert caplog.messages == [f"{source}: the config has no key attn_scales to ignore"]
+    assert mx.array_equal(*(converted(folder)[0] for folder in (source, tmp_path / "out")))
+
+
+def test_ignored_keys_of_a_derived_config(tmp_path, rng):
+    path, _ = gguf_file(tmp_path / "x.gguf", rng, "F32", {"llama.rope.scaling.factor": 4.0})
+    convert(path, tmp_path / "out", ignore_keys=["rope_scaling"])
+    assert "rope_scaling" not in json.loads((tmp_path / "out" / "config.json").read_text())
+
+
 def test_tokenizer_from_elsewhere(tmp_path, rng):
     """OpenELM ships no tokenizer: Llama 2's tokenizer.model is enough, with the config that stock mlx-lm needs."""
     path = write_torch(tmp_path / "x.pt", corenet_state(rng))

@@ -47,6 +47,7 @@ class Loaded:
     fingerprint: str  # see `fingerprint`
     dtype: str  # type of the activations
     backend: str  # what will compute the model, as in `running.Ran`, unless its weights are changed
+    ignored: tuple[str, ...] = ()  # entries of config.json that were read as absent; a pair's auxiliary lacks them too
 
 
 def load(
@@ -95,22 +96,33 @@ def load_path(path: Path, overrides: dict | None = None, lazy: bool = False, tru
     config = _config(source)
     overrides = overrides or {}
     tokenizer = _tokenizer(source, config, overrides)
-    deleted = {key for key, value in overrides.items() if value is None}
-    config = {key: value for key, value in (config | overrides).items() if key not in deleted}
+    deleted = [key for key, value in overrides.items() if value is None]
+    config = without(config, deleted, path) | {key: value for key, value in overrides.items() if value is not None}
     model, config = _model(source, config, overrides, lazy, trust_remote_code)
     backend = "mlx"
     if not lazy:
         _finish(model, config, path)
         backend = _choose_executor(path, model)
     dtype = "float32" if native_for() and isinstance(model, DecoderModel) else _dtype_name(model)
-    return Loaded(model, tokenizer, config, Path(path), fingerprint(source, config), dtype, backend)
+    mark = fingerprint(source, config)
+    return Loaded(model, tokenizer, config, Path(path), mark, dtype, backend, tuple(deleted))
 
 
-def load_model(path: Path) -> tuple[Model, str]:
+def without(config: dict, keys: Iterable[str], origin: Path) -> dict:
+    """The dict of a config.json without `keys`, which are read as absent. A notice says which of them it never had."""
+    keys = list(keys)
+    if strange := [key for key in keys if key not in config]:
+        notices.warning("%s: the config has no key %s to ignore", origin, some(strange))
+    return {key: value for key, value in config.items() if key not in keys}
+
+
+def load_model(path: Path, ignored: Collection[str] = ()) -> tuple[Model, str]:
     """(Model, fingerprint) of a model folder or GGUF file, without its tokenizer. The model computes operator by
-    operator until `use_native` is called."""
+    operator until `use_native` is called. `ignored` are entries of config.json that are read as absent where they are
+    there."""
     source = open_source(path)
-    model, config = _model(source, _config(source), {})
+    config = {key: value for key, value in _config(source).items() if key not in ignored}
+    model, config = _model(source, config, dict.fromkeys(ignored))
     _finish(model, config, path)
     return model, fingerprint(source, config)
 
