@@ -31,6 +31,7 @@ from .quantization import check_sizes
 from .techniques import Stored, architecture, stored_in
 
 SAMPLE_BYTES = 1 << 16  # bytes at the beginning and the end of a weight file that enter the fingerprint
+MLX_LM_BYTES = 45 << 20  # of address space for mlx-lm and its libraries, measured
 TOKENIZER_KEYS = {"chat_template", "eos_token", "trust_remote_code"}  # known keys of mlx-lm's `tokenizer_config`
 # model_type → class of the model, for the families that this package computes itself.
 MODELS = {"openelm": openelm.Model} | dict.fromkeys(llama.FAMILIES, llama.Model)
@@ -135,7 +136,7 @@ def _model(
     if not isinstance(kind, str):
         raise MlxeffError(f"{path}: config: model_type: wanted the name of an architecture, got {kind!r}")
     if not lazy:
-        _require_memory(path, sum(tensor.nbytes for tensor in source.tensors.values()))
+        _require_memory(path, sum(tensor.nbytes for tensor in source.tensors.values()), kind not in MODELS)
     if kind in llama.FAMILIES:  # Hugging Face and mlx-lm have different defaults for this key, so the weights decide
         config = {"tie_word_embeddings": not any(name.startswith("lm_head.") for name in source.tensors)} | config
     for technique in stored_in(config):
@@ -174,13 +175,17 @@ def _foreign_gguf(source: Source, config: dict) -> nn.Module:
     return model
 
 
-def _require_memory(path: Path, need: int) -> None:
-    """Raises MlxeffError where weights of `need` bytes do not fit into the memory that this process may use."""
+def _require_memory(path: Path, need: int, foreign: bool = False) -> None:
+    """Raises MlxeffError where weights of `need` bytes, and for a `foreign` model mlx-lm and its libraries, do not fit
+    into the memory that this process may use."""
+    libraries = MLX_LM_BYTES if foreign else 0
 
     def fits(have: float) -> str:
-        return f"{have / need:.0%} of these would fit (mlxeff convert --quantize makes smaller ones)"
+        share = max(have - libraries, 0) / max(need, 1)
+        return f"{share:.0%} of the weights would fit (mlxeff convert --quantize makes smaller ones)"
 
-    memory.require(need, f"{path}: the weights", fits)
+    what = "mlx-lm and the weights" if foreign else "the weights"
+    memory.require(need + libraries, f"{path}: {what}", fits)
 
 
 def _install(techniques: Iterable[Stored], model: nn.Module, config: dict, tensors: Collection[str] | None) -> None:
