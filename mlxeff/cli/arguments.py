@@ -8,6 +8,7 @@ from collections.abc import Iterable
 
 from ..assembly import techniques
 from ..assembly.options import IGNORE_KEYS, Option, integer, natural, positive
+from ..bench.selection import condition
 from ..hub.catalog import DEFAULT_MODEL
 
 MAX_TOKENS = 1024  # default of --max-tokens
@@ -93,7 +94,7 @@ def add_bench(parser: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--only",
         metavar="KEY=VALUE",
-        type=_filter,
+        type=condition(("arm", "device", "batch", "tokens")),
         nargs="+",
         action="extend",
         default=[],
@@ -294,14 +295,6 @@ def _add_text(parser: argparse.ArgumentParser) -> None:
 def _numbers(text: str) -> tuple[int, ...]:
     """ "1,8" → (1, 8)."""
     return tuple(positive(part) for part in text.split(","))
-
-
-def _filter(text: str) -> str:
-    """A valid "KEY=VALUE" of --only, unchanged."""
-    key, equals, value = text.partition("=")
-    if key not in ("arm", "device", "batch", "tokens") or not equals or not value:
-        raise argparse.ArgumentTypeError(f"wanted KEY=VALUE with a KEY of arm, device, batch, tokens, got {text!r}")
-    return text
 
 
 def _checkpoint(text: str) -> tuple[str, str]:
