@@ -1,6 +1,6 @@
 """What memory a process may use, the one line where weights or a prompt need more, and what failures become.
 
-Twenty processes with a limit of the address space or the data segment: some 20 s.
+Some 25 processes with a limit of the address space or the data segment, most of which end at once: some 20 s.
 """
 
 import os
