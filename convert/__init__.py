@@ -13,13 +13,13 @@ report                the report for the user
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import mlx.core as mx
 
 from .. import __version__, calibration
-from ..assembly.model import fingerprint
+from ..assembly.model import fingerprint, without
 from ..checkpoint import Source, check_new, claim, open_source, plan_shards, write_folder
 from ..errors import MlxeffError, notices, some
 from ..seedlm.encode import search_backend
@@ -43,6 +43,7 @@ def convert(
     quantize: tuple[int | str, int] | None = None,
     dequantize: bool = False,
     tokenizer: str | Path | None = None,
+    ignore_keys: Iterable[str] = (),
     dry_run: bool = False,
     progress: Callable[[int, int], None] | None = None,
     seedlm: str | float | None = None,
@@ -59,6 +60,7 @@ def convert(
                         that mixes two numbers of bits, such as "mixed_3_6"
     dequantize          write the quantised matrices of the source as dense ones
     tokenizer           the folder or file of the tokenizer; None: beside the weights
+    ignore_keys         entries of config.json to read as absent; the new config.json lacks them too
     progress            called with (bytes written, bytes in total)
     seedlm              3, 4 or 4.5 bits a weight: encode the linear layers by SeedLM
     keep                exceptions as pairs (part of a module's name, bits). With `seedlm`: modules that are not
@@ -75,6 +77,7 @@ def convert(
     does not exist.
     """
     options = _options(dtype, quantize, dequantize, keep if seedlm is None else None)
+    options = dataclasses.replace(options, ignored=tuple(ignore_keys))
     if seedlm is None and (data_free or calibrate or calibration_tokens or (keep is not None and not quantize)):
         raise MlxeffError("convert: keep, data_free, calibrate, calibration_tokens: wanted with seedlm, got none")
     text = None
@@ -84,10 +87,14 @@ def convert(
     source, destination = open_source(src), Path(dst)
     if kv_pair.recognises(source):
         return kv_pair.convert_pair(source, destination, options, tokenizer, dry_run)
+    if source.config is not None:
+        source = dataclasses.replace(source, config=without(source.config, options.ignored, source.path))
     family = next((family for family in FAMILIES if family.recognises(source)), None)
     if family is None:
         raise MlxeffError(f"{source.path}: wanted an OpenELM or a model with config.json, got {some(source.tensors)}")
     found, held = family.read(source), {}
+    if source.config is None:  # derived from metadata or shapes
+        found = dataclasses.replace(found, config=without(found.config, options.ignored, source.path))
     conversion = plan(found, options, lambda module: held["store"].read(module))
     tokens = folder.find_tokenizer(source, tokenizer)
     report = _report(source, destination, conversion, tokens, dry_run)

@@ -4,7 +4,7 @@ blocks stay quantised where MLX has the same form; others are read as dense weig
 import mlx.core as mx
 
 from ..checkpoint import Source
-from ..errors import MlxeffError
+from ..errors import MlxeffError, notices
 from ..models.gguf import FAMILIES, Parameter, config_from_gguf, parameters
 from ..tokenizer.gguf import end_ids
 from .plan import Family, Spec, Weight
@@ -22,6 +22,9 @@ def read(source: Source) -> Family:
         got = f"{architecture!r:.40}{' with experts' if experts else ''}"
         raise MlxeffError(f"{source.path.name}: convert: wanted one of {', '.join(FAMILIES)}, got {got}")
     config = config_from_gguf(source)
+    if "magnitude" in (config["rope_scaling"] or {}):
+        text = "%s: rope.scaling.attn_factor becomes rope_scaling's magnitude in config.json, which only mlxeff reads"
+        notices.warning(text, source.path)
     if "tokenizer.ggml.tokens" in source.metadata:  # the vocabulary may have end tokens that no other entry names
         ends = end_ids(source.metadata, str(source.path))
         config |= {"eos_token_id": ends if len(ends) > 1 else ends[0]} if ends else {}

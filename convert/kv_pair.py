@@ -46,6 +46,11 @@ def convert_pair(
     """
     if options.seedlm:
         raise MlxeffError(f"{source.path}: a pair of KV prediction: wanted no seedlm, got {options.seedlm.format.name}")
+    if options.ignored:
+        got = ",".join(options.ignored)
+        raise MlxeffError(
+            f"{source.path}: a pair of KV prediction has no config.json: wanted no ignore_keys, got {got}"
+        )
     if options.dtype or options.bits:
         notices.info("convert: the pair's maps stay float32: dtype and quantize are for its models")
     conversions = {part: _model(source, part, options) for part in PARTS}

@@ -79,6 +79,7 @@ class Options:
     recipe            a key of `quantization.RECIPES`, which gives some matrices more bits than `bits`
     keep              (part of a module's name, bits) of matrices with other bits than `bits`; 16: dense
     dequantize        whether quantised matrices become dense
+    ignored           entries of the source's config.json that are read as absent
     """
 
     dtype: str | None = None
@@ -88,6 +89,7 @@ class Options:
     recipe: str | None = None
     keep: tuple[tuple[str, int], ...] = ()
     dequantize: bool = False
+    ignored: tuple[str, ...] = ()
 
     def as_dict(self) -> dict:
         """The options as the report shows them and config.json records them."""
@@ -95,6 +97,8 @@ class Options:
         result = {"dtype": self.dtype, "quantize": quantize} | (self.seedlm.as_dict() if self.seedlm else {})
         if self.keep:
             result["keep"] = ",".join(f"{name}:{bits}" for name, bits in self.keep)
+        if self.ignored:
+            result["ignore_keys"] = ",".join(self.ignored)
         return result | ({"dequantize": True} if self.dequantize else {})
 
 

@@ -251,7 +251,8 @@ def require_memory(model: Model, cache: Cache, tokens: int, step_size: int, opti
             middle = (low + high + 1) // 2
             enough = model.prefill_bytes(cache, middle, step_size, options) <= have
             low, high = (middle, high) if enough else (low, middle - 1)
-        return f"about {low} tokens would, more with a smaller --kv-cache or --prefill-step" if low else "none would"
+        dials = "--kv-cache or --prefill-step" if model.seams else "--prefill-step"
+        return f"about {low} tokens would, more with a smaller {dials}" if low else "none would"
 
     need = model.prefill_bytes(cache, tokens, step_size, options)
     memory.require(need, f"prompt: the KV cache and computation of {tokens} tokens", fits)

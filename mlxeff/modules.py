@@ -4,12 +4,17 @@ Each class is a subclass of the layer of the same name in `mlx.nn`, with the sam
 overrides `__call__`. So code that looks for an `nn.Linear` to quantise, wrap or replace finds these too.
 """
 
+import re
+from collections import Counter
+
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
 
 from . import ops
 
 PARTS = ("weight", "scales", "biases")  # parameters of a quantised layer
+LAYER = re.compile(r"\blayers\.\d+\b")  # in the name of a parameter
 
 
 def quantized_matrix(module: nn.Module) -> ops.Quantized:
@@ -39,6 +44,24 @@ def dense(module: nn.Module) -> mx.array:
     if matrix.mode == "affine":
         parts = [part.astype(mx.float32) for part in parts]
     return mx.dequantize(matrix.weight, *parts, matrix.group_size, matrix.bits, matrix.mode).astype(mx.float32)
+
+
+def layer_rows(parameters: dict) -> int:
+    """Rows of all matrices of a layer, of the layer that has the most: how many numbers the matrix products of a layer
+    make of one token. `parameters` as `mlx.nn.Module.parameters`."""
+    rows = Counter()
+    for name, value in tree_flatten(parameters):
+        layer = LAYER.search(name)
+        if layer and value.ndim == 2 and not name.endswith((".scales", ".biases")):
+            rows[layer[0]] += value.shape[0]
+    return max(rows.values(), default=0)
+
+
+def chunk_bytes(heads: int, rows: int, chunk: int, length: int) -> int:
+    """Bytes of what MLX's own operations hold on a CPU while a layer computes `chunk` tokens after which `length` are
+    cached, in float32: the scores of all `heads`, which its attention makes at once, and the results of the matrix
+    products (`layer_rows`) with what is computed from them, twice their size by measurement."""
+    return 4 * chunk * (heads * length + 2 * rows)
 
 
 def settle_random_state() -> None:

@@ -89,8 +89,10 @@ def rotate(x, tables):
 
 
 def rotation_tables(size, base, scaling, count):
-    """cos and sin (S, E/2) by Hugging Face's `rope_scaling` rules, `modeling_rope_utils.py`."""
+    """cos and sin (S, E/2) by Hugging Face's `rope_scaling` rules, `modeling_rope_utils.py`, and the factor `magnitude`
+    that GGUF files have."""
     frequencies, magnitude = rope_frequencies(size, base, scaling or {})
+    magnitude *= (scaling or {}).get("magnitude", 1.0)
     angles = np.arange(count)[:, None] * frequencies
     return np.cos(angles) * magnitude, np.sin(angles) * magnitude
 
@@ -107,8 +109,20 @@ def rope_frequencies(size, base, scaling):
         return (1 - smooth) * frequencies / factor + smooth * frequencies, 1.0
     if rule == "yarn":
         context = scaling["original_max_position_embeddings"]
-        ends = [size * math.log(context / (t * 2 * math.pi)) / (2 * math.log(base)) for t in (32, 1)]
+        turns = scaling.get("beta_fast", 32), scaling.get("beta_slow", 1)
+        ends = [size * math.log(context / (t * 2 * math.pi)) / (2 * math.log(base)) for t in turns]
         low, high = max(math.floor(ends[0]), 0), min(math.ceil(ends[1]), size - 1)
         ramp = np.clip((np.arange(size // 2) - low) / max(high - low, 0.001), 0, 1)
-        return frequencies / factor * ramp + frequencies * (1 - ramp), 0.1 * math.log(factor) + 1
+        return frequencies / factor * ramp + frequencies * (1 - ramp), yarn_magnitude(scaling)
     return frequencies, 1.0
+
+
+def yarn_magnitude(scaling):
+    """`attention_factor`, else get_mscale(factor, mscale) / get_mscale(factor, mscale_all_dim) of the same file."""
+    if scaling.get("attention_factor"):
+        return scaling["attention_factor"]
+    if scaling["factor"] <= 1:
+        return 1.0
+    top, bottom = (0.1 * scaling.get(*key) * math.log(scaling["factor"]) + 1
+                   for key in (("mscale", 1.0), ("mscale_all_dim", 0.0)))  # fmt: skip
+    return top / bottom

@@ -256,6 +256,7 @@ def test_samples_that_are_not_held_are_measured_again(tmp_path):
         (["m", "--dtype", "float16"], "--dtype is not for a MODEL"),
         (["m", "--checkpoint", "3B=x"], "--checkpoint is not for a MODEL"),
         (["--suite", "kvp-paper", "--kv-predict", "p"], "--kv-predict is not for --suite"),
+        (["--suite", "kvp-paper", "--ignore-keys", "x"], "--ignore-keys without --checkpoint is not for --suite"),
         (["--suite", "kvp-paper", "--compute", "int8"], "--compute is not for --suite"),
         (["--suite", "kvp-paper", "--kv-dtype", "float16"], "--kv-dtype is not for --suite"),
         (["m", "--kv-predict", "p:refine"], "refine changes nothing before the first token"),

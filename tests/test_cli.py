@@ -488,6 +488,15 @@ def test_convert_then_generate(tiny_folder, tmp_path):
     assert "exists" in fails("convert", tiny_folder, tmp_path / "out")
 
 
+def test_convert_that_ignores_keys(tiny_folder, tmp_path):
+    source = shutil.copytree(tiny_folder, tmp_path / "source")
+    edit_json(source / "config.json", attn_scale=2.0)
+    assert fails("convert", source, tmp_path / "out").endswith("run with --ignore-keys attn_scale")
+    out, _ = mlxeff("convert", source, tmp_path / "out", "--ignore-keys", "attn_scale")
+    assert " ignore_keys attn_scale\n" in out
+    assert generate(tmp_path / "out", "Hello", "--max-tokens", 2)[0]
+
+
 def test_convert_with_a_full_disk_leaves_nothing(tiny_folder, tmp_path):
     line = fails("convert", tiny_folder, tmp_path / "out", limit=100_000)
     assert re.search(r"out: not written, nothing is left behind: File too large", line), line

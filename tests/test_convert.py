@@ -6,6 +6,7 @@ Oracle: mlx-lm's model with the source's weights put in by hand; the logits must
 import hashlib
 import importlib
 import json
+import math
 import os
 import resource
 import subprocess
@@ -25,7 +26,7 @@ from mlxeff.convert.quantization import RECIPES
 
 import checkpoint_files as files
 from helpers import assert_close
-from mlxeff import MlxeffError
+from mlxeff import MlxeffError, assembly
 from mlxeff.assembly.model import build_model, load_path
 from mlxeff.checkpoint import Source, Tensor, open_source
 from mlxeff.models.openelm import SIZES, published_config
@@ -431,6 +432,21 @@ def test_gguf_of_full_precision(tmp_path, rng, caplog):
     assert caplog.messages == [f"{path}: no tokenizer found, {tmp_path / 'out'} has none: name one with --tokenizer"]
 
 
+@pytest.mark.parametrize(("rule", "read"), [("yarn", "attention_factor"), ("linear", "magnitude")])
+def test_gguf_attn_factor(tmp_path, rng, caplog, rule, read):
+    """YaRN's becomes keys that stock mlx-lm reads; that of another rule does not, which a notice says."""
+    keys = {"type": rule, "factor": 4.0, "attn_factor": 1.5}
+    path, _ = gguf_file(tmp_path / "x.gguf", rng, "F32", {f"llama.rope.scaling.{k}": v for k, v in keys.items()})
+    convert(path, tmp_path / "out")
+    logits, config = converted(tmp_path / "out")
+    assert config["rope_scaling"][read] == pytest.approx(1.5 if rule == "linear" else 1.5 * (0.1 * math.log(4) + 1))
+    model, _ = assembly.load_model(path)
+    error = mx.abs(logits - model(TOKENS, model.new_cache())).max().item()
+    assert error < 1e-6 if rule == "yarn" else error > 1e-4
+    line = f"{path}: rope.scaling.attn_factor becomes rope_scaling's magnitude in config.json, which only mlxeff reads"
+    assert (line in caplog.messages) == (rule == "linear")
+
+
 @pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q8_0"])
 def test_gguf_blocks_stay_as_they_are(tmp_path, rng, kind):
     path, _ = gguf_file(tmp_path / "x.gguf", rng, kind)
@@ -521,6 +537,27 @@ def test_provenance(tmp_path, rng):
     assert block["source_sha256"] == digest
     assert block["format_version"] == 1
     assert block["options"] == {"dtype": "float16", "quantize": "8:64"}
+
+
+def test_ignored_keys_are_left_out_and_recorded(tmp_path, rng, caplog):
+    source = write_tiny_model(tmp_path / "source")
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"attn_scale": 2.0}))
+    with pytest.raises(MlxeffError, match="run with --ignore-keys attn_scale"):
+        convert(source, tmp_path / "out")
+    report = convert(source, tmp_path / "out", ignore_keys=["attn_scale", "attn_scales"])
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert "attn_scale" not in written
+    assert written["mlxeff"]["options"]["ignore_keys"] == report.options["ignore_keys"] == "attn_scale,attn_scales"
+    assert any("ignore_keys attn_scale,attn_scales" in line for line in report.lines())
+    assert caplog.messages == [f"{source}: the config has no key attn_scales to ignore"]
+    assert mx.array_equal(*(converted(folder)[0] for folder in (source, tmp_path / "out")))
+
+
+def test_ignored_keys_of_a_derived_config(tmp_path, rng):
+    path, _ = gguf_file(tmp_path / "x.gguf", rng, "F32", {"llama.rope.scaling.factor": 4.0})
+    convert(path, tmp_path / "out", ignore_keys=["rope_scaling"])
+    assert "rope_scaling" not in json.loads((tmp_path / "out" / "config.json").read_text())
 
 
 def test_tokenizer_from_elsewhere(tmp_path, rng):

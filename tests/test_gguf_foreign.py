@@ -106,6 +106,7 @@ def test_convert_refuses(tmp_path, name):
 REFUSED = [
     ("gemma3", {"final_logit_softcapping": 30.0}, "final_logit_softcapping: wanted none, as in mlx-lm, got 30.0"),
     ("gemma3", {"rope__scaling__type": "yarn", "rope__scaling__factor": 8.0}, "wanted one of linear, got 'yarn'"),
+    ("gemma3", {"rope__scaling__attn_factor": 1.5}, "attn_factor: wanted 1, mlx-lm reads another one with YaRN only"),
     ("gemma", {"rope__scaling__type": "linear", "rope__scaling__factor": 8.0}, "as mlx-lm's gemma has none"),
     ("gemma", {"rope__dimension_count": 16}, "rope.dimension_count: wanted the head size 32, got 16"),
     ("gemma", {"attention__value_length": 16}, "attention.value_length: wanted the head size 32, got 16"),

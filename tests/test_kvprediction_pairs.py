@@ -700,6 +700,8 @@ def test_corenet_pairs_are_not_seed_encoded(tmp_path):
     path = write_state(tmp_path / "pair.pt", pair_state(np.random.default_rng(4), *PAIRS["LP-0.50"]))
     complaint = fails("convert", path, tmp_path / "out", "--seedlm", "4", "--data-free")
     assert "pair.pt: a pair of KV prediction: wanted no seedlm, got 4" in complaint
+    complaint = fails("convert", path, tmp_path / "out", "--ignore-keys", "a,b")
+    assert "pair.pt: a pair of KV prediction has no config.json: wanted no ignore_keys, got a,b" in complaint
 
 
 def test_corenet_pair_by_the_command(tmp_path):
@@ -751,3 +753,23 @@ def test_a_text_with_a_token_that_the_base_has_no_row_for(tmp_path):
     text.write_text("the cat " * 300 + "<|assistant|>")
     with pytest.raises(MlxeffError, match=r"^text: the model has no token '<\|assistant\|>': its id is 259"):
         fit_kv_predictor(str(base), "layers:0-1", str(tmp_path / "pair"), tokens=2000, text=str(text))
+
+
+def test_keys_to_ignore_in_base_and_auxiliary(tmp_path, text):
+    """Every verb that says `--ignore-keys` has it, for the models of a pair too."""
+    for name, key in (("base", "attn_scale"), ("small", "logit_bias")):
+        folder = write_tiny_model(tmp_path / name)
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {key: 2.0}))
+    base, pair, both = tmp_path / "base", tmp_path / "pair", ("--ignore-keys", "attn_scale,logit_bias")
+    fit = ("fit", "kv-predictor", base, "--aux", tmp_path / "small", "--out", pair, "--text", text, "--tokens", 400)
+    assert fails(*fit).endswith("run with --ignore-keys attn_scale")
+    assert fails(*fit, "--ignore-keys", "attn_scale").endswith("run with --ignore-keys logit_bias")
+    mlxeff(*fit, *both, "--length", 100, "--quiet")
+    assert read_config(pair).provenance["ignore_keys"] == ["attn_scale", "logit_bias"]
+    answer = ("generate", PROMPT, "--model", base, "--max-tokens", 2, "--kv-predict", pair)
+    measure = ("bench", "ttft", base, "--kv-predict", pair, "--prompt-lengths", 8, "--rounds", 1, "--warmup", 0)
+    for verb in (answer, measure):
+        assert fails(*verb).endswith("run with --ignore-keys attn_scale")
+        assert fails(*verb, "--ignore-keys", "attn_scale").endswith("run with --ignore-keys logit_bias")
+        mlxeff(*verb, *both)

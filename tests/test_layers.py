@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = {
     "_native": -1,
     "names": -1,
+    "limits": -1,
     **dict.fromkeys(("errors", "kernels", "memory", "ops", "running", "sampling", "checkpoint", "tokenizer", "hub"), 0),
     **dict.fromkeys(("cache", "decode", "modules", "tuning", "training", "calibration"), 1),
     **dict.fromkeys(("models", "kvprediction", "quantspec", "seedlm", "dynamoe", "vision", "alignment"), 2),

@@ -42,11 +42,17 @@ LLAMA = {
     "tie_word_embeddings": False,
 }
 LLAMA3_RULE = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+YARN_RULE = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 VARIANTS = {
     "Llama 2": {},
     "Llama 3.1": {"num_key_value_heads": 2, "rope_theta": 5e5, "rope_scaling": {"rope_type": "llama3"} | LLAMA3_RULE},
     "linear scaling": {"rope_scaling": {"type": "linear", "factor": 4.0}},
-    "yarn": {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}},
+    "yarn": {"rope_scaling": YARN_RULE},
+    "yarn, both mscales": {"rope_scaling": YARN_RULE | {"mscale": 1.4, "mscale_all_dim": 0.7, "beta_fast": 16}},
+    "yarn, mscale": {"rope_scaling": YARN_RULE | {"mscale": 1.4, "mscale_all_dim": 0}},
+    "yarn, mscale_all_dim": {"rope_scaling": YARN_RULE | {"mscale_all_dim": 0.7}},
+    "yarn, neutral": {"rope_scaling": YARN_RULE | {"finetuned": True, "attn_factor": 1, "extrapolation_factor": 1.0}},
+    "yarn, smaller": {"rope_scaling": YARN_RULE | {"factor": 0.5, "mscale": 1.4, "mscale_all_dim": 0.7}},
     "biases": {"attention_bias": True, "mlp_bias": True},
     "SmolLM2": {"tie_word_embeddings": True, "num_attention_heads": 8, "num_key_value_heads": 2, "rope_theta": 1e5},
     "Mistral": {"model_type": "mistral", "num_key_value_heads": 1, "head_dim": 32, "sliding_window": None},
@@ -132,6 +138,28 @@ def arithmetic(request):
     """Both choices of the operations; one and the same where the native kernels are not built."""
     with mlx_only() if request.param == "mlx" else contextlib.nullcontext():
         yield
+
+
+# What mlx-lm does not read.
+MAGNITUDES = {
+    "attention_factor": YARN_RULE | {"attention_factor": 1.6, "mscale": 1.4, "mscale_all_dim": 0.7},
+    "default": {"rope_type": "default", "magnitude": 1.4},
+    "linear": {"rope_type": "linear", "factor": 4.0, "magnitude": 1.4},
+    "llama3": {"rope_type": "llama3", "magnitude": 1.4} | LLAMA3_RULE,
+    "yarn": YARN_RULE | {"magnitude": 1.4},
+}
+
+
+@pytest.mark.parametrize("name", MAGNITUDES)
+def test_rotary_magnitude_against_float64(name, arithmetic):
+    config = LLAMA | {"rope_scaling": MAGNITUDES[name]}
+    model, tokens = random_model(config, seed=2), prompt(24)
+    want = llama_logits(double(weights_of(model)), config, tokens[0].tolist())
+    # Larger logits of the attention have larger rounding errors.
+    assert_close(model(tokens, model.new_cache())[0], want, name, rtol=2.0**-16)
+    less = {key: value for key, value in MAGNITUDES[name].items() if key not in ("attention_factor", "magnitude")}
+    plain = llama_logits(double(weights_of(model)), config | {"rope_scaling": less}, tokens[0].tolist())
+    assert np.abs(want - plain).max() > 0.01, "the magnitude must matter, or this test says nothing"
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -279,6 +307,10 @@ def test_published_openelm_of_no_such_size():
         (LLAMA | {"rope_scaling": {"type": "linear", "factor": "4"}}, "rope_scaling factor: wanted above 0, got '4'"),
         (LLAMA | {"rope_scaling": {"type": "linear", "factor": 0}}, "rope_scaling factor: wanted above 0, got 0"),
         (LLAMA | {"rope_scaling": {"type": "linear", "beta": 1}}, "rope_scaling: unknown keys ['beta']"),
+        (LLAMA | {"rope_scaling": YARN_RULE | {"attn_factor": 1.2}}, "rope_scaling: unknown keys ['attn_factor']"),
+        (LLAMA | {"rope_scaling": YARN_RULE | {"attention_factor": 0}}, "attention_factor: wanted above 0, got 0"),
+        (LLAMA | {"rope_scaling": YARN_RULE | {"mscale": "1"}}, "mscale: wanted a number above -1e12 and below 1e12"),
+        (LLAMA | {"rope_scaling": YARN_RULE | {"mscale": -9}}, "mscale and mscale_all_dim of a magnitude above 0, got"),
         (
             LLAMA | {"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0}},
             "llama3: missing keys ['high_freq_factor', 'original_max_position_embeddings']",

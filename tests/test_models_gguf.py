@@ -1,5 +1,7 @@
 """GGUF -> Hugging Face names, row order and config; oracle: mlx-lm's model on the weights the file was made from."""
 
+import math
+
 import gguf
 import mlx.core as mx
 import numpy as np
@@ -12,6 +14,7 @@ from mlxeff import MlxeffError
 from mlxeff.assembly.model import build_model
 from mlxeff.checkpoint import open_source
 from mlxeff.models.gguf import FREQUENCIES, config_from_gguf, weights_from_gguf
+from reference_models import llama_logits
 
 
 def keys(arch: str) -> dict:
@@ -172,7 +175,8 @@ def test_llama3_frequencies(tmp_path, rng):
         ({"llama.feed_forward_length": 2**31 - 1}, "ffn_down.weight': wanted shape"),
         ({"llama.attention.head_count": 8, "llama.attention.key_length": 16}, "attn_q.weight': wanted shape"),
         ({"llama.context_length": "long"}, "context_length: wanted one positive number, got 'long'"),
-        ({"llama.rope.scaling.type": "longrope"}, "wanted linear or yarn"),
+        ({"llama.rope.scaling.type": "longrope"}, "rope.scaling.type: wanted none, linear or yarn, got 'longrope'"),
+        ({"llama.rope.scaling.attn_factor": -1.0}, "rope.scaling.attn_factor: wanted a positive number, got -1.0"),
     ],
 )
 def test_refused(tmp_path, rng, more, message):
@@ -204,6 +208,7 @@ def test_linear_and_yarn_scaling(tmp_path, rng):
     assert config_from_gguf(source)["rope_scaling"]["original_max_position_embeddings"] == 512
 
 
+YARN_OF_4 = 0.1 * math.log(4) + 1  # YaRN's own magnitude for the factor 4
 LINEAR, YARN = {"rope_type": "linear", "type": "linear"}, {"rope_type": "yarn", "type": "yarn"}
 
 
@@ -223,8 +228,13 @@ LINEAR, YARN = {"rope_type": "linear", "type": "linear"}, {"rope_type": "yarn", 
         ({"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.finetuned": True},
          YARN | {"factor": 4.0, "original_max_position_embeddings": 512}),  # the context length, as llama.cpp
         ({"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.original_context_length": 128,
-          "rope.scaling.attn_factor": 1.0, "rope.scaling.yarn_beta_fast": 16.0, "rope.scaling.yarn_beta_slow": 1.0},
-         YARN | {"factor": 4.0, "original_max_position_embeddings": 128, "beta_fast": 16.0}),
+          "rope.scaling.attn_factor": 1.0, "rope.scaling.yarn_beta_fast": 32.0, "rope.scaling.yarn_beta_slow": 1.0,
+          "rope.scaling.yarn_ext_factor": 1.0, "rope.scaling.yarn_attn_factor": 0.1 * math.log(4) + 1},
+         YARN | {"factor": 4.0, "original_max_position_embeddings": 128}),
+        ({"rope.scaling.type": "yarn", "rope.scaling.original_context_length": 128}, None),
+        ({"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.attn_factor": 2.0},
+         YARN | {"factor": 4.0, "original_max_position_embeddings": 512, "attention_factor": 2 * YARN_OF_4,
+                 "mscale": (2 * YARN_OF_4 - 1) / (0.1 * math.log(4))}),
     ],
 )  # fmt: skip
 def test_every_way_to_say_rope_scaling(tmp_path, rng, caplog, said, wanted):
@@ -244,14 +254,56 @@ def test_every_way_to_say_rope_scaling(tmp_path, rng, caplog, said, wanted):
 
 
 @pytest.mark.parametrize(
-    "said",
-    [{"rope.scaling.attn_factor": 1.2}, {"rope.scaling.yarn_ext_factor": 0.5}, {"rope.scaling.factor": -2.0}],
+    ("said", "magnitude"),
+    [
+        ({}, 1.5),
+        ({"type": "none", "factor": 4.0}, 1.5),
+        ({"type": "linear", "factor": 4.0}, 1.5),
+        ({"type": "yarn"}, 1.5),
+        ({"type": "yarn", "factor": 0.5}, 1.5),
+        ({"type": "yarn", "factor": 4.0}, 1.5 * YARN_OF_4),
+        ({"type": "yarn", "factor": 4.0, "attn_factor": 0.25}, 0.25 * YARN_OF_4),
+    ],
+    ids=str,
 )
-def test_rope_scaling_that_cannot_be_said(tmp_path, rng, said):
-    more = {f"llama.{key}": value for key, value in said.items()} | {"llama.rope.scaling.type": "yarn"}
-    source = open_source(write(tmp_path / "x.gguf", "llama", tensors("llama", rng), **more))
-    with pytest.raises(MlxeffError, match=r"rope\.scaling"):
-        config_from_gguf(source)
+@pytest.mark.parametrize("arch", ["llama", "qwen3"])
+def test_attn_factor_multiplies_under_every_rule(tmp_path, rng, arch, said, magnitude):
+    """llama.cpp's arithmetic: cos and sin times attn_factor, and for YaRN times 0.1 ln(factor) + 1."""
+    more = {f"{arch}.rope.scaling.{key}": value for key, value in ({"attn_factor": 1.5} | said).items()}
+    source = open_source(write(tmp_path / "x.gguf", arch, tensors(arch, rng), **more))
+    config, weights, ids = config_from_gguf(source), weights_from_gguf(source), [1, 5, 9, 100, 31] * 4
+    rule, factor = said.get("type"), said.get("factor", 1.0)
+    stated = {"rope_type": rule, "factor": factor, "original_max_position_embeddings": 512}
+    stated |= {"attention_factor" if rule == "yarn" else "magnitude": magnitude}
+    exact = {name: np.array(value, np.float64) for name, value in weights.items()}
+    model = build_model(config, weights)
+    model.load_weights(list(weights.items()), strict=True)
+    got = model(mx.array([ids]), model.new_cache())
+    assert_close(got[0], llama_logits(exact, config | {"rope_scaling": stated}, ids), str(said))
+    if rule == "yarn" and factor > 1:  # mlx-lm reads it too
+        assert_close(got, oracle(config, weights, mx.array([ids])), str(said), rtol=2.0**-15)
+
+
+def test_attn_factor_beside_divisors(tmp_path, rng):
+    made = tensors("llama", rng) | {FREQUENCIES: (divisors(32.0, 1, 4, 8192), "F32")}
+    source = open_source(write(tmp_path / "x.gguf", "llama", made, **{"llama.rope.scaling.attn_factor": 1.5}))
+    scaling = config_from_gguf(source)["rope_scaling"]
+    assert (scaling["rope_type"], scaling["magnitude"]) == ("llama3", 1.5)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "used"),
+    [("yarn_beta_fast", 16.0, "32"), ("yarn_beta_slow", 2.0, "1"), ("yarn_ext_factor", 0.5, "1"),
+     ("yarn_attn_factor", 1.2, "1.13863"), ("yarn_attn_factor", "x", "1.13863")],
+)  # fmt: skip
+def test_keys_of_yarn_that_llama_cpp_does_not_read(tmp_path, rng, caplog, name, value, used):
+    said = {"type": "yarn", "factor": 4.0, "original_context_length": 128}
+    more = {f"llama.rope.scaling.{key}": each for key, each in said.items()}
+    plain = config_from_gguf(open_source(write(tmp_path / "x.gguf", "llama", tensors("llama", rng), **more)))
+    source = open_source(tmp_path / "x.gguf")
+    source.metadata[f"llama.rope.scaling.{name}"] = value
+    assert config_from_gguf(source) == plain
+    assert caplog.messages == [f"x.gguf: rope.scaling.{name} {value!r} is not used, but {used}, as llama.cpp does"]
 
 
 def test_metadata_that_is_not_used_is_named(tmp_path, rng, caplog):

@@ -1,6 +1,6 @@
 """The options of `mlxeff fit kv-predictor` as data, and its report in words."""
 
-from .options import Option, natural, option, positive
+from .options import IGNORE_KEYS, Option, natural, option, positive
 
 KV_PREDICTOR: tuple[Option, ...] = (
     option("base", metavar="BASE", help="the base model: a folder, file, name or hub id"),
@@ -13,6 +13,7 @@ KV_PREDICTOR: tuple[Option, ...] = (
         "smaller model, or a configuration of the paper, such as OE1.1B-KVP-C-450M",
     ),
     option("--out", metavar="PAIR", required=True, help="the new folder for the pair"),
+    IGNORE_KEYS,
     option("--text", metavar="FILE", help="UTF-8 text to fit on (default: text that the base generates itself)"),
     option("--tokens", metavar="N", type=positive, default=20000, help="tokens to fit on (default %(default)s)"),
     option(

@@ -83,6 +83,7 @@ class KvPredictorSettings:
     batch: int | None = None
     rate: float | None = None
     seed: int = 0
+    ignore_keys: Sequence[str] = ()
     offline: bool = False
 
     def __post_init__(self):
@@ -161,7 +162,7 @@ def _fit_kv_predictor(settings: KvPredictorSettings, progress: Progress) -> dict
     """`fit_kv_predictor` with checked settings."""
     with progress(f"fetching {settings.base}", "B") as fetched:
         path = hub.resolve(settings.base, offline=settings.offline, progress=fetched)
-    base, began = load_path(path), time.perf_counter()
+    base, began = load_path(path, dict.fromkeys(settings.ignore_keys)), time.perf_counter()
     require_seam(base.model, SEAM, "KV prediction")
     # Input that can be refused at once is read before anything that takes minutes.
     training_text = _training_text(settings, base) if settings.train_text is not None else None

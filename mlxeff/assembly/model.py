@@ -33,6 +33,7 @@ from .techniques import CACHES, Stored, architecture, stored_in
 
 KINDS.update(CACHES)
 SAMPLE_BYTES = 1 << 16  # bytes at the beginning and the end of a weight file that enter the fingerprint
+MLX_LM_BYTES = 45 << 20  # of address space for mlx-lm and its libraries, measured
 TOKENIZER_KEYS = {"chat_template", "eos_token", "trust_remote_code"}  # known keys of mlx-lm's `tokenizer_config`
 # model_type → class of the model, for the families that this package computes itself.
 MODELS = {"openelm": openelm.Model} | dict.fromkeys(llama.FAMILIES, llama.Model)
@@ -49,6 +50,7 @@ class Loaded:
     fingerprint: str  # see `fingerprint`
     dtype: str  # type of the activations
     backend: str  # what will compute the model, as in `running.Ran`, unless its weights are changed
+    ignored: tuple[str, ...] = ()  # entries of config.json that were read as absent; a pair's auxiliary lacks them too
 
 
 def load(
@@ -97,22 +99,33 @@ def load_path(path: Path, overrides: dict | None = None, lazy: bool = False, tru
     config = _config(source)
     overrides = overrides or {}
     tokenizer = _tokenizer(source, config, overrides)
-    deleted = {key for key, value in overrides.items() if value is None}
-    config = {key: value for key, value in (config | overrides).items() if key not in deleted}
+    deleted = [key for key, value in overrides.items() if value is None]
+    config = without(config, deleted, path) | {key: value for key, value in overrides.items() if value is not None}
     model, config = _model(source, config, overrides, lazy, trust_remote_code)
     backend = "mlx"
     if not lazy:
         _finish(model, config, path)
         backend = _choose_executor(path, model)
     dtype = "float32" if native_for() and isinstance(model, DecoderModel) else _dtype_name(model)
-    return Loaded(model, tokenizer, config, Path(path), fingerprint(source, config), dtype, backend)
+    mark = fingerprint(source, config)
+    return Loaded(model, tokenizer, config, Path(path), mark, dtype, backend, tuple(deleted))
 
 
-def load_model(path: Path) -> tuple[Model, str]:
+def without(config: dict, keys: Iterable[str], origin: Path) -> dict:
+    """The dict of a config.json without `keys`, which are read as absent. A notice says which of them it never had."""
+    keys = list(keys)
+    if strange := [key for key in keys if key not in config]:
+        notices.warning("%s: the config has no key %s to ignore", origin, some(strange))
+    return {key: value for key, value in config.items() if key not in keys}
+
+
+def load_model(path: Path, ignored: Collection[str] = ()) -> tuple[Model, str]:
     """(Model, fingerprint) of a model folder or GGUF file, without its tokenizer. The model computes operator by
-    operator until `use_native` is called."""
+    operator until `use_native` is called. `ignored` are entries of config.json that are read as absent where they are
+    there."""
     source = open_source(path)
-    model, config = _model(source, _config(source), {})
+    config = {key: value for key, value in _config(source).items() if key not in ignored}
+    model, config = _model(source, config, dict.fromkeys(ignored))
     _finish(model, config, path)
     return model, fingerprint(source, config)
 
@@ -125,7 +138,7 @@ def _model(
     if not isinstance(kind, str):
         raise MlxeffError(f"{path}: config: model_type: wanted the name of an architecture, got {kind!r}")
     if not lazy:
-        _require_memory(path, sum(tensor.nbytes for tensor in source.tensors.values()))
+        _require_memory(path, sum(tensor.nbytes for tensor in source.tensors.values()), kind not in MODELS)
     if kind in llama.FAMILIES:  # Hugging Face and mlx-lm have different defaults for this key, so the weights decide
         config = {"tie_word_embeddings": not any(name.startswith("lm_head.") for name in source.tensors)} | config
     for technique in stored_in(config):
@@ -164,13 +177,17 @@ def _foreign_gguf(source: Source, config: dict) -> nn.Module:
     return model
 
 
-def _require_memory(path: Path, need: int) -> None:
-    """Raises MlxeffError where weights of `need` bytes do not fit into the memory that this process may use."""
+def _require_memory(path: Path, need: int, foreign: bool = False) -> None:
+    """Raises MlxeffError where weights of `need` bytes, and for a `foreign` model mlx-lm and its libraries, do not fit
+    into the memory that this process may use."""
+    libraries = MLX_LM_BYTES if foreign else 0
 
     def fits(have: float) -> str:
-        return f"{have / need:.0%} of these would fit (mlxeff convert --quantize makes smaller ones)"
+        share = max(have - libraries, 0) / max(need, 1)
+        return f"{share:.0%} of the weights would fit (mlxeff convert --quantize makes smaller ones)"
 
-    memory.require(need, f"{path}: the weights", fits)
+    what = "mlx-lm and the weights" if foreign else "the weights"
+    memory.require(need + libraries, f"{path}: {what}", fits)
 
 
 def _install(techniques: Iterable[Stored], model: nn.Module, config: dict, tensors: Collection[str] | None) -> None:

@@ -27,6 +27,17 @@ def option(name: str, *aliases: str, **keywords) -> Option:
     return Option(name, keywords, aliases)
 
 
+def names(text: str) -> list[str]:
+    """ "a,b" → ["a", "b"]."""
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+# Of all verbs that read a config.json.
+IGNORE_KEYS = option(
+    "--ignore-keys", metavar="KEY,…", type=names, default=[], help="entries of config.json to read as absent"
+)
+
+
 def integer(text: str, valid: Callable[[int], bool], wanted: str) -> int:
     """The whole number in `text`. Raises argparse.ArgumentTypeError unless `valid` accepts it; `wanted` describes in
     the message what is accepted."""

@@ -79,7 +79,7 @@ def _auxiliary_of(folder: Path, config: PairConfig, base: Loaded, offline: bool)
         return pruned(base.model, config.layers, str(folder))
     name, wanted = config.auxiliary["model"], config.auxiliary["fingerprint"]
     path = folder / name if (folder / name).is_dir() else hub.resolve(name, offline=offline)
-    model, got = load_model(path)
+    model, got = load_model(path, base.ignored)
     if got != wanted:
         raise MlxeffError(f"{folder}: wanted the auxiliary {name} ({wanted}), got {path} ({got})")
     check_vocabulary(model, base.model, str(folder))
@@ -121,7 +121,7 @@ def make_auxiliary(spec: str, base: Loaded, offline: bool = False) -> Auxiliary:
         model = native_like(pruned(base.model, layers, spec), base.model)
         return Auxiliary(model, {"layers": layers}, pruned_map(layers, count))
     path = hub.resolve(spec, offline=offline)
-    model, fingerprint = load_model(path)
+    model, fingerprint = load_model(path, base.ignored)
     require_seam(model, SEAM, "KV prediction")
     check_vocabulary(model, base.model, spec)
     stored = str(Path(spec).resolve()) if Path(spec).exists() else spec

@@ -76,13 +76,13 @@ FIGURE_5B = ("OE1.1B-KVP-C-450M", "OE450M", 8, (128, 1024))
 NOTE = "Table 3 prints 3.59 for the FLOPs reduction of OE1.1B-KVP-LP-0.25, Table 5 3.60."
 
 
-def groups(dtype: mx.Dtype, checkpoints: dict[str, Path]) -> list[Group]:
+def groups(dtype: mx.Dtype, checkpoints: dict[str, Path], ignored: Sequence[str] = ()) -> list[Group]:
     """A group of arms for each base model.
 
     dtype: type of random weights. checkpoints: size of an OpenELM, such as "1.1B" → the folder of its checkpoint, which
-    is used in place of random weights.
+    is used in place of random weights. ignored: entries of their config.json to read as absent.
     """
-    return [Group(list(table), Builder(dtype, checkpoints, base), POINTS) for base, table in TABLES.items()]
+    return [Group(list(table), Builder(dtype, checkpoints, ignored, base), POINTS) for base, table in TABLES.items()]
 
 
 @dataclass
@@ -92,6 +92,7 @@ class Builder:
 
     dtype: mx.Dtype
     checkpoints: dict[str, Path]
+    ignored: Sequence[str]
     base: str
 
     def __call__(self, names: Sequence[str]) -> list[Arm]:
@@ -127,7 +128,8 @@ class Builder:
 
     def _load(self, size: str) -> DecoderModel:
         if size in self.checkpoints:
-            return _of_size(load_model(self.checkpoints[size])[0], size, self.checkpoints[size])
+            path = self.checkpoints[size]
+            return _of_size(load_model(path, self.ignored)[0], size, path)
         model = build_model(published_config(size.replace(".", "_")))
         randomise(model, self._type())
         return model

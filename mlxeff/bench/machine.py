@@ -9,7 +9,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from .. import __version__, kernels, memory
+from .. import __version__, kernels, limits
 
 # The shares of memory that a benchmark may use: on Linux of the available memory, elsewhere of all memory.
 LINUX_SHARE, OTHER_SHARE = 0.85, 0.7
@@ -87,6 +87,6 @@ def usable_bytes(device: str) -> float:
     working set that the device recommends.
     """
     share = LINUX_SHARE if sys.platform == "linux" else OTHER_SHARE
-    usable = share * memory.available()[0]
+    usable = share * limits.available()[0]
     limit = mx.device_info().get("max_recommended_working_set_size") if device == "gpu" else None
     return min(usable, limit or usable)

@@ -40,6 +40,7 @@ class Request:
     threads      of the native CPU kernels; None: unchanged
     dtype        the type of the suite's random weights; None: float16
     checkpoints  (size of an OpenELM, model): checkpoints that the suite uses in place of random weights
+    ignored      entries of config.json to read as absent, of the model, of a pair's auxiliary, and of `checkpoints`
     offline      whether models are taken from the local cache only
     """
 
@@ -56,6 +57,7 @@ class Request:
     threads: int | None = None
     dtype: str | None = None
     checkpoints: Sequence[tuple[str, str]] = ()
+    ignored: Sequence[str] = ()
     offline: bool = False
 
     def check(self) -> None:
@@ -64,6 +66,7 @@ class Request:
             raise MlxeffError("bench ttft: wanted MODEL or --suite, got " + ("both" if self.model else "neither"))
         if self.suite:
             given = {technique.option.name: True for technique, _ in self.switched}
+            given["--ignore-keys without --checkpoint"] = self.ignored and not self.checkpoints
             given |= {"--compute": self.run.compute != EXACT.compute, "--kv-cache": self.run.kv is not None}
         else:
             given = {"--checkpoint": self.checkpoints, "--dtype": self.dtype}
@@ -124,14 +127,14 @@ def _suite(request: Request) -> tuple[list[ttft.Group], dict]:
     weights = f"{dtype}, random" if len(found) < len(kvp_paper.SIZES) else "as stored"
     given = {size: str(path) for size, path in found.items()}
     about = {"suite": request.suite, "weights": weights, "checkpoints": given, "activations": ACTIVATIONS}
-    return kvp_paper.groups(getattr(mx, dtype), found), about
+    return kvp_paper.groups(getattr(mx, dtype), found, request.ignored), about
 
 
 def _model(request: Request, fetching: Fetching) -> tuple[list[ttft.Group], dict]:
     """One group of arms, the model as it is and the model with each technique; and the description of both."""
     with fetching(f"fetching {request.model}", "B") as progress:
         path = hub.resolve(request.model, offline=request.offline, progress=progress)
-    base = load_path(path)
+    base = load_path(path, dict.fromkeys(request.ignored))
     require_seam(base.model, "kv", "bench ttft")
     base.model.check(request.run)
     plain = Setup(base.model, options=request.run)

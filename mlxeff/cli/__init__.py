@@ -10,7 +10,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from .. import __version__
+from .. import __version__, limits
 from ..errors import MlxeffError
 from . import arguments, streams
 
@@ -61,6 +61,8 @@ def _run(argv: Sequence[str] | None, options: argparse.Namespace) -> int:
         sys.stdout.flush()
         raise
     streams.check(options.verb)
+    if options.verb != "models":
+        limits.start()
     verb = importlib.import_module(f".{options.verb}", __name__)
     if options.verb != "models":
         importlib.import_module("mlx.core")  # before Ctrl-C raises: its import does not survive exceptions

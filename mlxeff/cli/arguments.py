@@ -7,7 +7,8 @@ import argparse
 from collections.abc import Iterable
 
 from ..assembly import techniques
-from ..assembly.options import Option, integer, natural, positive
+from ..assembly.options import IGNORE_KEYS, Option, integer, natural, positive
+from ..bench.selection import condition
 from ..hub.catalog import DEFAULT_MODEL
 
 MAX_TOKENS = 1024  # default of --max-tokens
@@ -93,7 +94,7 @@ def add_bench(parser: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--only",
         metavar="KEY=VALUE",
-        type=_filter,
+        type=condition(("arm", "device", "batch", "tokens")),
         nargs="+",
         action="extend",
         default=[],
@@ -111,6 +112,7 @@ def add_bench(parser: argparse.ArgumentParser) -> None:
         "--out", metavar="FILE", help="keep every sample in FILE; the same command continues an interrupted measurement"
     )
     _add_bench_machine(sub)
+    _add(sub, [IGNORE_KEYS])
     sub.add_argument("--offline", action="store_true", help="never touch the network")
     sub.add_argument("--json", action="store_true", help="print one JSON document with every sample")
     sub.add_argument("--quiet", action="store_true", help="no progress lines; warnings still show")
@@ -175,6 +177,7 @@ def add_convert(parser: argparse.ArgumentParser) -> None:
         "--dequantize", action="store_true", help="write dense weights for quantised and seed-encoded ones"
     )
     parser.add_argument("--tokenizer", metavar="PATH", help="tokenizer folder or file (default: beside the weights)")
+    _add(parser, [IGNORE_KEYS])
     group = parser.add_argument_group("SeedLM")
     group.add_argument(
         "--seedlm", choices=("3", "4", "4.5"), help="encode linear layers as seeds with so many bits per weight"
@@ -219,9 +222,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--trust-remote-code", action="store_true", help="let mlx-lm run Python code that the model folder brings"
     )
-    group.add_argument(
-        "--ignore-keys", metavar="KEY,…", type=_names, default=[], help="entries of config.json to read as absent"
-    )
+    _add(group, [IGNORE_KEYS])
     group.add_argument(
         "--context-limit", metavar="N", type=positive, help="tokens in the context (default: the model's own limit)"
     )
@@ -294,19 +295,6 @@ def _add_text(parser: argparse.ArgumentParser) -> None:
 def _numbers(text: str) -> tuple[int, ...]:
     """ "1,8" → (1, 8)."""
     return tuple(positive(part) for part in text.split(","))
-
-
-def _names(text: str) -> list[str]:
-    """ "a,b" → ["a", "b"]."""
-    return [name.strip() for name in text.split(",") if name.strip()]
-
-
-def _filter(text: str) -> str:
-    """A valid "KEY=VALUE" of --only, unchanged."""
-    key, equals, value = text.partition("=")
-    if key not in ("arm", "device", "batch", "tokens") or not equals or not value:
-        raise argparse.ArgumentTypeError(f"wanted KEY=VALUE with a KEY of arm, device, batch, tokens, got {text!r}")
-    return text
 
 
 def _checkpoint(text: str) -> tuple[str, str]:

@@ -48,5 +48,6 @@ def _request(options: argparse.Namespace) -> "Request":
         threads=options.threads,
         dtype=options.dtype,
         checkpoints=options.checkpoint,
+        ignored=tuple(options.ignore_keys),
         offline=options.offline,
     )

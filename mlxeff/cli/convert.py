@@ -25,6 +25,7 @@ def run(options: argparse.Namespace) -> int:
                 quantize=options.quantize,
                 dequantize=options.dequantize,
                 tokenizer=options.tokenizer,
+                ignore_keys=options.ignore_keys,
                 dry_run=options.dry_run,
                 progress=progress,
                 seedlm=options.seedlm,

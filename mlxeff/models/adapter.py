@@ -15,8 +15,11 @@ from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
 
 from ..errors import MlxeffError
+from ..kernels import device
+from ..modules import chunk_bytes, layer_rows
 from ..names import is_utf8
 from ..running import EXACT, Ran, RunOptions, Tally
 
@@ -100,6 +103,27 @@ class AdapterModel:
     def _key(self, name: str) -> int | None:
         """An entry of the config; multimodal models have those of their language model under "text_config"."""
         return self.config.get(name) or (self.config.get("text_config") or {}).get(name)
+
+    def prefill_bytes(self, cache: AdapterCache, new: int, step_size: int, _: RunOptions = EXACT) -> int:
+        """Bytes that reading `new` more tokens in chunks of `step_size` needs, counted low: from sizes in the config
+        that most families have, and for caches that keep all keys and values."""
+        keeping = sum(type(layer).__name__ == "KVCache" for layer in cache.layers)
+        keeping = 0 if self._size("kv_lora_rank") else keeping  # latent keys and values are smaller
+        heads = self._size("num_attention_heads")
+        size = self._size("head_dim") or self._size("hidden_size") // max(heads, 1)
+        groups = self._size("num_key_value_heads") or heads
+        floats = [value for _, value in tree_flatten(self.parameters()) if mx.issubdtype(value.dtype, mx.floating)]
+        width = min((value.dtype.size for value in floats), default=2)
+        cached = 2 * groups * size * width * keeping * new
+        if device() != "cpu":
+            return cached
+        chunk = min(step_size, new)
+        return cached + chunk_bytes(heads, layer_rows(self.parameters()), chunk, cache.length + new)
+
+    def _size(self, name: str) -> int:
+        """An entry of the config that is a number above 0; else 0."""
+        value = self._key(name)
+        return value if type(value) is int and value > 0 else 0
 
     def check(self, options: RunOptions) -> None:
         """Raises MlxeffError for all options but the defaults: mlx-lm's models support none of them."""

@@ -40,7 +40,7 @@ MEANINGLESS = re.compile(
     | (use_)?(bf16|fp16|fp32) | (param|compute)_dtype | .*_in_fp32 | return_.* | keys_to_ignore_.*
     | output_(attentions|hidden_states|scores|router_logits)
     | name | model_name(_or_path)? | author | description | license | language | tags | library_name | pipeline_tag
-    | datasets? | base_model | version | revision
+    | datasets? | base_model | version | revision | finetuned
     """,
     re.VERBOSE,
 )
@@ -48,6 +48,7 @@ MEANINGLESS = re.compile(
 # notice; with another value they are an error.
 NEUTRAL = {
     **dict.fromkeys(("partial_rotary_factor", "rotary_pct", "rope_ratio", "logit_scale", "logits_scaling"), 1),
+    **dict.fromkeys(("attn_factor", "extrapolation_factor"), 1),
     **dict.fromkeys(("embedding_multiplier", "residual_multiplier", "embedding_scale"), 1),
     **dict.fromkeys(("final_logit_softcapping", "attn_logit_softcapping", "num_experts", "num_local_experts"), 0),
     **dict.fromkeys(("n_routed_experts", "num_nextn_predict_layers"), 0),

@@ -16,6 +16,7 @@ import mlx.nn as nn
 from ..cache import FLOAT_KINDS, KVCache, LayerCache
 from ..errors import MlxeffError
 from ..kernels import device
+from ..modules import chunk_bytes, layer_rows
 from ..running import EXACT, RunOptions
 from .native import Native, native_executor
 from .parts import DecoderLayer, EndParts, LayerParts
@@ -102,11 +103,12 @@ class DecoderModel(nn.Module):
         rows = -(-length // capacity) * capacity
         grown = sum(2 * groups * size for groups, size in self.kv_shapes) * width * rows
         held = cache.nbytes
-        chunk, attention = min(step_size, new), self.layers[0].attention
+        chunk = min(step_size, new)
         hidden = 4 * chunk * 2 * self.hidden_size  # the input and the output of a layer
-        # MLX's attention on a CPU makes the scores of all heads at once, in float32; the native kernels make none.
-        scores = 4 * attention.heads * chunk * length if self.native is None and device() == "cpu" else 0
-        return (grown if grown > held else 0) + hidden + scores
+        more = 0
+        if self.native is None and device() == "cpu":
+            more = chunk_bytes(self.layers[0].attention.heads, layer_rows(self.parameters()), chunk, length)
+        return (grown if grown > held else 0) + hidden + more
 
     def make_cache(self) -> list[KVCache]:
         """[`new_cache()`]: what mlx-lm's `make_prompt_cache` gives for this model."""

@@ -6,6 +6,7 @@ converter for the permutation of rows and for `rope_freqs`, mlx-lm for the entry
 nothing about the block formats inside the tensors; `checkpoint` reads those.
 """
 
+import math
 import re
 from collections import Counter
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from ..checkpoint import Source, Tensor
 from ..errors import MlxeffError, notices, some
 from .config import fits
 from .gguf_keys import Keys
+from .rope import yarn_magnitude
 
 FAMILIES = ("llama", "qwen2", "qwen3")  # values of general.architecture
 # GGUF's names → Hugging Face's, of the modules outside and inside of the layers.
@@ -34,8 +36,9 @@ LAYER = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-ROPE_MAGNITUDES = ("rope.scaling.attn_factor", "rope.scaling.yarn_attn_factor", "rope.scaling.yarn_ext_factor")
-YARN_TURNS = {"beta_fast": 32.0, "beta_slow": 1.0}  # YaRN's limits, with the values where a file has none
+# Keys of YaRN that llama.cpp does not read for these architectures, and what it computes with; None: see
+# `rope.yarn_magnitude`.
+YARN_FIXED = {"yarn_ext_factor": 1.0, "yarn_attn_factor": None, "yarn_beta_fast": 32.0, "yarn_beta_slow": 1.0}
 FREQUENCIES = "rope_freqs.weight"  # tensor (head size / 2): divisors of the rotary frequencies (Llama 3.1 and later)
 # (low_freq_factor, high_freq_factor, original_max_position_embeddings) of the known Llama 3 rope_scaling entries.
 LLAMA3_RULES = [(1.0, 4.0, context) for context in (8192, 4096, 2048, 16384, 32768, 131072)]
@@ -170,25 +173,40 @@ def _check_sizes(keys: Keys, queries: int, hidden: int) -> None:
 
 
 def rope_scaling(keys: Keys, head_dim: int) -> dict | None:
-    """The config entry `rope_scaling`. Raises MlxeffError for a rule that is not supported."""
+    """The config entry `rope_scaling`, by which positions and magnitudes are those of llama.cpp. It multiplies queries
+    and keys by `rope.scaling.attn_factor` under every rule, beside YaRN's own magnitude. Raises MlxeffError for a rule
+    that is not supported."""
     rule, factor = str(keys.get("rope.scaling.type", "linear")), _rope_factor(keys)
+    if rule not in ("none", "linear", "yarn"):
+        raise MlxeffError(f"{keys.origin}: rope.scaling.type: wanted none, linear or yarn, got {rule!r:.60}")
     if rule == "none":
         factor = 1.0
-    elif rule not in ("linear", "yarn") or any(keys.number(key, 1.0) != 1.0 for key in ROPE_MAGNITUDES):
-        raise MlxeffError(f"{keys.origin}: rope.scaling: wanted linear or yarn without attn_factor, got {rule!r:.60}")
-    scaling = {"rope_type": rule, "type": rule, "factor": factor}
+    scaling = {"rope_type": rule, "type": rule, "factor": factor} if factor != 1.0 else {}
     if rule == "yarn":
+        _say_fixed(keys, factor)
         context = keys.integer("rope.scaling.original_context_length", keys.integer("context_length"))
-        turns = {name: keys.number(f"rope.scaling.yarn_{name}", value) for name, value in YARN_TURNS.items()}
-        scaling |= {"original_max_position_embeddings": context}
-        scaling |= {name: value for name, value in turns.items() if value != YARN_TURNS[name]}
-    if FREQUENCIES in keys.tensors:
-        divisors = _llama3_rule(keys, head_dim)
-        if divisors and factor != 1.0:
+        scaling |= {"original_max_position_embeddings": context} if scaling else {}
+    if FREQUENCIES in keys.tensors and (divisors := _llama3_rule(keys, head_dim)):
+        if scaling:
             raise MlxeffError(f"{keys.origin}: rope.scaling: wanted none beside {FREQUENCIES}, got {rule} {factor}")
-        if divisors or factor == 1.0:
-            return divisors
-    return None if factor == 1.0 else scaling
+        scaling = divisors
+    magnitude = keys.number("rope.scaling.attn_factor", 1.0)
+    if magnitude != 1.0 and rule == "yarn" and factor > 1.0:  # as transformers reads it, and as mlx-lm does
+        whole = magnitude * yarn_magnitude({"factor": factor})
+        scaling |= {"attention_factor": whole, "mscale": (whole - 1) / (0.1 * math.log(factor))}
+    elif magnitude != 1.0:
+        scaling = {"rope_type": "default"} | scaling | {"magnitude": magnitude}
+    return scaling or None
+
+
+def _say_fixed(keys: Keys, factor: float) -> None:
+    """A notice for each key of YaRN that is not read and says something else than what is computed."""
+    for name, used in YARN_FIXED.items():
+        used = yarn_magnitude({"factor": factor}) if used is None else used
+        said = keys.get(f"rope.scaling.{name}", used)
+        if not fits(said, float) or not math.isclose(said, used, rel_tol=1e-6):
+            text = "%s: rope.scaling.%s %.60r is not used, but %g, as llama.cpp does"
+            notices.warning(text, keys.origin, name, said, used)
 
 
 def _rope_factor(keys: Keys) -> float:

@@ -130,7 +130,10 @@ def _attention(keys: Keys, architecture: Architecture) -> dict:
         config[architecture.partial] = rotated / head_dim
     if FACTORS[1] in keys.tensors:  # the architecture's own entries say the rule
         return config
-    if (scaling := gguf.rope_scaling(keys, head_dim)) and architecture.rope_rules:
+    scaling = gguf.rope_scaling(keys, head_dim)
+    if "magnitude" in (scaling or {}):
+        raise keys.wrong("rope.scaling.attn_factor", "1, mlx-lm reads another one with YaRN only", scaling["magnitude"])
+    if scaling and architecture.rope_rules:
         if scaling["rope_type"] not in architecture.rope_rules:
             raise keys.wrong("rope.scaling.type", f"one of {', '.join(architecture.rope_rules)}", scaling["rope_type"])
         config["rope_scaling"] = scaling

@@ -1,7 +1,8 @@
 """Rotary position embedding from the entry `rope_scaling` of a Hugging Face config.json.
 
-Sources: RoPE (arXiv 2104.09864), position interpolation ("linear", arXiv 2306.15595), YaRN (arXiv 2309.00071) and the
-rule of the Llama 3.1 release ("llama3").
+Sources: RoPE (arXiv 2104.09864), position interpolation ("linear", arXiv 2306.15595), YaRN (arXiv 2309.00071), the rule
+of the Llama 3.1 release ("llama3"), and for YaRN's magnitude transformers' `modeling_rope_utils.py` and mlx-lm's
+`rope_utils.py`. The entry `magnitude` is mlxeff's own: a GGUF file can multiply queries and keys under any rule.
 """
 
 import math
@@ -14,8 +15,9 @@ from .config import changes_nothing, fits, require, short
 
 ROPE_KEYS = frozenset(
     "rope_type type factor rope_theta original_max_position_embeddings low_freq_factor high_freq_factor "
-    "beta_fast beta_slow attention_factor".split()
+    "beta_fast beta_slow attention_factor mscale mscale_all_dim magnitude".split()
 )
+ANY_SIGN = ("mscale", "mscale_all_dim")  # numbers that may be 0 or negative
 RULES = {  # rope_type → the keys that it needs
     "default": (),
     "linear": ("factor",),
@@ -36,36 +38,54 @@ def make_rope(size: int, base: float, scaling: dict | None, kind: str) -> Rope:
         raise MlxeffError(f"{kind} config: rope_scaling: unknown keys {short(unknown)}")
     require(isinstance(rule, str) and rule in RULES, kind, "rope_scaling", "default, linear, llama3 or yarn", rule)
     for key in sorted(set(scaling) - {"rope_type", "type"}):
-        value = scaling[key]
-        require(fits(value, float) and value > 0, kind, f"rope_scaling {key}", "above 0", value)
-        require(1e-9 < value < 1e12, kind, f"rope_scaling {key}", "above 1e-9 and below 1e12", value)
+        value, name = scaling[key], f"rope_scaling {key}"
+        if key in ANY_SIGN:
+            require(fits(value, float) and abs(value) < 1e12, kind, name, "a number above -1e12 and below 1e12", value)
+            continue
+        require(fits(value, float) and value > 0, kind, name, "above 0", value)
+        require(1e-9 < value < 1e12, kind, name, "above 1e-9 and below 1e12", value)
+    more = scaling.get("magnitude", 1.0)
     if rule == "default":
-        return Rope(size, base)
+        return Rope(size, base, magnitude=more)
     if missing := sorted(key for key in RULES[rule] if key not in scaling):
         raise MlxeffError(f"{kind} config: rope_scaling of type {rule}: missing keys {missing}")
     if rule == "linear":
-        return Rope(size, base, scale=1 / scaling["factor"])
+        return Rope(size, base, scale=1 / scaling["factor"], magnitude=more)
     require(base > 1, kind, f"rope_theta beside rope_scaling of type {rule}", "above 1", base)
-    wavelengths, magnitude = (_llama3 if rule == "llama3" else _yarn)(size, base, scaling)
-    return Rope(size, None, wavelengths=wavelengths, magnitude=magnitude)
+    if rule == "llama3":
+        return Rope(size, None, wavelengths=_llama3(size, base, scaling), magnitude=more)
+    magnitude = yarn_magnitude(scaling)
+    require(magnitude > 0, kind, "rope_scaling", "mscale and mscale_all_dim of a magnitude above 0", magnitude)
+    return Rope(size, None, wavelengths=_yarn(size, base, scaling), magnitude=magnitude * more)
 
 
-def _llama3(size: int, base: float, scaling: dict) -> tuple[mx.array, float]:
-    """(Wavelengths in positions per radian, (size / 2), magnitude 1). Long wavelengths are multiplied by `factor`,
-    short ones are unchanged, and those between are blended."""
+def yarn_magnitude(scaling: dict) -> float:
+    """YaRN's factor of the rotated queries and keys, √(1/t) in section 3.4: `attention_factor` where there is one (only
+    transformers reads it), else the ratio of 0.1 · m · ln(factor) + 1 with m = `mscale` (default 1) to the same with
+    m = `mscale_all_dim` (default 0), as in mlx-lm. transformers reads these two only where both are given and not 0.
+    0 where the divisor is 0."""
+    if "attention_factor" in scaling:
+        return scaling["attention_factor"]
+    logarithm = 0.1 * math.log(max(scaling["factor"], 1.0))
+    divisor = logarithm * scaling.get("mscale_all_dim", 0) + 1
+    return (logarithm * scaling.get("mscale", 1) + 1) / divisor if divisor else 0.0
+
+
+def _llama3(size: int, base: float, scaling: dict) -> mx.array:
+    """Wavelengths in positions per radian, (size / 2). Long ones are multiplied by `factor`, short ones are unchanged,
+    and those between are blended."""
     factor, context = scaling["factor"], scaling["original_max_position_embeddings"]
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
     periods = base ** (mx.arange(0, size, 2) / size)
     turns = context / (2 * mx.pi * periods)  # full turns within the original context
     smooth = (turns - low) / (high - low)
     blended = periods / ((1 - smooth) / factor + smooth)
-    return mx.where(turns < low, periods * factor, mx.where(turns < high, blended, periods)), 1.0
+    return mx.where(turns < low, periods * factor, mx.where(turns < high, blended, periods))
 
 
-def _yarn(size: int, base: float, scaling: dict) -> tuple[mx.array, float]:
-    """(Wavelengths in positions per radian, (size / 2), magnitude). Dimensions that make few turns within the original
-    context are interpolated by `factor`, those that make many are unchanged, with a linear ramp between (sections 3.2
-    and 3.4)."""
+def _yarn(size: int, base: float, scaling: dict) -> mx.array:
+    """Wavelengths in positions per radian, (size / 2). Dimensions that make few turns within the original context are
+    interpolated by `factor`, those that make many are unchanged, with a linear ramp between (section 3.2)."""
     factor, context = scaling["factor"], scaling["original_max_position_embeddings"]
 
     def dimension(turns: float) -> float:
@@ -77,5 +97,4 @@ def _yarn(size: int, base: float, scaling: dict) -> tuple[mx.array, float]:
     ramp = mx.clip((mx.arange(size // 2, dtype=mx.float32) - low) / max(high - low, 0.001), 0, 1)
     kept = base ** (mx.arange(0, size, 2, dtype=mx.float32) / size)
     stretched = factor * kept
-    magnitude = scaling.get("attention_factor") or (0.1 * math.log(factor) + 1 if factor > 1 else 1.0)
-    return stretched * kept / (stretched * (1 - ramp) + kept * ramp), magnitude
+    return stretched * kept / (stretched * (1 - ramp) + kept * ramp)
