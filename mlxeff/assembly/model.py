@@ -153,11 +153,13 @@ def _model(
 
 def _foreign_gguf(source: Source, config: dict) -> nn.Module:
     """mlx-lm's model with the weights of a GGUF file."""
+    from ..models.adapter import widen_experts
     from ..models.gguf_foreign import build
 
     with memory.explained(str(source.path)):
         model, weights = build(source, config)
         fill(model, weights, str(source.path), native=False)
+        widen_experts(model, str(source.path))
     settle_random_state()
     return model
 

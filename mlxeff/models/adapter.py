@@ -16,7 +16,7 @@ from pathlib import Path
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..errors import MlxeffError
+from ..errors import MlxeffError, notices
 from ..names import is_utf8
 from ..running import EXACT, Ran, RunOptions, Tally
 
@@ -197,7 +197,22 @@ def load_adapter(
         raise
     except (Exception, SystemExit) as error:  # mlx-lm raises whatever its model classes raise
         raise _unsupported(str(folder), kind, error) from error
+    widen_experts(model, str(folder))
     return AdapterModel(model, config)
+
+
+def widen_experts(model: nn.Module, origin: str) -> None:
+    """Convert the dense weights of experts to float32 where the default device is a CPU: MLX multiplies those of other
+    types on GPUs only. A notice says so; `origin` names the checkpoint in it."""
+    from mlx_lm.models.switch_layers import SwitchLinear
+
+    if mx.default_device().type != mx.cpu:
+        return
+    layers = [m for m in model.modules() if isinstance(m, SwitchLinear) and m.weight.dtype != mx.float32]
+    for layer in layers:
+        layer.weight = layer.weight.astype(mx.float32)
+    if layers:
+        notices.info("%s: the experts' weights become float32: MLX has no other product of experts on a CPU", origin)
 
 
 def build_foreign(config: dict, origin: str) -> nn.Module:
