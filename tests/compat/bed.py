@@ -23,7 +23,6 @@ TEMPLATE = (
     "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
 RECORDS = Path(__file__).with_name("llama_cpp.json")  # what llama.cpp made of the GGUF files
-SAME_ROPE = dict(zip(GGUF_ROPES, ("linear", "linear", "yarn", "llama3")))  # as config.json says it
 
 
 @dataclass(frozen=True)
@@ -67,7 +66,7 @@ def prepare(folder: Path, case: Case) -> Prepared:
     answer.append(vocabulary.id(end))
     starts = {prompt_ids[-1], *(ids[-1] for _, _, ids in chats), answer[-1]}
     follows = _successors(answer, starts, len(vocabulary.tokens))
-    config = config_of(family, SAME_ROPE.get(case.rope, case.rope), case.head == "tied", len(vocabulary.tokens))
+    config = config_of(family, GGUF_ROPES.get(case.rope, case.rope), case.head == "tied", len(vocabulary.tokens))
     weights = weights_of(family, config, follows, seed=1)
     path, twin = folder / "model", folder / "twin"
     if gguf:

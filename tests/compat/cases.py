@@ -17,7 +17,14 @@ MLX_QUANTISED = ("affine 4:64", "affine 4:32", "affine 8:32", "mxfp4")
 BLOCKS = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q8_0")
 FOLDERS = ("folder", "torch", "mlx-lm")
 GGUF_ENDS = ("eos key", "eot key", "eom key", "name")
-GGUF_ROPES = ("scaling keys linear", "scale_linear key", "scaling keys yarn", "rope_freqs tensor")
+# How a GGUF file says a rule of rotary embedding → the rule.
+GGUF_ROPES = {
+    "scaling keys linear": "linear",
+    "scale_linear key": "linear",
+    "scaling keys yarn": "yarn",
+    "rope_freqs tensor": "llama3",
+    "rope_factors tensors": "longrope",
+}
 
 DIMENSIONS = {
     "container": (*FOLDERS, "gguf"),
@@ -48,7 +55,6 @@ RULES = [
     ("weights", set(BLOCKS), "container", _GGUF),
     ("sharding", {"split"}, "container", _GGUF),
     ("template", {"key", "named keys"}, "container", _GGUF),
-    ("rope", {"rope_freqs tensor"}, "family", {"llama"}),  # llama.cpp reads it for few architectures
     # mlx-lm, which runs the foreign families and writes its folders, reads safetensors, and saves a tokenizer as a
     # class of transformers would, which for unigram models is not LlamaTokenizer.
     ("container", {"torch"}, "family", OWN),
@@ -64,7 +70,7 @@ RULES = [
     ("conversion", {"dequantised"}, "family", OWN),
     ("conversion", {"refused"}, "family", set(FAMILIES) - OWN),
     ("conversion", {"dequantised"}, "weights", {*MLX_QUANTISED, "Q4_0", "Q4_1", "Q8_0", "Q5_0"}),
-    *(("family", {name}, "rope", set(family.ropes) | (set(GGUF_ROPES) if family.gguf else set()))
+    *(("family", {name}, "rope", {*family.ropes, *family.gguf_ropes})
       for name, family in FAMILIES.items()),
     *(("family", {name}, "head", set(family.heads)) for name, family in FAMILIES.items()),
 ]  # fmt: skip

@@ -31,11 +31,13 @@ class Family:
     """An architecture.
 
     own      mlxeff has an implementation; the others run through mlx-lm
-    config   entries of config.json beside SHARED, or in place of all of them (`whole`)
+    config   entries of config.json beside SHARED
     heads    "tied", "untied": which of them the architecture has
     memory   (gate, up, down) matrices of the last feed-forward network by their names; gate and up may be one matrix
     ropes    the rules of rotary embedding that the architecture has
-    gguf     the architecture's name in GGUF files, "" for none
+    whole    whether `config` has all entries, and none of SHARED counts
+    tie      the entry that says whether the head is the embedding
+    gguf     the architecture's name in GGUF files, "" for none; gguf_ropes: how these say such a rule
     """
 
     own: bool
@@ -43,12 +45,14 @@ class Family:
     heads: tuple[str, ...] = ("tied", "untied")
     memory: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
     ropes: tuple[str, ...] = ("none",)
-    gguf: str = ""
     whole: bool = False
     tie: str = "tie_word_embeddings"
+    gguf: str = ""
+    gguf_ropes: tuple[str, ...] = ()
 
 
 ALL_ROPES = ("none", "linear", "llama3", "yarn")
+SCALING_KEYS = ("scaling keys linear", "scale_linear key", "scaling keys yarn")
 OPENELM = {
     "model_type": "openelm", "num_transformer_layers": LAYERS, "model_dim": HIDDEN, "head_dim": 16,
     "num_query_heads": [4, 8], "num_kv_heads": [1, 2], "ffn_multipliers": [2.0, 6.0], "ffn_dim_divisor": 32,
@@ -58,7 +62,7 @@ OPENELM = {
     "num_gqa_groups": 4, "qkv_multipliers": [0.5, 1.0], "initializer_range": 0.02,
 }  # fmt: skip
 GEMMA3 = {
-    "model_type": "gemma3_text", "query_pre_attn_scalar": 16, "sliding_window": 64, "sliding_window_pattern": 2,
+    "model_type": "gemma3_text", "num_hidden_layers": 6, "query_pre_attn_scalar": 16, "sliding_window": 64, "sliding_window_pattern": 6,
     "rms_norm_eps": 1e-6, "rope_local_base_freq": 10000.0,
 }  # fmt: skip
 MAMBA = {
@@ -70,19 +74,31 @@ QWEN2_MOE = {
     "shared_expert_intermediate_size": 64,
 }  # fmt: skip
 FAMILIES = {
-    "llama": Family(True, {"model_type": "llama"}, ropes=ALL_ROPES, gguf="llama"),
+    "llama": Family(
+        True, {"model_type": "llama"}, ropes=ALL_ROPES, gguf="llama", gguf_ropes=(*SCALING_KEYS, "rope_freqs tensor")
+    ),
     "mistral": Family(True, {"model_type": "mistral", "sliding_window": None}, ("untied",), ropes=ALL_ROPES),
-    "qwen2": Family(True, {"model_type": "qwen2"}, ropes=ALL_ROPES, gguf="qwen2"),
-    "qwen3": Family(True, {"model_type": "qwen3"}, ropes=ALL_ROPES, gguf="qwen3"),
+    "qwen2": Family(True, {"model_type": "qwen2"}, ropes=ALL_ROPES, gguf="qwen2", gguf_ropes=SCALING_KEYS),
+    "qwen3": Family(True, {"model_type": "qwen3"}, ropes=ALL_ROPES, gguf="qwen3", gguf_ropes=SCALING_KEYS),
     "openelm": Family(True, OPENELM, memory=("proj_1", "proj_2"), whole=True, tie="share_input_output_layers"),
-    "gemma3_text": Family(False, GEMMA3, ("tied",)),
-    "phi3": Family(False, {"model_type": "phi3"}, ("untied",), ropes=("none", "longrope")),
-    "olmo2": Family(False, {"model_type": "olmo2"}, ("untied",)),
-    "starcoder2": Family(False, {"model_type": "starcoder2", "norm_epsilon": 1e-5}, ("tied",), ("c_fc", "c_proj")),
-    "cohere": Family(False, {"model_type": "cohere", "layer_norm_eps": 1e-5, "logit_scale": 1.0}, ("tied",)),
-    "qwen2_moe": Family(False, QWEN2_MOE, ("untied",)),
-    "mamba": Family(False, MAMBA, ("untied",), whole=True),
-}
+    "gemma3_text": Family(False, GEMMA3, ("tied",), gguf="gemma3"),
+    "phi3": Family(
+        False, {"model_type": "phi3"}, ("untied",), ropes=("none", "longrope"), gguf="phi3",
+        gguf_ropes=("rope_factors tensors",),
+    ),
+    "olmo2": Family(
+        False, {"model_type": "olmo2"}, ("untied",), ropes=("none", "linear", "yarn"), gguf="olmo2",
+        gguf_ropes=SCALING_KEYS,
+    ),
+    "starcoder2": Family(
+        False, {"model_type": "starcoder2", "norm_epsilon": 1e-5}, ("tied",), ("c_fc", "c_proj"), gguf="starcoder2"
+    ),
+    "cohere": Family(
+        False, {"model_type": "cohere", "layer_norm_eps": 1e-5, "logit_scale": 1.0}, ("tied",), gguf="command-r"
+    ),
+    "qwen2_moe": Family(False, QWEN2_MOE, ("untied",), gguf="qwen2moe"),
+    "mamba": Family(False, MAMBA, ("untied",), whole=True, gguf="mamba"),
+}  # fmt: skip
 ROPES = {
     "none": None,
     "linear": {"rope_type": "linear", "type": "linear", "factor": 4.0},
@@ -97,6 +113,8 @@ ROPES = {
 def config_of(family: Family, rope: str, tied: bool, vocabulary: int) -> dict:
     """config.json without end tokens."""
     config = ({} if family.whole else SHARED) | family.config | {"vocab_size": vocabulary, family.tie: tied}
+    if rope == "longrope":
+        config["original_max_position_embeddings"] = ROPES[rope]["original_max_position_embeddings"]
     return config | ({} if ROPES[rope] is None else {"rope_scaling": ROPES[rope]})
 
 
@@ -121,7 +139,7 @@ def weights_of(family: Family, config: dict, follows: dict[int, int], seed: int)
     if tied:
         weights.pop("lm_head.weight", None)  # Gemma's model drops its head where the file has none
         _remember(family, weights, marks, follows)
-    _scale_norms(config["model_type"], weights, tied)
+    _scale_norms(config, weights)
     return weights
 
 
@@ -156,9 +174,9 @@ def _remember(family: Family, weights: dict, marks: np.ndarray, follows: dict[in
             weights[bias] = np.full_like(weights[bias], -2.0 if name in inputs else 0.0)
 
 
-def _scale_norms(kind: str, weights: dict, tied: bool) -> None:
+def _scale_norms(config: dict, weights: dict) -> None:
     """The final norm sets the scale of the logits. Norms after a block set how much the block adds."""
-    last = f"layers.{LAYERS - 1}."
+    kind = config["model_type"]
     for name, value in weights.items():
         if "norm" not in name or name.endswith("bias"):
             continue
@@ -167,8 +185,9 @@ def _scale_norms(kind: str, weights: dict, tied: bool) -> None:
             scale = LOGIT_SCALE
         elif kind == "olmo2" and "post_" in name:
             scale = 0.2
-        elif kind == "gemma3_text" and ("post_" in name):
-            scale = 8 * SIGNAL if tied and last in name and "feedforward" in name else 1.6
+        elif kind == "gemma3_text" and "post_" in name:  # its embeddings are 8 long; its memory is in the last layer
+            last = f"layers.{config['num_hidden_layers'] - 1}.post_feedforward"
+            scale = 8 * SIGNAL if last in name else 0.8
         value *= scale
         if kind == "gemma3_text":  # its norms multiply by 1 + weight
             value -= 1

@@ -2,7 +2,9 @@
 entry of ARCHITECTURES.
 """
 
+import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,17 +14,33 @@ import numpy as np
 import checkpoint_files as files
 
 from .cases import Case
-from .families import LAYERS
+from .families import CONTEXT
 from .vocabularies import Vocabulary
 
 PER_SHARD = 8  # tensors
+BLOCK = 32  # values of a quantised block
 # Keys after the architecture's name → those of config.json.
-DECODER = {
-    "block_count": "num_hidden_layers", "context_length": "max_position_embeddings", "embedding_length": "hidden_size",
-    "feed_forward_length": "intermediate_size", "attention.head_count": "num_attention_heads",
-    "attention.head_count_kv": "num_key_value_heads", "attention.key_length": "head_dim",
-    "attention.value_length": "head_dim", "attention.layer_norm_rms_epsilon": "rms_norm_eps",
-    "rope.dimension_count": "head_dim", "rope.freq_base": "rope_theta", "vocab_size": "vocab_size",
+NORM = {"attention.layer_norm_rms_epsilon": "rms_norm_eps"}
+SIZES = {"block_count": "num_hidden_layers", "embedding_length": "hidden_size", "vocab_size": "vocab_size"}
+DECODER = SIZES | NORM | {
+    "context_length": "max_position_embeddings", "feed_forward_length": "intermediate_size",
+    "attention.head_count": "num_attention_heads", "attention.head_count_kv": "num_key_value_heads",
+    "attention.key_length": "head_dim", "attention.value_length": "head_dim", "rope.freq_base": "rope_theta",
+    "rope.dimension_count": "head_dim",
+}  # fmt: skip
+EXPERTS = {
+    "expert_count": "num_experts", "expert_used_count": "num_experts_per_tok",
+    "expert_feed_forward_length": "moe_intermediate_size",
+    "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
+}  # fmt: skip
+MAMBA = SIZES | {
+    "ssm.conv_kernel": "conv_kernel", "ssm.inner_size": "intermediate_size", "ssm.state_size": "state_size",
+    "ssm.time_step_rank": "time_step_rank",
+}  # fmt: skip
+# What llama.cpp's converter writes for a recurrent model.
+MAMBA_CONSTANTS = {
+    "context_length": 1 << 20, "feed_forward_length": 0, "attention.head_count": 0, "ssm.dt_b_c_rms": False,
+    "attention.layer_norm_rms_epsilon": 1e-5,
 }  # fmt: skip
 
 
@@ -30,18 +48,49 @@ DECODER = {
 class Architecture:
     """How llama.cpp's converter writes an architecture.
 
-    keys      key of the metadata → key of config.json
-    permuted  part of a tensor's name → key of config.json with its heads: the two halves of a head's rows alternate
+    keys       key of the metadata → key of config.json
+    constants  key of the metadata → value
+    permuted   part of a tensor's name → key of config.json with its heads: the two halves of a head's rows alternate
+    change     (name of the tensor, value) → what is stored
     """
 
     keys: dict = field(default_factory=lambda: DECODER)
+    constants: dict = field(default_factory=dict)
     permuted: dict = field(default_factory=dict)
+    change: Callable[[str, np.ndarray], np.ndarray] | None = None
+
+
+def _shifted(name: str, value: np.ndarray) -> np.ndarray:
+    """Gemma's norms multiply by 1 + weight."""
+    return value + 1 if name.endswith("norm.weight") else value
+
+
+def _recurrent(name: str, value: np.ndarray) -> np.ndarray:
+    return -np.exp(value) if name.endswith("ssm_a") else value.squeeze(2) if "conv1d.weight" in name else value
+
+
+def _experts(name: str, value: np.ndarray) -> np.ndarray:
+    return value.squeeze(0) if name.endswith("gate_inp_shexp.weight") else value
+
+
+def _layer_norm(key: str) -> dict:
+    return DECODER | {"attention.layer_norm_epsilon": key, "attention.layer_norm_rms_epsilon": key}
 
 
 ARCHITECTURES = {
     "llama": Architecture(permuted={"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"}),
     "qwen2": Architecture(),
     "qwen3": Architecture(),
+    "gemma3": Architecture(
+        DECODER | {"attention.sliding_window": "sliding_window", "rope.freq_base_swa": "rope_local_base_freq"},
+        change=_shifted,
+    ),
+    "phi3": Architecture(constants={"attention.sliding_window": 0}),
+    "olmo2": Architecture(),
+    "starcoder2": Architecture(_layer_norm("norm_epsilon")),
+    "command-r": Architecture(_layer_norm("layer_norm_eps") | {"logit_scale": "logit_scale"}),
+    "qwen2moe": Architecture(DECODER | EXPERTS, change=_experts),
+    "mamba": Architecture(MAMBA, MAMBA_CONSTANTS, change=_recurrent),
 }
 
 
@@ -50,20 +99,22 @@ def write(
 ) -> tuple[Path, dict[str, np.ndarray]]:
     """(the file of a case, or the first of its parts; the weights as its blocks hold them, by their names before)."""
     found = ARCHITECTURES[arch]
-    metadata = {"general.name": "compat"} | {f"{arch}.{key}": config[name] for key, name in found.keys.items()}
-    metadata |= {f"{arch}.{key}": value for key, value in _rope(case).items()}
+    values = {key: config[name] for key, name in found.keys.items()} | found.constants | _rope(case)
+    metadata = {"general.name": "compat"} | {f"{arch}.{key}": value for key, value in values.items()}
     metadata |= vocabulary.metadata() | _ends(case, vocabulary) | _templates(case, template)
-    names = gguf.get_tensor_name_map(next(k for k, v in gguf.MODEL_ARCH_NAMES.items() if v == arch), LAYERS)
-    tensors, held = {}, {}
+    names = gguf.get_tensor_name_map(
+        next(k for k, v in gguf.MODEL_ARCH_NAMES.items() if v == arch), config["num_hidden_layers"]
+    )
+    tensors, held = _rope_tensors(case, config), {}
     for name, value in weights.items():
-        new = names.get_name(name, try_suffixes=(".weight", ".bias"))
-        kind = case.weights if value.ndim == 2 else "F32"
+        new = names.get_name(name.replace("switch_mlp", "experts"), try_suffixes=(".weight", ".bias"))
+        stored = found.change(new, value) if found.change else value
+        kind = case.weights if stored.ndim > 1 and stored.shape[-1] % BLOCK == 0 else "F32"
         quant = gguf.GGMLQuantizationType[kind]
-        held[name] = gguf.quants.dequantize(gguf.quants.quantize(value, quant), quant)
+        same = stored.shape == value.shape and kind != "F32"
+        held[name] = gguf.quants.dequantize(gguf.quants.quantize(value, quant), quant) if same else value
         heads = found.permuted.get(new.split(".")[-2])
-        tensors[new] = (interleave(value, config[heads]) if heads else value, kind)
-    if case.rope == "rope_freqs tensor":
-        tensors["rope_freqs.weight"] = (llama3_divisors(config), "F32")
+        tensors[new] = (interleave(stored, config[heads]) if heads else stored, kind)
     files.write_gguf(path, arch, metadata, tensors, split=PER_SHARD if case.sharding == "split" else 0)
     return next(iter(sorted(path.parent.glob(f"{path.stem}*.gguf")))), held
 
@@ -88,12 +139,28 @@ def llama3_divisors(config: dict) -> np.ndarray:
 
 
 def _rope(case: Case) -> dict:
+    """The keys that say the rule of rotary embedding."""
     scaling = {"rope.scaling.type": case.rope.rpartition(" ")[2], "rope.scaling.factor": 4.0}
+    original = {"rope.scaling.original_context_length": 64}
+    magnitude = math.sqrt(1 + math.log(CONTEXT / 64) / math.log(64))
     return {
         "scaling keys linear": scaling,
         "scale_linear key": {"rope.scale_linear": 4.0},
-        "scaling keys yarn": scaling | {"rope.scaling.original_context_length": 64},
+        "scaling keys yarn": scaling | original,
+        "rope_factors tensors": original | {"rope.scaling.attn_factor": magnitude},
     }.get(case.rope, {})
+
+
+def _rope_tensors(case: Case, config: dict) -> dict[str, tuple[np.ndarray, str]]:
+    """The tensors that say the rule of rotary embedding."""
+    if case.rope == "rope_freqs tensor":
+        return {"rope_freqs.weight": (llama3_divisors(config), "F32")}
+    if case.rope == "rope_factors tensors":
+        factors = {
+            which: np.array(config["rope_scaling"][f"{which}_factor"], np.float32) for which in ("long", "short")
+        }
+        return {f"rope_factors_{which}.weight": (value, "F32") for which, value in factors.items()}
+    return {}
 
 
 def _ends(case: Case, vocabulary: Vocabulary) -> dict:
