@@ -145,6 +145,8 @@ def _model(
     notices.info("%s: architecture %r is not one of ours: plain decoding through mlx-lm", path, kind)
     if source.config is None:
         return AdapterModel(_foreign_gguf(source, config), config), config
+    if source.format == "torch":
+        raise MlxeffError(f"{path}: wanted safetensors for {kind!r}, which mlx-lm computes, got PyTorch's files")
     foreign = [technique for technique in stored_in(config) if technique.in_foreign_models]
     prepare = functools.partial(_install, foreign, config=config, tensors=source.tensors) if foreign else None
     model = load_adapter(_folder(path), kind, overrides, lazy, trust_remote_code, prepare)

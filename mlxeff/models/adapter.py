@@ -19,6 +19,7 @@ import mlx.nn as nn
 from ..errors import MlxeffError, notices
 from ..names import is_utf8
 from ..running import EXACT, Ran, RunOptions, Tally
+from .rope import flat_entries
 
 RAN = Ran("mlx", EXACT.compute)  # what computes all calls of these models
 
@@ -153,10 +154,9 @@ class AdapterModel:
         return self.model.parameters()
 
 
-def _refuse_code(folder: Path, overrides: dict) -> None:
+def _refuse_code(folder: Path, config: dict) -> None:
     """Raises MlxeffError where a checkpoint brings its own Python code, which versions of mlx-lm before 0.32 (the
     newest for Python 3.10) run without asking."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8")) | overrides
     if config.get("model_file") is not None:
         raise MlxeffError(
             f"{folder}: config.json: model_file {config['model_file']!r} is code of the checkpoint, "
@@ -189,8 +189,10 @@ def load_adapter(
     options = {"get_model_classes": _prepared(prepare)} if prepare else {}
     if "trust_remote_code" in inspect.signature(load_model).parameters:
         options["trust_remote_code"] = trust_remote_code
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8")) | overrides
     if not trust_remote_code:
-        _refuse_code(folder, overrides)
+        _refuse_code(folder, config)
+    overrides = flat_entries(config) | overrides  # few of mlx-lm's models read rope_parameters
     try:
         model, config = load_model(folder, lazy=lazy, model_config=overrides, **options)
     except MlxeffError:
