@@ -76,7 +76,7 @@ def prepare(folder: Path, case: Case) -> Prepared:
         _write_twin(twin, config, weights)
     else:
         folders.write(path, case, config, weights, vocabulary, template)
-        if case.container == "torch":
+        if case.container == "torch" or case.config == "transformers 5":
             _write_twin(twin, config, weights, case.weights)
         else:
             twin = path

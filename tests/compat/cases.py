@@ -37,6 +37,7 @@ DIMENSIONS = {
     "sharding": ("one file", "index", "names", "stale index", "stray file", "split"),
     "template": ("string", "list", "jinja file", "json file", "key", "named keys", "none"),
     "head": ("tied", "untied"),
+    "config": ("transformers 4", "transformers 5"),
     "conversion": ("as stored", "8 bits", "float16", "dequantised", "refused"),
 }
 
@@ -51,6 +52,8 @@ RULES = [
     ("container", _GGUF, "sharding", {"one file", "split"}),
     ("container", _GGUF, "template", {"key", "named keys", "none"}),
     ("rope", set(GGUF_ROPES), "container", _GGUF),
+    ("config", {"transformers 5"}, "container", {"folder", "torch"}),
+    ("config", {"transformers 5"}, "family", set(FAMILIES) - {"openelm", "mamba"}),
     ("end", set(GGUF_ENDS), "container", _GGUF),
     ("weights", set(BLOCKS), "container", _GGUF),
     ("sharding", {"split"}, "container", _GGUF),
@@ -90,6 +93,7 @@ class Case:
     sharding: str
     template: str
     head: str
+    config: str
     conversion: str
 
     def __str__(self) -> str:
@@ -144,7 +148,7 @@ def all_pairs() -> frozenset:
 
 
 @functools.cache
-def covering(seed: int = 0, attempts: int = 8) -> tuple[Case, ...]:
+def covering(seed: int = 0, attempts: int = 3) -> tuple[Case, ...]:
     """Cases that have each pair of `all_pairs`. Greedy: a case begins with a pair that is missing, and takes in each
     dimension the value that adds most missing pairs; the best of some attempts is kept."""
     chooser, missing, cases = random.Random(seed), set(all_pairs()), []

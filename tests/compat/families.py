@@ -62,8 +62,8 @@ OPENELM = {
     "num_gqa_groups": 4, "qkv_multipliers": [0.5, 1.0], "initializer_range": 0.02,
 }  # fmt: skip
 GEMMA3 = {
-    "model_type": "gemma3_text", "num_hidden_layers": 6, "query_pre_attn_scalar": 16, "sliding_window": 64, "sliding_window_pattern": 6,
-    "rms_norm_eps": 1e-6, "rope_local_base_freq": 10000.0,
+    "model_type": "gemma3_text", "num_hidden_layers": 6, "query_pre_attn_scalar": 16,
+    "sliding_window": 64, "sliding_window_pattern": 6, "rms_norm_eps": 1e-6, "rope_local_base_freq": 5000.0,
 }  # fmt: skip
 MAMBA = {
     "model_type": "mamba", "hidden_size": HIDDEN, "num_hidden_layers": LAYERS, "intermediate_size": 128,
@@ -151,7 +151,7 @@ def _draw(name: str, value: mx.array, drawn: np.random.Generator) -> np.ndarray:
         return (base + 0.1 * drawn.standard_normal(value.shape)).astype(np.float32)
     if value.ndim == 1 or "A_log" in name:  # biases, and a recurrent layer's own parameters as the model sets them
         return np.array(value, np.float32) if kind != "bias" else 0.1 * drawn.standard_normal(value.shape, np.float32)
-    scale = 0.02 if module.endswith(OUTPUTS) else 0.2
+    scale = 0.014 if module.endswith(OUTPUTS) else 0.2
     return scale * drawn.standard_normal(value.shape, np.float32)
 
 

@@ -77,7 +77,19 @@ def _convert_by_mlx_lm(dense: Path, folder: Path, case: Case) -> None:
     convert(str(dense), str(folder), **options)
 
 
+def transformers_5(config: dict) -> dict:
+    """The config as transformers 5 writes it: what concerns the rotary embedding is in `rope_parameters`."""
+    names = {"torch_dtype": "dtype"}
+    left = ("rope_theta", "rope_scaling", "rope_local_base_freq")
+    rope = {"rope_theta": config["rope_theta"], "rope_type": "default"} | (config.get("rope_scaling") or {})
+    rope.pop("type", None)
+    if local := config.get("rope_local_base_freq"):
+        rope = {"full_attention": rope, "sliding_attention": {"rope_type": "default", "rope_theta": local}}
+    return {names.get(key, key): value for key, value in config.items() if key not in left} | {"rope_parameters": rope}
+
+
 def _write_config(folder: Path, case: Case, config: dict, vocabulary: Vocabulary) -> None:
+    config = transformers_5(config) if case.config == "transformers 5" else config
     end, other = vocabulary.id(vocabulary.end), vocabulary.id(vocabulary.other)
     ids = {"config": end, "config list": [other, end]}.get(case.end, other)
     (folder / "config.json").write_text(json.dumps(config | {"eos_token_id": ids}))
@@ -91,6 +103,9 @@ def _write_tokenizer(folder: Path, case: Case, vocabulary: Vocabulary, template:
     if case.end == "special tokens map":
         entries = {"bos_token": vocabulary.bos, "eos_token": vocabulary.end}
         (folder / "special_tokens_map.json").write_text(json.dumps(entries))
+        if added := config.pop("added_tokens_decoder", None):  # beside it, transformers does not read the map
+            older = {entry["content"]: int(token) for token, entry in added.items()}
+            (folder / "added_tokens.json").write_text(json.dumps(older))
     else:
         config |= named
     if case.template == "string":

@@ -102,19 +102,18 @@ def write(
     values = {key: config[name] for key, name in found.keys.items()} | found.constants | _rope(case)
     metadata = {"general.name": "compat"} | {f"{arch}.{key}": value for key, value in values.items()}
     metadata |= vocabulary.metadata() | _ends(case, vocabulary) | _templates(case, template)
-    names = gguf.get_tensor_name_map(
-        next(k for k, v in gguf.MODEL_ARCH_NAMES.items() if v == arch), config["num_hidden_layers"]
-    )
+    kind = next(kind for kind, name in gguf.MODEL_ARCH_NAMES.items() if name == arch)
+    names = gguf.get_tensor_name_map(kind, config["num_hidden_layers"])
     tensors, held = _rope_tensors(case, config), {}
     for name, value in weights.items():
         new = names.get_name(name.replace("switch_mlp", "experts"), try_suffixes=(".weight", ".bias"))
         stored = found.change(new, value) if found.change else value
-        kind = case.weights if stored.ndim > 1 and stored.shape[-1] % BLOCK == 0 else "F32"
-        quant = gguf.GGMLQuantizationType[kind]
-        same = stored.shape == value.shape and kind != "F32"
+        block = case.weights if stored.ndim > 1 and stored.shape[-1] % BLOCK == 0 else "F32"
+        quant = gguf.GGMLQuantizationType[block]
+        same = stored.shape == value.shape and block != "F32"
         held[name] = gguf.quants.dequantize(gguf.quants.quantize(value, quant), quant) if same else value
         heads = found.permuted.get(new.split(".")[-2])
-        tensors[new] = (interleave(stored, config[heads]) if heads else stored, kind)
+        tensors[new] = (interleave(stored, config[heads]) if heads else stored, block)
     files.write_gguf(path, arch, metadata, tensors, split=PER_SHARD if case.sharding == "split" else 0)
     return next(iter(sorted(path.parent.glob(f"{path.stem}*.gguf")))), held
 
