@@ -28,6 +28,7 @@ SEEDS = range(6 if os.environ.get("MLXEFF_EXHAUSTIVE") else 1)
 CASES = list(dict.fromkeys(case for seed in SEEDS for case in cases.covering(seed)))
 STEPS = 40  # tokens at most: more than an answer has
 FORGETFUL = ("mamba", "gemma3_text")  # a recurrent model, and sliding windows: they cannot go back in the first prompt
+HALF = 0.2  # what logits computed in 16 bits, as on GPUs, may differ by
 FLOATS = (mx.float32, mx.float16, mx.bfloat16)
 CONVERSIONS = {
     "as stored": {},
@@ -96,7 +97,7 @@ def test_experts_in_16_bits_are_said_to_be_widened(tmp_path, caplog):
     with caplog.at_level("INFO", logger="mlxeff"):
         load(str(bed.prepare(tmp_path / "files", case).path))
     said = [line for line in caplog.messages if "the experts' weights become float32" in line]
-    assert len(said) == (0 if kernels.has_metal() else 1)
+    assert len(said) == (1 if kernels.device() == "cpu" else 0)
 
 
 def test_every_value_of_every_dimension_occurs():
@@ -150,6 +151,8 @@ def test_logits(prepared, loaded):
     tolerance = 1e-3 if own or case.container == "gguf" else 0
     if case.weights == "Q5_0":  # dequantised to float16
         tolerance = 0.05
+    if own and got.dtype != mx.float32:
+        tolerance = HALF
     assert_close(got, theirs(ids).astype(mx.float32), str(case), rtol=0, atol=tolerance)
     first, second = mx.topk(got[0, len(prepared.prompt_ids) - 1 : -1].astype(mx.float32), 2).T.tolist()
     assert min(abs(a - b) for a, b in zip(first, second)) > 1, "the right tokens lead by little: the bed's own fault"
@@ -177,9 +180,10 @@ def test_conversion(prepared, tmp_path, caplog):
     model, tokenizer = load(str(target))
     ids = mx.array([prepared.prompt_ids + prepared.answer])
     theirs, _ = load_model(target)
-    theirs.set_dtype(mx.float32)
-    got = model(ids, model.new_cache()).astype(mx.float32)
-    assert_close(got, theirs(ids), f"converted: {case}", rtol=0, atol=2e-3)
+    got = model(ids, model.new_cache())
+    theirs.set_dtype(got.dtype)
+    want = theirs(ids).astype(mx.float32)
+    assert_close(got, want, f"converted: {case}", rtol=0, atol=2e-3 if got.dtype == mx.float32 else HALF)
     assert answer_of(stream_generate(model, tokenizer, prepared.prompt_ids, max_tokens=STEPS)) == right(prepared)
     assert tokenizer.encode(bed.PROMPT) == prepared.prompt_ids
     if case.template != "none":
@@ -213,5 +217,5 @@ def test_llama_cpp(prepared, loaded):
     model, _ = loaded
     logits = model(mx.array([prepared.prompt_ids]), model.new_cache())[0, -1]
     got = logits[mx.array(RECORDS["logits_of"])].astype(mx.float32)
-    tolerance = LOGIT_ERRORS.get(prepared.case.weights, 0.15)
+    tolerance = LOGIT_ERRORS.get(prepared.case.weights, 0.15) if logits.dtype == mx.float32 else HALF
     assert_close(got, mx.array(found["logits"]), str(prepared.case), rtol=0, atol=tolerance)
