@@ -53,7 +53,8 @@ def prepare(folder: Path, case: Case) -> Prepared:
     end = "<|im_end|>" if case.end == "name" else "<|stop|>"  # llama.cpp knows the former
     special = case.end in ("name", "tokenizer config", "special tokens map")
     # llama.cpp puts SentencePiece's space after every control token.
-    vocabulary = vocabularies.make(case.tokenizer, case.control, end, special, legacy=gguf)
+    rest = {"legacy": gguf, "adds_bos": {"added": True, "not added": False}.get(case.bos)}
+    vocabulary = vocabularies.make(case.tokenizer, case.control, end, special, **rest)
     template = TEMPLATE.replace("END", end)
     prompt_ids = vocabulary.encode(PROMPT, add_bos=True)
     answer = list(dict.fromkeys(vocabulary.encode(ANSWER)))
@@ -81,7 +82,7 @@ def prepare(folder: Path, case: Case) -> Prepared:
         else:
             twin = path
     # The EOS of a folder is a control token in any case.
-    folders_own = vocabularies.make(case.tokenizer, case.control, end, special or case.end == "eos key", legacy=gguf)
+    folders_own = vocabularies.make(case.tokenizer, case.control, end, special or case.end == "eos key", **rest)
     converted = [folders_own.encode(rendered) for _, rendered, _ in chats]
     return Prepared(case, path, twin, vocabulary, prompt_ids, answer, text, chats, converted)
 

@@ -31,6 +31,7 @@ DIMENSIONS = {
     "family": tuple(FAMILIES),
     "tokenizer": (*BYTE_LEVEL, *SENTENCEPIECE, *CONVERTED),
     "control": ("control", "user_defined", "normal"),
+    "bos": ("added", "not added", "unsaid"),
     "rope": ("none", "linear", "llama3", "yarn", "longrope", *GGUF_ROPES),
     "end": ("config", "config list", "generation config", "tokenizer config", "special tokens map", *GGUF_ENDS),
     "weights": (*FLOATS, *MLX_QUANTISED, *BLOCKS),
@@ -52,6 +53,8 @@ RULES = [
     ("container", _GGUF, "sharding", {"one file", "split"}),
     ("container", _GGUF, "template", {"key", "named keys", "none"}),
     ("rope", set(GGUF_ROPES), "container", _GGUF),
+    ("bos", {"unsaid"}, "container", _GGUF),
+    ("family", {"openelm"}, "bos", {"added"}),  # its tokens have BOS before every text, whatever the files say
     ("config", {"transformers 5"}, "container", {"folder", "torch"}),
     ("config", {"transformers 5"}, "family", set(FAMILIES) - {"openelm", "mamba"}),
     ("end", set(GGUF_ENDS), "container", _GGUF),
@@ -87,6 +90,7 @@ class Case:
     family: str
     tokenizer: str
     control: str
+    bos: str
     rope: str
     end: str
     weights: str

@@ -48,6 +48,7 @@ class Vocabulary:
     control   the kind of `end` and of the tokens of roles: a key of TYPES
     special   `end` is a control token whatever its kind: by its name, or as the tokenizer's EOS
     legacy    the space of SentencePiece comes after every control token, not only before the text
+    adds_bos  whether BOS is put before a text; None: the file does not say, and llama.cpp's default holds
     """
 
     kind: str
@@ -59,6 +60,7 @@ class Vocabulary:
     types: list[int]
     special: bool = False
     legacy: bool = False
+    adds_bos: bool | None = True
     scores: list[float] = field(default_factory=list)
     merges: list[tuple[str, str]] = field(default_factory=list)
     library: object = None  # tokenizers.Tokenizer or sentencepiece.SentencePieceProcessor
@@ -72,8 +74,10 @@ class Vocabulary:
         return {role: f"<|{role}|>" for role in ROLES}
 
     def encode(self, text: str, add_bos: bool = False) -> list[int]:
-        """The ids of a text in which control tokens are spelled out, by the libraries alone."""
-        bos = [self.id(self.bos)] if add_bos else []
+        """The ids of a text in which control tokens are spelled out, by the libraries alone. `add_bos`: with BOS, where
+        the vocabulary adds it."""
+        usual = self.kind in ("spm", "llama-bpe") if self.adds_bos is None else self.adds_bos
+        bos = [self.id(self.bos)] if add_bos and usual else []
         if isinstance(self.library, Tokenizer):
             return bos + self.library.encode(text, add_special_tokens=False).ids
         marks = () if self.control == "normal" else (*self.roles.values(), self.end)
@@ -98,7 +102,7 @@ class Vocabulary:
         """Write the vocabulary's file into the folder; returns the entries of tokenizer_config.json."""
         if self.kind in SENTENCEPIECE:
             (folder / "tokenizer.model").write_bytes(self.proto)
-            config = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "legacy": self.legacy}
+            config = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": self.adds_bos, "legacy": self.legacy}
             if self.control == "user_defined":
                 marks = (*self.roles.values(), self.end)
                 flags = dict.fromkeys(("special", "normalized", "lstrip", "rstrip", "single_word"), False)
@@ -107,6 +111,8 @@ class Vocabulary:
             spec = json.loads(self.library.to_str())
             if self.special and self.control == "normal":  # only tokenizer_config.json says that it is special
                 spec["added_tokens"] = [entry for entry in spec["added_tokens"] if entry["content"] != self.end]
+            if not self.adds_bos:
+                spec["post_processor"] = None
             (folder / "tokenizer.json").write_text(json.dumps(spec))
             config = {"tokenizer_class": "PreTrainedTokenizerFast"}
         return config | {"bos_token": self.bos, "clean_up_tokenization_spaces": False}
@@ -118,14 +124,16 @@ class Vocabulary:
             entries |= {"model": "gpt2", "pre": self.kind, "merges": [" ".join(pair) for pair in self.merges]}
         else:
             entries |= {"model": "llama", "pre": "default", "scores": self.scores, "unknown_token_id": 0}
-        entries["add_bos_token"] = True
+        entries |= {} if self.adds_bos is None else {"add_bos_token": self.adds_bos}
         return {f"tokenizer.ggml.{name}": value for name, value in entries.items()}
 
 
-def make(kind: str, control: str, end: str, special: bool = False, legacy: bool = False) -> Vocabulary:
+def make(
+    kind: str, control: str, end: str, special: bool = False, legacy: bool = False, adds_bos: bool | None = True
+) -> Vocabulary:
     """The tokenizer of a kind; the other arguments are fields of `Vocabulary`."""
     made = _byte_level(kind, control, end) if kind in BYTE_LEVEL else _sentencepiece(kind, control, end)
-    made.special, made.legacy = special, legacy
+    made.special, made.legacy, made.adds_bos = special, legacy, adds_bos
     if special and isinstance(made.library, Tokenizer):
         made.library.add_special_tokens([AddedToken(end, normalized=False)])
     return made
