@@ -1,7 +1,7 @@
 """The compatibility test bed: tiny folders and GGUF files of every kind, whose right answer is known (tests/compat).
 
 Every pair of values of two dimensions occurs in a case. Each case is loaded, generates and chats here and in stock
-mlx-lm, and is converted. Some 45 s for about 190 cases; with MLXEFF_EXHAUSTIVE=1 those of five other seeds too, which
+mlx-lm, and is converted. Some 45 s for about 180 cases; with MLXEFF_EXHAUSTIVE=1 those of five other seeds too, which
 takes 5 minutes.
 """
 

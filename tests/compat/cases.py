@@ -69,7 +69,7 @@ RULES = [
     ("container", {"folder"}, "weights", set(FLOATS)),
     ("weights", set(MLX_QUANTISED), "container", {"mlx-lm"}),
     ("container", {"mlx-lm"}, "tokenizer", set(DIMENSIONS["tokenizer"]) - {"spm unigram"}),
-    ("container", {"mlx-lm"}, "template", {"string", "none"}),  # it gathers the templates of other places
+    ("container", {"mlx-lm"}, "template", {"string", "list", "jinja file", "none"}),  # it does not read the json file
     # A unigram model takes any piece that a text spells.
     ("tokenizer", {"spm unigram", "unigram"}, "control", {"control", "user_defined"}),
     ("conversion", {"as stored", "8 bits", "float16"}, "family", OWN),
