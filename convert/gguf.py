@@ -4,9 +4,9 @@ blocks stay quantised where MLX has the same form; others are read as dense weig
 import mlx.core as mx
 
 from ..checkpoint import Source
-from ..errors import MlxeffError, notices
+from ..errors import MlxeffError, notices, some
 from ..models.gguf import FAMILIES, Parameter, config_from_gguf, parameters
-from ..tokenizer.gguf import end_ids
+from ..tokenizer.gguf import end_ids, ordinary_marks
 from .plan import Family, Spec, Weight
 
 
@@ -28,6 +28,9 @@ def read(source: Source) -> Family:
     if "tokenizer.ggml.tokens" in source.metadata:  # the vocabulary may have end tokens that no other entry names
         ends = end_ids(source.metadata, str(source.path))
         config |= {"eos_token_id": ends if len(ends) > 1 else ends[0]} if ends else {}
+        if ordinary := ordinary_marks(source.metadata, str(source.path)):
+            text = "convert: ordinary tokens become control tokens, since a folder has BOS and EOS as such: %s"
+            notices.warning(text, some(map(repr, ordinary)))
     found = parameters(source, config["num_attention_heads"], config["num_key_value_heads"])
     return Family(f"gguf {config['model_type']}", config, [_weight(parameter) for parameter in found], uniform=True)
 

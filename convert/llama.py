@@ -8,6 +8,7 @@ import mlx.core as mx
 
 from ..checkpoint import Source, Tensor
 from ..errors import MlxeffError, some
+from ..models.rope import flat_entries
 from ..seedlm.format import BlockFormat, check_arrays, check_bias
 from ..seedlm.install import read_entry
 from ..seedlm.linear import decode
@@ -28,6 +29,7 @@ def read(source: Source) -> Family:
     for key in ("quantization", "quantization_config"):
         if not isinstance(source.config.get(key, {}), (dict, type(None))):
             raise MlxeffError(f"{source.path}: config.json: {key}: wanted an object, got {source.config[key]!r:.60}")
+    config |= flat_entries(config)  # stock mlx-lm reads rope_parameters of few families
     method = (source.config.get("quantization_config") or {}).get("quant_method")
     if method and "quantization" not in config:
         raise MlxeffError(f"{source.path}: wanted plain weights or MLX's quantization, got quant_method {method!r}")

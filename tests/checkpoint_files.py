@@ -118,9 +118,12 @@ def write_pickle(path: Path, code: bytes) -> Path:
     return path
 
 
-def write_gguf(path: Path, arch: str, metadata: dict, tensors: dict[str, tuple[np.ndarray, str]]) -> Path:
-    """A GGUF file; `tensors` gives float32 values and the block type to quantise them to."""
-    writer = gguf.GGUFWriter(str(path), arch)
+def write_gguf(
+    path: Path, arch: str, metadata: dict, tensors: dict[str, tuple[np.ndarray, str]], split: int = 0
+) -> Path:
+    """A GGUF file; `tensors` gives float32 values and the block type to quantise them to. With `split`, parts of at
+    most so many tensors, named as llama.cpp's gguf-split names them."""
+    writer = gguf.GGUFWriter(path, arch, split_max_tensors=split)
     for key, value in metadata.items():
         if isinstance(value, str):
             writer.add_string(key, value)

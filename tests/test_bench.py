@@ -258,7 +258,7 @@ def test_samples_that_are_not_held_are_measured_again(tmp_path):
         (["--suite", "kvp-paper", "--kv-predict", "p"], "--kv-predict is not for --suite"),
         (["--suite", "kvp-paper", "--ignore-keys", "x"], "--ignore-keys without --checkpoint is not for --suite"),
         (["--suite", "kvp-paper", "--compute", "int8"], "--compute is not for --suite"),
-        (["--suite", "kvp-paper", "--kv-dtype", "float16"], "--kv-dtype is not for --suite"),
+        (["--suite", "kvp-paper", "--kv-dtype", "float16"], "--kv-cache is not for --suite"),
         (["m", "--kv-predict", "p:refine"], "refine changes nothing before the first token"),
         (["m", "--memory", "0"], "--memory: wanted GB above 0"),
         (["FOLDER", "--only", "batch=3"], "--only batch=3: no measurement is left"),

@@ -160,6 +160,8 @@ def _model(
     notices.info("%s: architecture %r is not one of ours: plain decoding through mlx-lm", path, kind)
     if source.config is None:
         return AdapterModel(_foreign_gguf(source, config), config), config
+    if source.format == "torch":
+        raise MlxeffError(f"{path}: wanted safetensors for {kind!r}, which mlx-lm computes, got PyTorch's files")
     foreign = [technique for technique in stored_in(config) if technique.in_foreign_models]
     prepare = functools.partial(_install, foreign, config=config, tensors=source.tensors) if foreign else None
     model = load_adapter(_folder(path), kind, overrides, lazy, trust_remote_code, prepare)
@@ -168,11 +170,13 @@ def _model(
 
 def _foreign_gguf(source: Source, config: dict) -> nn.Module:
     """mlx-lm's model with the weights of a GGUF file."""
+    from ..models.adapter import widen_experts
     from ..models.gguf_foreign import build
 
     with memory.explained(str(source.path)):
         model, weights = build(source, config)
         fill(model, weights, str(source.path), native=False)
+        widen_experts(model, str(source.path))
     settle_random_state()
     return model
 

@@ -17,11 +17,12 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from ..errors import MlxeffError
+from ..errors import MlxeffError, notices
 from ..kernels import device
 from ..modules import chunk_bytes, layer_rows
 from ..names import is_utf8
 from ..running import EXACT, Ran, RunOptions, Tally
+from .rope import flat_entries
 
 RAN = Ran("mlx", EXACT.compute)  # what computes all calls of these models
 
@@ -177,10 +178,9 @@ class AdapterModel:
         return self.model.parameters()
 
 
-def _refuse_code(folder: Path, overrides: dict) -> None:
+def _refuse_code(folder: Path, config: dict) -> None:
     """Raises MlxeffError where a checkpoint brings its own Python code, which versions of mlx-lm before 0.32 (the
     newest for Python 3.10) run without asking."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8")) | overrides
     if config.get("model_file") is not None:
         raise MlxeffError(
             f"{folder}: config.json: model_file {config['model_file']!r} is code of the checkpoint, "
@@ -213,15 +213,32 @@ def load_adapter(
     options = {"get_model_classes": _prepared(prepare)} if prepare else {}
     if "trust_remote_code" in inspect.signature(load_model).parameters:
         options["trust_remote_code"] = trust_remote_code
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8")) | overrides
     if not trust_remote_code:
-        _refuse_code(folder, overrides)
+        _refuse_code(folder, config)
+    overrides = flat_entries(config) | overrides  # few of mlx-lm's models read rope_parameters
     try:
         model, config = load_model(folder, lazy=lazy, model_config=overrides, **options)
     except MlxeffError:
         raise
     except (Exception, SystemExit) as error:  # mlx-lm raises whatever its model classes raise
         raise _unsupported(str(folder), kind, error) from error
+    widen_experts(model, str(folder))
     return AdapterModel(model, config)
+
+
+def widen_experts(model: nn.Module, origin: str) -> None:
+    """Convert the dense weights of experts to float32 where the default device is a CPU: MLX multiplies those of other
+    types on GPUs only. A notice says so; `origin` names the checkpoint in it."""
+    from mlx_lm.models.switch_layers import SwitchLinear
+
+    if mx.default_device().type != mx.cpu:
+        return
+    layers = [m for m in model.modules() if isinstance(m, SwitchLinear) and m.weight.dtype != mx.float32]
+    for layer in layers:
+        layer.weight = layer.weight.astype(mx.float32)
+    if layers:
+        notices.info("%s: the experts' weights become float32: MLX has no other product of experts on a CPU", origin)
 
 
 def build_foreign(config: dict, origin: str) -> nn.Module:

@@ -26,6 +26,25 @@ RULES = {  # rope_type → the keys that it needs
 }
 
 
+def flat_entries(config: dict) -> dict:
+    """The entries of transformers 4 (rope_theta, rope_scaling, …) that a config.json of transformers 5 has under
+    rope_parameters, for readers that know only the former. Entries that are there in both forms are left out."""
+    parameters = config.get("rope_parameters")
+    if not isinstance(parameters, dict):
+        return {}
+    local = parameters.get("sliding_attention")
+    parameters = parameters.get("full_attention", parameters)
+    if not isinstance(parameters, dict):
+        return {}
+    entries = {name: parameters[name] for name in ("rope_theta", "partial_rotary_factor") if name in parameters}
+    if isinstance(local, dict) and "rope_theta" in local:
+        entries["rope_local_base_freq"] = local["rope_theta"]
+    rule = parameters.get("rope_type", "default")
+    if rule != "default":
+        entries["rope_scaling"] = {"type": rule} | {k: v for k, v in parameters.items() if k not in entries}
+    return {name: value for name, value in entries.items() if config.get(name) is None}
+
+
 def make_rope(size: int, base: float, scaling: dict | None, kind: str) -> Rope:
     """The rotary embedding for heads of `size` dimensions, with the base `base` and Hugging Face's `rope_scaling` dict.
     `kind` names the model in errors. Raises MlxeffError for unknown, missing or invalid keys."""

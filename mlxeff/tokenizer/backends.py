@@ -20,7 +20,7 @@ import itertools
 import json
 import pickle
 import re
-from collections.abc import Callable, Collection, Container, Iterator
+from collections.abc import Callable, Collection, Container, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -244,6 +244,7 @@ class SentencePieceBackend(_Literal):
     bos, eos     ids that `encode(…, special=True)` adds; None for none
     added        id → text of tokens that stay whole: those that are not part of the model, and pieces of it
     plain        those of the added ids that are no special tokens
+    special      spellings of pieces that are special tokens, whatever their type says
     prefix_each  put the space that SentencePiece adds before a text also after every special token (`transformers`'
                  "legacy" behaviour), not only at the beginning
     """
@@ -251,7 +252,7 @@ class SentencePieceBackend(_Literal):
     file_name = "tokenizer.model"
 
     def __init__(self, proto: bytes, origin: str, *, bos: int | None = None, eos: int | None = None,
-                 added: dict[int, str] | None = None, plain: Collection[int] = (),
+                 added: dict[int, str] | None = None, plain: Collection[int] = (), special: Iterable[str] = (),
                  prefix_each: bool = False):  # fmt: skip
         self._proto, self._origin = proto, origin
         self._bos, self._eos, self._prefix_each = bos, eos, prefix_each
@@ -259,7 +260,8 @@ class SentencePieceBackend(_Literal):
         self._size = self._model.get_piece_size()
         self._texts = _pieces_of(self._model, origin)
         ids = {text: token for token, text in reversed([*enumerate(self._texts)])}
-        wanted = {token: text for token, text in (added or {}).items() if text}
+        wanted = {ids[text]: text for text in special if text in ids}
+        wanted |= {token: text for token, text in (added or {}).items() if text}
         self.stale = {token: text for token, text in wanted.items() if ids.get(text, max(token, self._size)) != token}
         self._added = {token: text for token, text in wanted.items() if token not in self.stale}
         self.vocab_size = max([self._size, *(token + 1 for token in self._added)])

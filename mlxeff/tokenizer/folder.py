@@ -137,7 +137,7 @@ def _backend(
     special tokens to `special`."""
     added = _added_tokens(folder, config)
     if (folder / "tokenizer.json").is_file():
-        library, stale = _open_json(folder, added)
+        library, stale = _open_json(folder, added, special)
         return TokenizersBackend(library), _say_stale(stale)
     if (folder / "tokenizer.model").is_file():
         backend = _open_sentencepiece(folder / "tokenizer.model", config, special, added)
@@ -151,10 +151,11 @@ def _say_stale(stale: dict[int, str]) -> list[str]:
     return [f"ids of added tokens that are others in the vocabulary: {names}"] if stale else []
 
 
-def _open_json(folder: Path, added: dict) -> tuple[Any, dict[int, str]]:
+def _open_json(folder: Path, added: dict, special: dict) -> tuple[Any, dict[int, str]]:
     """A `tokenizers.Tokenizer` with the added tokens, and those of them whose id is another one there: as in
-    transformers, tokenizer.json decides on ids and new tokens come after its last one. It also decides whether BOS and
-    EOS are added to a text; `add_bos_token` in tokenizer_config.json has no effect, as in transformers 5."""
+    transformers, tokenizer.json decides on ids, new tokens come after its last one, and the tokens of its vocabulary
+    that `special` names (name → text) stay whole. It also decides whether BOS and EOS are added to a text;
+    `add_bos_token` in tokenizer_config.json has no effect, as in transformers 5."""
     from tokenizers import AddedToken
     from tokenizers import Tokenizer as Library
 
@@ -175,6 +176,9 @@ def _open_json(folder: Path, added: dict) -> tuple[Any, dict[int, str]]:
             tokenizer.add_tokens([AddedToken(text, **options)])
         if tokenizer.token_to_id(text) != token:
             stale[token] = text
+    whole = {entry.content for entry in tokenizer.get_added_tokens_decoder().values()}
+    named = [text for text in special.values() if text not in whole and tokenizer.token_to_id(text) is not None]
+    tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in named])
     return tokenizer, stale
 
 
@@ -198,7 +202,8 @@ def _open_sentencepiece(path: Path, config: dict, special: dict, added: dict) ->
     texts = {token: _text_of(entry) for token, entry in added.items()}
     plain = {token for token, entry in added.items() if not entry.get("special", False)}
     legacy = bool(config.get("legacy", False))
-    backend = SentencePieceBackend(proto, str(path), added=texts, plain=plain, prefix_each=legacy)
+    named = special.values()
+    backend = SentencePieceBackend(proto, str(path), added=texts, plain=plain, special=named, prefix_each=legacy)
     for name, text in backend.default_special().items():
         special.setdefault(name, text)
     bos = special.get("bos_token") if config.get("add_bos_token", True) else None

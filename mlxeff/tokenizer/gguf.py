@@ -124,6 +124,15 @@ def end_ids(metadata: dict[str, Any], origin: str) -> list[int]:
     return sorted(_end_ids(ids, tokens), key=lambda token: (token != ids["eos"], token))
 
 
+def ordinary_marks(metadata: dict[str, Any], origin: str) -> list[str]:
+    """Texts of the tokens that the file names as BOS, EOS, unknown or padding, and whose type is that of ordinary
+    text: a prompt that spells one out has the ids of its letters. Raises MlxeffError as `from_gguf`."""
+    kind, tokens, types = vocabulary(metadata, origin)
+    ids, _ = _special_ids(metadata, kind, tokens, types, origin)
+    named = {ids[name] for name in ("bos", "eos", "unknown", "padding")} - {None}
+    return [tokens[token] for token in sorted(named) if types[token] == NORMAL]
+
+
 def vocabulary(metadata: dict[str, Any], origin: str) -> tuple[str, list[str], list[int]]:
     """(kind, token texts, token types). An end token of any type is a control token, as in llama.cpp. Raises
     MlxeffError."""
