@@ -36,6 +36,17 @@ Heads rows_of(const Queries& queries, float* data) {
   return {data, queries.span.length * wide, queries.sizes.size, wide, MLXEFF_F32};
 }
 
+// A plan of one part by the few-row kernel, so that a row has the same bits whatever other rows and threads there are.
+AttentionPlan few_row_plan(const AttentionArgs& args) {
+  AttentionPlan plan = {};
+  plan.decode = true;
+  plan.block = args.S;
+  plan.blocks = plan.parts = 1;
+  plan.part_keys = args.T;
+  plan.tasks = args.B * args.G;
+  return plan;
+}
+
 // Runs the tasks of the plan; returns false if memory is exhausted.
 bool run(const AttentionArgs& args, const AttentionPlan& plan, float* partial, int64_t begin, int64_t end) {
   return MLXEFF_DISPATCH(attention_kernels).run(args, plan, partial, begin, end);
@@ -119,7 +130,7 @@ int PlaneKv::attend_few(Team& team, const Queries& queries, const RunOptions& op
   tail.out = {tail_out, sizes.heads * queries.span.length * sizes.size, queries.span.length * sizes.size, sizes.size,
               MLXEFF_F32};
   tail.lse = lse;
-  const AttentionPlan plan = plan_attention(tail, 1);  // one part: as for the planes, whatever the number of threads
+  const AttentionPlan plan = few_row_plan(tail);
   const int64_t tasks = queries.span.batch * sizes.groups * args.parts;
   bool failed = false;  // a piece of work of this team member ran out of memory
   team.for_chunks(tasks + plan.tasks, 1, [&](int64_t begin, int64_t end) {

@@ -13,6 +13,7 @@
 #include "decoder_passes.h"
 #include "decoder_products.h"
 #include "decoder_stores.h"
+#include "plane_stores.h"
 #include "pool_checks.h"
 #include "products.h"
 #include "rows.h"
@@ -58,6 +59,7 @@ int main(int count, char** arguments) {
   run("decoder products", check_decoder_products);
   run("decoder append", check_decoder_append);
   run("stores of keys and values", check_kv_stores);
+  run("stores of 4-bit planes", check_plane_stores);
   run("feed-forwards", check_feed_forwards);
   run("decoder passes", check_decoder_pass);
 }
