@@ -68,8 +68,8 @@ def test_codes_are_packed_as_mlx_packs_them(rng, bits):
 
 @pytest.mark.parametrize("kind", FORMS)
 def test_packed_values(rng, monkeypatch, kind):
-    """Equal to the bit where nothing is lost. Otherwise the error of a weight is at most what rounding the scale and the
-    bias to half precision makes, and half a step of the new grid where there is one."""
+    """Equal to the bit where nothing is lost. Otherwise the error of a weight is at most what rounding the scale and
+    the bias to half precision makes, and half a step of the new grid where there is one."""
     monkeypatch.setattr(gguf_packing, "CHUNK_VALUES", 1 << 10)  # several pieces
     blocks, form = random_blocks(rng, kind, 7, 1024), FORMS[kind]
     weight, scales, biases = found = packed(blocks, kind)
@@ -191,7 +191,7 @@ TOKENS = mx.array([[1, 5, 9, 60]])
 
 
 def write_models(folder, rng, kind):
-    """A Qwen2, whose rows llama.cpp does not permute: with matrices of the type `kind`, and with the same in float32."""
+    """A Qwen2, whose rows llama.cpp does not permute: with matrices of the type `kind`, and with these in float32."""
     blocks = {f"blk.0.{name}.weight": random_blocks(rng, kind, *shape) for name, shape in MATRICES.items()}
     blocks |= {"token_embd.weight": random_blocks(rng, kind, 64, 256)}
     others = {f"blk.0.{name}.weight": (np.ones(256, np.float32), "F32") for name in ("attn_norm", "ffn_norm")}
