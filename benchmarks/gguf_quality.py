@@ -168,20 +168,23 @@ def main() -> None:
         print(text(document))
         return
     begun = saving.read_json(stem()) if options.phase and stem().exists() else {"files": {}, "samples": []}
-    document = begun | {"card": card.identity() | {"command": saving.command()}, "tokens": options.tokens}
+    phases = (options.phase,) if options.phase else PHASES
+    cards = begun.get("cards", {}) | dict.fromkeys(phases, card.identity() | {"command": saving.command()})
+    document = begun | {"cards": cards}
     files = Files(options.work, options.cache, options.model, options.limit)
-    if options.phase in (None, "quality"):
+    if "quality" in phases:
         ids = load_path(files.half).tokenizer.encode(TEXT.read_text(encoding="utf-8"), add_special_tokens=False)
         count = min(options.tokens, len(ids)) // WINDOW
         windows = np.array(ids[: count * WINDOW], np.int32).reshape(count, WINDOW)
+        document["tokens"] = windows.size
         for name in options.files:
             print(name, file=sys.stderr)
             document["files"][name] = quality(files, name, windows)
             if options.save:
                 saving.write_json(document, stem())
-    if options.phase in (None, "speed"):
+    if "speed" in phases:
         document["samples"] = speed(files, options.files, options.rounds, options.threads, options.limit)
-    print(card_lines(document["card"]), text(document), sep="\n\n")
+    print(card_lines(cards[phases[-1]]), text(document), sep="\n\n")
     if options.save:
         saving.write_json(document, stem())
     print(json.dumps(document))
