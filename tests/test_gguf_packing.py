@@ -9,8 +9,9 @@ from mlxeff.convert import convert
 import checkpoint_files as files
 from checkpoint_files import numbers, random_blocks
 from helpers import assert_close
+from mlxeff import MlxeffError, memory
 from mlxeff.assembly.model import build_model, load_model
-from mlxeff.checkpoint import gguf_layouts, gguf_packing, open_source
+from mlxeff.checkpoint import gguf_blocks, gguf_layouts, gguf_packing, open_source
 from mlxeff.checkpoint.gguf_blocks import BLOCKS
 from mlxeff.checkpoint.gguf_packing import EXACT, FORMS, REQUANTISED, ROUNDED, pack, pack_codes
 from mlxeff.models.gguf import config_from_gguf, weights_from_gguf
@@ -257,3 +258,14 @@ def test_types_of_several_forms_in_one_file(tmp_path, rng, caplog):
     assert own == {"q_proj": (4, 32), "v_proj": (8, 128), "gate_proj": (5, 32), "up_proj": False, "down_proj": (4, 32)}
     lost = "2 of Q4_K with scales rounded to float16, 3 of Q6_K requantised to 8 bits"
     assert caplog.messages == [f"y.gguf: tensors of types that MLX has not, kept in the nearest form: {lost}"]
+
+
+def test_memory_is_asked_for_the_packed_weights(tmp_path, rng, monkeypatch):
+    """IQ4_NL takes twice its bytes in the file; a model that does not fit is refused before its weights are read."""
+    path, _ = write_models(tmp_path, rng, "IQ4_NL")
+    held = sum(tensor.memory_nbytes for tensor in open_source(path).tensors.values())
+    assert held > 1.8 * path.stat().st_size
+    monkeypatch.setattr(memory, "available", lambda: (held - 1.0, "a test"))
+    monkeypatch.setattr(gguf_blocks, "pack", None)
+    with pytest.raises(MlxeffError, match=r"x\.gguf: the weights: need"):
+        load_model(path)
