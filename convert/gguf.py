@@ -1,7 +1,6 @@
-"""The source family of GGUF files. `models.gguf` translates config and names, and restores the order of rows. Quantised
-blocks stay quantised where MLX has the same form; others are read as dense weights. This module writes nothing."""
-
-import mlx.core as mx
+"""The source family of GGUF files. `models.gguf` translates config and names, and restores the order of rows. Matrices
+of quantised blocks stay quantised, in the form that `checkpoint.gguf_packing` has for them. This module writes nothing.
+"""
 
 from ..checkpoint import Source
 from ..errors import MlxeffError, notices, some
@@ -40,15 +39,15 @@ def _weight(parameter: Parameter) -> Weight:
     if not parameter.packed:
         form = "" if tensor.kind in (None, "F32", "F16", "BF16", "F64") else tensor.kind
         return Weight(parameter.name, tensor.dtype, tensor.shape, tensor.nbytes, lambda: [parameter.read()], form=form)
-    parts = lambda: list(parameter.read_packed().values())  # noqa: E731
-
-    def decode(arrays: list[mx.array]) -> mx.array:
-        packed, scales, biases = arrays
-        scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
-        return mx.dequantize(packed, scales, biases, group_size=tensor.group_size, bits=tensor.bits)
-
     return Weight(
-        parameter.name, "F16", tensor.shape, tensor.nbytes, parts, _specs(parameter), decode, tensor.kind or "blocks"
+        parameter.name,
+        "F16",
+        tensor.shape,
+        tensor.nbytes,
+        lambda: list(parameter.read_packed().values()),
+        _specs(parameter),
+        parameter.read,
+        tensor.kind or "blocks",
     )
 
 

@@ -78,13 +78,13 @@ def _packed(source: Source, config: dict, module: str) -> Weight:
     bits = tensors[0].shape[-1] * 32 // max(1, shape[-1])
     mode = (own if isinstance(own, dict) else quantization).get("mode", "affine")
 
-    def decode(arrays: list[mx.array]) -> mx.array:
-        packed, *rest = arrays
+    def dense() -> mx.array:
+        packed, *rest = parts()
         rest = [part.astype(mx.float32) if mx.issubdtype(part.dtype, mx.floating) else part for part in rest]
         return mx.dequantize(packed, *rest, group_size=group, bits=bits, mode=mode).astype(mx.float32)
 
     form = mode if mode != "affine" else f"affine {bits} bits"
-    return Weight(f"{module}.weight", scales.dtype, shape, nbytes, parts, specs, decode, form)
+    return Weight(f"{module}.weight", scales.dtype, shape, nbytes, parts, specs, dense, form)
 
 
 def _seeded(source: Source, module: str, fmt: BlockFormat, rows: int, cols: int) -> Weight:
@@ -94,8 +94,8 @@ def _seeded(source: Source, module: str, fmt: BlockFormat, rows: int, cols: int)
         raise MlxeffError(f"{source.path}: missing {len(missing)} tensors: {some(missing)}")
     tensors = [source.tensors[name] for name in names]
 
-    def decoded(arrays: list[mx.array]) -> mx.array:
-        blocks = dict(zip(fmt.arrays(rows, cols), arrays, strict=True))
+    def dense() -> mx.array:
+        blocks = dict(zip(fmt.arrays(rows, cols), read(), strict=True))
         check_arrays(fmt, rows, cols, blocks, f"{source.path}: {module}")
         check_bias(blocks["exponent_bias"].item(), f"{source.path}: {module}")
         return decode(fmt, cols, blocks)
@@ -103,4 +103,4 @@ def _seeded(source: Source, module: str, fmt: BlockFormat, rows: int, cols: int)
     read = lambda: [tensor.read() for tensor in tensors]  # noqa: E731
     specs = tuple((tensor.name, tensor.dtype, tensor.shape) for tensor in tensors)
     nbytes = sum(tensor.nbytes for tensor in tensors)
-    return Weight(f"{module}.weight", "U32", (rows, cols), nbytes, read, specs, decoded, f"SeedLM {fmt.name}")
+    return Weight(f"{module}.weight", "U32", (rows, cols), nbytes, read, specs, dense, f"SeedLM {fmt.name}")

@@ -40,7 +40,7 @@ class Weight:
     read          returns the stored arrays: one for a dense weight, the parts of a quantised or encoded one otherwise
     packed        for a quantised or encoded weight the specs of its parts (weight, scales, biases) in the order of
                   `read`; otherwise empty
-    decode        computes the dense matrix, in float32, from the parts; None for a dense weight
+    dense         returns the dense matrix of a quantised or encoded weight; None for a dense weight
     form          how the source stores a weight of reduced precision, such as "affine 4 bits" or "Q4_0"; otherwise ""
     """
 
@@ -50,7 +50,7 @@ class Weight:
     nbytes: int
     read: Callable[[], list[mx.array]] = field(repr=False)
     packed: tuple[Spec, ...] = ()
-    decode: Callable[[list[mx.array]], mx.array] | None = field(default=None, repr=False)
+    dense: Callable[[], mx.array] | None = field(default=None, repr=False)
     form: str = ""
 
     @property
@@ -296,7 +296,7 @@ def _dequantised(weight: Weight, commonest: str) -> Weight:
     """A quantised or encoded weight as a dense one, in the type of its scales, or `commonest` where it has no float
     scales."""
     dtype = weight.dtype if weight.dtype in FLOATS else commonest
-    read = lambda: [_finite(weight.name, weight.decode(weight.read()).astype(FLOATS[dtype]))]  # noqa: E731
+    read = lambda: [_finite(weight.name, weight.dense().astype(FLOATS[dtype]))]  # noqa: E731
     return Weight(weight.name, dtype, weight.shape, weight.nbytes, read, form=weight.form)
 
 

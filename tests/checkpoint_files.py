@@ -121,8 +121,8 @@ def write_pickle(path: Path, code: bytes) -> Path:
 def write_gguf(
     path: Path, arch: str, metadata: dict, tensors: dict[str, tuple[np.ndarray, str]], split: int = 0
 ) -> Path:
-    """A GGUF file; `tensors` gives float32 values and the block type to quantise them to. With `split`, parts of at
-    most so many tensors, named as llama.cpp's gguf-split names them."""
+    """A GGUF file; `tensors` gives float32 values and the block type to quantise them to, or blocks of it in uint8.
+    With `split`, parts of at most so many tensors, named as llama.cpp's gguf-split names them."""
     writer = gguf.GGUFWriter(path, arch, split_max_tensors=split)
     for key, value in metadata.items():
         if isinstance(value, str):
@@ -137,12 +137,41 @@ def write_gguf(
             writer.add_array(key, value)
     for name, (values, kind) in tensors.items():
         quant = gguf.GGMLQuantizationType[kind]
-        writer.add_tensor(name, gguf.quants.quantize(values, quant), raw_dtype=quant)
+        data = values if values.dtype == np.uint8 else gguf.quants.quantize(values, quant)
+        writer.add_tensor(name, data, raw_dtype=quant)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+# Block type → the bytes at which the float16 numbers of a block stand. (Those of IQ1_M and MXFP4 are no such numbers.)
+HALVES = {"Q4_1": (0, 2), "Q5_1": (0, 2), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q2_K": (80, 82), "Q3_K": (108,)}
+HALVES |= {"Q6_K": (208,), "TQ1_0": (52,), "TQ2_0": (64,), "IQ1_M": (), "MXFP4": ()}
+
+
+def random_blocks(rng: np.random.Generator, kind: str, *shape: int) -> np.ndarray:
+    """Blocks of the type `kind` with random bits and finite scales, uint8 (…, bytes of a row), for a tensor of `shape`.
+    The root mean square of their values is about 0.1."""
+    quant = gguf.GGMLQuantizationType[kind]
+    values, nbytes = gguf.GGML_QUANT_SIZES[quant]
+    blocks = rng.integers(0, 256, (int(np.prod(shape)) // values, nbytes), dtype=np.uint8)
+    scales = (rng.uniform(0.5, 1.5, (len(blocks), 2)) * rng.choice([-1, 1], (len(blocks), 2))).astype(np.float16)
+
+    def write(factor: float) -> None:
+        halves = (scales * np.float16(factor)).astype("<f2")
+        for number, column in enumerate(HALVES.get(kind, (0,))):
+            blocks[:, column : column + 2] = halves[:, number : number + 1].view(np.uint8)
+        if kind == "IQ1_M":  # four bits at the top of each of four words
+            words = halves[:, :1].view("<u2") >> np.arange(0, 16, 4, dtype=np.uint16) & np.uint16(15)
+            blocks[:, 49::2] = blocks[:, 49::2] & np.uint8(15) | (words << 4).astype(np.uint8)
+        if kind == "MXFP4":  # a power of two
+            blocks[:, 0] = 127 + np.log2(factor) + rng.integers(-1, 2, len(blocks))
+
+    write(1.0)
+    write(0.1 / np.sqrt(np.mean(np.square(gguf.quants.dequantize(blocks, quant)))))
+    return blocks.reshape(*shape[:-1], -1)
 
 
 def numbers(array: mx.array) -> np.ndarray:

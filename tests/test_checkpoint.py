@@ -237,16 +237,6 @@ def test_gguf_scales_beyond_half(tmp_path, rng):
     assert np.array_equal(numbers(tensor.read()), want)
 
 
-def test_gguf_dequantised_types_are_named_once(small_gguf, caplog):
-    source = open_source(small_gguf[0])
-    assert not caplog.messages
-    for tensor in source.tensors.values():
-        tensor.read()
-    assert caplog.messages == [
-        "small.gguf: tensors dequantised to float16, as MLX has no such type: 1 of Q5_0, 1 of Q5_1"
-    ]
-
-
 def test_gguf_overflow_of_half_stays_float32(tmp_path, rng):
     path = files.write_gguf(tmp_path / "x.gguf", "llama", {}, {"t": (values(rng, 2, 32) * 3e5, "Q5_0")})
     assert open_source(path).tensors["t"].read().dtype == mx.float32

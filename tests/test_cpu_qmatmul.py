@@ -57,7 +57,7 @@ def test_levels_include_scalar():
 @pytest.mark.parametrize("group", [32, 64, 128])
 def test_exact(level, bits, group):
     rng = np.random.default_rng(bits * 1000 + group)
-    for k in sorted({group, 3 * group, 9 * group, 1536 if bits in (4, 8) else 5 * group}):
+    for k in sorted({group, 3 * group, 9 * group, 1536 if bits in (4, 5, 6, 8) else 5 * group}):
         for n in COLUMNS:
             weight = Quantized(rng, n, k, bits, group)
             dense = weight.dense()
@@ -144,7 +144,7 @@ def test_strided_rows(level):
     assert np.array_equal(y[:, :50], qmm(weight, x, F32))
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [4, 5, 6, 8])
 def test_one_row_of_any_size(level, bits):
     """Activations of very different sizes in a group, and groups of very different sizes."""
     rng = np.random.default_rng(13)
@@ -160,7 +160,7 @@ def test_one_row_of_any_size(level, bits):
 
 def test_one_row_that_is_not_finite(level):
     rng = np.random.default_rng(14)
-    for bits in (4, 8):
+    for bits in (4, 5, 6, 8):
         weight = Quantized(rng, 17, 96, bits, 32)
         for bad in (np.nan, np.inf, -np.inf):
             x = rng.standard_normal((1, 96)).astype(np.float32)

@@ -21,11 +21,14 @@ TYPES = {f"llama.cpp {name}": name for name in ("Q3_K_M", "Q4_0", "IQ4_NL", "Q4_
 FILE, IMPORTANCE = "model.gguf", "importance.npz"
 
 
-def make(name: str, source: Path, importance: Path, folder: Path, python: str, limit: float) -> tuple[Path, dict]:
-    """Return the GGUF file of the arm `name` in `folder`, made if missing, and the counts of its block types."""
+def make(
+    name: str, source: Path, importance: Path | None, folder: Path, python: str, limit: float
+) -> tuple[Path, dict]:
+    """Return the GGUF file of the arm `name`, or of one of llama.cpp's types, in `folder`, made if missing, and how it
+    was made."""
     from . import process
 
-    task = {"source": str(source), "importance": str(importance), "type": TYPES[name]}
+    task = {"source": str(source), "importance": importance and str(importance), "type": TYPES.get(name, name)}
     place = folder / name.replace(" ", "-")
     note = process.make(place, "quality.llama_quant", task, limit, python)
     return place / FILE, note
@@ -79,14 +82,15 @@ def main() -> None:
     import llama_cpp
 
     task = json.load(sys.stdin)
-    kept = [(name.encode(), np.ascontiguousarray(a, np.float32)) for name, a in np.load(task["importance"]).items()]
+    importance = np.load(task["importance"]) if task["importance"] else {}
+    kept = [(name.encode(), np.ascontiguousarray(array, np.float32)) for name, array in importance.items()]
     entries = (llama_cpp.llama_model_imatrix_data * (len(kept) + 1))()  # the last one has no name
     for entry, (name, array) in zip(entries, kept, strict=False):
         entry.name, entry.size = name, array.size
         entry.data = array.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
     options = llama_cpp.llama_model_quantize_default_params()
     options.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{task['type']}")
-    options.allow_requantize, options.imatrix = True, entries
+    options.allow_requantize, options.imatrix = True, entries if kept else None
     target = Path(task["destination"]) / FILE
     status = llama_cpp.llama_model_quantize(task["source"].encode(), str(target).encode(), ctypes.byref(options))
     if status:

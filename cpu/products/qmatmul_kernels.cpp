@@ -10,10 +10,13 @@ namespace {
 
 bool few_rows(const QmmArgs& args) { return args.M <= (args.w.bits == 4 || args.w.bits == 8 ? direct_rows : 1); }
 
-bool one_row(const QmmArgs& args) { return args.M == 1 && (args.w.bits == 4 || args.w.bits == 8); }
+bool one_row(const QmmArgs& args) {
+  const int bits = args.w.bits;
+  return args.M == 1 && (bits == 4 || bits == 8 || (bits == 5 && row_kernels<5>) || (bits == 6 && row_kernels<6>));
+}
 
 bool reads_digits(const QmmArgs& args) {
-  return one_row(args) && args.mode != MLXEFF_COMPUTE_INT8 && (args.w.bits == 4 ? by_digits<4> : by_digits<8>);
+  return one_row(args) && args.mode != MLXEFF_COMPUTE_INT8 && (args.w.bits == 8 ? by_digits<8> : by_digits<4>);
 }
 
 bool uses_amx(const QmmArgs& args) { return amx_mode(args.mode) && !few_rows(args); }
@@ -119,7 +122,8 @@ void prepare_one_row(const QmmArgs& args) {
   const int64_t K = args.w.K, group = args.w.group, groups = K / group;
   const bool int8 = args.mode == MLXEFF_COMPUTE_INT8;
   if (int8 || by_digits<bits>) memset(args.x_int8, 0, size_t(round_up(K, row_padding) * (int8 ? 1 : digits)));
-  else arrange_exact<bits>(args.x, args.x_dtype, K, const_cast<float*>(args.x_f32));
+  if constexpr (!by_digits<bits>)
+    if (!int8) arrange_exact<bits>(args.x, args.x_dtype, K, const_cast<float*>(args.x_f32));
   vf not_zero = zero();
   for (int64_t g = 0; g < groups; ++g) {
     float values[128];
@@ -148,7 +152,12 @@ void prepare_one_row(const QmmArgs& args) {
 }
 
 void prepare_row(const QmmArgs& args, int64_t m) {
-  if (one_row(args)) return args.w.bits == 4 ? prepare_one_row<4>(args) : prepare_one_row<8>(args);
+  if (one_row(args)) {  // the forms for 5 and 6 bits are those for 8
+    if (args.w.bits == 4) return prepare_one_row<4>(args);
+    if constexpr (row_kernels<5>)
+      if (args.w.bits == 5 || args.w.bits == 6) return prepare_one_row<5>(args);
+    return prepare_one_row<8>(args);
+  }
   const int64_t K = args.w.K, group = args.w.group, groups = K / group;
   const char* const x = static_cast<const char*>(args.x) + m * args.ldx * int64_t(dtype_size(args.x_dtype));
   if (uses_amx(args)) {
@@ -206,7 +215,7 @@ int64_t piece(const QmmArgs& args, int threads) {
 
 template <int bits>
 int run_bits(const QmmArgs& args, int64_t n_begin, int64_t n_end) {
-  if constexpr (bits == 4 || bits == 8)
+  if constexpr (row_kernels<bits>)
     if (args.M == 1) return run_rows<bits>(args, n_begin, n_end);
   if (few_rows(args)) return run_strips<bits>(args, n_begin, n_end);
 #if defined(MLXEFF_AMX)

@@ -1,4 +1,5 @@
-// Quantised matmul, one row of x, 4- and 8-bit weights: the product of a decoding step, limited by reading W.
+// Quantised matmul, one row of x, 4- and 8-bit weights, and with byte products 5- and 6-bit ones: the product of a
+// decoding step, limited by reading W.
 //
 // W is read in the order of its addresses, a row at a time, with the values of K in the lanes and a horizontal sum at
 // the end of each row. (The strips of qmatmul_strip.h would need the scales transposed, a third of the work here.)
@@ -13,8 +14,11 @@
 //   values of
 //          a vector's bytes by a mask and the odd ones by a shift, so x is stored as [vector][even, odd].
 //
+// Weights of 5 and 6 bits are spread to bytes as they are read, and are then multiplied like those of 8 bits.
+//
 // To be included by per-level sources only.
 #pragma once
+#include "products/qmatmul_spread.h"
 #include "products/qmatmul_strip.h"
 
 namespace mlxeff {
@@ -32,11 +36,14 @@ typedef uint32_t bu __attribute__((vector_size(BL * 4)));
 typedef int32_t bi __attribute__((vector_size(BL * 4)));
 typedef float bf __attribute__((vector_size(BL * 4)));
 
-// Values of K that one vector of words holds, and that a row is padded to (with x = 0).
+// Bits that a weight takes in a vector.
 template <int bits>
-constexpr int exact_step = VL * 32 / bits;
+constexpr int held_bits = bits == 5 || bits == 6 ? 8 : bits;
+// Values of K that one vector holds, and that a row is padded to (with x = 0).
 template <int bits>
-constexpr int int8_step = BL * 32 / bits;
+constexpr int exact_step = VL * 32 / held_bits<bits>;
+template <int bits>
+constexpr int int8_step = BL * 32 / held_bits<bits>;
 constexpr int64_t row_padding = 128;  // the largest step
 
 // Whether EXACT reads x as integers of three bytes. AVX2's products of bytes saturate beyond 6 bits.
@@ -46,11 +53,15 @@ template <int bits>
 constexpr bool by_digits = true;
 #elif defined(__AVX2__)
 template <int bits>
-constexpr bool by_digits = bits == 4;
+constexpr bool by_digits = bits <= 6;
 #else
 template <int bits>
 constexpr bool by_digits = false;
 #endif
+
+// Whether there are kernels for one row of x here.
+template <int bits>
+constexpr bool row_kernels = bits == 4 || bits == 8 || ((bits == 5 || bits == 6) && by_digits<bits>);
 
 // The first `count` of a vector of words, a multiple of 4; the rest are zero, and nothing beyond is read.
 template <class Vector>
@@ -66,6 +77,22 @@ MLXEFF_INLINE Vector load_words_up_to(const char* p, int64_t count) {
 #endif
   if (count > 0) memcpy(&v, p, 16);  // a vector of 8 words
   return v;
+}
+
+// The weights of a row from value k on, `held_bits` each; zeros from value K on.
+template <int bits>
+MLXEFF_INLINE vu load_codes(const char* row, int64_t k, int64_t K) {
+  if constexpr (held_bits<bits> == bits) return load_words_up_to<vu>(row + k * bits / 8, (K - k) * bits / 32);
+  else return load_spread<bits>(row, k, K);
+}
+template <int bits>
+MLXEFF_INLINE bu load_codes_int8(const char* row, int64_t k, int64_t K) {
+  if constexpr (held_bits<bits> == bits) return load_words_up_to<bu>(row + k * bits / 8, (K - k) * bits / 32);
+#if defined(__AVX2__)
+  else return (bu)spread_codes<bits>(row + k / 32 * 4 * bits);
+#else
+  else return (bu)load_spread<bits>(row, k, K);
+#endif
 }
 
 // Lane i = scale of the group that word first + i belongs to, a group having `group_words` words; first is a multiple
@@ -202,28 +229,28 @@ MLXEFF_INLINE vf dot_digits(vu q, const int8_t* x) {
 
 template <int bits, int group>
 static float row_digits(const QmmArgs& args, const char* packed, int64_t distance, const float* scales, vf total) {
-  const int64_t words = args.w.K * bits / 32;
+  constexpr int held = held_bits<bits>;
   const int8_t* x = args.x_int8;
-  for (int64_t i = 0; i < words; i += VL, x += digits * exact_step<bits>) {
-    __builtin_prefetch(packed + i * 4 + distance, 0, 3);
-    const vf dot = dot_digits<bits>(load_words_up_to<vu>(packed + i * 4, words - i), x);
-    total = fma(dot, spread_scales<bits * group / 32>(scales, i), total);
+  for (int64_t k = 0; k < args.w.K; k += exact_step<bits>, x += digits * exact_step<bits>) {
+    __builtin_prefetch(packed + k * bits / 8 + distance, 0, 3);
+    const vf dot = dot_digits<bits>(load_codes<bits>(packed, k, args.w.K), x);
+    total = fma(dot, spread_scales<held * group / 32>(scales, k * held / 32), total);
   }
   return sum(total);
 }
 
 template <int bits, int group>
 static float row_int8(const QmmArgs& args, const char* packed, int64_t distance, const float* scales, vf bias) {
-  const int64_t words = args.w.K * bits / 32;
+  constexpr int held = held_bits<bits>;
   const int8_t* x = args.x_int8;
   bf total[2] = {};
-  for (int64_t i = 0; i < words; i += 2 * BL, x += 2 * int8_step<bits>) {
-    __builtin_prefetch(packed + i * 4 + distance, 0, 3);
+  for (int64_t k = 0; k < args.w.K; k += 2 * int8_step<bits>, x += 2 * int8_step<bits>) {
+    __builtin_prefetch(packed + k * bits / 8 + distance, 0, 3);
 #pragma GCC unroll 2
     for (int half = 0; half < 2; ++half) {
-      const int64_t at = i + half * BL;
-      if (at >= words) break;
-      const bu q = load_words_up_to<bu>(packed + at * 4, words - at);
+      const int64_t at = k + half * int8_step<bits>;
+      if (at >= args.w.K) break;
+      const bu q = load_codes_int8<bits>(packed, at, args.w.K);
       const int8_t* const values = x + half * int8_step<bits>;
       bi dot;
       if constexpr (bits == 4) {
@@ -232,7 +259,7 @@ static float row_int8(const QmmArgs& args, const char* packed, int64_t distance,
       } else {
         dot = dot_vector<bits>(bi{}, q, values);
       }
-      total[half] += __builtin_convertvector(dot, bf) * spread_scales_int8<bits * group / 32>(scales, at);
+      total[half] += __builtin_convertvector(dot, bf) * spread_scales_int8<held * group / 32>(scales, at * held / 32);
     }
   }
   return sum_lanes(total[0] + total[1]) + sum(bias);
@@ -299,7 +326,7 @@ static void arrange_digits(const int32_t* values, int64_t k, int8_t* out) {
 // 32 rounded values, from k on, put where row_int8 meets them.
 template <int bits>
 static void arrange_int8(const int8_t* natural, int64_t k, int8_t* out) {
-  if (bits == 8) {
+  if (bits != 4) {
     memcpy(out + k, natural, 32);
     return;
   }
@@ -315,9 +342,11 @@ static int run_rows_as(const QmmArgs& args, int64_t n_begin, int64_t n_end) {
   const bool integers = int8 || by_digits<bits>;
   const float shift = integers ? byte_offset<bits> : 0;
   const float* const factors = integers ? args.x_scale : nullptr;
-  const auto row_product = int8              ? row_int8<bits, group>
-                           : by_digits<bits> ? row_digits<bits, group>
-                                             : row_exact<bits, group>;
+  constexpr auto exact_product = [] {
+    if constexpr (by_digits<bits>) return row_digits<bits, group>;
+    else return row_exact<bits, group>;
+  }();
+  const auto row_product = int8 ? row_int8<bits, group> : exact_product;
   const int64_t groups = w.K / group, scale_step = w.ld / group, padded = round_up(groups, VL) + VL;
   const int64_t bytes = row_bytes(w), stride = row_stride(w), ahead = max_of(1, prefetch_distance / bytes);
   // Where rows have gaps: the same place of a later row.

@@ -138,7 +138,7 @@ def _model(
     if not isinstance(kind, str):
         raise MlxeffError(f"{path}: config: model_type: wanted the name of an architecture, got {kind!r}")
     if not lazy:
-        _require_memory(path, sum(tensor.nbytes for tensor in source.tensors.values()), kind not in MODELS)
+        _require_memory(path, sum(tensor.memory_nbytes for tensor in source.tensors.values()), kind not in MODELS)
     if kind in llama.FAMILIES:  # Hugging Face and mlx-lm have different defaults for this key, so the weights decide
         config = {"tie_word_embeddings": not any(name.startswith("lm_head.") for name in source.tensors)} | config
     for technique in stored_in(config):

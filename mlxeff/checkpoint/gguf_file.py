@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import MlxeffError
-from .gguf_blocks import BLOCKS, make_tensor
+from .gguf_blocks import BLOCKS, Losses, make_tensor
 from .tensor import Tensor, check_shape
 
 STRING, ARRAY, BOOL = 8, 9, 7  # numbers of the value types that are no plain numbers
@@ -180,7 +180,7 @@ def _place(cursor: _Cursor, entries: list, alignment: int) -> dict[str, Tensor]:
     """The tensors of all entries, in the order of the file's table. Raises MlxeffError where one reaches past the end
     of the file or into another."""
     data_start = -(-cursor.position // alignment) * alignment
-    tensors, previous_end, dequantised = {}, data_start, {}
+    tensors, previous_end, losses = {}, data_start, Losses(cursor.origin)
     for name, shape, code, offset in sorted(entries, key=lambda entry: entry[3]):
         start, nbytes = data_start + offset, _nbytes(cursor, name, shape, code)
         if offset % alignment:
@@ -189,7 +189,7 @@ def _place(cursor: _Cursor, entries: list, alignment: int) -> dict[str, Tensor]:
             raise MlxeffError(f"{cursor.origin.name}: incomplete: wanted {start + nbytes} bytes, got {cursor.size}")
         if start < previous_end or name in tensors:
             raise cursor.fail(f"tensor {name!r} overlaps another or appears twice")
-        tensors[name] = make_tensor(cursor.origin, name, shape, code, start, nbytes, dequantised)
+        tensors[name] = make_tensor(cursor.origin, name, shape, code, start, nbytes, losses)
         previous_end = start + nbytes
     return {entry[0]: tensors[entry[0]] for entry in entries}
 

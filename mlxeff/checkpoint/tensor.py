@@ -48,11 +48,17 @@ class Tensor:
     origin: Path  # the file
     reader: Callable[[], mx.array] = field(repr=False, compare=False)
     kind: str | None = None  # GGUF: its block type, such as "Q4_0"
-    bits: int | None = None  # GGUF: bits and group size where MLX has an equivalent of the block type, otherwise None
+    bits: int | None = None  # GGUF: bits and group size of its form in MLX's affine packing; None: it has none
     group_size: int | None = None
     packed_reader: Callable[[], tuple[mx.array, mx.array, mx.array]] | None = field(
         default=None, repr=False, compare=False
     )
+    packed_nbytes: int | None = None  # size of the packed arrays in memory, with scales in float16
+
+    @property
+    def memory_nbytes(self) -> int:
+        """Bytes of the arrays that `read_packed` gives where there are any, otherwise of the one that `read` gives."""
+        return self.size * DTYPES[self.dtype][1] if self.packed_nbytes is None else self.packed_nbytes
 
     @property
     def size(self) -> int:
@@ -64,7 +70,8 @@ class Tensor:
         return self.reader()
 
     def read_packed(self) -> tuple[mx.array, mx.array, mx.array]:
-        """(weight uint32, scales, biases) for `mx.quantized_matmul`. Raises MlxeffError where `bits` is None."""
+        """For `mx.quantized_matmul`: weight uint32 (…, K · bits / 32), scales and biases (…, K / group_size); K is the
+        last dimension of `shape`. Raises MlxeffError where `bits` is None."""
         if self.packed_reader is None:
             raise MlxeffError(
                 f"{self.origin.name}: tensor {self.name!r}: wanted packed weights, got {self.kind or self.dtype}"

@@ -59,7 +59,7 @@ class Parameter:
 
     @property
     def packed(self) -> bool:
-        """Whether the parameter stays quantised: MLX has an equivalent of the block type, and it is a matrix."""
+        """Whether the parameter stays quantised: it is a matrix of a block type."""
         return self.tensor.bits is not None and len(self.tensor.shape) == 2
 
     def read(self) -> mx.array:
@@ -250,17 +250,16 @@ def interleaved_rows(tensor: Tensor, heads: int) -> mx.array:
 
 
 def quantization(all_parameters: list[Parameter]) -> dict:
-    """mlx-lm's config entry `quantization` for these parameters: the most frequent number of bits is the default, and
+    """mlx-lm's config entry `quantization` for these parameters: the most frequent form is the default, and
     every matrix that differs has an entry of its own (false: not quantised)."""
-    matrices = {p.module: p.tensor.bits if p.packed else None for p in all_parameters if len(p.tensor.shape) == 2}
-    counts = Counter(bits for bits in matrices.values() if bits)
+    forms = {p.module: _affine(p) if p.packed else None for p in all_parameters if len(p.tensor.shape) == 2}
+    counts = Counter(tuple(form.values()) for form in forms.values() if form)
     if not counts:
         return {}
-    default = counts.most_common(1)[0][0]
-    own = {name: bool(bits) and _affine(bits) for name, bits in matrices.items() if bits != default}
-    return {"quantization": _affine(default) | own}
+    default = next(form for form in forms.values() if form and tuple(form.values()) == counts.most_common(1)[0][0])
+    return {"quantization": default | {name: form or False for name, form in forms.items() if form != default}}
 
 
-def _affine(bits: int) -> dict:
+def _affine(parameter: Parameter) -> dict:
     """MLX's parameters for a matrix packed from GGUF blocks."""
-    return {"group_size": 32, "bits": bits, "mode": "affine"}
+    return {"group_size": parameter.tensor.group_size, "bits": parameter.tensor.bits, "mode": "affine"}
