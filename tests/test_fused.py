@@ -304,7 +304,7 @@ def test_rounded_products_need_the_native_executor():
     for model, compute, kv in (
         (plain, "int8", "float32"),
         (fused, "int4", "float32"),
-        (fused, "exact", "int8"),
+        (fused, "exact", "int7"),
     ):
         with pytest.raises(MlxeffError, match=r"wanted .*, got '?int"):
             model(tokens, model.new_cache(kv), RunOptions(compute, kv))

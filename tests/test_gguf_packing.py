@@ -9,7 +9,7 @@ from mlxeff.convert import convert
 import checkpoint_files as files
 from checkpoint_files import numbers, random_blocks
 from helpers import assert_close
-from mlxeff import MlxeffError, memory
+from mlxeff import MlxeffError, limits
 from mlxeff.assembly.model import build_model, load_model
 from mlxeff.checkpoint import gguf_blocks, gguf_layouts, gguf_packing, open_source
 from mlxeff.checkpoint.gguf_blocks import BLOCKS
@@ -265,7 +265,7 @@ def test_memory_is_asked_for_the_packed_weights(tmp_path, rng, monkeypatch):
     path, _ = write_models(tmp_path, rng, "IQ4_NL")
     held = sum(tensor.memory_nbytes for tensor in open_source(path).tensors.values())
     assert held > 1.8 * path.stat().st_size
-    monkeypatch.setattr(memory, "available", lambda: (held - 1.0, "a test"))
+    monkeypatch.setattr(limits, "available", lambda: (held - 1.0, "a test"))
     monkeypatch.setattr(gguf_blocks, "pack", None)
     with pytest.raises(MlxeffError, match=r"x\.gguf: the weights: need"):
         load_model(path)

@@ -121,6 +121,14 @@ def _open_nothing(number: int) -> TextIO:
     return open(descriptor, "r" if number == 0 else "w", encoding="utf-8", closefd=False)
 
 
+def _interrupt_main() -> None:
+    """Interrupt the main thread as Ctrl-C does, in the middle of a system call too."""
+    if hasattr(signal, "pthread_kill"):
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+    else:
+        _thread.interrupt_main()
+
+
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
     """Inside the block Ctrl-C raises KeyboardInterrupt, unless the caller has chosen that it does something else. An
@@ -135,7 +143,7 @@ def interruptible() -> Iterator[None]:
 
     def dropped(what: "sys.UnraisableHookArgs") -> None:
         if what.exc_type is KeyboardInterrupt:  # a thread of its own: raised in here, it would be dropped again
-            threading.Timer(0.01, _thread.interrupt_main).start()
+            threading.Timer(0.01, _interrupt_main).start()
         else:
             report(what)
 
