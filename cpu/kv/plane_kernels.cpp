@@ -16,7 +16,6 @@
 namespace mlxeff {
 namespace MLXEFF_ISA {
 
-typedef uint8_t vb __attribute__((vector_size(VL)));
 constexpr int unit = 2 * VL;  // codes in VL bytes
 #if defined(__AVX512F__) || defined(__ARM_NEON)
 constexpr int tile_rows = 4;
@@ -25,10 +24,21 @@ constexpr int tile_rows = 2;
 #endif
 constexpr float middle = 7.5f / 16.0f;
 
+// VL bytes, each as an integer of 32 bits. The compilers make slow code of a conversion of vector types.
 MLXEFF_INLINE vi load_bytes(const uint8_t* p) {
-  vb bytes;
-  memcpy(&bytes, p, sizeof bytes);
-  return __builtin_convertvector(bytes, vi);
+#if defined(__AVX512F__)
+  return (vi)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));
+#elif defined(__AVX2__)
+  return (vi)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p));
+#elif defined(__ARM_NEON)
+  uint32_t word;
+  memcpy(&word, p, sizeof word);
+  return (vi)vmovl_u16(vget_low_u16(vmovl_u8(vcreate_u8(word))));
+#else
+  vi values;
+  for (int i = 0; i < VL; ++i) values[i] = p[i];
+  return values;
+#endif
 }
 
 // The codes at even and at odd places of one unit.
