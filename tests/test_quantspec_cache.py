@@ -14,8 +14,9 @@ from mlxeff.assembly.techniques import CACHES
 from mlxeff.cache import LayerShape
 from mlxeff.decode import decode, prefill
 from mlxeff.generation import Session
-from mlxeff.quantspec.cache import PlaneLayer, encode_blocks
+from mlxeff.quantspec.cache import LOWER, PlaneLayer
 from mlxeff.quantspec.planes import decode as decode_planes
+from mlxeff.quantspec.planes import encode
 from mlxeff.sampling import make_sampler
 from test_cli import document, fails, mlxeff
 from tiny_model import CONFIG, random_model, write_tiny_model
@@ -48,14 +49,11 @@ def test_what_is_stored(kind, chunks):
         assert layer.length == start
     layer.room(1, (1, 2, 64), mx.float32)  # moves what the next append would
     assert (layer.filled, layer.tail) == (filled(start), start - G * filled(start))
-    for part, exact, got, lower in (
-        ("key", keys, layer.state()[0], kind != "int4"),
-        ("value", values, layer.state()[1], kind == "int8"),
-    ):
+    for part, exact, got in (("key", keys, layer.state()[0]), ("value", values, layer.state()[1])):
         moved = layer.filled * G
-        block = exact[:, :, :moved].reshape(1, 2, -1, G, 64)
-        upper, low, scale, zero = encode_blocks(block.astype(mx.float16), part)
-        want = decode_planes(upper, low if lower else None, scale, zero, 64)
+        block = exact[:, :, :moved].reshape(1, 2, -1, G, 64).astype(mx.float16)
+        upper, low, scale, zero = encode(block.swapaxes(-1, -2) if part == "key" else block)
+        want = decode_planes(upper, low if part in LOWER[kind] else None, scale, zero, 64)
         want = (want.swapaxes(-1, -2) if part == "key" else want).reshape(1, 2, moved, 64)
         assert mx.array_equal(got[:, :, :moved], want)
         assert mx.array_equal(got[:, :, moved:], exact[:, :, moved:].astype(mx.float16).astype(mx.float32))
@@ -82,16 +80,16 @@ def test_random_appends_and_rewinds():
         layer.append(*(mx.concatenate(pair, axis=2) for pair in zip(good, wrong, strict=True)))
         assert layer.rewind(committed + accepted) == committed + accepted
         committed += accepted
-        capacity.add(layer._buffers["tail_keys"].shape[2])
+        capacity.add(layer._buffers["tail"].shape[3])
         if cycle % 50 == 0:
             mx.eval(layer.arrays())
         if cycle % 997 == 0 and layer.filled:
             start = layer.filled * G
             assert layer.tail == committed - start
-            tail = layer._buffers["tail_keys"][:, :, : layer.tail]
+            tail = layer._buffers["tail"][0, :, :, : layer.tail]
             assert mx.array_equal(tail, keys[:, :, start:committed].astype(mx.float16))
             for index in range(layer.filled):
-                words = np.array(layer._buffers["key_upper"][:, :, index]).tobytes()
+                words = np.array(layer._buffers["upper"][:, :, index]).tobytes()
                 assert hashes.setdefault(index, words) == words
     assert len(hashes) > 20
     assert max(capacity) <= 2 * G + 16
@@ -178,10 +176,8 @@ def test_stale_places_are_not_read(kind):
         held = stored(model, kind, 330)
         if poison:
             for layer in held.layers:
-                for name in ("tail_keys", "tail_values"):
-                    layer._buffers[name][:, :, layer.tail :] = mx.array(np.nan, mx.float16)
-                for name in ("key_scale", "key_zero", "value_scale", "value_zero"):
-                    layer._buffers[name][:, :, layer.filled :] = mx.array(np.nan, mx.float16)
+                layer._buffers["tail"][:, :, :, layer.tail :] = mx.array(np.nan, mx.float16)
+                layer._buffers["upper"][:, :, layer.filled :] = mx.array(0xFF, mx.uint8)  # scales of NaN
         answers.append([np.array(model(mx.array(IDS[None, 331:334]), held)) for _ in range(1)])
     assert np.isfinite(answers[0]).all()
     assert np.array_equal(*answers)
@@ -196,10 +192,10 @@ def test_equal_values_come_out_as_they_are(kind, new):
     model = model_of(64, 6, 2)
     assert model.use_native()
     held = stored(model, kind, 330)
-    ones = {"value_zero": 1.0, "value_scale": 0.0, "tail_values": 1.0}
     for layer in held.layers:
-        for name, value in ones.items():
-            layer._buffers[name] = mx.full(layer._buffers[name].shape, value, mx.float16)
+        layer._buffers["tail"][1] = mx.array(1, mx.float16)
+        scales = mx.view(mx.array([0.0] * G + [1.0] * G, mx.float16), mx.uint8)  # of the values, and their zeros
+        layer._buffers["upper"][..., 4 * 64 : 4 * (64 + G)] = scales
     for layer in model.layers:
         layer.self_attn.v_proj.weight = mx.zeros_like(layer.self_attn.v_proj.weight)
         layer.self_attn.v_proj.bias = mx.ones((128,))
@@ -225,8 +221,7 @@ def test_bytes_are_those_of_the_formula():
             layer.append(keys, values)
         layer.room(1, (1, 2, 64), mx.float32)
         mx.eval(layer.arrays())
-        blocks = layer._buffers["key_upper"].shape[2]
-        tail = layer._buffers["tail_keys"].shape[2]
+        blocks, tail = layer._buffers["upper"].shape[2], layer._buffers["tail"].shape[3]
         assert blocks == 128
         assert tail <= 2 * G + 8
         assert layer.nbytes == 2 * (blocks * G * per_token + tail * 2 * 2 * 64)

@@ -5,7 +5,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlxeff.quantspec.cache import encode_blocks
+from mlxeff.quantspec.cache import decode_blocks, encode_blocks
 from mlxeff.quantspec.planes import decode, encode, pack, unpack
 
 
@@ -112,9 +112,31 @@ def test_keys_are_grouped_by_channel_and_values_by_token():
     channel, token = rows.copy(), rows.copy()
     channel[..., 7] *= 1000
     token[..., 9, :] *= 1000
-    for part, changed, place in (("key", channel, 7), ("value", token, 9)):
-        before, after = (encode_blocks(mx.array(each), part) for each in (rows, changed))
-        for a, b in zip(before, after, strict=True):
-            differing = np.argwhere(np.array(a) != np.array(b))
-            assert set(differing[:, 3]) <= {place}
-    assert encode_blocks(mx.array(rows), "value")[0].shape == (1, 1, 1, 64, 12)  # 96 channels: the padding is coded too
+
+    def stored(keys, values):
+        planes = encode_blocks(mx.array(keys), mx.array(values), ("key", "value"))
+        decoded = decode_blocks(*planes, size=80, block=64, lower=("key", "value"))
+        return [np.array(part)[0, 0] for part in decoded]
+
+    (keys, values), (new_keys, new_values) = stored(rows, rows), stored(channel, token)
+    assert {int(e) for e in np.argwhere(keys != new_keys)[:, 1]} == {7}
+    assert {int(t) for t in np.argwhere(values != new_values)[:, 0]} == {9}
+
+
+@pytest.mark.parametrize("size", [64, 80, 96, 128])
+@pytest.mark.parametrize("lower", [("key", "value"), ("key",), ()])
+def test_blocks_come_back(size, lower):
+    """Each part in the view that its planes allow; the number of bytes is that of the formula."""
+    block = 128 if size == 128 else 64
+    rng = np.random.default_rng(4)
+    keys, values = (mx.array(rng.standard_normal((2, 3, 2, block, size)).astype(np.float32)) for _ in range(2))
+    upper, below = encode_blocks(keys, values, lower)
+    width = -(-size // 32) * 32
+    assert upper.shape == (2, 3, 2, 4 * (size + block) + size * block // 2 + block * width // 2)
+    assert below.shape[3] == sum({"key": size * block // 2, "value": block * width // 2}[name] for name in lower)
+    got = decode_blocks(upper, below if lower else None, size=size, block=block, lower=lower)
+    for name, exact, part in (("key", keys, got[0]), ("value", values, got[1])):
+        error = np.array(part.reshape(exact.shape) - exact)
+        span = np.ptp(np.array(exact), axis=-2 if name == "key" else -1, keepdims=True)
+        bound = span / 255 / 2 if name in lower else span * 16 / 255 / 2
+        assert (np.abs(error) <= bound * 1.05 + 1e-3).all()

@@ -97,24 +97,22 @@ MLXEFF_INLINE void score_units(const Task& x, int64_t row, const uint8_t* upper,
 
 // Computes the scores of all tokens of a block for the rows [row, row + rows).
 template <bool full, int rows>
-static inline void score_rows(const Task& x, int64_t row, const Plane& keys, int64_t place) {
+static inline void score_rows(const Task& x, int64_t row, const Plane& keys) {
   const PlaneArgs& a = x.a;
   const int64_t E = a.sizes.size;
-  const f16 *const scale = keys.scale + place * E, *const zero = keys.zero + place * E;
   float constants[rows];
   for (int r = 0; r < rows; ++r) {
     const float* const query = x.queries + (row + r) * x.width;
     float* const scaled = x.scaled + (row + r) * x.width;
     vf constant = broadcast(0.0f);
     for (int64_t e = 0; e < E; e += VL) {
-      const vf q = load(query + e), s = load(scale + e);
+      const vf q = load(query + e), s = load(keys.scale + e);
       store(scaled + e, q * (s * View<full>::factor));
-      constant = fma(q, fma(s, broadcast(View<full>::shift), load(zero + e)), constant);
+      constant = fma(q, fma(s, broadcast(View<full>::shift), load(keys.zero + e)), constant);
     }
     constants[r] = sum(constant);
   }
-  const int64_t bytes = E * a.block / 2;
-  const uint8_t *upper = keys.upper + place * bytes, *lower = full ? keys.lower + place * bytes : upper;
+  const uint8_t *upper = keys.upper, *lower = full ? keys.lower : upper;
   float* const scores = x.scores + row * a.block;
   int64_t token = 0;
   for (; token + 2 * unit <= a.block; token += 2 * unit)
@@ -132,7 +130,7 @@ MLXEFF_INLINE void value_units(const Task& x, int64_t row, const uint8_t* upper,
     for (int u = 0; u < units; ++u)
       for (int half = 0; half < 2; ++half) sums[r][u][half] = load(out + r * x.places + (2 * u + half) * VL);
   for (int64_t token = 0; token < a.block; ++token) {
-    const int64_t byte = token * a.width / 2;
+    const int64_t byte = token * x.places / 2;
     vf codes[units][2];
     for (int u = 0; u < units; ++u)
       load_codes<full>(upper + byte + u * VL, lower + byte + u * VL, &codes[u][0], &codes[u][1]);
@@ -149,26 +147,24 @@ MLXEFF_INLINE void value_units(const Task& x, int64_t row, const uint8_t* upper,
 
 // Adds the weighted values of a block to the sums of the rows [row, row + rows). The weights lie where the scores were.
 template <bool full, int rows>
-static inline void value_rows(const Task& x, int64_t row, const Plane& values, int64_t place) {
+static inline void value_rows(const Task& x, int64_t row, const Plane& values) {
   const PlaneArgs& a = x.a;
-  const f16 *const scale = values.scale + place * a.block, *const zero = values.zero + place * a.block;
   for (int r = 0; r < rows; ++r) {
     float* const weights = x.scores + (row + r) * a.block;
     vf constant = broadcast(0.0f);
     for (int64_t t = 0; t < a.block; t += VL) {
-      const vf weight = load(weights + t), s = load(scale + t);
-      constant = fma(weight, fma(s, broadcast(View<full>::shift), load(zero + t)), constant);
+      const vf weight = load(weights + t), s = load(values.scale + t);
+      constant = fma(weight, fma(s, broadcast(View<full>::shift), load(values.zero + t)), constant);
       store(weights + t, weight * (s * View<full>::factor));
     }
     x.zeros[row + r] += sum(constant);
   }
-  const int64_t bytes = a.block * a.width / 2;
-  const uint8_t *upper = values.upper + place * bytes, *lower = full ? values.lower + place * bytes : upper;
+  const uint8_t *upper = values.upper, *lower = full ? values.lower : upper;
   float* const out = x.sums + row * x.places;
   int64_t channel = 0;
-  for (; channel + 2 * unit <= a.width; channel += 2 * unit)
+  for (; channel + 2 * unit <= x.places; channel += 2 * unit)
     value_units<full, rows, 2>(x, row, upper + channel / 2, lower + channel / 2, out + channel);
-  for (; channel < a.width; channel += unit)
+  for (; channel < x.places; channel += unit)
     value_units<full, rows, 1>(x, row, upper + channel / 2, lower + channel / 2, out + channel);
 }
 
@@ -191,10 +187,11 @@ MLXEFF_INLINE void for_tiles(int64_t rows, Action action) {
 static void run_block(const Task& x, int64_t group, int64_t index) {
   const PlaneArgs& a = x.a;
   const int64_t place = group * a.capacity + index, R = a.sizes.heads / a.sizes.groups, first = index * a.block;
+  const Plane keys = key_plane(a, place), values = value_plane(a, place);
   for_tiles(x.rows, [&](int64_t row, auto tile) {
     constexpr int rows = decltype(tile)::value;
-    if (a.keys.lower) score_rows<true, rows>(x, row, a.keys, place);
-    else score_rows<false, rows>(x, row, a.keys, place);
+    if (keys.lower) score_rows<true, rows>(x, row, keys);
+    else score_rows<false, rows>(x, row, keys);
   });
   for (int64_t row = 0; row < x.rows; ++row) {
     const int64_t last = a.span.end - a.span.length + row / R + 1;
@@ -206,8 +203,8 @@ static void run_block(const Task& x, int64_t group, int64_t index) {
   }
   for_tiles(x.rows, [&](int64_t row, auto tile) {
     constexpr int rows = decltype(tile)::value;
-    if (a.values.lower) value_rows<true, rows>(x, row, a.values, place);
-    else value_rows<false, rows>(x, row, a.values, place);
+    if (values.lower) value_rows<true, rows>(x, row, values);
+    else value_rows<false, rows>(x, row, values);
   });
 }
 
@@ -218,7 +215,7 @@ static float* partial_of(const PlaneArgs& a, int64_t b, int64_t h, int64_t i, in
 static bool attend_task(const PlaneArgs& a, int64_t task) {
   const int64_t part = task % a.parts, group = task / a.parts, b = group / a.sizes.groups, g = group % a.sizes.groups;
   const int64_t R = a.sizes.heads / a.sizes.groups, E = a.sizes.size, rows = a.span.length * R;
-  const int64_t width = round_up(E, VL), places = a.width;
+  const int64_t width = round_up(E, VL), places = a.width();
   const size_t floats = size_t(rows * (2 * width + a.block + places + 1));
   float* const memory = static_cast<float*>(scratch(Scratch::panel, floats * 4 + size_t(rows) * sizeof(RowState)));
   if (!memory) return false;
@@ -298,13 +295,14 @@ static void decode_group(const Plane& plane, int64_t group, int64_t count, float
 
 static bool dequantise(const PlaneArgs& a, float* keys, float* values, int64_t tokens, int64_t begin, int64_t end) {
   const int64_t E = a.sizes.size, G = a.block;
-  float* const buffer = static_cast<float*>(scratch(Scratch::panel, size_t(max_of(E * G, a.width)) * 4));
+  float* const buffer = static_cast<float*>(scratch(Scratch::panel, size_t(max_of(E * G, a.width())) * 4));
   if (!buffer) return false;
   for (int64_t task = begin; task < end; ++task) {
     const int64_t group = task / a.blocks, index = task % a.blocks, place = group * a.capacity + index;
     float *const to_keys = keys + (group * tokens + index * G) * E, *const to_values =
                                                                         values + (group * tokens + index * G) * E;
-    for (int64_t e = 0; e < E; ++e) decode_group(a.keys, place * E + e, G, buffer + e * G);
+    const Plane of_keys = key_plane(a, place), of_values = value_plane(a, place);
+    for (int64_t e = 0; e < E; ++e) decode_group(of_keys, e, G, buffer + e * G);
     for (int64_t e = 0; e < E; e += VL)
       for (int64_t t = 0; t < G; t += VL) {
         vf tile[VL];
@@ -313,7 +311,7 @@ static bool dequantise(const PlaneArgs& a, float* keys, float* values, int64_t t
         for (int i = 0; i < VL; ++i) store(to_keys + (t + i) * E + e, tile[i]);
       }
     for (int64_t t = 0; t < G; ++t) {
-      decode_group(a.values, place * G + t, a.width, buffer);
+      decode_group(of_values, t, a.width(), buffer);
       memcpy(to_values + t * E, buffer, size_t(E) * 4);
     }
   }

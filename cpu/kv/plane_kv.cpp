@@ -72,8 +72,8 @@ AttentionArgs PlaneKv::tail_args(const Span& span, const AttentionSizes& sizes, 
   AttentionArgs args = sized(span, sizes, options);
   const int64_t stride = tail_capacity_ * sizes.size;
   args.T = span.end - stored();
-  args.k = {keys_, sizes.groups * stride, stride, sizes.size, MLXEFF_F16};
-  args.v = {values_, sizes.groups * stride, stride, sizes.size, MLXEFF_F16};
+  args.k = {keys(), sizes.groups * stride, stride, sizes.size, MLXEFF_F16};
+  args.v = {values(span.batch, sizes), sizes.groups * stride, stride, sizes.size, MLXEFF_F16};
   return args;
 }
 
@@ -103,12 +103,13 @@ int PlaneKv::append(Team& team, const NewRows& rows, const RunOptions&, void*) {
   const Span& span = rows.span;
   const int64_t groups = rows.sizes.groups, size = rows.sizes.size, stride = tail_capacity_ * size;
   const DecoderKernels& row_kernels = MLXEFF_DISPATCH(decoder_kernels);
+  f16 *const tail_keys = keys(), *const tail_values = values(span.batch, rows.sizes);
   team.for_rows(span.rows(), [&](int64_t r) {
     const NewRow row = rows.finish(r);
     const int64_t place = r / span.length * groups * stride + (span.position(r % span.length) - stored()) * size;
-    rows.rotate(r, row, {keys_ + place, 0, stride, 0, MLXEFF_F16});
+    rows.rotate(r, row, {tail_keys + place, 0, stride, 0, MLXEFF_F16});
     for (int64_t g = 0; g < groups; ++g)
-      row_kernels.store(values_ + place + g * stride, MLXEFF_F16, row.values + g * row.value_step, size);
+      row_kernels.store(tail_values + place + g * stride, MLXEFF_F16, row.values + g * row.value_step, size);
   });
   return MLXEFF_OK;
 }
@@ -154,6 +155,7 @@ int PlaneKv::attend_many(Team& team, const Queries& queries, const RunOptions& o
     float *const keys = workspace, *const values = keys + groups * tokens * size;
     partial = values + groups * tokens * size;
     const PlaneArgs planes = plane_args(queries.span, sizes, nullptr, nullptr);
+    const f16 *const tail_keys = this->keys(), *const tail_values = this->values(queries.span.batch, sizes);
     const PlaneKernels& kernels = MLXEFF_DISPATCH(plane_kernels);
     const DecoderKernels& row_kernels = MLXEFF_DISPATCH(decoder_kernels);
     const int64_t tail = tokens - stored(), tasks = groups * planes.blocks;
@@ -165,8 +167,8 @@ int PlaneKv::attend_many(Team& team, const Queries& queries, const RunOptions& o
         }
         const int64_t group = task - tasks, to = (group * tokens + stored()) * size,
                       from = group * tail_capacity_ * size;
-        row_kernels.load(keys + to, keys_ + from, MLXEFF_F16, tail * size);
-        row_kernels.load(values + to, values_ + from, MLXEFF_F16, tail * size);
+        row_kernels.load(keys + to, tail_keys + from, MLXEFF_F16, tail * size);
+        row_kernels.load(values + to, tail_values + from, MLXEFF_F16, tail * size);
       }
     });
     args.T = tokens;

@@ -8,10 +8,10 @@ namespace mlxeff {
 
 class PlaneKv : public KvStore {
  public:
-  // `planes` describes the planes: its fields keys, values, block, capacity, blocks and width. The tail's keys, stored
-  // after RoPE, and values are row-major (batch, groups, tail_capacity, size) arrays of fp16.
-  PlaneKv(const PlaneArgs& planes, f16* keys, f16* values, int64_t tail_capacity)
-      : planes_(planes), keys_(keys), values_(values), tail_capacity_(tail_capacity) {}
+  // `planes` describes the planes: its fields from upper to blocks. The tail is a row-major (2, batch, groups,
+  // tail_capacity, size) array of fp16: the keys, stored after RoPE, and the values.
+  PlaneKv(const PlaneArgs& planes, f16* tail, int64_t tail_capacity)
+      : planes_(planes), tail_(tail), tail_capacity_(tail_capacity) {}
 
   bool fits(const Span& span) const override;
   int64_t workspace_bytes(const Span& span, const AttentionSizes& sizes, const RunOptions& options,
@@ -27,7 +27,12 @@ class PlaneKv : public KvStore {
   int attend_many(Team& team, const Queries& queries, const RunOptions& options, float* workspace) const;
 
   PlaneArgs planes_;
-  f16 *keys_, *values_;
+  // The tail's keys and values, of a batch of this size.
+  f16* keys() const { return tail_; }
+  f16* values(int64_t batch, const AttentionSizes& sizes) const {
+    return tail_ + batch * sizes.groups * tail_capacity_ * sizes.size;
+  }
+  f16* tail_;
   int64_t tail_capacity_;
 };
 

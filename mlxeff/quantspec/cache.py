@@ -6,7 +6,7 @@ quantised per token: a group is one token. The newest tokens are in float16, in 
 whole blocks move from the tail into the planes as long as at least `block` tokens stay in the tail. How the tokens are
 stored therefore depends on their number before the append alone, as long as no tokens were dropped.
 
-Shapes: B batch, G KV heads, T cached tokens, E head size, W = E rounded up to a multiple of 32, N blocks.
+Shapes: B batch, G KV heads, T cached tokens, E head size, N blocks.
 """
 
 from collections.abc import Sequence
@@ -17,13 +17,12 @@ from ..cache import LayerShape
 from ..errors import MlxeffError, notices
 from ..ops import attention
 from ..running import EXACT, RunOptions
-from .planes import PER_WORD, decode, encode
+from .planes import decode, encode
 
 HEAD_SIZES = (64, 80, 96, 128)
 SLACK = 8  # tokens for which a tail of two blocks has room beyond them
 GROWTH = 16  # blocks by which the planes grow
-TAIL = ("tail_keys", "tail_values")
-PLANES = ("upper", "lower", "scale", "zero")
+LOWER = {"int8": ("key", "value"), "int4": (), "k8v4": ("key",)}  # kind → what has a lower plane
 
 
 def block_of(head_size: int) -> int:
@@ -50,10 +49,7 @@ class PlaneLayer:
         self.filled = 0  # blocks in the planes
         self.tail = 0  # tokens in the tail
         self._reserved = 0  # tokens for which the next growth of the planes provides
-        lower = {"int8": ("key", "value"), "int4": (), "k8v4": ("key",)}[kind]
-        kept = [(part, plane) for part in ("key", "value") for plane in PLANES]
-        self._names = [f"{part}_{plane}" for part, plane in kept if plane != "lower" or part in lower]
-        self._buffers: dict[str, mx.array] = {}
+        self._buffers: dict[str, mx.array] = {}  # "upper", "lower" and "tail", see `room`
 
     @property
     def length(self) -> int:
@@ -74,32 +70,32 @@ class PlaneLayer:
         """Store keys and values (B, G, S, E) of new tokens; returns those of all cached tokens, (B, G, T, E)."""
         batch, heads, new, size = keys.shape
         self.room(new, (batch, heads, size), keys.dtype)
-        for name, rows in zip(TAIL, (keys, values), strict=True):
-            self._buffers[name][:, :, self.tail : self.tail + new] = rows.astype(mx.float16)
+        rows = mx.stack([keys, values]).astype(mx.float16)
+        self._buffers["tail"][:, :, :, self.tail : self.tail + new] = rows
         self.tail += new
         return self.state()
 
     def state(self) -> tuple[mx.array, mx.array]:
         """The keys and values of all cached tokens, (B, G, T, E), float32."""
-        recent = [self._buffers[name][:, :, : self.tail].astype(mx.float32) for name in TAIL]
+        recent = self._buffers["tail"][:, :, :, : self.tail].astype(mx.float32)
         if not self.filled:
-            return tuple(recent)
-        keys = decode(*self._planes("key"), self.block).swapaxes(-1, -2)
-        values = decode(*self._planes("value"), self.shape.head_size)
-        older = [part.reshape(*part.shape[:2], -1, part.shape[-1]) for part in (keys, values)]
+            return recent[0], recent[1]
+        planes = [self._buffers[name][:, :, : self.filled] for name in ("upper", "lower") if name in self._buffers]
+        older = decode_blocks(*planes, size=self.shape.head_size, block=self.block, lower=LOWER[self.storage])
         return tuple(mx.concatenate(both, axis=2) for both in zip(older, recent, strict=True))
 
     def room(self, new: int, shape: tuple[int, int, int], _dtype: mx.Dtype) -> dict[str, mx.array | int]:
-        """See `NativeLayer.room`; cpu/python/kv_planes.cpp names the buffers. Moves what the tail has too much into the
-        planes."""
+        """See `NativeLayer.room`; cpu/python/kv_planes.cpp describes the buffers. Moves what the tail has too much into
+        the planes."""
         if not self._buffers:
             self._buffers = self._empty(shape)
-        self._flush()
-        wanted, got = self.tail + new, self._buffers[TAIL[0]].shape[2]
+        if self.tail >= 2 * self.block:
+            self._flush()
+        wanted, got = self.tail + new, self._buffers["tail"].shape[3]
         least = 2 * self.block + SLACK
         if wanted > got or got > max(wanted, least):
             self._resize_tail(max(wanted, least))
-        return self._buffers | {"filled": self.filled}
+        return {**self._buffers, "block": self.block, "filled": self.filled}
 
     def replace(self, buffers: dict[str, mx.array], new: int) -> None:
         """See `NativeLayer.replace`."""
@@ -125,23 +121,24 @@ class PlaneLayer:
 
     def saved(self) -> dict[str, mx.array]:
         """See `Layer.saved`. The arrays are those of `room` without unused capacity."""
-        planes = {name: self._buffers[name][:, :, : self.filled] for name in self._names}
-        return planes | {name: self._buffers[name][:, :, : self.tail] for name in TAIL}
+        return {
+            name: each[:, :, :, : self.tail] if name == "tail" else each[:, :, : self.filled]
+            for name, each in self._buffers.items()
+        }
 
     def restore(self, arrays: dict[str, mx.array], tokens: int) -> None:
         """See `Layer.restore`."""
-        heads, size = self.shape.groups, self.shape.head_size
-        tail = arrays.get(TAIL[0])
-        if set(arrays) != {*self._names, *TAIL} or tail.ndim != 4 or tail.shape[2] > tokens:
+        heads, size, tail = self.shape.groups, self.shape.head_size, arrays.get("tail")
+        if set(arrays) != {*self._bytes(), "tail"} or tail.ndim != 5 or tail.shape[3] > tokens:
             raise ValueError(f"planes of {tokens} tokens")
-        filled, rest = divmod(tokens - tail.shape[2], self.block)
-        wanted = {name: (1, heads, filled, *shape) for name, shape in self._shapes().items()}
-        wanted |= dict.fromkeys(TAIL, (1, heads, tail.shape[2], size))
+        filled, rest = divmod(tokens - tail.shape[3], self.block)
+        wanted = {name: (1, heads, filled, count) for name, count in self._bytes().items()}
+        wanted["tail"] = (2, 1, heads, tail.shape[3], size)
         if rest or any(arrays[name].shape != shape for name, shape in wanted.items()):
             raise ValueError(f"planes of {tokens} tokens")
-        if any(array.dtype != self._dtype(name) for name, array in arrays.items()):
-            raise ValueError("planes of words, scales and a tail of float16")
-        self._buffers, self.filled, self.tail = dict(arrays), filled, tail.shape[2]
+        if any(array.dtype != (mx.float16 if name == "tail" else mx.uint8) for name, array in arrays.items()):
+            raise ValueError("planes of bytes and a tail of float16")
+        self._buffers, self.filled, self.tail = dict(arrays), filled, tail.shape[3]
 
     @property
     def stored_as(self) -> str:
@@ -153,79 +150,91 @@ class PlaneLayer:
         """Bytes of all buffers, unused capacity included."""
         return sum(buffer.nbytes for buffer in self._buffers.values())
 
-    def _planes(self, part: str) -> list[mx.array | None]:
-        """The filled blocks of the keys' or the values' upper and lower plane, scales and zeros."""
-        found = [self._buffers.get(f"{part}_{plane}") for plane in PLANES]
-        return [each if each is None else each[:, :, : self.filled] for each in found]
-
-    def _shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shape of one block of each plane."""
+    def _bytes(self) -> dict[str, int]:
+        """The bytes of one block and head in each plane."""
         size, block = self.shape.head_size, self.block
-        width = -(-size // 32) * 32
-        shapes = {
-            "key_upper": (size, block // PER_WORD),
-            "key_scale": (size,),
-            "value_upper": (block, width // PER_WORD),
-            "value_scale": (block,),
-        }
-        for part in ("key", "value"):
-            shapes[f"{part}_lower"], shapes[f"{part}_zero"] = shapes[f"{part}_upper"], shapes[f"{part}_scale"]
-        return {name: shapes[name] for name in self._names}
+        codes = {"key": size * block // 2, "value": block * padded(size) // 2}
+        lower = sum(codes[part] for part in LOWER[self.storage])
+        return {"upper": 4 * (size + block) + sum(codes.values())} | ({"lower": lower} if lower else {})
 
-    @staticmethod
-    def _dtype(name: str) -> mx.Dtype:
-        return mx.uint32 if name.endswith(("upper", "lower")) else mx.float16
-
-    def _empty(self, shape: tuple[int, int, int], blocks: int = 1, tail: int = 0) -> dict[str, mx.array]:
-        """Buffers for `blocks` blocks and a tail of `tail` tokens; `shape` is (B, G, E)."""
+    def _empty(self, shape: tuple[int, int, int]) -> dict[str, mx.array]:
+        """Buffers with room for one block, and without a tail; `shape` is (B, G, E)."""
         batch, heads, size = shape
-        buffers = {
-            name: mx.zeros((batch, heads, blocks, *one), self._dtype(name)) for name, one in self._shapes().items()
-        }
-        return buffers | {name: mx.zeros((batch, heads, tail, size), mx.float16) for name in TAIL}
+        planes = {name: mx.zeros((batch, heads, 1, count), mx.uint8) for name, count in self._bytes().items()}
+        return planes | {"tail": mx.zeros((2, batch, heads, 0, size), mx.float16)}
 
     def _flush(self) -> None:
         """Move whole blocks from the tail into the planes, so that less than two blocks are left."""
         count = self.tail // self.block - 1
-        if count < 1:
-            return
-        moved = count * self.block
+        moved, tail = count * self.block, self._buffers["tail"]
         self._grow(self.filled + count)
-        for part, name in zip(("key", "value"), TAIL, strict=True):
-            rows = self._buffers[name][:, :, :moved]
-            rows = rows.reshape(*rows.shape[:2], count, self.block, -1)
-            for plane, values in zip(PLANES, encode_blocks(rows, part), strict=True):
-                if f"{part}_{plane}" in self._buffers:
-                    self._buffers[f"{part}_{plane}"][:, :, self.filled : self.filled + count] = values
-            kept = mx.contiguous(self._buffers[name][:, :, moved : self.tail])
-            self._buffers[name] = kept
+        rows = tail[:, :, :, :moved]
+        rows = rows.reshape(*rows.shape[:3], count, self.block, -1)
+        planes = encode_blocks(rows[0], rows[1], LOWER[self.storage])
+        for name, values in zip(("upper", "lower"), planes, strict=True):
+            if name in self._buffers:
+                self._buffers[name][:, :, self.filled : self.filled + count] = values
+        self._buffers["tail"] = mx.contiguous(tail[:, :, :, moved : self.tail])
         self.filled, self.tail = self.filled + count, self.tail - moved
 
     def _grow(self, blocks: int) -> None:
         """Make room for so many blocks in the planes."""
-        got = self._buffers["key_upper"].shape[2]
-        if blocks <= got:
+        if blocks <= self._buffers["upper"].shape[2]:
             return
         wanted = max(blocks, self._reserved // self.block)
         capacity = -(-wanted // GROWTH) * GROWTH
-        for name in self._names:
+        for name in self._bytes():
             old = self._buffers[name]
-            free = mx.zeros((*old.shape[:2], capacity - self.filled, *old.shape[3:]), old.dtype)
+            free = mx.zeros((*old.shape[:2], capacity - self.filled, old.shape[3]), old.dtype)
             self._buffers[name] = mx.concatenate([old[:, :, : self.filled], free], axis=2)
 
     def _resize_tail(self, tokens: int) -> None:
         """Give the tail room for so many tokens."""
-        for name in TAIL:
-            old = self._buffers[name][:, :, : self.tail]
-            free = mx.zeros((*old.shape[:2], tokens - self.tail, old.shape[3]), old.dtype)
-            self._buffers[name] = mx.concatenate([old, free], axis=2)
+        old = self._buffers["tail"][:, :, :, : self.tail]
+        free = mx.zeros((*old.shape[:3], tokens - self.tail, old.shape[4]), old.dtype)
+        self._buffers["tail"] = mx.concatenate([old, free], axis=3)
 
 
-def encode_blocks(rows: mx.array, part: str) -> Sequence[mx.array]:
-    """Keys or values (B, G, N, block, E) → upper and lower plane, scale and zero, in the layout of the buffers."""
-    if part == "key":
-        return encode(rows.swapaxes(-1, -2))
-    size = rows.shape[-1]
-    if free := -size % 32:  # the padding repeats a number of the group, which does not change its range
-        rows = mx.concatenate([rows, mx.repeat(rows[..., :1], free, axis=-1)], axis=-1)
-    return encode(rows)
+def padded(size: int) -> int:
+    """The numbers in a group of values: the head size, rounded up so that a group has whole vectors of codes."""
+    return -(-size // 32) * 32
+
+
+def encode_blocks(keys: mx.array, values: mx.array, lower: Sequence[str]) -> tuple[mx.array, mx.array]:
+    """Keys and values (B, G, N, block, E) → the upper and the lower plane, uint8 (B, G, N, bytes). `lower` names what
+    the lower plane holds: "key", "value"."""
+    if free := padded(values.shape[-1]) - values.shape[-1]:  # repeats a number, which does not change a group's range
+        values = mx.concatenate([values, mx.repeat(values[..., :1], free, axis=-1)], axis=-1)
+    parts = {"key": encode(keys.swapaxes(-1, -2)), "value": encode(values)}
+    shape = (*keys.shape[:3], -1)
+
+    def as_bytes(array: mx.array) -> mx.array:
+        return mx.view(array.reshape(shape), mx.uint8)
+
+    scales = [as_bytes(array) for _, _, scale, zero in parts.values() for array in (scale, zero)]
+    upper = mx.concatenate([*scales, *(as_bytes(part[0]) for part in parts.values())], axis=-1)
+    below = [as_bytes(parts[name][1]) for name in lower]
+    return upper, mx.concatenate(below, axis=-1) if below else mx.zeros((*keys.shape[:3], 0), mx.uint8)
+
+
+def decode_blocks(
+    upper: mx.array, below: mx.array | None = None, *, size: int, block: int, lower: Sequence[str]
+) -> tuple[mx.array, mx.array]:
+    """What `encode_blocks` gave → keys and values (B, G, N · block, E), float32. `size` is E."""
+    shape, width = upper.shape[:3], padded(size)
+    halves = mx.view(mx.contiguous(upper[..., : 4 * (size + block)]), mx.float16)
+    key_scale, key_zero, value_scale, value_zero = mx.split(halves, [size, 2 * size, 2 * size + block], axis=-1)
+    codes = upper[..., 4 * (size + block) :]
+
+    def words(array: mx.array, groups: int) -> mx.array:
+        return mx.view(mx.contiguous(array), mx.uint32).reshape(*shape, groups, -1)
+
+    keys = size * block // 2  # bytes of the keys' codes
+    low = {"key": None, "value": None}
+    at = 0
+    for name, count, groups in (("key", keys, size), ("value", block * width // 2, block)):
+        if name in lower:
+            low[name], at = words(below[..., at : at + count], groups), at + count
+    key = decode(words(codes[..., :keys], size), low["key"], key_scale, key_zero, block).swapaxes(-1, -2)
+    value = decode(words(codes[..., keys:], block), low["value"], value_scale, value_zero, size)
+    return tuple(part.reshape(*shape[:2], -1, size) for part in (key, value))

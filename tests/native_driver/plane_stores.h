@@ -6,65 +6,69 @@
 #include "attention.h"
 #include "kv/plane_kv.h"
 
-// The planes of keys or of values: `groups` groups of `count` codes each, one after the other.
-struct TestPlane {
+// The planes of the heads of a store, with random codes, scales and zeros.
+struct TestPlanes {
+  mlxeff::PlaneArgs args = {};
   std::vector<uint8_t> upper, lower;
-  std::vector<mlxeff::f16> scale, zero;
-  int64_t count;
 
-  TestPlane(int64_t groups, int64_t count)
-      : upper(size_t(groups * count / 2)), lower(upper.size()), scale(size_t(groups)), zero(size_t(groups)),
-        count(count) {
+  TestPlanes(const mlxeff::AttentionSizes& sizes, int64_t heads, int64_t capacity, int64_t filled, bool full_keys,
+             bool full_values) {
+    args.sizes = sizes;
+    args.block = 32, args.capacity = capacity, args.blocks = filled;
+    args.lower_keys = full_keys, args.lower_values = full_values;
+    upper.resize(size_t(heads * capacity * args.upper_bytes()));
+    lower.resize(size_t(heads * capacity * args.lower_bytes()));
     for (uint8_t& byte : upper) byte = uint8_t(int((uniform() + 1) * 128));
     for (uint8_t& byte : lower) byte = uint8_t(int((uniform() + 1) * 128));
-    for (mlxeff::f16& each : scale) mlxeff::from_float(0.1f + 0.05f * uniform(), &each);
-    for (mlxeff::f16& each : zero) mlxeff::from_float(uniform() - 0.8f, &each);
+    args.upper = upper.data();
+    args.lower = lower.empty() ? nullptr : lower.data();
+    for (int64_t place = 0; place < heads * capacity; ++place) {
+      const bool stale = place % capacity >= filled;  // holds no tokens
+      set_scales(mlxeff::key_plane(args, place), sizes.size, stale);
+      set_scales(mlxeff::value_plane(args, place), args.block, stale);
+    }
   }
-  mlxeff::Plane plane(bool full) const {
-    return {upper.data(), full ? lower.data() : nullptr, scale.data(), zero.data()};
+  static void set_scales(const mlxeff::Plane& plane, int64_t groups, bool stale) {
+    for (int64_t i = 0; i < groups; ++i) {
+      mlxeff::from_float(stale ? NAN : 0.1f + 0.05f * uniform(), const_cast<mlxeff::f16*>(plane.scale) + i);
+      mlxeff::from_float(stale ? NAN : uniform() - 0.8f, const_cast<mlxeff::f16*>(plane.zero) + i);
+    }
   }
-  double at(int64_t group, int64_t i, bool full) const {
-    const auto half = [&](const std::vector<uint8_t>& bytes) {
-      const int byte = bytes[size_t((group * count + i) / 2)];
+  static double decode(const mlxeff::Plane& plane, int64_t group, int64_t count, int64_t i) {
+    const auto half = [&](const uint8_t* bytes) {
+      const int byte = bytes[(group * count + i) / 2];
       return i % 2 ? byte >> 4 : byte & 15;
     };
-    const double s = mlxeff::to_float(scale[size_t(group)]), z = mlxeff::to_float(zero[size_t(group)]);
-    return full ? (16 * half(upper) + half(lower)) * s / 16 + z : (half(upper) + 7.5 / 16) * s + z;
+    const double s = mlxeff::to_float(plane.scale[group]), z = mlxeff::to_float(plane.zero[group]);
+    return plane.lower ? (16 * half(plane.upper) + half(plane.lower)) * s / 16 + z
+                       : (half(plane.upper) + 7.5 / 16) * s + z;
   }
-  void poison(int64_t first, int64_t last) {  // groups that hold no tokens
-    for (int64_t group = first; group < last; ++group)
-      mlxeff::from_float(NAN, &scale[size_t(group)]), mlxeff::from_float(NAN, &zero[size_t(group)]);
+  // Channel e of the key, or of the value, of token t.
+  double at(bool value, int64_t head, int64_t t, int64_t e) const {
+    const int64_t place = head * args.capacity + t / args.block;
+    return value ? decode(mlxeff::value_plane(args, place), t % args.block, args.width(), e)
+                 : decode(mlxeff::key_plane(args, place), e, args.block, t % args.block);
   }
 };
 
 // `filled` of `capacity` blocks of 32 tokens hold tokens, the others are in the tail.
 inline void check_plane_kv(const AttentionCase& c, int64_t filled, bool full_keys, bool full_values) {
-  const int64_t block = 32, capacity = filled + 2, width = mlxeff::round_up(c.E, 32), stored = filled * block;
+  const int64_t block = 32, stored = filled * block;
   const int64_t room = c.T - stored + 3, heads = c.B * c.G, rows = c.B * c.S;
-  TestPlane keys(heads * capacity * c.E, block), values(heads * capacity * block, width);
-  for (int64_t head = 0; head < heads; ++head) {
-    keys.poison((head * capacity + filled) * c.E, (head + 1) * capacity * c.E);
-    values.poison((head * capacity + filled) * block, (head + 1) * capacity * block);
-  }
-  Matrix tail[] = {Matrix::random(heads * room, c.E, MLXEFF_F16), Matrix::random(heads * room, c.E, MLXEFF_F16)};
-  for (Matrix& part : tail)
-    for (int64_t head = 0; head < heads; ++head)
-      for (int64_t t = c.T - stored; t < room; ++t)
-        for (int64_t e = 0; e < c.E; ++e) part.set(head * room + t, e, NAN);
   const mlxeff::AttentionSizes sizes = {c.H, c.G, c.E, c.window};
+  const TestPlanes planes(sizes, heads, filled + 2, filled, full_keys, full_values);
+  Matrix tail = Matrix::random(2 * heads * room, c.E, MLXEFF_F16);  // stale places are NaN
+  for (int64_t head = 0; head < 2 * heads; ++head)
+    for (int64_t t = c.T - stored; t < room; ++t)
+      for (int64_t e = 0; e < c.E; ++e) tail.set(head * room + t, e, NAN);
   Matrix seen[] = {Matrix(heads * c.T, c.E), Matrix(heads * c.T, c.E)};
-  for (int64_t head = 0; head < heads; ++head)
-    for (int64_t t = 0; t < c.T; ++t)
-      for (int64_t e = 0; e < c.E; ++e) {
-        const int64_t place = head * capacity + t / block;
-        const bool old = t < stored;
-        seen[0].set(head * c.T + t, e,
-                    old ? float(keys.at(place * c.E + e, t % block, full_keys))
-                        : float(tail[0].at(head * room + t - stored, e)));
-        seen[1].set(head * c.T + t, e,
-                    old ? float(values.at(place * block + t % block, e, full_values))
-                        : float(tail[1].at(head * room + t - stored, e)));
-      }
+  for (int kind = 0; kind < 2; ++kind)
+    for (int64_t head = 0; head < heads; ++head)
+      for (int64_t t = 0; t < c.T; ++t)
+        for (int64_t e = 0; e < c.E; ++e)
+          seen[kind].set(head * c.T + t, e,
+                         t < stored ? float(planes.at(kind == 1, head, t, e))
+                                    : float(tail.at((kind * heads + head) * room + t - stored, e)));
   // Large scores in some cases: there a single token of a block dominates, in others the many of the tail.
   Matrix queries = Matrix::random(rows, c.H * c.E);
   for (int64_t r = 0; r < rows && filled % 2; ++r)
@@ -81,12 +85,7 @@ inline void check_plane_kv(const AttentionCase& c, int64_t filled, bool full_key
     return sum;
   };
   each_setting([&] {
-    mlxeff::PlaneArgs planes = {};
-    planes.keys = keys.plane(full_keys);
-    planes.values = values.plane(full_values);
-    planes.block = block, planes.capacity = capacity, planes.blocks = filled, planes.width = width;
-    const auto half = [&](int i) { return static_cast<mlxeff::f16*>(tail[i].data()); };
-    mlxeff::PlaneKv store(planes, half(0), half(1), room);
+    mlxeff::PlaneKv store(planes.args, static_cast<mlxeff::f16*>(tail.data()), room);
     CHECK(store.fits({c.B, c.S, c.T}) && !store.fits({c.B, c.S, stored + room + 1}));
     const mlxeff::RunOptions options;
     const auto attend = [&](const mlxeff::Span& span, Matrix& from, Matrix& to) {
