@@ -14,7 +14,7 @@ import mlx.nn as nn
 import numpy as np
 
 from ..checkpoint import Tensor
-from ..errors import notices
+from ..errors import MlxeffError, notices
 from .gguf import interleaved_rows
 from .gguf_keys import Keys
 
@@ -62,21 +62,25 @@ class Architecture:
         attribute `by_rows` is true only puts the rows in another order."""
         if self.permuted and (part := name.split(".")[-2]) in ("attn_q", "attn_k"):
             heads = config["num_attention_heads" if part == "attn_q" else "num_key_value_heads"]
-            return _in_order(interleaved_rows(tensor, heads))
+            return _in_order(interleaved_rows(tensor, heads), tensor)
         if name.endswith(self.shifted or ("\0",)):
             return lambda value: value - 1
         for ending, change in self.changes:
             if name.endswith(ending):
                 if getattr(change, "rows_of", None):
-                    return _in_order(change.rows_of(config))
+                    return _in_order(change.rows_of(config), tensor)
                 return lambda value: change(value, config)
         if tensor.shape != parameter.shape and tensor.size == parameter.size:
             return lambda value: value.reshape(parameter.shape)  # dimensions of length 1
         return None
 
 
-def _in_order(rows: mx.array) -> Callable[[mx.array], mx.array]:
-    """The function that puts rows in this order."""
+def _in_order(rows: mx.array, tensor: Tensor) -> Callable[[mx.array], mx.array]:
+    """The function that puts the rows of `tensor` in this order. Raises MlxeffError where it has another number of
+    rows."""
+    if rows.size != tensor.shape[0]:
+        what = f"{tensor.origin.name}: tensor {tensor.name!r}"
+        raise MlxeffError(f"{what}: wanted {rows.size} rows, got {tensor.shape[0]}")
 
     def change(value: mx.array) -> mx.array:
         return value[rows]
