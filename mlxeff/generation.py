@@ -366,7 +366,7 @@ class Session:
 
         Keys and values of another precision than that of `options` are not reused: a notice says so, and the prompt is
         computed anew. A notice says too when the file has no token in common with the prompt `ids`. Raises MlxeffError
-        for a file of another model (`fingerprint`) or of another storage format, and for a folder that does not exist.
+        for a file of another model (`fingerprint`), and for a folder that does not exist.
         """
         if not path.exists():
             if not path.absolute().parent.is_dir():

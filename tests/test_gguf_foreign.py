@@ -116,7 +116,7 @@ REFUSED = [
     ("mamba", {"ssm__dt_b_c_rms": True}, "ssm.dt_b_c_rms: wanted false, got True"),
     ("lfm2", {"attention__head_count_kv": 2}, "attention.head_count_kv: wanted a number for each layer, got 2"),
     ("gptneox", {"use_parallel_residual": 1}, "use_parallel_residual: wanted true or false, got 1"),
-    ("gptneox", {"embedding_length": 128}, "tensor 'blk.0.attn_qkv.bias': wanted 384 rows, got 192"),
+    ("gptneox", {"embedding_length": 128}, "tensor 'blk.0.attn_qkv.weight': wanted 384 rows, got 192"),
     ("granite", {"logit_scale": None}, "logit_scale: wanted a positive number, got None"),
 ]
 

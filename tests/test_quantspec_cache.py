@@ -308,6 +308,9 @@ def test_through_the_command(folder, kind, tmp_path):
     again = document(folder, *arguments)
     assert again["token_ids"] == got["token_ids"]
     assert again["timings"]["reused_tokens"] == len(got["prompt_token_ids"]) - 1
+    out, error = mlxeff("generate", *arguments, "--model", folder, "--kv-cache", "float32", "--json")
+    assert f"wanted a KV cache stored as dense, got {kind}: not reused, computed anew" in error
+    assert json.loads(out)["timings"]["reused_tokens"] == 0
 
 
 def test_the_old_name_of_the_option(folder):

@@ -24,7 +24,7 @@ GIVEN = "given"  # stands for an arithmetic in a cache file: keys and values tha
 
 
 class OtherPrecisionError(MlxeffError):
-    """A cache file holds keys and values of another numeric type or arithmetic than those that are wanted."""
+    """A cache file holds keys and values of another form, numeric type or arithmetic than those that are wanted."""
 
 
 def save(cache: KVCache, path: str | os.PathLike, tokens: Sequence[int], model: str) -> None:
@@ -48,16 +48,15 @@ def save(cache: KVCache, path: str | os.PathLike, tokens: Sequence[int], model: 
 def restore(cache: KVCache, path: str | os.PathLike, model: str, options: RunOptions = EXACT) -> list[int]:
     """Fill this cache, which must be empty, from a file that `save` wrote; returns the ids of its tokens.
 
-    Raises OtherPrecisionError for a file whose keys and values have another type than this cache stores, or were
-    computed in another arithmetic than that of `options`: both would change the result of an exact run without a
-    trace. A file that does not say what computed it counts as exact. Raises MlxeffError for a file of another model
-    (fingerprint `model`), of other layers or of another storage format, and for a damaged or foreign file. The
-    cache is then still empty.
+    Raises OtherPrecisionError for a file whose keys and values have another type or storage format than this cache's,
+    or were computed in another arithmetic than that of `options`: these would change the result of an exact run without
+    a trace. A file that does not say what computed it counts as exact. Raises MlxeffError for a file of another model
+    (fingerprint `model`) or of other layers, and for a damaged or foreign file. The cache is then still empty.
     """
     arrays, metadata = _read(Path(path), model)
     storage = metadata.get("storage", LayerCache.storage)
     if storage != _storage(cache):
-        raise MlxeffError(f"{path}: wanted a KV cache stored as {_storage(cache)}, got {storage}")
+        raise OtherPrecisionError(f"{path}: wanted a KV cache stored as {_storage(cache)}, got {storage}")
     ids = arrays.pop("tokens", mx.zeros((0,), mx.uint32))
     if ids.ndim != 1 or not mx.issubdtype(ids.dtype, mx.integer):
         raise MlxeffError(f"{path}: wanted token ids (T), got {ids.dtype} {ids.shape}")

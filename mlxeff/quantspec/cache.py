@@ -21,7 +21,7 @@ from .planes import decode, encode
 
 HEAD_SIZES = (64, 80, 96, 128)
 SLACK = 8  # tokens for which a tail of two blocks has room beyond them
-GROWTH = 16  # blocks by which the planes grow
+GROWTH = 4  # blocks by which the planes grow
 LOWER = {"int8": ("key", "value"), "int4": (), "k8v4": ("key",)}  # kind → what has a lower plane
 
 
