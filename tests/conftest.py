@@ -1,9 +1,14 @@
 """Fixtures that several files share: the built-in model's file, a tiny random model in a folder, marks that skip."""
 
 import os
+import signal
 import sys
 
 import pytest
+
+# A shell starts jobs in its background with SIGINT ignored, and what they start ignores it too; tests send it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def metal_missing():
