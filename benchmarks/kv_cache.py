@@ -14,6 +14,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import mlx.core as mx
@@ -25,6 +26,7 @@ from mlxeff import hub, kernels
 from mlxeff.assembly.model import load_path
 from mlxeff.bench.tables import card_lines, table
 from mlxeff.decode import prefill
+from mlxeff.models.decoder import DecoderModel
 from mlxeff.ops import log_softmax
 from peers import card
 from places import TEXT
@@ -95,8 +97,39 @@ def text(document: dict) -> str:
     return table(header, rows)
 
 
-def stem() -> Path:
-    return saving.result_path(card.machine()["cpu"], "kv-cache.json")
+def run(
+    parser: argparse.ArgumentParser,
+    section: str,
+    text: Callable[[dict], str],
+    measure: Callable[[DecoderModel, list[int], argparse.Namespace], dict],
+) -> None:
+    """Parse the arguments and do what they say: with `--report` write the table `text` of a saved result into
+    `section` of RESULTS.md, else print what `measure` gives for the model and the ids of the text, and save it."""
+    parser.add_argument("--model", default=hub.DEFAULT_MODEL)
+    parser.add_argument("--save", action="store_true", help=f"write results/<processor>-{section}.json")
+    saving.add_report(parser)
+    options = parser.parse_args()
+    path = saving.result_path(card.machine()["cpu"], f"{section}.json")
+    if options.report is not None:
+        document = saving.read_json(Path(options.report or path))
+        saving.write_section(section, text(document))
+        print(text(document))
+        return
+    kernels.use_device("cpu")
+    loaded = load_path(hub.resolve(options.model))
+    ids = loaded.tokenizer.encode(TEXT.read_text(encoding="utf-8"), add_special_tokens=False)
+    document = {"card": card.identity() | {"command": saving.command()}, "windows": options.windows}
+    document |= measure(loaded.model, ids, options)
+    print(card_lines(document["card"]), text(document), sep="\n\n")
+    if options.save:
+        saving.write_json(document, path)
+    print(json.dumps(document))
+
+
+def measured(model: DecoderModel, ids: list[int], options: argparse.Namespace) -> dict:
+    """The document without its card."""
+    samples = speed(model, ids, options.depths, options.rounds)
+    return {"samples": samples, "quality": quality(model, ids, options.windows)}
 
 
 def main() -> None:
@@ -104,25 +137,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=4)
     parser.add_argument("--depths", type=int, nargs="+", default=[1024, 4096, 7800])
     parser.add_argument("--rounds", type=int, default=4)
-    parser.add_argument("--model", default=hub.DEFAULT_MODEL)
-    parser.add_argument("--save", action="store_true", help="write results/<processor>-kv-cache.json")
-    saving.add_report(parser)
-    options = parser.parse_args()
-    if options.report is not None:
-        document = saving.read_json(Path(options.report or stem()))
-        saving.write_section(SECTION, text(document))
-        print(text(document))
-        return
-    kernels.use_device("cpu")
-    loaded = load_path(hub.resolve(options.model))
-    ids = loaded.tokenizer.encode(TEXT.read_text(encoding="utf-8"), add_special_tokens=False)
-    document = {"card": card.identity() | {"command": saving.command()}, "windows": options.windows}
-    document["samples"] = speed(loaded.model, ids, options.depths, options.rounds)
-    document["quality"] = quality(loaded.model, ids, options.windows)
-    print(card_lines(document["card"]), text(document), sep="\n\n")
-    if options.save:
-        saving.write_json(document, stem())
-    print(json.dumps(document))
+    run(parser, SECTION, text, measured)
 
 
 if __name__ == "__main__":

@@ -18,26 +18,19 @@ first choice is that of the 8-bit cache: what a greedy draft on this cache would
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 
-import saving
 from distributions import compare, means
-from kv_cache import CHUNK, PROMPT, STEP_SIZE, WINDOW
-from mlxeff import hub, kernels
-from mlxeff.assembly.model import load_path
-from mlxeff.bench.tables import card_lines, table
+from kv_cache import CHUNK, PROMPT, STEP_SIZE, WINDOW, run
+from mlxeff.bench.tables import table
 from mlxeff.cache import KVCache, LayerCache
 from mlxeff.decode import prefill
 from mlxeff.ops import log_softmax
 from mlxeff.quantspec.planes import decode, encode
-from peers import card
-from places import TEXT
 
 SECTION = "kv-codecs"  # of RESULTS.md
 BLOCK = 64  # tokens
@@ -152,31 +145,10 @@ def text(document: dict) -> str:
     return table(["4 bits", "perplexity", "KL", "same first token", "accepted"], rows)
 
 
-def stem() -> Path:
-    return saving.result_path(card.machine()["cpu"], "kv-codecs.json")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--windows", type=int, default=2)
-    parser.add_argument("--model", default=hub.DEFAULT_MODEL)
-    parser.add_argument("--save", action="store_true", help="write results/<processor>-kv-codecs.json")
-    saving.add_report(parser)
-    options = parser.parse_args()
-    if options.report is not None:
-        document = saving.read_json(Path(options.report or stem()))
-        saving.write_section(SECTION, text(document))
-        print(text(document))
-        return
-    kernels.use_device("cpu")
-    loaded = load_path(hub.resolve(options.model))
-    ids = loaded.tokenizer.encode(TEXT.read_text(encoding="utf-8"), add_special_tokens=False)
-    document = {"card": card.identity() | {"command": saving.command()}, "windows": options.windows}
-    document["arms"] = measure(loaded.model, ids, options.windows)
-    print(card_lines(document["card"]), text(document), sep="\n\n")
-    if options.save:
-        saving.write_json(document, stem())
-    print(json.dumps(document))
+    run(parser, SECTION, text, lambda model, ids, options: {"arms": measure(model, ids, options.windows)})
 
 
 if __name__ == "__main__":
