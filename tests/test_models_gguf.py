@@ -2,7 +2,6 @@
 
 import math
 
-import gguf
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -72,14 +71,14 @@ def hugging_face(made: dict) -> dict[str, mx.array]:
     return {f"{names[n.rpartition('.')[0]]}.{n.rpartition('.')[2]}": mx.array(v) for n, (v, _) in made.items()}
 
 
-def write(path, arch: str, made: dict, **more):
-    """The GGUF file: Llama's q and k rows in llama.cpp's order."""
+def write(path, arch: str, made: dict, split: int = 0, **more):
+    """The GGUF file, or parts of at most `split` tensors: Llama's q and k rows in llama.cpp's order."""
     permuted = dict(made)
     for name, (value, kind) in made.items():
         heads = {"attn_q": 4, "attn_k": 2}.get(name.split(".")[-2])
         if arch == "llama" and heads:
             permuted[name] = (interleave(value, heads), kind)
-    return files.write_gguf(path, arch, keys(arch) | more, permuted)
+    return files.write_gguf(path, arch, keys(arch) | more, permuted, split)
 
 
 @pytest.fixture
@@ -314,16 +313,7 @@ def test_metadata_that_is_not_used_is_named(tmp_path, rng, caplog):
 
 def split(folder, made) -> list:
     """The file in parts, as the gguf library (and llama.cpp's gguf-split) writes them."""
-    writer = gguf.GGUFWriter(folder / "x.gguf", "llama", split_max_tensors=8)
-    for key, value in keys("llama").items():
-        (writer.add_float32 if isinstance(value, float) else writer.add_uint32)(key, value)
-    for name, (value, _) in made.items():
-        heads = {"attn_q": 4, "attn_k": 2}.get(name.split(".")[-2])
-        writer.add_tensor(name, interleave(value, heads) if heads else value)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    write(folder / "x.gguf", "llama", made, split=8)
     return sorted(folder.iterdir())
 
 

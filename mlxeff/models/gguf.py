@@ -104,9 +104,7 @@ def config_from_gguf(source: Source) -> dict:
     }
     if keys.architecture == "llama":
         config["mlp_bias"] = "blk.0.ffn_up.bias" in names
-    for name in ("bos_token_id", "eos_token_id"):
-        if type(token := source.metadata.get(f"tokenizer.ggml.{name}")) is int:
-            config[name] = token
+    config |= keys.token_ids()
     keys.say_unused()
     return config | quantization(parameters(source, heads, groups))
 
@@ -153,8 +151,7 @@ def _refuse_variants(keys: Keys) -> None:
     for key in ("rope.dimension_count", "attention.value_length"):
         if keys.integer(key, head_dim) != head_dim:
             raise MlxeffError(f"{keys.origin}: {key}: wanted the head size {head_dim}, got {keys.get(key)}")
-    if type(window := keys.get("attention.sliding_window")) is int and window:
-        notices.warning(f"{keys.origin}: sliding window of {window} tokens is not used: attention is full")
+    keys.say_window()
 
 
 def _check_sizes(keys: Keys, queries: int, hidden: int) -> None:

@@ -14,7 +14,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from ..checkpoint import Source, Tensor
-from ..errors import MlxeffError, notices, some
+from ..errors import MlxeffError, some
 from . import gguf
 from .adapter import build_foreign
 from .gguf_architectures import ARCHITECTURES, Architecture
@@ -35,11 +35,9 @@ def config_from_gguf(source: Source) -> dict:
     config = _common(keys, architecture)
     config |= architecture.entries(keys, config)
     config["tie_word_embeddings"] = "output.weight" not in source.tensors
-    if type(window := keys.get("attention.sliding_window")) is int and window and "sliding_window" not in config:
-        notices.warning(f"{keys.origin}: sliding window of {window} tokens is not used: attention is full")
-    for name in ("bos_token_id", "eos_token_id"):
-        if type(token := source.metadata.get(f"tokenizer.ggml.{name}")) is int:
-            config[name] = token
+    if "sliding_window" not in config:
+        keys.say_window()
+    config |= keys.token_ids()
     keys.say_unused()
     return config
 

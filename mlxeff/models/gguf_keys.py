@@ -60,6 +60,17 @@ class Keys:
             )
         return len(found)
 
+    def token_ids(self) -> dict[str, int]:
+        """The entries `bos_token_id` and `eos_token_id` of a config.json, where the file has them."""
+        found = {name: self.metadata.get(f"tokenizer.ggml.{name}") for name in ("bos_token_id", "eos_token_id")}
+        return {name: token for name, token in found.items() if type(token) is int}
+
+    def say_window(self) -> None:
+        """A notice where the file has a sliding window, which is not used."""
+        if type(window := self.get("attention.sliding_window")) is int and window:
+            text = "%s: sliding window of %d tokens is not used: attention is full"
+            notices.warning(text, self.origin, window)
+
     def wrong(self, key: str, wanted: str, got: object) -> MlxeffError:
         """The error to raise for the value of a key."""
         return MlxeffError(f"{self.origin}: {self.architecture}.{key}: wanted {wanted}, got {got!r:.60}")
