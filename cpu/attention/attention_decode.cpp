@@ -112,22 +112,6 @@ static inline void value_rows_tile(const float* weights, const Tokens<T>& values
     value_tile<T, rows, 1>(weights, panel(), begin, end, min_of(VL, E - e), prefetch, out + e, width);
 }
 
-// Calls action with the number of rows of a tile, at most `most`, as a compile-time constant.
-template <int n>
-struct RowCount {
-  static constexpr int value = n;
-};
-template <int most, class Action>
-MLXEFF_INLINE void for_row_tiles(int64_t rows, Action action) {
-  for (int64_t row = 0; row < rows;) {
-    const int64_t left = rows - row;
-    if (most >= 4 && left >= 4) action(row, RowCount<4>{}), row += 4;
-    else if (most >= 3 && left >= 3) action(row, RowCount<3>{}), row += 3;
-    else if (left >= 2) action(row, RowCount<2>{}), row += 2;
-    else action(row, RowCount<1>{}), row += 1;
-  }
-}
-
 template <class T>
 static void score_block(const AttentionArgs& a, const float* queries, int64_t width, int64_t rows,
                         const Tokens<T>& keys, int64_t count, int64_t prefetch, float* scores) {

@@ -1,5 +1,5 @@
-// The functions that the few-row and the blocked attention kernels share: loading a query, the online softmax of a row,
-// and storing a finished row.
+// What the attention kernels share: loading a query, the online softmax of a row, storing a finished row, and rows in
+// tiles.
 //
 // Queries are multiplied by scale * log2(e) in fp32 when they are loaded, so every exponential of a score is an exp2.
 //
@@ -82,6 +82,22 @@ static inline void load_query(float* dst, int64_t width, const char* src, int dt
   to_floats(dst, src, dtype, E);
   for (int64_t e = 0; e < E; ++e) dst[e] *= factor;
   for (int64_t e = E; e < width; ++e) dst[e] = 0.0f;
+}
+
+// Calls action with the first row of each tile, and its number of rows, at most `most`, as a compile-time constant.
+template <int n>
+struct RowCount {
+  static constexpr int value = n;
+};
+template <int most, class Action>
+MLXEFF_INLINE void for_row_tiles(int64_t rows, Action action) {
+  for (int64_t row = 0; row < rows;) {
+    const int64_t left = rows - row;
+    if (most >= 4 && left >= 4) action(row, RowCount<4>{}), row += 4;
+    else if (most >= 3 && left >= 3) action(row, RowCount<3>{}), row += 3;
+    else if (left >= 2) action(row, RowCount<2>{}), row += 2;
+    else action(row, RowCount<1>{}), row += 1;
+  }
 }
 
 bool run_decode(const AttentionArgs& a, const AttentionPlan& plan, float* workspace, int64_t begin, int64_t end);

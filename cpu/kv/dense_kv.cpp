@@ -3,30 +3,7 @@
 // attention/attention_kernels.h.
 #include "kv/dense_kv.h"
 
-#include <math.h>
-
-#include "attention/attention_kernels.h"
-#include "decoder/decoder_kernels.h"
-
 namespace mlxeff {
-namespace {
-
-AttentionArgs attention_args(const Span& span, const AttentionSizes& sizes, const RunOptions& options) {
-  AttentionArgs args = {};
-  args.B = span.batch;
-  args.H = sizes.heads;
-  args.G = sizes.groups;
-  args.S = span.length;
-  args.T = span.end;
-  args.E = sizes.size;
-  args.scale = 1.0f / sqrtf(float(sizes.size));
-  args.window = sizes.window;
-  args.mode = options.mode == MLXEFF_EXACT ? MLXEFF_EXACT : MLXEFF_COMPUTE_BF16;
-  return args;
-}
-
-}  // namespace
-
 bool DenseKv::fits(const Span& span) const { return capacity_ >= span.end; }
 
 int64_t DenseKv::workspace_bytes(const Span& span, const AttentionSizes& sizes, const RunOptions& options,
@@ -37,17 +14,7 @@ int64_t DenseKv::workspace_bytes(const Span& span, const AttentionSizes& sizes, 
 }
 
 int DenseKv::append(Team& team, const NewRows& rows, const RunOptions&, void*) {
-  const Span& span = rows.span;
-  const int64_t groups = rows.sizes.groups, size = rows.sizes.size, stride = capacity_ * size,
-                width = int64_t(dtype_size(dtype_));
-  const DecoderKernels& row_kernels = MLXEFF_DISPATCH(decoder_kernels);
-  team.for_rows(span.rows(), [&](int64_t r) {
-    const NewRow row = rows.finish(r);
-    const int64_t place = (r / span.length * groups * stride + span.position(r % span.length) * size) * width;
-    rows.rotate(r, row, {keys_ + place, 0, stride, 0, dtype_});
-    for (int64_t g = 0; g < groups; ++g)
-      row_kernels.store(values_ + place + g * stride * width, dtype_, row.values + g * row.value_step, size);
-  });
+  rows.store(team, keys_, values_, dtype_, capacity_, 0);
   return MLXEFF_OK;
 }
 

@@ -4,6 +4,7 @@
 // The members `batch`, `length`, `groups` and `size` are the shape letters B, S, G and E of attention_kernels.h. All
 // rows are fp32. A row is one new token of one sequence: row r is token r % length of sequence r / length.
 #pragma once
+#include "attention/attention_kernels.h"
 #include "base/pool.h"
 #include "base/row_function.h"
 #include "base/run_options.h"
@@ -45,6 +46,10 @@ struct NewRows {
 
   // Applies RoPE to the keys of row r and writes them to `to`: one token of `groups` heads, of any dtype.
   void rotate(int64_t r, const NewRow& row, const mlxeff_heads& to) const;
+
+  // Completes all rows and stores them in `keys` and `values`, row-major (batch, groups, capacity, size) arrays of
+  // `dtype` whose first place is that of the token at position `first`. Every member of the team calls this once.
+  void store(Team& team, void* keys, void* values, int dtype, int64_t capacity, int64_t first) const;
 };
 
 // The rotated queries of one layer, and `attended`, the output of their attention; both (batch, length, heads, size).
@@ -53,6 +58,9 @@ struct Queries {
   AttentionSizes sizes;
   float *queries, *attended;
 };
+
+// The arguments of attention over all `span.end` tokens, without the arrays.
+AttentionArgs attention_args(const Span& span, const AttentionSizes& sizes, const RunOptions& options);
 
 // A store object serves one pass and already holds the tokens of earlier passes. Every member of the team calls
 // `append` once and then `attend` once; both return an MLXEFF_* code for the work of that member. A pass that needs

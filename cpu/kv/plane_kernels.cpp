@@ -168,27 +168,11 @@ static inline void value_rows(const Task& x, int64_t row, const Plane& values) {
     value_units<full, rows, 1>(x, row, upper + channel / 2, lower + channel / 2, out + channel);
 }
 
-// Calls action with the first row of each tile and its number of rows as a compile-time constant.
-template <int n>
-struct Rows {
-  static constexpr int value = n;
-};
-template <class Action>
-MLXEFF_INLINE void for_tiles(int64_t rows, Action action) {
-  for (int64_t row = 0; row < rows;) {
-    const int64_t left = rows - row;
-    if (tile_rows >= 4 && left >= 4) action(row, Rows<4>{}), row += 4;
-    else if (tile_rows >= 3 && left >= 3) action(row, Rows<3>{}), row += 3;
-    else if (left >= 2) action(row, Rows<2>{}), row += 2;
-    else action(row, Rows<1>{}), row += 1;
-  }
-}
-
 static void run_block(const Task& x, int64_t group, int64_t index) {
   const PlaneArgs& a = x.a;
   const int64_t place = group * a.capacity + index, R = a.sizes.heads / a.sizes.groups, first = index * a.block;
   const Plane keys = key_plane(a, place), values = value_plane(a, place);
-  for_tiles(x.rows, [&](int64_t row, auto tile) {
+  for_row_tiles<tile_rows>(x.rows, [&](int64_t row, auto tile) {
     constexpr int rows = decltype(tile)::value;
     if (keys.lower) score_rows<true, rows>(x, row, keys);
     else score_rows<false, rows>(x, row, keys);
@@ -201,7 +185,7 @@ static void run_block(const Task& x, int64_t group, int64_t index) {
     scale_row(x.sums + row * x.places, x.places, factor);
     x.zeros[row] *= factor;
   }
-  for_tiles(x.rows, [&](int64_t row, auto tile) {
+  for_row_tiles<tile_rows>(x.rows, [&](int64_t row, auto tile) {
     constexpr int rows = decltype(tile)::value;
     if (values.lower) value_rows<true, rows>(x, row, values);
     else value_rows<false, rows>(x, row, values);

@@ -3,9 +3,6 @@
 // fp32, so that the blocked dense kernel, which is bound by arithmetic, reads them without decoding.
 #include "kv/plane_kv.h"
 
-#include <math.h>
-#include <string.h>
-
 #include "decoder/decoder_kernels.h"
 
 namespace mlxeff {
@@ -13,19 +10,6 @@ namespace {
 
 constexpr int64_t few_rows = 32;      // rows of a group for which the planes are read directly
 constexpr int64_t part_tokens = 512;  // of a part, so that the parts depend on the number of tokens alone
-
-AttentionArgs sized(const Span& span, const AttentionSizes& sizes, const RunOptions& options) {
-  AttentionArgs args = {};
-  args.B = span.batch;
-  args.H = sizes.heads;
-  args.G = sizes.groups;
-  args.S = span.length;
-  args.E = sizes.size;
-  args.scale = 1.0f / sqrtf(float(sizes.size));
-  args.window = sizes.window;
-  args.mode = options.mode == MLXEFF_EXACT ? MLXEFF_EXACT : MLXEFF_COMPUTE_BF16;
-  return args;
-}
 
 bool few(const Span& span, const AttentionSizes& sizes) {
   return span.length * (sizes.heads / sizes.groups) <= few_rows;
@@ -69,7 +53,7 @@ PlaneArgs PlaneKv::plane_args(const Span& span, const AttentionSizes& sizes, con
 }
 
 AttentionArgs PlaneKv::tail_args(const Span& span, const AttentionSizes& sizes, const RunOptions& options) const {
-  AttentionArgs args = sized(span, sizes, options);
+  AttentionArgs args = attention_args(span, sizes, options);
   const int64_t stride = tail_capacity_ * sizes.size;
   args.T = span.end - stored();
   args.k = {keys(), sizes.groups * stride, stride, sizes.size, MLXEFF_F16};
@@ -90,8 +74,7 @@ int64_t PlaneKv::workspace_bytes(const Span& span, const AttentionSizes& sizes, 
       const PlaneArgs args = plane_args(part, sizes, nullptr, nullptr);
       most = max_of(most, rows * (args.parts * (sizes.size + 2) + sizes.size + 1) * 4);
     } else {
-      AttentionArgs args = sized(part, sizes, options);
-      args.T = span.end;
+      const AttentionArgs args = attention_args(part, sizes, options);
       most =
           max_of(most, span.batch * sizes.groups * span.end * sizes.size * 8 + plan_attention(args, threads).workspace);
     }
@@ -100,17 +83,7 @@ int64_t PlaneKv::workspace_bytes(const Span& span, const AttentionSizes& sizes, 
 }
 
 int PlaneKv::append(Team& team, const NewRows& rows, const RunOptions&, void*) {
-  const Span& span = rows.span;
-  const int64_t groups = rows.sizes.groups, size = rows.sizes.size, stride = tail_capacity_ * size;
-  const DecoderKernels& row_kernels = MLXEFF_DISPATCH(decoder_kernels);
-  f16 *const tail_keys = keys(), *const tail_values = values(span.batch, rows.sizes);
-  team.for_rows(span.rows(), [&](int64_t r) {
-    const NewRow row = rows.finish(r);
-    const int64_t place = r / span.length * groups * stride + (span.position(r % span.length) - stored()) * size;
-    rows.rotate(r, row, {tail_keys + place, 0, stride, 0, MLXEFF_F16});
-    for (int64_t g = 0; g < groups; ++g)
-      row_kernels.store(tail_values + place + g * stride, MLXEFF_F16, row.values + g * row.value_step, size);
-  });
+  rows.store(team, keys(), values(rows.span.batch, rows.sizes), MLXEFF_F16, tail_capacity_, stored());
   return MLXEFF_OK;
 }
 

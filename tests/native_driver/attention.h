@@ -32,6 +32,9 @@ struct AttentionReference {
   double& at(int64_t b, int64_t h, int64_t i, int64_t t) {
     return weights[size_t(((b * c.H + h) * c.S + i) * c.T + t)];
   }
+  double at(int64_t b, int64_t h, int64_t i, int64_t t) const {
+    return const_cast<AttentionReference*>(this)->at(b, h, i, t);
+  }
 };
 
 // A Matrix-shaped array of doubles, to sum into.

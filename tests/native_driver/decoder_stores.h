@@ -3,6 +3,34 @@
 #include "attention.h"
 #include "kv/dense_kv.h"
 
+// What attention over the keys and values (B, G, T) of a store gives, for queries (B, S, H, E).
+class StoreReference {
+ public:
+  StoreReference(const AttentionCase& c, const Matrix& queries, const Matrix& keys, const Matrix& values)
+      : c_(c), values_(values),
+        reference_(c, by_head(c, queries), {c.H, c.S, true}, keys, {c.G, c.T, false}, 1 / std::sqrt(double(c.E))) {}
+
+  // The element in a column of row r, which has all heads.
+  double operator()(int64_t r, int64_t column) const {
+    const int64_t b = r / c_.S, i = r % c_.S, h = column / c_.E;
+    double sum = 0;
+    for (int64_t t = 0; t < c_.T; ++t)
+      sum += reference_.at(b, h, i, t) * values_.at((b * c_.G + h * c_.G / c_.H) * c_.T + t, column % c_.E);
+    return sum;
+  }
+
+ private:
+  static Matrix by_head(const AttentionCase& c, const Matrix& queries) {
+    Matrix rows(c.B * c.S * c.H, c.E);
+    for (int64_t r = 0; r < rows.rows; ++r)
+      for (int64_t e = 0; e < c.E; ++e) rows.set(r, e, float(queries.at(r / c.H, r % c.H * c.E + e)));
+    return rows;
+  }
+  const AttentionCase c_;
+  const Matrix& values_;
+  AttentionReference reference_;
+};
+
 // Rows are stored at their positions, keys rotated; attention then sees what was there and what is new.
 inline void check_dense_kv(const AttentionCase& c, int dtype) {
   const int64_t half = c.E / 2, capacity = c.T + 3, offset = c.T - c.S, rows = c.B * c.S;
@@ -69,17 +97,7 @@ inline void check_dense_kv(const AttentionCase& c, int dtype) {
         for (int64_t e = 0; e < c.E; ++e)
           seen.back().set(row, e, float(buffer.at(row / c.T * capacity + row % c.T, e)));
     }
-    Matrix by_head(rows * c.H, c.E);
-    for (int64_t r = 0; r < rows * c.H; ++r)
-      for (int64_t e = 0; e < c.E; ++e) by_head.set(r, e, float(queries.at(r / c.H, r % c.H * c.E + e)));
-    AttentionReference reference(c, by_head, {c.H, c.S, true}, seen[0], {c.G, c.T, false}, 1 / std::sqrt(double(c.E)));
-    const auto want = [&](int64_t r, int64_t column) {
-      const int64_t b = r / c.S, i = r % c.S, h = column / c.E;
-      double sum = 0;
-      for (int64_t t = 0; t < c.T; ++t)
-        sum += reference.at(b, h, i, t) * seen[1].at((b * c.G + h * c.G / c.H) * c.T + t, column % c.E);
-      return sum;
-    };
+    const StoreReference want(c, queries, seen[0], seen[1]);
     attended.check("store attends", 1e-5, want);
     last.check("store attends for the last tokens", 1e-5,
                [&](int64_t b, int64_t column) { return want((b + 1) * c.S - 1, column); });

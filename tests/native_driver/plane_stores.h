@@ -3,7 +3,7 @@
 #pragma once
 #include <cstring>
 
-#include "attention.h"
+#include "decoder_stores.h"
 #include "kv/plane_kv.h"
 
 // The planes of the heads of a store, with random codes, scales and zeros.
@@ -73,17 +73,7 @@ inline void check_plane_kv(const AttentionCase& c, int64_t filled, bool full_key
   Matrix queries = Matrix::random(rows, c.H * c.E);
   for (int64_t r = 0; r < rows && filled % 2; ++r)
     for (int64_t e = 0; e < c.H * c.E; ++e) queries.set(r, e, 8 * float(queries.at(r, e)));
-  Matrix by_head(rows * c.H, c.E);
-  for (int64_t r = 0; r < rows * c.H; ++r)
-    for (int64_t e = 0; e < c.E; ++e) by_head.set(r, e, float(queries.at(r / c.H, r % c.H * c.E + e)));
-  AttentionReference reference(c, by_head, {c.H, c.S, true}, seen[0], {c.G, c.T, false}, 1 / std::sqrt(double(c.E)));
-  const auto want = [&](int64_t r, int64_t column) {
-    const int64_t b = r / c.S, i = r % c.S, h = column / c.E;
-    double sum = 0;
-    for (int64_t t = 0; t < c.T; ++t)
-      sum += reference.at(b, h, i, t) * seen[1].at((b * c.G + h * c.G / c.H) * c.T + t, column % c.E);
-    return sum;
-  };
+  const StoreReference want(c, queries, seen[0], seen[1]);
   each_setting([&] {
     mlxeff::PlaneKv store(planes.args, static_cast<mlxeff::f16*>(tail.data()), room);
     CHECK(store.fits({c.B, c.S, c.T}) && !store.fits({c.B, c.S, stored + room + 1}));
