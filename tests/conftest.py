@@ -1,10 +1,17 @@
 """Fixtures that several files share: the built-in model's file, a tiny random model in a folder, marks that skip."""
 
+import faulthandler
 import os
+import shutil
 import signal
+import subprocess
 import sys
+import threading
 
 import pytest
+
+HANGING = 300  # seconds after which a test counts as hanging; the longest one takes 20
+STDERR = pytest.StashKey[int]()  # a file descriptor of the standard error that pytest does not capture
 
 # A shell starts jobs in its background with SIGINT ignored, and what they start ignores it too; tests send it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -23,6 +30,34 @@ def clang_missing():
     from metal_on_cpu import address_spaces
 
     return address_spaces.missing()
+
+
+def pytest_configure(config):
+    config.stash[STDERR] = os.dup(2)
+
+
+def end_hanging(item):
+    """Print where every thread of a hanging test is, in Python and, where gdb is installed, in native code, and end the
+    run."""
+    out = os.fdopen(item.config.stash[STDERR], "w")
+    print(f"\n{item.nodeid}: hangs for {HANGING} s, the run ends here", file=out, flush=True)
+    faulthandler.dump_traceback(out)
+    if gdb := shutil.which("gdb"):
+        command = [gdb, "-p", str(os.getpid()), "-batch", "-ex", "thread apply all backtrace 25"]
+        subprocess.run(command, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.DEVNULL, timeout=120)
+    os._exit(70)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    """A test that hangs ends the run, and tells where, long before somebody else's time limit ends it."""
+    watch = threading.Timer(HANGING, end_hanging, [item])
+    watch.daemon = True
+    watch.start()
+    try:
+        return (yield)
+    finally:
+        watch.cancel()
 
 
 NEEDS = {"metal": ("MLXEFF_REQUIRE_METAL", metal_missing), "clang": ("MLXEFF_REQUIRE_CLANG", clang_missing)}
