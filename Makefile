@@ -18,11 +18,12 @@ CXX_SOURCES = $(wildcard cpu/*.h cpu/*/*.cpp cpu/*/*.h tests/native_driver/* tes
 PROMPT = Explain in two sentences why the sky is blue.
 
 .NOTPARALLEL:
-.PHONY: help demo demo-kvp kvp-pair test fuzz lint format wheel-check native-check arm-check old-cpu-check clean
+.PHONY: help demo demo-kvp demo-quantspec kvp-pair test fuzz lint format wheel-check native-check arm-check old-cpu-check clean
 
 help:
 	@echo "make demo         install into .venv, fetch the built-in model, stream an answer with its timings"
 	@echo "make demo-kvp     answer a long prompt without KV Prediction and with the pairs that come with the package"
+	@echo "make demo-quantspec  one long prompt on KV caches of 32, 8 and 4 bits and with drafts: bytes and tokens a second"
 	@echo "make kvp-pair     train the smaller one of these pairs again, into build/kvp-trained (10 minutes on two cores)"
 	@echo "make test         install the test extras into .venv, run the tests (make test ARGS='-k cache' for some)"
 	@echo "make fuzz N=1000  each parser of files with N damaged ones (a million of them: N=100000)"
@@ -42,6 +43,10 @@ demo-kvp: $(VENV)/.installed
 	$(KVP_ASK)
 	$(KVP_ASK) --kv-predict smollm2-135m-0-21
 	$(KVP_ASK) --kv-predict smollm2-135m-0-18:keep=64
+
+# The same prompt on caches of 32, 8 and 4 bits, and with drafts: the last line of each has the cache's bytes and speed.
+demo-quantspec: $(VENV)/.installed
+	$(BIN)/python benchmarks/demo_quantspec.py
 
 # How the smaller pair was made.
 KVP_TRAINED = build/kvp-trained

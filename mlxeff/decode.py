@@ -10,6 +10,7 @@ cache's buffers, and the next step would have to copy them before writing to the
 any append: a step that was launched earlier keeps the buffers that it was built on.
 """
 
+import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -159,7 +160,7 @@ def decode(
     native kernel refuses its input.
     """
     start, yielded, on_cpu = cache.length, 0, device() == "cpu"
-    try:
+    with explained("decoding"), _rewound_to(cache, lambda: start + max(0, yielded - 1)):
         token, logprobs, own = _next_token(logits, sampler, processors, history)
         mx.async_eval(token, logprobs, own)
         while yielded != max_tokens:
@@ -177,14 +178,28 @@ def decode(
             yield Step(token.item(), logprobs[0])
             if yielded != max_tokens:
                 token, logprobs, own = next_token, next_logprobs, next_own
-    except (MemoryError, RuntimeError) as error:  # raised at evaluation, such as a kernel's that refuses logits of NaN
+
+
+@contextlib.contextmanager
+def explained(what: str) -> Iterator[None]:
+    """Raises MlxeffError for errors at evaluation inside of the block: of memory, or of a kernel that refuses logits of
+    NaN. `what` is done there."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
         if (reason := memory.failure(error)) is None:
             raise
-        raise MlxeffError(NOT_FINITE if "sample: wanted logits" in str(error) else f"decoding: {reason}") from error
+        raise MlxeffError(NOT_FINITE if "sample: wanted logits" in str(error) else f"{what}: {reason}") from error
+
+
+@contextlib.contextmanager
+def _rewound_to(cache: Cache, length: Callable[[], int]) -> Iterator[None]:
+    """After the block `cache` has at most `length()` tokens."""
+    try:
+        yield
     finally:
-        length = start + max(0, yielded - 1)
-        if cache.length > length:
-            cache.rewind(length)
+        if cache.length > length():
+            cache.rewind(length())
 
 
 def _next_token(

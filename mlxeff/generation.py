@@ -8,7 +8,7 @@ it reads or writes is the one for a session's cache.
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -19,6 +19,8 @@ from .decode import Following, Model, PlainFollowing, PlainReading, Progress, Re
 from .errors import MlxeffError, notices
 from .running import EXACT, RunOptions, Tally
 from .sampling import LogitsProcessor, Sampler, make_sampler
+from .speculation.drafters import ModelDraft
+from .speculation.following import Speculation
 from .tokenizer import Tokenizer
 
 
@@ -76,10 +78,10 @@ def stream_generate(
     options: RunOptions = EXACT,
     max_kv_size: int | None = None,
     kv_bits: int | None = None,
-    kv_group_size: int | None = None,  # noqa: ARG001 - this one and the next two have no effect
+    kv_group_size: int | None = None,  # noqa: ARG001 - this one and the next one have no effect
     quantized_kv_start: int | None = None,  # noqa: ARG001
     input_embeddings: mx.array | None = None,
-    num_draft_tokens: int | None = None,  # noqa: ARG001
+    num_draft_tokens: int | None = None,
 ) -> Iterator[GenerationResponse]:
     """Yield one `GenerationResponse` for each token; the last one has a `finish_reason`.
 
@@ -94,27 +96,35 @@ def stream_generate(
     stop                      strings that end the text; they are not part of it
     context_limit             tokens; None: the model's own limit
     truncate                  drop the beginning of a prompt that is too long, with a notice, instead of raising
-    history                   ids of the tokens in `prompt_cache`, for the logits processors
+    history                   ids of the tokens in `prompt_cache`, for the logits processors and for drafts
     reading                   how the prompt is read into the cache, such as the KV Prediction that `load_pair` gives;
                               None: the model computes every token
     following                 how the answer is decoded; None: one token in each forward pass
     options                   arithmetic and kind of KV cache, for this call
 
-    These exist only for mlx-lm's signature. draft_model, max_kv_size, kv_bits, input_embeddings and a stream of another
-    device are refused; kv_group_size, quantized_kv_start and num_draft_tokens, which only change those, have no effect.
+    draft_model               a smaller model of the same vocabulary, which drafts tokens that `model` verifies
+    num_draft_tokens          tokens of each draft; None: as many as pay by measurement
+    kv_bits                   8 or 4: as options with the KV cache int8 or int4
+
+    These exist only for mlx-lm's signature. max_kv_size, input_embeddings and a stream of another device are refused;
+    kv_group_size and quantized_kv_start have no effect.
 
     Raises MlxeffError for an empty or too long prompt, for ids outside of the vocabulary, and for arguments that the
     model does not support.
     """
-    given = {"draft_model": draft_model, "max_kv_size": max_kv_size, "input_embeddings": input_embeddings}
-    _refuse("stream_generate", given | {"kv_bits": kv_bits}, stream)
+    _refuse("stream_generate", {"max_kv_size": max_kv_size, "input_embeddings": input_embeddings}, stream)
+    if kv_bits is not None:
+        options = _with_bits(options, kv_bits)
     _check_parts(model, tokenizer)
     if max_tokens == 0 or max_tokens < -1:
         raise MlxeffError(f"max_tokens: wanted 1 or more, or -1 for no limit, got {max_tokens}")
     if prefill_step_size is not None and prefill_step_size < 1:
         raise MlxeffError(f"prefill_step_size: wanted 1 or more, got {prefill_step_size}")
     began = time.perf_counter()
-    reading, following = reading or PlainReading(), following or PlainFollowing()
+    reading = reading or PlainReading()
+    if draft_model is not None:
+        following = _drafting(draft_model, model, following, num_draft_tokens)
+    following = following or PlainFollowing()
     if options is not EXACT:
         model.check(options)
     ids = prompt_ids(tokenizer, prompt)
@@ -132,7 +142,7 @@ def stream_generate(
     require_memory(model, cache, len(ids), step_size, options)
     with memory.explained("prompt"):
         logits = reading.read(model, cache, mx.array(ids), step_size, prompt_progress_callback, options)
-    seen = mx.array([*history, *ids]) if logits_processors else None
+    seen = mx.array([*history, *ids])
     sampler = sampler or make_sampler()
     steps = following.follow(model, cache, logits, sampler, logits_processors or (), seen, budget, options)
     steps = reading.accompany(steps, ids)
@@ -141,6 +151,25 @@ def stream_generate(
         yield from _respond(steps, finisher, began, len(ids), prompt_progress_callback)
     finally:
         steps.close()
+
+
+def _with_bits(options: RunOptions, bits: int) -> RunOptions:
+    """The options with a KV cache of so many bits. Raises MlxeffError for bits that none has."""
+    if bits not in (4, 8) or options.kv is not None:
+        also = "" if options.kv is None else f" and options.kv {options.kv}"
+        raise MlxeffError(f"kv_bits: wanted 4 or 8, and no other kind of KV cache, got {bits}{also}")
+    return replace(options, kv=f"int{bits}")
+
+
+def _drafting(draft: Model, model: Model, following: Following | None, count: int | None) -> Following:
+    """The following with drafts of another model. Raises MlxeffError where that has another vocabulary."""
+    if following is not None:
+        raise MlxeffError("stream_generate: wanted draft_model or following, got both")
+    _check_model(draft, "draft_model")
+    if draft.vocab_size != model.vocab_size:
+        rows = f"the model has {model.vocab_size} rows, the draft model {draft.vocab_size}"
+        raise MlxeffError(f"draft_model: vocabulary mismatch: {rows}")
+    return Speculation(ModelDraft(draft), "draft_model", count)
 
 
 def make_prompt_cache(model: Model, max_kv_size: int | None = None) -> list[Cache]:
@@ -162,11 +191,16 @@ def _refuse(function: str, arguments: dict[str, object], stream: mx.Stream | Non
 
 def _check_parts(model: Model, tokenizer: Tokenizer) -> None:
     """Raises MlxeffError for a model that is not one of `load`, and for a tokenizer that cannot stream text."""
-    if not hasattr(model, "new_cache"):
-        raise MlxeffError(f"model: wanted one of mlxeff.load, got {type(model).__module__}.{type(model).__name__}")
+    _check_model(model, "model")
     if not hasattr(tokenizer, "detokenizer"):
         got = f"{type(tokenizer).__module__}.{type(tokenizer).__name__}"
         raise MlxeffError(f"tokenizer: wanted one of mlxeff.load or mlx-lm's wrapper, got {got}")
+
+
+def _check_model(model: Model, what: str) -> None:
+    """Raises MlxeffError for a model that is not one of `load`; `what` is the argument's name."""
+    if not hasattr(model, "new_cache"):
+        raise MlxeffError(f"{what}: wanted one of mlxeff.load, got {type(model).__module__}.{type(model).__name__}")
 
 
 def _one_cache(model: Model, given: Cache | list) -> Cache:

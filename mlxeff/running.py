@@ -12,6 +12,7 @@ from .errors import MlxeffError
 from .ops import COMPUTE
 
 FULL_VIEW = "full"  # attention reads keys and values in the highest precision that the cache keeps
+DRAFT_VIEW = "draft"  # attention reads them in fewer bits, for tokens that are verified afterwards
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class RunOptions:
     compute   arithmetic of the matrix products in the native CPU kernels, one of ops.COMPUTE (see models/native.py).
     kv        kind of a new KV cache, one of cache.KINDS; None for keys and values in the type that the model computes.
     view      the precision in which attention reads a cache that keeps each token in several precisions: "full" for
-              the highest, or another name that the kind of cache defines.
+              the highest, or "draft".
     fraction  share of the neurons of each feed-forward network to compute, above 0 and at most 1. Less than 1 needs a
               model that can leave neurons out.
 

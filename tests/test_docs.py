@@ -163,8 +163,10 @@ def test_every_key_of_an_error_is_explained():
 
 def test_every_key_of_generate_is_explained(folder, fitted):
     found, _ = run("generate", "--model", folder, "--max-tokens", 4, "--kv-predict", fitted[0], "Hi")
+    drafting, _ = run("generate", "--model", folder, "--max-tokens", 4, "--prompt-lookup", "Hi")
     keys, section = tables("`mlxeff generate --json`")
-    assert set(found) | set(found["timings"]) | set(found["timings"]["kv_prediction"]) == keys
+    inner = set(found["timings"]["kv_prediction"]) | set(drafting["timings"]["prompt_lookup"])
+    assert set(found) | set(found["timings"]) | inner == keys
     assert all(f"`{name}`" in section for name in found["versions"])
 
 

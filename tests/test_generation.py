@@ -267,7 +267,7 @@ def test_kinds_of_prompts(tiny):
         ({"max_tokens": 0}, "max_tokens: wanted 1 or more, or -1 for no limit, got 0"),
         ({"max_tokens": -2}, "max_tokens: wanted 1 or more, or -1 for no limit, got -2"),
         ({"stop": ["a", ""]}, "stop: wanted non-empty strings, got an empty one"),
-        ({"draft_model": object()}, "stream_generate: draft_model is not supported"),
+        ({"draft_model": object()}, "draft_model: wanted one of mlxeff.load, got builtins.object"),
     ],
 )
 def test_refused_options(tiny, options, message):

@@ -17,7 +17,7 @@ LAYERS = {
     "names": -1,
     "limits": -1,
     **dict.fromkeys(("errors", "kernels", "memory", "ops", "running", "sampling", "checkpoint", "tokenizer", "hub"), 0),
-    **dict.fromkeys(("cache", "decode", "modules", "tuning", "training", "calibration"), 1),
+    **dict.fromkeys(("cache", "decode", "speculation", "modules", "tuning", "training", "calibration"), 1),
     **dict.fromkeys(("models", "kvprediction", "quantspec", "seedlm", "dynamoe", "vision", "alignment"), 2),
     **dict.fromkeys(("assembly", "generation"), 3),
     **dict.fromkeys(("cli", "convert", "bench", "plan", "evaluation", "__main__"), 4),
@@ -31,6 +31,8 @@ SAME_LAYER = {
     ("running", "ops"),
     ("hub", "checkpoint"),
     ("decode", "cache"),
+    ("speculation", "cache"),
+    ("speculation", "decode"),
     ("tuning", "modules"),
 }
 SLOW_TO_IMPORT = {

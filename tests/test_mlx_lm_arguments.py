@@ -87,9 +87,9 @@ def test_a_recurrent_model_does_not_tell_its_length(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"draft_model": "x"}, "stream_generate: draft_model is not supported"),
+        ({"draft_model": "x"}, "draft_model: wanted one of mlxeff.load, got builtins.str"),
         ({"max_kv_size": 512}, "max_kv_size is not supported"),
-        ({"kv_bits": 8, "kv_group_size": 64}, "kv_bits is not supported"),
+        ({"kv_bits": 3, "kv_group_size": 64}, "kv_bits: wanted 4 or 8, and no other kind of KV cache, got 3"),
         ({"input_embeddings": mx.zeros((1, 4))}, "input_embeddings is not supported"),
         ({"prefill_step_size": 0}, "prefill_step_size: wanted 1 or more, got 0"),
         ({"max_tokens": 0}, "max_tokens: wanted 1 or more"),

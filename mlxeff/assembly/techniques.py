@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import MlxeffError
 from . import fit_options
-from .options import Option, option, positive
+from .options import Option, integer, option, positive
 
 if TYPE_CHECKING:
     import mlx.nn as nn
@@ -66,8 +66,10 @@ class Switched:
 
     name                               key of its report in the `--json` document
     option                             the option; its value says how the technique is used
+    dials                              further options of the technique
     verbs                              the verbs that have the option
-    apply(setup, base, value, offline) returns `setup` with the technique; `base` is the loaded model
+    apply(setup, base, value, values)  returns `setup` with the technique; `base` is the loaded model, `values` are
+                                       those of all options
     label(value)                       name of this use of the technique in the tables of a benchmark
     identity(value)                    identifies the files that the value names, such as by a hash, so that samples of
                                        a benchmark are not mixed with those of other files under the same name
@@ -82,15 +84,21 @@ class Switched:
     name: str
     option: Option
     verbs: tuple[str, ...]
-    apply: Callable[["Setup", "Loaded", object, bool], "Setup"]
+    apply: Callable[["Setup", "Loaded", object, argparse.Namespace], "Setup"]
     label: Callable[[object], str]
     identity: Callable[[object], str]
+    dials: tuple[Option, ...] = ()
     check: Callable[[object, argparse.Namespace], None] = lambda *_: None
     check_timed: Callable[[object], None] = lambda _: None
 
     def value(self, values: argparse.Namespace) -> object:
         """The value of the option; None where it was not given."""
         return getattr(values, self.option.key, None)
+
+
+def switch_options(verb: str) -> list[Option]:
+    """The options of the techniques that the verb has."""
+    return [each for technique in switched_for(verb) for each in (technique.option, *technique.dials)]
 
 
 def switched_for(verb: str) -> list[Switched]:
@@ -103,13 +111,14 @@ def check_switched(values: argparse.Namespace) -> None:
     for technique in SWITCHED:
         if technique.value(values):
             technique.check(technique.value(values), values)
+    _check_speculation(values)
 
 
 def switch_on(setup: "Setup", base: "Loaded", values: argparse.Namespace) -> "Setup":
     """The setup with all techniques that the parsed values switch on; `base` is the loaded model."""
     for technique in SWITCHED:
         if value := technique.value(values):
-            setup = technique.apply(setup, base, value, values.offline)
+            setup = technique.apply(setup, base, value, values)
     return setup
 
 
@@ -208,11 +217,11 @@ def _check_timed_pair(value: PairValue) -> None:
         raise MlxeffError("bench ttft: :refine changes nothing before the first token: leave it out")
 
 
-def _apply_pair(setup: "Setup", base: "Loaded", value: PairValue, offline: bool) -> "Setup":
+def _apply_pair(setup: "Setup", base: "Loaded", value: PairValue, values: argparse.Namespace) -> "Setup":
     from .pair import load_pair
 
     name, keep, refine = value
-    return replace(setup, reading=load_pair(name, base, offline=offline, keep=keep, refine=refine))
+    return replace(setup, reading=load_pair(name, base, offline=values.offline, keep=keep, refine=refine))
 
 
 def _pair_label(value: PairValue) -> str:
@@ -233,6 +242,41 @@ def _fit_kv_predictor(progress: object, **values) -> dict:
     return fit_kv_predictor(progress=progress, **values)
 
 
+# Speculative decoding
+
+
+def _apply_quantspec(setup: "Setup", base: "Loaded", _: object, values: argparse.Namespace) -> "Setup":
+    from .speculation import quantspec
+
+    return quantspec(setup, base, values.draft_weights or "auto", values.num_draft_tokens)
+
+
+def _apply_draft_model(setup: "Setup", base: "Loaded", value: str, values: argparse.Namespace) -> "Setup":
+    from .speculation import draft_model
+
+    return draft_model(setup, base, value, values.offline, values.num_draft_tokens)
+
+
+def _apply_lookup(setup: "Setup", base: "Loaded", _: object, values: argparse.Namespace) -> "Setup":
+    from .speculation import prompt_lookup
+
+    return prompt_lookup(setup, base, values.num_draft_tokens)
+
+
+def _check_speculation(values: argparse.Namespace) -> None:
+    """Raises MlxeffError for two drafters, and for dials without one."""
+    given = {name: getattr(values, name, None) for name in ("quantspec", "draft_model", "prompt_lookup")}
+    if given["quantspec"] and given["draft_model"]:
+        raise MlxeffError("--quantspec: the model drafts itself, so --draft-model has no place: give one of the two")
+    if getattr(values, "num_draft_tokens", None) and not any(given.values()):
+        raise MlxeffError("--num-draft-tokens: wanted --quantspec, --draft-model or --prompt-lookup with it, got none")
+    if getattr(values, "draft_weights", None) and not given["quantspec"]:
+        raise MlxeffError("--draft-weights: wanted --quantspec with it, got none")
+    pair = getattr(values, "kv_predict", None)
+    if pair and pair[2] and any(given.values()):
+        raise MlxeffError("--kv-predict: :refine works between the steps of plain decoding: leave it or drafts out")
+
+
 # QuantSpec's KV cache
 
 
@@ -247,6 +291,7 @@ def _plane_layer(kind: str) -> "LayerMaker":
 
 # Kind of KV cache that a technique adds to cache.KINDS → function that makes the cache of one layer.
 CACHES = {kind: _plane_layer(kind) for kind in ("int8", "int4", "k8v4")}
+MOST_DRAFTED = 7  # as speculation.following.MOST, which is slow to import
 # Options of all verbs that run a model.
 PRECISION: tuple[Option, ...] = (
     option(
@@ -261,8 +306,8 @@ PRECISION: tuple[Option, ...] = (
         "--kv-dtype",
         choices=("float32", "float16", "bfloat16", *CACHES),
         help="how the KV cache stores a number (default: in the type that the model computes in, float32 in the CPU "
-        "kernels); int8 and int4: keys quantised per channel and values per token, the newest 64 to 255 tokens in "
-        "float16; k8v4: keys in 8 bits, values in 4",
+        "kernels); int8 and int4: rotated and quantised, of int4 the newest 64 to 127 tokens in 8 bits; k8v4: keys as "
+        "in int8, values as in int4",
     ),
 )
 STORED: Sequence[Stored] = (
@@ -287,6 +332,59 @@ SWITCHED: Sequence[Switched] = (
         identity=_pair_identity,
         check=_check_pair,
         check_timed=_check_timed_pair,
+    ),
+    Switched(
+        name="quantspec",
+        option=option(
+            "--quantspec",
+            action="store_true",
+            help="self-speculative decoding: the model drafts tokens on 4 bits of an 8-bit KV cache and verifies them "
+            "on all 8, several in one pass; the same answers as with --kv-cache int8",
+        ),
+        verbs=("generate", "chat"),
+        apply=_apply_quantspec,
+        label=str,
+        identity=str,
+        dials=(
+            option(
+                "--draft-weights",
+                choices=("auto", "shared", "q4"),
+                help="weights of QuantSpec's draft: the model's own, or a copy in 4 bits (auto: a copy of weights that "
+                "have more than 5.5 bits)",
+            ),
+            option(
+                "--num-draft-tokens",
+                metavar="N",
+                type=lambda text: integer(text, lambda n: 1 <= n <= MOST_DRAFTED, f"1 to {MOST_DRAFTED}"),
+                help=f"tokens in each draft, 1 to {MOST_DRAFTED} (default: as many as pay by measurement, none where "
+                "plain decoding is faster)",
+            ),
+        ),
+    ),
+    Switched(
+        name="draft_model",
+        option=option(
+            "--draft-model",
+            metavar="MODEL",
+            help="speculative decoding with drafts of a smaller model of the same vocabulary",
+        ),
+        verbs=("generate", "chat"),
+        apply=_apply_draft_model,
+        label=str,
+        identity=str,
+    ),
+    Switched(
+        name="prompt_lookup",
+        option=option(
+            "--prompt-lookup",
+            action="store_true",
+            help="speculative decoding with drafts that repeat what followed the same words before; together with "
+            "--quantspec or --draft-model, these verify the repeated words first",
+        ),
+        verbs=("generate", "chat"),
+        apply=_apply_lookup,
+        label=str,
+        identity=str,
     ),
 )
 FITTED: Sequence[Fitted] = (

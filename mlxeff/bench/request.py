@@ -3,6 +3,7 @@
 Contradictory options are refused before any model is loaded. This module prints nothing and parses no command line.
 """
 
+import argparse
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
@@ -140,7 +141,8 @@ def _model(request: Request, fetching: Fetching) -> tuple[list[ttft.Group], dict
     plain = Setup(base.model, options=request.run)
     arms, identities = {request.model: Arm(request.model, plain)}, {}
     for technique, value in request.switched:
-        name, setup = technique.label(value), technique.apply(replace(plain), base, value, request.offline)
+        values = argparse.Namespace(offline=request.offline)
+        name, setup = technique.label(value), technique.apply(replace(plain), base, value, values)
         arms[name] = Arm(name, setup)
         identities[name] = technique.identity(value)
     lengths = _lengths(request.lengths, base.model.context_length)

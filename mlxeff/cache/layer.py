@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from ..ops import attention
-from ..running import EXACT, RunOptions
+from ..running import EXACT, FULL_VIEW, RunOptions
 from .protocols import Layer
 
 
@@ -22,7 +22,9 @@ class LayerCache:
     """
 
     step = 256  # tokens; the capacity of the buffers is a multiple of this
-    storage = "dense"
+    storage = store = "dense"
+    views = (FULL_VIEW,)
+    rewinds_exactly, together = True, None
 
     def __init__(self, window: int | None = None, dtype: mx.Dtype | None = None):
         self.keys: mx.array | None = None
@@ -53,7 +55,9 @@ class LayerCache:
         self.length = end
         return self.state()
 
-    def room(self, new: int, shape: tuple[int, int, int], dtype: mx.Dtype) -> dict[str, mx.array]:
+    def room(
+        self, new: int, shape: tuple[int, int, int], dtype: mx.Dtype, _view: str = FULL_VIEW
+    ) -> dict[str, mx.array]:
         """See `NativeLayer.room`. The buffers are called "keys" and "values"."""
         if self.keys is None or self.length + new > self.keys.shape[2]:
             self._grow(self.length + new, shape, self.dtype or dtype)
@@ -129,6 +133,7 @@ class LayerShape:
     groups: int  # G, KV heads
     head_size: int  # E
     window: int | None = None  # sliding window in tokens, None for full attention
+    biased: bool = False  # whether the projection of the keys has a bias
 
 
 LayerMaker = Callable[[LayerShape], Layer]

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 
 import mlx.core as mx
 
-from ..errors import MlxeffError
-from ..running import EXACT, FULL_VIEW, RunOptions, Tally
+from ..errors import MlxeffError, notices
+from ..running import EXACT, RunOptions, Tally
 from . import file
 from .layer import KINDS, LayerCache, LayerShape
 from .protocols import Layer
@@ -15,8 +15,6 @@ from .protocols import Layer
 
 class KVCache:
     """The cache of one model: one layer cache for each layer, all of the same length. It has the methods of `Cache`."""
-
-    views: tuple[str, ...] = (FULL_VIEW,)  # the values of `RunOptions.view` that this cache can serve
 
     def __init__(self, layers: Sequence[Layer], kind: str | None = None):
         self.layers, self.kind, self.tally = list(layers), kind, Tally()
@@ -31,12 +29,17 @@ class KVCache:
             raise MlxeffError(f"KV cache: wanted one of {', '.join(KINDS)}, got {kind!r}")
         cache = cls([LayerCache(shape.window) if kind is None else KINDS[kind](shape) for shape in shapes], kind)
         cache.shapes, cache.dtype = list(shapes), dtype
+        for other in {layer.stored_as for layer in cache.layers if kind} - {kind}:
+            count = sum(layer.stored_as == other for layer in cache.layers)
+            notices.info("KV cache %s: %d of %d layers are stored as %s", kind, count, len(cache.layers), other)
         return cache
 
     @property
     def length(self) -> int:
         """Cached tokens."""
         return self.layers[0].length
+
+    drops = True  # see `Cache.drops`
 
     def is_trimmable(self) -> bool:
         """True, for mlx-lm's `can_trim_prompt_cache`: tokens at the end can be dropped."""
@@ -74,7 +77,17 @@ class KVCache:
     @property
     def rewinds_exactly(self) -> bool:
         """Whether `rewind` always keeps exactly the wanted number of tokens."""
-        return all(isinstance(layer, LayerCache) for layer in self.layers)
+        return all(layer.rewinds_exactly for layer in self.layers)
+
+    @property
+    def views(self) -> tuple[str, ...]:
+        """See `Cache.views`."""
+        return tuple(view for view in self.layers[0].views if all(view in layer.views for layer in self.layers))
+
+    @property
+    def together(self) -> int | None:
+        """See `Cache.together`."""
+        return min((layer.together for layer in self.layers if layer.together is not None), default=None)
 
     @contextlib.contextmanager
     def rewound(self, length: int) -> Iterator[None]:

@@ -42,7 +42,10 @@ class Layer(Protocol):
     def restore(self, arrays: dict[str, mx.array], tokens: int) -> None:
         """Take over `arrays` that `saved` gave for `tokens` tokens. Raises ValueError for any other arrays."""
 
-    storage: str  # name of the format of `saved`; the native CPU decoder reads some formats directly (models/native.py)
+    storage: str  # name of the format of `saved`
+    views: tuple[str, ...]  # the values of `RunOptions.view` that it can serve
+    rewinds_exactly: bool  # whether `rewind` always keeps exactly the wanted number of tokens
+    together: int | None  # see `Cache.together`
 
     @property
     def stored_as(self) -> str | None:
@@ -56,9 +59,12 @@ class Layer(Protocol):
 class NativeLayer(Layer, Protocol):
     """A layer cache whose buffers the native CPU decoder reads and writes."""
 
-    def room(self, new: int, shape: tuple[int, int, int], dtype: mx.Dtype) -> dict[str, mx.array]:
-        """The buffers by name, grown if needed so that `new` more tokens fit. `shape` is (B, G, E); `dtype` is the type
-        of new buffers where the cache was made without one."""
+    store: str  # name of the kind of store in the native decoder (cpu/python/kv_stores.h)
+
+    def room(self, new: int, shape: tuple[int, int, int], dtype: mx.Dtype, view: str) -> dict[str, mx.array | int]:
+        """The buffers by name, grown if needed so that `new` more tokens fit, and the integers that the store needs to
+        read them in this `view`. `shape` is (B, G, E); `dtype` is the type of new buffers where the cache was made
+        without one."""
 
     def replace(self, buffers: dict[str, mx.array], new: int) -> None:
         """Replace the buffers that `room` gave by `buffers`, which contain `new` more tokens."""
@@ -68,6 +74,9 @@ class Cache(Protocol):
     """The cache of a whole model, as the decode loop, generation and the measuring tools use it."""
 
     kind: str | None  # its name in KINDS; None where the numeric type follows from what computes the model
+    views: tuple[str, ...]  # the values of `RunOptions.view` that it can serve
+    drops: bool  # whether `rewind` can drop the newest tokens, however many were cached
+    together: int | None  # most tokens of one pass that give each the same result as alone; None: any number do
     tally: Tally  # counts which backend and arithmetic computed the tokens that were appended
 
     @property

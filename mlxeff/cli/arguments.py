@@ -38,7 +38,7 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
         help="a file with the KV cache of an earlier call: tokens at the beginning of the prompt that it contains are "
         "not computed again; afterwards it has the cache of this prompt",
     )
-    _add(parser, (technique.option for technique in techniques.switched_for("generate")))
+    _add(parser, techniques.switch_options("generate"))
     parser.add_argument("--json", action="store_true", help="print one JSON document at the end instead of streaming")
     parser.add_argument("--quiet", action="store_true", help="no progress bar, no timings; warnings still show")
 
@@ -58,6 +58,7 @@ def add_fit(parser: argparse.ArgumentParser) -> None:
 def add_chat(parser: argparse.ArgumentParser) -> None:
     _add_model(parser)
     _add_text(parser)
+    _add(parser, techniques.switch_options("chat"))
     parser.add_argument("--resume", metavar="FILE", help="continue a conversation that /save wrote")
     parser.add_argument("--quiet", action="store_true", help="no progress bar, no greeting; warnings still show")
 

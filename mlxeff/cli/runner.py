@@ -84,6 +84,7 @@ class Runner:
             "dtype": self.loaded.dtype,
             **ran,
             "kv_dtype": cache and cache.stored_as,
+            "kv_bytes": cache and cache.nbytes,
             **reports(self.setup),
         }
 

@@ -21,7 +21,7 @@ from ..errors import MlxeffError, notices
 from ..kernels import device
 from ..modules import chunk_bytes, layer_rows
 from ..names import is_utf8
-from ..running import EXACT, Ran, RunOptions, Tally
+from ..running import EXACT, FULL_VIEW, Ran, RunOptions, Tally
 from .rope import flat_entries
 
 RAN = Ran("mlx", EXACT.compute)  # what computes all calls of these models
@@ -30,7 +30,7 @@ RAN = Ran("mlx", EXACT.compute)  # what computes all calls of these models
 class AdapterCache:
     """A list of mlx-lm's layer caches, of whatever kinds, with the methods of `cache.Cache`."""
 
-    kind = None
+    kind, views, together = None, (FULL_VIEW,), None
 
     def __init__(self, layers: list):
         self.layers, self.tally = layers, Tally()
@@ -60,6 +60,11 @@ class AdapterCache:
     def is_trimmable(self) -> bool:
         """Whether tokens at the end can be dropped, for mlx-lm's `can_trim_prompt_cache`."""
         return all(layer.is_trimmable() for layer in self.layers)
+
+    @property
+    def drops(self) -> bool:
+        """See `Cache.drops`. A rotating cache cannot once it is full."""
+        return self.is_trimmable() and not any(hasattr(layer, "max_size") for layer in self.layers)
 
     def trim(self, count: int) -> int:
         """Drop the last `count` tokens, for mlx-lm's `trim_prompt_cache`; returns how many were dropped."""

@@ -26,7 +26,7 @@ from .. import kernels
 from ..cache import KVCache, NativeLayer
 from ..errors import notices
 from ..ops import native_modes
-from ..running import Ran, RunOptions
+from ..running import FULL_VIEW, Ran, RunOptions
 from .parts import matrices
 from .plain import KvPairs
 
@@ -68,7 +68,7 @@ class Native:
     def applies(self, cache: KVCache) -> bool:
         """Whether this executor can compute a call with `cache`: on a CPU, with known storage formats, not in training,
         and with the weights that the native decoder was made with."""
-        known = all(getattr(layer, "storage", None) in self._native.store_kinds for layer in cache.layers)
+        known = all(getattr(layer, "store", None) in self._native.store_kinds for layer in cache.layers)
         return known and kernels.device() == "cpu" and not self._model.training and self._current()
 
     def _current(self) -> bool:
@@ -105,7 +105,7 @@ class Native:
         """See `DecoderModel.append_kv`."""
         keys, values = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
         batch, _, new, _ = keys[0].shape
-        stores = self._stores(cache.layers, batch, new)
+        stores = self._stores(cache.layers, batch, new, FULL_VIEW)
         self._replace(cache.layers, self._native.append(self._decoder, keys, values, stores, cache.length), new)
 
     def _run(
@@ -113,17 +113,17 @@ class Native:
     ) -> list:
         """Call a function of the native decoder that appends to the caches `layers`. `what` are its arguments after the
         length of the cache. Returns its results without the buffers, which replace those of `layers`."""
-        stores, mode = self._stores(layers, *tokens.shape), self._modes[options.compute]
+        stores, mode = self._stores(layers, *tokens.shape, options.view), self._modes[options.compute]
         *results, stores = native(self._decoder, tokens, stores, cache.length, *what, mode)
         self._replace(layers, stores, tokens.shape[1])
         cache.tally[Ran(self.backend, options.compute)] += tokens.shape[1]
         return results
 
-    def _stores(self, layers: list[NativeLayer], batch: int, new: int) -> list[dict]:
-        """The buffers of each layer by name, with room for `new` more tokens, and their kind."""
+    def _stores(self, layers: list[NativeLayer], batch: int, new: int, view: str) -> list[dict]:
+        """The kind and the buffers of each layer by name, with room for `new` more tokens, to be read in `view`."""
         shapes = [(batch, groups, self._size) for groups in self._groups[: len(layers)]]
         return [
-            {"kind": layer.storage, **layer.room(new, shape, mx.float32)}
+            {"kind": layer.store, **layer.room(new, shape, mx.float32, view)}
             for layer, shape in zip(layers, shapes, strict=True)
         ]
 

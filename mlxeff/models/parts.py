@@ -189,6 +189,11 @@ class RotaryAttention(nn.Module):
     def head_size(self) -> int:
         return self.rope.size
 
+    @property
+    def biased(self) -> bool:
+        """Whether the projection of the keys has a bias."""
+        return "bias" in self.parts(None).key.module
+
     def attend(
         self,
         queries: mx.array,
@@ -267,4 +272,5 @@ class DecoderLayer(nn.Module):
 
     def cache_shape(self, window: int | None = None) -> LayerShape:
         """The sizes that the layer's KV cache depends on; `window` as in `parts`."""
-        return LayerShape(self.attention.groups, self.attention.head_size, window)
+        attention = self.attention
+        return LayerShape(attention.groups, attention.head_size, window, attention.biased)

@@ -1,0 +1,161 @@
+"""Where drafts come from. A drafter proposes tokens that may follow a text; it never decides."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Protocol
+
+import mlx.core as mx
+
+from ..cache import Cache, common_prefix
+from ..decode import Model, prefill
+from ..errors import MlxeffError
+from ..kernels import PREFILL_STEP, device
+from ..running import DRAFT_VIEW, EXACT, RunOptions
+from ..sampling import LogitsProcessor, Sampler
+from .verify import Drafted, is_greedy, processed, verify
+
+NOTHING = Drafted(mx.zeros((0,), mx.uint32))
+LONGEST, SHORTEST = 4, 2  # tokens of the n-grams that are looked up
+SOME = 64  # unread tokens that a draft model reads in one pass with the first one of a draft
+
+
+class Drafter(Protocol):
+    """Something that proposes tokens."""
+
+    def propose(
+        self,
+        text: list[int],
+        most: int,
+        cache: Cache,
+        sampler: Sampler,
+        processors: Sequence[LogitsProcessor],
+    ) -> Drafted:
+        """Up to `most` tokens that may follow `text`, all tokens so far. `cache` is the verifying model's: it holds all
+        of them but the last, and does so again afterwards."""
+
+
+class LookupDraft:
+    """Prompt lookup, without a model: what followed the last occurrence of the newest tokens, the longest n-gram of
+    LONGEST to SHORTEST tokens that occurred before."""
+
+    def __init__(self):
+        self._text: list[int] = []  # what the index covers
+        self._ends: dict[tuple[int, ...], int] = {}  # n-gram → position after its last occurrence that has a next token
+
+    def propose(
+        self,
+        text: list[int],
+        most: int,
+        _cache: Cache | None = None,
+        _sampler: Sampler | None = None,
+        _processors: Sequence[LogitsProcessor] = (),
+    ) -> Drafted:
+        """See `Drafter.propose`. Each token is certain."""
+        self._index(text)
+        for length in range(min(LONGEST, len(text)), SHORTEST - 1, -1):
+            if at := self._ends.get(tuple(text[-length:])):
+                return Drafted(mx.array(text[at : at + most], mx.uint32)) if most > 0 else NOTHING
+        return NOTHING
+
+    def _index(self, text: list[int]) -> None:
+        """Enter the n-grams of `text`; one that the index covers in part is entered from there on."""
+        known = len(self._text)
+        if text[:known] != self._text:
+            self._ends, known = {}, 0
+        for end in range(max(1, known), len(text)):
+            for length in range(SHORTEST, min(LONGEST, end) + 1):
+                self._ends[tuple(text[end - length : end])] = end
+        self._text = list(text)
+
+
+class ModelDraft:
+    """Drafts of a model. With `lookup`, the model does not compute each token of a draft in a pass of its own: it
+    verifies what the lookup proposes, several tokens at once."""
+
+    def __init__(self, model: Model, options: RunOptions = EXACT, lookup: LookupDraft | None = None):
+        self.model, self.options, self.lookup = model, options, lookup
+        self._cache: Cache | None = None
+        self._held: list[int] = []  # the tokens in the cache
+
+    def propose(
+        self,
+        text: list[int],
+        most: int,
+        _cache: Cache,
+        sampler: Sampler,
+        processors: Sequence[LogitsProcessor],
+    ) -> Drafted:
+        """See `Drafter.propose`."""
+        if self._cache is None:
+            self._cache = self.model.new_cache(self.options.kv)
+            if not self._cache.drops:
+                raise MlxeffError("draft model: wanted a KV cache that drops tokens, this model's cannot")
+        own, step = self._cache, PREFILL_STEP[device()]
+        own.rewind(min(common_prefix(self._held, text[:-1]), own.length))
+        if len(unread := text[own.length : -1]) > SOME:
+            mx.eval(prefill(self.model, own, mx.array(unread), step, options=self.options))
+        drafted = self._draft(text, most, own, sampler, processors)
+        self._held = text[:-1]
+        own.rewind(len(self._held))
+        return drafted
+
+    def _draft(
+        self, text: list[int], most: int, cache: Cache, sampler: Sampler, processors: Sequence[LogitsProcessor]
+    ) -> Drafted:
+        """Up to `most` tokens after `text`, of which `cache` holds the beginning. Appends to the cache."""
+        if self.lookup is None:
+            return self._one_by_one(text, most, cache, sampler, processors)
+        tokens, rows, seen = [], [], list(text)
+        while len(tokens) < most:
+            guess, unread = self.lookup.propose(seen, most - len(tokens) - 1), seen[cache.length :]
+            asked = mx.concatenate([mx.array(unread, mx.uint32), guess.tokens])
+            logits = self.model(asked[None], cache, self.options)[0, len(unread) - 1 :]
+            found = verify(logits, guess, sampler, processors, mx.array(seen) if processors else None)
+            seen += found.tokens
+            tokens += found.tokens
+            cache.rewind(len(seen) - 1)
+            if not is_greedy(sampler):
+                rows.append(sampler.distribution(found.logprobs[: len(found.tokens)]))
+        return Drafted(mx.array(tokens, mx.uint32), mx.concatenate(rows) if rows else None)
+
+    def _one_by_one(
+        self, text: list[int], most: int, cache: Cache, sampler: Sampler, processors: Sequence[LogitsProcessor]
+    ) -> Drafted:
+        """As `_draft`, with one forward pass for each token."""
+        asked, tokens, rows = mx.array(text[cache.length :], mx.uint32), [], []
+        history, on_cpu = mx.array(text) if processors else None, device() == "cpu"
+        for _ in range(most):
+            logits = self.model.last_logits(asked[None], cache, self.options)
+            logprobs = processed(logits, processors, history)
+            asked = sampler(logprobs).astype(mx.uint32)
+            tokens.append(asked)
+            if processors:
+                history = mx.concatenate([history, asked.astype(history.dtype)])
+            if not is_greedy(sampler):
+                rows.append(sampler.distribution(logprobs))
+            if on_cpu:  # see `decode`: a step that still runs would make the next one copy the cache
+                mx.eval(asked)
+        return Drafted(mx.concatenate(tokens), mx.concatenate(rows) if rows else None)
+
+
+class SelfDraft(ModelDraft):
+    """QuantSpec's draft (arXiv 2502.10424, section 4): the verifying model's own cache in the view "draft", and its
+    weights or a copy in fewer bits. The keys and values of a draft are overwritten when it is verified."""
+
+    def __init__(self, model: Model, options: RunOptions = EXACT, lookup: LookupDraft | None = None):
+        super().__init__(model, replace(options, view=DRAFT_VIEW), lookup)
+
+    def propose(
+        self,
+        text: list[int],
+        most: int,
+        cache: Cache,
+        sampler: Sampler,
+        processors: Sequence[LogitsProcessor],
+    ) -> Drafted:
+        """See `Drafter.propose`."""
+        start = cache.length
+        try:
+            return self._draft(text, most, cache, sampler, processors)
+        finally:
+            cache.rewind(start)
