@@ -14,7 +14,7 @@ int64_t DenseKv::workspace_bytes(const Span& span, const AttentionSizes& sizes, 
 }
 
 int DenseKv::append(Team& team, const NewRows& rows, const RunOptions&, void*) {
-  rows.store(team, keys_, values_, dtype_, capacity_, 0);
+  rows.store(team, keys_, values_, dtype_, capacity_);
   return MLXEFF_OK;
 }
 

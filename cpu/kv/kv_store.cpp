@@ -15,12 +15,12 @@ void NewRows::rotate(int64_t r, const NewRow& row, const mlxeff_heads& to) const
             0, sizes.groups);
 }
 
-void NewRows::store(Team& team, void* keys, void* values, int dtype, int64_t capacity, int64_t first) const {
+void NewRows::store(Team& team, void* keys, void* values, int dtype, int64_t capacity) const {
   const int64_t groups = sizes.groups, size = sizes.size, stride = capacity * size, width = int64_t(dtype_size(dtype));
   const DecoderKernels& row_kernels = MLXEFF_DISPATCH(decoder_kernels);
   team.for_rows(span.rows(), [&](int64_t r) {
     const NewRow row = finish(r);
-    const int64_t token = span.position(r % span.length) - first;
+    const int64_t token = span.position(r % span.length);
     const int64_t place = (r / span.length * groups * stride + token * size) * width;
     rotate(r, row, {static_cast<char*>(keys) + place, 0, stride, 0, dtype});
     for (int64_t g = 0; g < groups; ++g)

@@ -48,8 +48,8 @@ struct NewRows {
   void rotate(int64_t r, const NewRow& row, const mlxeff_heads& to) const;
 
   // Completes all rows and stores them in `keys` and `values`, row-major (batch, groups, capacity, size) arrays of
-  // `dtype` whose first place is that of the token at position `first`. Every member of the team calls this once.
-  void store(Team& team, void* keys, void* values, int dtype, int64_t capacity, int64_t first) const;
+  // `dtype`. Every member of the team calls this once.
+  void store(Team& team, void* keys, void* values, int dtype, int64_t capacity) const;
 };
 
 // The rotated queries of one layer, and `attended`, the output of their attention; both (batch, length, heads, size).

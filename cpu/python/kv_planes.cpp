@@ -1,71 +1,70 @@
-// Opens the stores of 4-bit planes. Their dicts hold, beside "kind":
+// Opens the stores in planes of 4 bits. Their dicts hold, beside "kind":
 //
-//   upper, lower  uint8 (B, G, blocks, bytes): all that belongs to one head of one block, see plane_kernels.h
-//   tail          float16 (2, B, G, capacity, E): the newest keys and values
-//   block         tokens of a block
-//   filled        number of blocks that hold tokens
-//
-// The kind int8 has lower halves of keys and values, k8v4 of keys; int4 has no lower plane.
+//   upper           uint8 (B, G, tiles, bytes), see plane_layout.h
+//   lower_keys, lower_values      uint8 (B, G, tiles, bytes): lower halves, from the tiles first_keys and first_values
+//   on first_keys, first_values      numbers of tiles, as are coarse_keys, coarse_values    before which tiles are read
+//   from the upper plane alone
 #include "kv/plane_kv.h"
 #include "python/kv_stores.h"
 
 namespace mlxeff {
 namespace {
 
-template <bool lower_keys, bool lower_values>
-PlaneArgs described(const AttentionSizes& sizes, int64_t block) {
-  PlaneArgs planes = {};
-  planes.sizes = sizes;
-  planes.block = block;
-  planes.lower_keys = lower_keys, planes.lower_values = lower_values;
-  return planes;
+// The tiles of an array of planes, whose tiles have `bytes` bytes.
+int64_t check_plane(const Named& given, const char* name, const AttentionSizes& sizes, const Span& span,
+                    int64_t bytes) {
+  const mx::array& array = given.array(name);
+  const int tiles = array.ndim() == 4 ? array.shape(2) : 0;
+  const mx::Shape wanted = {int(span.batch), int(sizes.groups), tiles, int(bytes)};
+  if (array.shape() != wanted || array.dtype() != mx::uint8)
+    given.refuse(std::string(name) + ": wanted uint8 (" + std::to_string(span.batch) + ", " +
+                 std::to_string(sizes.groups) + ", tiles, " + std::to_string(bytes) + ")");
+  return tiles;
 }
 
-void check_plane(const Named& given, const char* name, const mx::Shape& shape) {
-  if (given.array(name).shape() != shape || given.array(name).dtype() != mx::uint8)
-    given.refuse(std::string(name) + ": wanted uint8 of another shape for these heads and blocks");
+void check_order(const Named& given, const char* first_name, const char* coarse_name) {
+  const int64_t first = given.integer(first_name), coarse = given.integer(coarse_name);
+  if (first < 0 || coarse < first || coarse > INT32_MAX)
+    given.refuse("wanted 0 <= " + std::string(first_name) + " <= " + coarse_name + ", got " + std::to_string(first) +
+                 " and " + std::to_string(coarse));
 }
 
-template <bool lower_keys, bool lower_values>
 void check_planes(const Named& given, const AttentionSizes& sizes, const Span& span) {
-  const int64_t block = given.integer("block"), filled = given.integer("filled");
-  if (sizes.size % 16 || block % 32 || block <= 0)
-    given.refuse("wanted heads of a multiple of 16 and blocks of a multiple of 32, got " + std::to_string(sizes.size) +
-                 " and " + std::to_string(block));
-  const PlaneArgs planes = described<lower_keys, lower_values>(sizes, block);
-  const int batch = int(span.batch), groups = int(sizes.groups);
-  const mx::array& upper = given.array("upper");
-  const int capacity = upper.ndim() == 4 ? upper.shape(2) : 0;
-  check_plane(given, "upper", {batch, groups, capacity, int(planes.upper_bytes())});
-  if (lower_keys || lower_values) check_plane(given, "lower", {batch, groups, capacity, int(planes.lower_bytes())});
-  const mx::array& tail = given.array("tail");
-  const int room = tail.ndim() == 5 ? tail.shape(3) : 0;
-  if (given.array("tail", {2, batch, groups, room, int(sizes.size)}).dtype() != mx::float16)
-    given.refuse("tail: wanted float16");
-  if (filled < 0 || filled > capacity || filled * block > span.end - span.length || filled * block + room < span.end)
-    given.refuse("wanted room for " + std::to_string(span.end) + " tokens, got " + std::to_string(filled) +
-                 " blocks and a tail of " + std::to_string(room));
+  if (!plane_head_size(sizes.size))
+    given.refuse("wanted heads of a multiple of 16 up to " + std::to_string(largest_plane_head) + ", got " +
+                 std::to_string(sizes.size));
+  check_order(given, "first_keys", "coarse_keys");
+  check_order(given, "first_values", "coarse_values");
+  Planes planes = {};
+  const int64_t half = Planes::half_bytes(sizes.size);
+  planes.tiles = check_plane(given, "upper", sizes, span, Planes::upper_bytes(sizes.size));
+  planes.key_tiles = check_plane(given, "lower_keys", sizes, span, half);
+  planes.value_tiles = check_plane(given, "lower_values", sizes, span, half);
+  planes.first_keys = given.integer("first_keys");
+  planes.first_values = given.integer("first_values");
+  if (!planes.hold(span.end))
+    given.refuse("wanted room for " + std::to_string(span.end) + " tokens, got " + std::to_string(planes.tiles) +
+                 " tiles of 16 in upper, " + std::to_string(planes.key_tiles) + " from " +
+                 std::to_string(planes.first_keys) + " on in lower_keys and " + std::to_string(planes.value_tiles) +
+                 " from " + std::to_string(planes.first_values) + " on in lower_values");
 }
 
-template <bool lower_keys, bool lower_values>
 std::unique_ptr<KvStore> open_planes(mx::array* arrays, const int64_t* integers, const Span&) {
-  const mx::array& tail = arrays[1];
-  const AttentionSizes sizes = {0, tail.shape(2), tail.shape(4), 0};
-  PlaneArgs planes = described<lower_keys, lower_values>(sizes, integers[0]);
-  planes.upper = arrays[0].data<uint8_t>();
-  if (lower_keys || lower_values) planes.lower = arrays[2].data<uint8_t>();
-  planes.capacity = arrays[0].shape(2);
-  planes.blocks = integers[1];
-  return std::make_unique<PlaneKv>(planes, reinterpret_cast<f16*>(arrays[1].data<mx::float16_t>()), tail.shape(3));
+  Planes planes = {};
+  planes.upper = arrays[0].data<uint8_t>(), planes.tiles = arrays[0].shape(2);
+  planes.lower_keys = arrays[1].data<uint8_t>(), planes.key_tiles = arrays[1].shape(2);
+  planes.lower_values = arrays[2].data<uint8_t>(), planes.value_tiles = arrays[2].shape(2);
+  planes.first_keys = integers[0], planes.first_values = integers[1];
+  planes.coarse_keys = integers[2], planes.coarse_values = integers[3];
+  return std::make_unique<PlaneKv>(planes);
 }
 
 }  // namespace
 
-const StoreKind plane_int8_kind = {
-    "int8", {"upper", "tail", "lower"}, {"block", "filled"}, check_planes<true, true>, open_planes<true, true>};
-const StoreKind plane_k8v4_kind = {
-    "k8v4", {"upper", "tail", "lower"}, {"block", "filled"}, check_planes<true, false>, open_planes<true, false>};
-const StoreKind plane_int4_kind = {
-    "int4", {"upper", "tail"}, {"block", "filled"}, check_planes<false, false>, open_planes<false, false>};
+const StoreKind plane_kv_kind = {"planes",
+                                 {"upper", "lower_keys", "lower_values"},
+                                 {"first_keys", "first_values", "coarse_keys", "coarse_values"},
+                                 check_planes,
+                                 open_planes};
 
 }  // namespace mlxeff

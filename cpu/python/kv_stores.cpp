@@ -4,7 +4,7 @@
 
 namespace mlxeff {
 
-static const StoreKind* const known_kinds[] = {&dense_kv_kind, &plane_int8_kind, &plane_int4_kind, &plane_k8v4_kind};
+static const StoreKind* const known_kinds[] = {&dense_kv_kind, &plane_kv_kind};
 
 std::vector<std::string> store_kinds() {
   std::vector<std::string> names;

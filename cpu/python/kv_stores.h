@@ -22,7 +22,7 @@ struct StoreKind {
   std::unique_ptr<KvStore> (*open)(mx::array* arrays, const int64_t* integers, const Span& span);
 };
 
-extern const StoreKind dense_kv_kind, plane_int8_kind, plane_int4_kind, plane_k8v4_kind;
+extern const StoreKind dense_kv_kind, plane_kv_kind;
 
 // The kind of one given store, with its integers.
 struct GivenKind {
