@@ -16,8 +16,10 @@ import pytest
 import metal_on_cpu
 from metal_on_cpu import MetalError, address_spaces
 from mlxeff import kernels
+from mlxeff.quantspec import metal as quantspec
 from mlxeff.seedlm import metal, metal_search, search
 from mlxeff.seedlm.format import FORMATS
+from plane_buffers import FULL, Buffers
 from test_seedlm_metal import DTYPES, Encoded, activations
 
 METAL = Path(__file__).resolve().parents[1] / "metal"
@@ -43,7 +45,18 @@ def launch_seedlm_encode():
         metal_search.choose(fmt, blocks, table, metal_search.scan(fmt, blocks, table), -2, refine)
 
 
-FAMILIES = {"seedlm": launch_seedlm, "seedlm_encode": launch_seedlm_encode}  # of each file of metal/: all its launches
+def launch_quantspec():
+    """Attention for every head size and number of rows, with one part and with several."""
+    for size, rows, length in itertools.product(quantspec.SIZES, range(8, quantspec.MOST_ROWS + 1, 8), (9, 600)):
+        buffers = Buffers(length, size, groups=1)
+        queries = mx.zeros((1, rows // 8, 8, size))
+        for dtype in DTYPES.values():
+            quantspec.attend(queries.astype(dtype), *buffers.arrays(), length, *FULL, 1.0)
+    quantspec.attend(mx.zeros((1, 1, 1, 64)), *Buffers(9, 64, groups=1).arrays(), 9, *FULL, 1.0)  # of 2 statistics
+
+
+# Of each file of metal/: all its launches.
+FAMILIES = {"seedlm": launch_seedlm, "seedlm_encode": launch_seedlm_encode, "quantspec": launch_quantspec}
 
 
 @functools.cache
@@ -79,6 +92,9 @@ def test_every_kernel_keeps_to_its_address_spaces(family):
         ("seedlm", "(threadgroup Entry* tables", "(device Entry* tables"),
         ("seedlm", "const threadgroup Entry* tables", "const constant Entry* tables"),
         ("seedlm", "uint cols, threadgroup float* tile", "uint cols, thread float* tile"),
+        ("quantspec", "(threadgroup float* memory, uint rows)", "(device float* memory, uint rows)"),
+        ("quantspec", "  const device uint* lower;", "  const uint* lower;"),
+        ("quantspec", "const threadgroup float* probabilities", "const device float* probabilities"),
         ("seedlm_encode", "threadgroup uint* pending;", "uint* pending;"),
         ("seedlm_encode", "thread float (&G)[P][P]) {", "float (&G)[P][P]) {"),
         ("seedlm_encode", "device float* maxima,", "constant float* maxima,"),
