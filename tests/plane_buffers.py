@@ -40,11 +40,12 @@ class Buffers:
         slots = self.tiles * planes.TILE
         if numbers is None:
             numbers = self.rng.standard_normal((*self.lead, self.length, self.size))
-        encoded = planes.encode(planes.rotate(mx.array(np.asarray(numbers, np.float32))))
         codes = self.rng.integers(0, 256, (*self.lead, slots, self.size)).astype(np.uint8)
         scale, zero = np.full((2, *self.lead, slots), np.nan, np.float16)
-        for whole, part in zip((codes, scale, zero), encoded, strict=True):
-            whole[:, :, : self.length] = np.array(part)
+        if self.length:
+            encoded = planes.encode(planes.rotate(mx.array(np.asarray(numbers, np.float32))))
+            for whole, part in zip((codes, scale, zero), encoded, strict=True):
+                whole[:, :, : self.length] = np.array(part)
         return [codes, scale, zero]
 
     def arrays(self, view=FULL):

@@ -55,8 +55,20 @@ def launch_quantspec():
     quantspec.attend(mx.zeros((1, 1, 1, 64)), *Buffers(9, 64, groups=1).arrays(), 9, *FULL, 1.0)  # of 2 statistics
 
 
+def launch_quantspec_store():
+    """Storing, for every head size and type."""
+    for size, dtype in itertools.product(quantspec.SIZES, DTYPES.values()):
+        new = mx.zeros((1, 1, 3, size), dtype)
+        quantspec.store(new, new, *Buffers(9, size, groups=1).arrays(), 9, 0, 0)
+
+
 # Of each file of metal/: all its launches.
-FAMILIES = {"seedlm": launch_seedlm, "seedlm_encode": launch_seedlm_encode, "quantspec": launch_quantspec}
+FAMILIES = {
+    "seedlm": launch_seedlm,
+    "seedlm_encode": launch_seedlm_encode,
+    "quantspec": launch_quantspec,
+    "quantspec_store": launch_quantspec_store,
+}
 
 
 @functools.cache
@@ -95,6 +107,12 @@ def test_every_kernel_keeps_to_its_address_spaces(family):
         ("quantspec", "(threadgroup float* memory, uint rows)", "(device float* memory, uint rows)"),
         ("quantspec", "  const device uint* lower;", "  const uint* lower;"),
         ("quantspec", "const threadgroup float* probabilities", "const device float* probabilities"),
+        ("quantspec_store", "  device uint* out;", "  const device uint* out;"),
+        (
+            "quantspec_store",
+            "threadgroup uchar* codes, threadgroup ushort* scale,",
+            "thread uchar* codes, ushort* scale,",
+        ),
         ("seedlm_encode", "threadgroup uint* pending;", "uint* pending;"),
         ("seedlm_encode", "thread float (&G)[P][P]) {", "float (&G)[P][P]) {"),
         ("seedlm_encode", "device float* maxima,", "constant float* maxima,"),

@@ -8,7 +8,7 @@ import pytest
 
 import metal_on_cpu
 from helpers import HALF, TOLERANCE, assert_close, dtype_name, to_numpy
-from mlxeff.quantspec import metal
+from mlxeff.quantspec import metal, planes
 from plane_buffers import FULL, Buffers, View
 
 # Largest error in float32 of values of size 1 to 4: sums of codes up to 255 steps, and sums of zeros of the other sign.
@@ -180,3 +180,96 @@ def test_the_order_of_threads_changes_nothing_in_attention():
     buffers = Buffers(530, 80)
     got = [to_numpy(attend(buffers, queries_for(buffers, 3, 5), descending=each)) for each in (False, True)]
     assert np.array_equal(*got)
+
+
+# ---- Storing --------------------------------------------------------------------------------------------------------
+
+
+def stored_by_numpy(buffers, keys, values, length):
+    """Buffers that also hold the new keys and values (B, G, S, E), from `length` on: what storing must give."""
+    for encoded, numbers in ((buffers.keys, keys), (buffers.values, values)):
+        for whole, part in zip(encoded, planes.encode(planes.rotate(numbers)), strict=True):
+            whole[:, :, length : length + numbers.shape[2]] = np.array(part)
+    return buffers.arrays()
+
+
+def store_and_compare(buffers, keys, values, view=FULL, **options):
+    """Store new tokens after those of the buffers; every byte of the result must be that of `planes`."""
+    length, firsts = buffers.length, (0, view.first_keys, view.first_values)
+    before = buffers.arrays(view)
+    tiles = metal_on_cpu.run(metal.store, keys, values, *before, length, *firsts[1:], **options)
+    want = stored_by_numpy(buffers, keys, values, length)
+    for got, wanted, first in zip(tiles, want, firsts, strict=True):
+        begin, end = max(length // 16, first), -(-(length + keys.shape[2]) // 16)
+        assert got.shape[2] == max(end - begin, 0)
+        assert np.array_equal(np.array(got), np.array(wanted)[:, :, begin : max(begin, end)])
+
+
+def tokens_for(buffers, count, dtype=mx.float32):
+    shape = (*buffers.lead, count, buffers.size)
+    return [mx.random.normal(shape, key=mx.random.key(count + each)).astype(dtype) for each in (0, 99)]
+
+
+@pytest.mark.parametrize("size", metal.SIZES)
+def test_stored_tiles_are_those_of_the_reference(size):
+    for length, count in [(0, 1), (0, 16), (1, 1), (7, 1), (8, 8), (15, 2), (16, 3), (30, 40)]:
+        buffers = Buffers(length, size, batch=2 if size == 64 else 1, tiles=4)
+        store_and_compare(buffers, *tokens_for(buffers, count))
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
+def test_new_tokens_of_half_precision(dtype):
+    buffers = Buffers(5, 64, tiles=1)
+    store_and_compare(buffers, *tokens_for(buffers, 3, dtype))
+
+
+def test_lower_planes_that_begin_later():
+    for first_keys, first_values in [(0, 2), (2, 0), (3, 3), (4, 9)]:
+        buffers = Buffers(37, 64, tiles=3)
+        store_and_compare(buffers, *tokens_for(buffers, 20), View(first_keys, first_values))
+    buffers = Buffers(37, 64, tiles=0)
+    with pytest.raises(ValueError, match="storing in planes: 20 tokens after 37"):
+        metal.store(*tokens_for(buffers, 20), *buffers.arrays(), 37, 0, 0)
+
+
+def test_groups_of_any_range():
+    buffers = Buffers(3, 64, tiles=1)
+    keys, values = (np.array(each) for each in tokens_for(buffers, 8))
+    for token, factor in enumerate([0, 1e-30, 6e-5, 1e-7, 1e3, 6e4, -1]):
+        keys[:, :, token] *= factor
+        values[:, :, token] *= factor
+    keys[:, :, 7], values[:, :, 7] = 5, np.eye(64)[3] * 1e4  # constant; one number much larger than the others
+    store_and_compare(buffers, mx.array(keys), mx.array(values))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e6])
+def test_numbers_that_float16_does_not_hold_give_scales_that_are_not_finite(value):
+    buffers = Buffers(3, 64, groups=1)
+    keys, values = (np.array(each) for each in tokens_for(buffers, 3))
+    keys[0, 0, 1, 40] = values[0, 0, 1, 0] = value
+    tiles = metal_on_cpu.run(metal.store, mx.array(keys), mx.array(values), *buffers.arrays(), 3, 0, 0)
+    upper = [np.array(tiles[0]), np.array(stored_by_numpy(buffers, mx.array(keys), mx.array(values), 3)[0])]
+    got, want = (np.isfinite(each[0, 0, 0, :128].view(np.float16).reshape(4, 16)[:, :6]) for each in upper)
+    assert np.array_equal(got[:, [0, 1, 2, 3, 5]], want[:, [0, 1, 2, 3, 5]])
+    assert got[:, 5].all()
+    assert not (got[0, 4] and got[1, 4])
+    assert not (got[2, 4] and got[3, 4])
+
+
+@pytest.mark.parametrize("sanitizer", ["address", "thread"])
+def test_sanitizers_find_nothing_in_storing(sanitizer):
+    buffers = Buffers(13, 80, tiles=1)
+    store_and_compare(buffers, *tokens_for(buffers, 5), View(1, 0), sanitizer=sanitizer)
+
+
+def test_what_was_stored_is_attended_to():
+    buffers = Buffers(20, 64, tiles=1)
+    cached, new = buffers.arrays(), tokens_for(buffers, 3)
+    tiles = metal_on_cpu.run(metal.store, *new, *cached, 20, 0, 0)
+    arrays = [
+        mx.concatenate([old[:, :, :1], tile, old[:, :, 2:]], axis=2) for old, tile in zip(cached, tiles, strict=True)
+    ]
+    stored_by_numpy(buffers, *new, 20)
+    buffers.length = 23
+    queries = queries_for(buffers, 1, 3)
+    assert_close(attend(buffers, queries, arrays=arrays), buffers.attention(queries, 0.125), "stored", 0, BOUND)

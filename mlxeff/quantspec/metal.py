@@ -92,6 +92,59 @@ def attend(
     return _launch("quantspec", f"merge_{size}", body, {"sums": sums, "stats": stats}, outputs, grid)[0]
 
 
+def store(
+    keys: mx.array,
+    values: mx.array,
+    upper: mx.array,
+    lower_keys: mx.array,
+    lower_values: mx.array,
+    length: int,
+    first_keys: int,
+    first_values: int,
+) -> tuple[mx.array, mx.array, mx.array]:
+    """The tiles (upper, lower_keys, lower_values) that new keys and values (B, G, S, E) change, which are those of the
+    tokens `length`, `length` + 1, …: positions encoded, not rotated by Hadamard, of any float type. The bytes of other
+    tokens are those of the arrays. For the caller to write back, with t = length // TILE: the first result from tile t
+    on, the others from their tile max(t - first_…, 0) on; a lower plane that has none of these tiles gives an array
+    without tiles. To the bit what `planes.encode` of `planes.rotate` gives. Raises ValueError for arrays without room.
+    """
+    batch, groups, new, size = keys.shape
+    begin, end = length // TILE, -(-(length + new) // TILE)
+    first = {"upper": 0, "lower_keys": first_keys, "lower_values": first_values}
+    begins = {name: max(begin, tile) for name, tile in first.items()}
+    planes = {"upper": upper, "lower_keys": lower_keys, "lower_values": lower_values}
+    room = all(begins[name] >= end or end - first[name] <= plane.shape[2] for name, plane in planes.items())
+    if size not in SIZES or not new or not room:
+        shapes = ", ".join(str(plane.shape) for plane in planes.values())
+        raise ValueError(f"storing in planes: {new} tokens after {length}, heads of {size}, planes {shapes}")
+    numbers = [each.reshape(batch * groups, new, size) for each in (rotate(keys), rotate(values))]
+    words = upper.view(mx.uint32)
+    cached = {"upper": words, "lower_keys": _words(lower_keys, words), "lower_values": _words(lower_values, words)}
+    inputs = {"keys": numbers[0], "values": numbers[1], **cached}
+    inputs["place"] = mx.array([length, first_keys, first_values], mx.int32)
+    outputs = {}
+    for name, plane in planes.items():  # an output needs memory even where it has no tile
+        shape = (batch, groups, max(end - begins[name], 1), plane.shape[3] // 4)
+        outputs[f"new_{name}"] = (shape, mx.uint32)
+    body = f"""
+        threadgroup uchar codes[{2 * TILE * size}];
+        threadgroup ushort scales[{4 * TILE}];
+        uint length = place[0], begin = length / {TILE}, first_keys = place[1], first_values = place[2];
+        store<{size}>(keys, values, length, keys_shape[1],
+            Plane{{upper, new_upper, 0, begin, uint(upper_shape[2]), threadgroups_per_grid.x, {4 * size + 32}}},
+            Plane{{lower_keys, new_lower_keys, first_keys, max(begin, first_keys), uint(lower_keys_shape[2]),
+                begin + threadgroups_per_grid.x - max(begin, first_keys), {2 * size}}},
+            Plane{{lower_values, new_lower_values, first_values, max(begin, first_values),
+                uint(lower_values_shape[2]), begin + threadgroups_per_grid.x - max(begin, first_values), {2 * size}}},
+            codes, scales, threadgroup_position_in_grid.x, threadgroup_position_in_grid.y,
+            simdgroup_index_in_threadgroup, thread_index_in_simdgroup);
+    """
+    grid = ((end - begin) * 128, batch * groups, 1)
+    stored = _launch("quantspec_store", f"store_{size}", body, inputs, outputs, grid)
+    tiles = [max(end - each, 0) for each in begins.values()]
+    return tuple(each.view(mx.uint8)[:, :, :count] for each, count in zip(stored, tiles, strict=True))
+
+
 def _words(plane: mx.array, instead: mx.array) -> mx.array:
     """A lower plane as words; `instead`, which no thread reads there, for one without tiles: a kernel needs memory."""
     return plane.view(mx.uint32) if plane.size else instead

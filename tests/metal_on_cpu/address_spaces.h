@@ -20,6 +20,7 @@ struct Deduced {};
 #define METAL_FUNC inline
 #define MLX_MTL_PRAGMA_UNROLL
 #define INFINITY __builtin_inff()
+#define NAN __builtin_nanf("")
 
 using uchar = unsigned char;
 using ushort = unsigned short;
