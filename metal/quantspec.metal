@@ -92,7 +92,7 @@ inline void multiply_keys(const device float* queries, uint rows, Words keys, Pl
 #pragma unroll
   for (int b = 0; b < B; b++)
 #pragma unroll
-    for (int half = 0; half < 2; half++) sums[b][half] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
+    for (int side = 0; side < 2; side++) sums[b][side] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
   for (uint j = 0; j < E / 8; j++) {
     Matrix left, right[2];
     set(right[0], keys.codes(j * tile_tokens + place.column, place.shift));
@@ -215,8 +215,8 @@ inline void attend_part(const device float* queries, const device uint* upper, c
       multiply_keys<E, B>(queries, rows, Words{words + scale_words, lower, coarse}, place, scored);
     }
 #pragma unroll
-    for (int half = 0; half < 2; half++) {
-      uint token = 8 * half + place.column;
+    for (int side = 0; side < 2; side++) {
+      uint token = 8 * side + place.column;
       float2 steps = 0.0f, zeros = 0.0f;
       if (seen) {
         steps = scale_pair(words, token) * 0.0625f;
@@ -230,7 +230,7 @@ inline void attend_part(const device float* queries, const device uint* upper, c
           bool visible = seen && column <= position && (view.window == 0 || column + view.window > position);
           float score = -INFINITY;
           if (visible)
-            score = scale * fma(steps[e], scored[b][half].thread_elements()[e], zeros[e] * state.query_sum[row]);
+            score = scale * fma(steps[e], scored[b][side].thread_elements()[e], zeros[e] * state.query_sum[row]);
           scores[row * pitch + tile_tokens * simdgroup + token + e] = row < rows ? score : 0.0f;
         }
     }

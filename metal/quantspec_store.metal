@@ -25,15 +25,15 @@ template <int E>
 inline void encode_group(const device float* numbers, threadgroup uchar* codes, threadgroup ushort* scale,
                          threadgroup ushort* zero, uint lane) {
   float low = INFINITY, high = -INFINITY;
-  bool defined = true;
+  bool valid = true;
   for (uint d = lane; d < E; d += 32) {
     low = min(low, numbers[d]);
     high = max(high, numbers[d]);
-    defined = defined && numbers[d] == numbers[d];
+    valid = valid && numbers[d] == numbers[d];
   }
   low = simd_min(low);
   high = simd_max(high);
-  if (simd_max(defined ? 0u : 1u) != 0) low = high = NAN;
+  if (simd_max(valid ? 0u : 1u) != 0) low = high = NAN;
   half stored_scale = half((high - low) * (16.0f / 255.0f)), stored_zero = half(low);
   float step = float(stored_scale) * 0.0625f, base = float(stored_zero);
   for (uint d = lane; d < E; d += 32) {

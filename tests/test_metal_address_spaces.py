@@ -15,7 +15,8 @@ import pytest
 
 import metal_on_cpu
 from metal_on_cpu import MetalError, address_spaces
-from mlxeff import kernels
+from mlxeff import kernels, small_matmul
+from mlxeff.ops import Quantized
 from mlxeff.quantspec import metal as quantspec
 from mlxeff.seedlm import metal, metal_search, search
 from mlxeff.seedlm.format import FORMATS
@@ -62,12 +63,22 @@ def launch_quantspec_store():
         quantspec.store(new, new, *Buffers(9, size, groups=1).arrays(), 9, 0, 0)
 
 
+def launch_small_matmul():
+    """Products of every type and packing, with arrays of fewer than 8 elements and larger ones."""
+    for dtype, (rows, columns, tokens) in itertools.product(DTYPES.values(), [(1, 5, 1), (35, 100, 8)]):
+        small_matmul.small_matmul(mx.zeros((tokens, columns), dtype), mx.zeros((rows, columns), dtype))
+    for dtype, bits, group, rows in itertools.product(DTYPES.values(), (4, 8), (32, 64, 128), (1, 35)):
+        packed = mx.quantize(mx.zeros((rows, 256), dtype), group_size=group, bits=bits)
+        small_matmul.small_matmul(mx.zeros((3, 256), dtype), Quantized(*packed, group, bits))
+
+
 # Of each file of metal/: all its launches.
 FAMILIES = {
     "seedlm": launch_seedlm,
     "seedlm_encode": launch_seedlm_encode,
     "quantspec": launch_quantspec,
     "quantspec_store": launch_quantspec_store,
+    "small_matmul": launch_small_matmul,
 }
 
 
@@ -107,6 +118,7 @@ def test_every_kernel_keeps_to_its_address_spaces(family):
         ("quantspec", "(threadgroup float* memory, uint rows)", "(device float* memory, uint rows)"),
         ("quantspec", "  const device uint* lower;", "  const uint* lower;"),
         ("quantspec", "const threadgroup float* probabilities", "const device float* probabilities"),
+        ("small_matmul", "thread float* values) const {", "float* values) const {"),
         ("quantspec_store", "  device uint* out;", "  const device uint* out;"),
         (
             "quantspec_store",
@@ -197,6 +209,7 @@ def test_a_function_that_is_never_called_is_named():
 @pytest.mark.parametrize(
     ("statement", "message"),
     [
+        ("uint half = 0;", "cannot combine"),
         ("thread float* p = out;", "cannot initialize a variable"),
         ("const thread float* p = few;", "cannot initialize a variable"),
         ("const device float* p = few;", "cannot initialize a variable"),

@@ -35,8 +35,9 @@ using uint8_t = uchar;
 using uint16_t = ushort;
 using uint32_t = uint;
 using uint64_t = ulong;
-using half = _Float16;
-using bfloat = __fp16;  // another type of 16 bits that converts to float
+// Words of the language: no variable has such a name. The second one is another type of 16 bits that converts to float.
+#define half _Float16
+#define bfloat __fp16
 using float16_t = half;
 using bfloat16_t = bfloat;
 
