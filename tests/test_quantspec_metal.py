@@ -56,18 +56,16 @@ def test_attention_of_any_shape(size, heads, tokens):
         check(buffers, queries_for(buffers, heads, tokens), view, window=window)
 
 
-@pytest.mark.parametrize("tokens", range(1, 9))
-def test_a_row_has_the_same_bits_alone_and_among_others(tokens):
-    size, heads, length = 64, 4, 512 + tokens // 2
-    for window in (None, 3):
-        buffers = Buffers(length, size)
-        queries = queries_for(buffers, heads, tokens)
-        together = to_numpy(check(buffers, queries, View(1, 1, 8, 9), window=window))
-        arrays = buffers.arrays(View(1, 1, 8, 9))
-        for row in range(tokens):
-            buffers.length = length - tokens + row + 1
-            alone = attend(buffers, queries[:, :, row : row + 1], View(1, 1, 8, 9), window=window, arrays=arrays)
-            assert np.array_equal(to_numpy(alone)[:, :, 0], together[:, :, row]), f"row {row} of {tokens}"
+@pytest.mark.parametrize(("tokens", "window"), [*zip(range(1, 9), [None, 3] * 4, strict=True), (8, None)])
+def test_a_row_has_the_same_bits_alone_and_among_others(tokens, window):
+    length, view = 512 + tokens // 2, View(1, 1, 8, 9)  # the rows end on both sides of a part's end
+    buffers = Buffers(length, 64)
+    queries, arrays = queries_for(buffers, 4, tokens), buffers.arrays(view)
+    together = to_numpy(check(buffers, queries, view, window=window))
+    for row in range(tokens):
+        buffers.length = length - tokens + row + 1
+        alone = attend(buffers, queries[:, :, row : row + 1], view, window=window, arrays=arrays)
+        assert np.array_equal(to_numpy(alone)[:, :, 0], together[:, :, row]), f"row {row} of {tokens}"
 
 
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
@@ -242,18 +240,18 @@ def test_groups_of_any_range():
     store_and_compare(buffers, mx.array(keys), mx.array(values))
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e6])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e7])
 def test_numbers_that_float16_does_not_hold_give_scales_that_are_not_finite(value):
-    buffers = Buffers(3, 64, groups=1)
+    buffers = Buffers(3, 80, groups=1)  # a head of five blocks: a NaN in one leaves the numbers of the others
     keys, values = (np.array(each) for each in tokens_for(buffers, 3))
     keys[0, 0, 1, 40] = values[0, 0, 1, 0] = value
-    tiles = metal_on_cpu.run(metal.store, mx.array(keys), mx.array(values), *buffers.arrays(), 3, 0, 0)
-    upper = [np.array(tiles[0]), np.array(stored_by_numpy(buffers, mx.array(keys), mx.array(values), 3)[0])]
-    got, want = (np.isfinite(each[0, 0, 0, :128].view(np.float16).reshape(4, 16)[:, :6]) for each in upper)
-    assert np.array_equal(got[:, [0, 1, 2, 3, 5]], want[:, [0, 1, 2, 3, 5]])
-    assert got[:, 5].all()
-    assert not (got[0, 4] and got[1, 4])
-    assert not (got[2, 4] and got[3, 4])
+    new = mx.array(keys), mx.array(values)
+    got = metal_on_cpu.run(metal.store, *new, *buffers.arrays(), 3, 0, 0)
+    for upper in (got[0], stored_by_numpy(buffers, *new, 3)[0]):
+        scales = np.array(upper[0, 0, 0, :128]).view(np.float16).reshape(2, 2, 16)  # kind, scale and zero, token
+        finite = np.isfinite(scales).all(axis=1)
+        assert finite[:, [0, 1, 2, 3, 5]].all()
+        assert not finite[:, 4].any()
 
 
 @pytest.mark.parametrize("sanitizer", ["address", "thread"])
