@@ -15,9 +15,12 @@ import pytest
 
 import metal_on_cpu
 from metal_on_cpu import MetalError, address_spaces
-from mlxeff import kernels
+from mlxeff import kernels, small_matmul
+from mlxeff.ops import Quantized
+from mlxeff.quantspec import metal as quantspec
 from mlxeff.seedlm import metal, metal_search, search
 from mlxeff.seedlm.format import FORMATS
+from plane_buffers import FULL, Buffers
 from test_seedlm_metal import DTYPES, Encoded, activations
 
 METAL = Path(__file__).resolve().parents[1] / "metal"
@@ -43,7 +46,40 @@ def launch_seedlm_encode():
         metal_search.choose(fmt, blocks, table, metal_search.scan(fmt, blocks, table), -2, refine)
 
 
-FAMILIES = {"seedlm": launch_seedlm, "seedlm_encode": launch_seedlm_encode}  # of each file of metal/: all its launches
+def launch_quantspec():
+    """Attention for every head size and number of rows, with one part and with several."""
+    for size, rows, length in itertools.product(quantspec.SIZES, range(8, quantspec.MOST_ROWS + 1, 8), (9, 600)):
+        buffers = Buffers(length, size, groups=1)
+        queries = mx.zeros((1, rows // 8, 8, size))
+        for dtype in DTYPES.values():
+            quantspec.attend(queries.astype(dtype), *buffers.arrays(), length, *FULL, 1.0)
+    quantspec.attend(mx.zeros((1, 1, 1, 64)), *Buffers(9, 64, groups=1).arrays(), 9, *FULL, 1.0)  # of 2 statistics
+
+
+def launch_quantspec_store():
+    """Storing, for every head size and type."""
+    for size, dtype in itertools.product(quantspec.SIZES, DTYPES.values()):
+        new = mx.zeros((1, 1, 3, size), dtype)
+        quantspec.store(new, new, *Buffers(9, size, groups=1).arrays(), 9, 0, 0)
+
+
+def launch_small_matmul():
+    """Products of every type and packing, with arrays of fewer than 8 elements and larger ones."""
+    for dtype, (rows, columns, tokens) in itertools.product(DTYPES.values(), [(1, 5, 1), (35, 100, 8)]):
+        small_matmul.small_matmul(mx.zeros((tokens, columns), dtype), mx.zeros((rows, columns), dtype))
+    for dtype, bits, group, rows in itertools.product(DTYPES.values(), (4, 8), (32, 64, 128), (1, 35)):
+        packed = mx.quantize(mx.zeros((rows, 256), dtype), group_size=group, bits=bits)
+        small_matmul.small_matmul(mx.zeros((3, 256), dtype), Quantized(*packed, group, bits))
+
+
+# Of each file of metal/: all its launches.
+FAMILIES = {
+    "seedlm": launch_seedlm,
+    "seedlm_encode": launch_seedlm_encode,
+    "quantspec": launch_quantspec,
+    "quantspec_store": launch_quantspec_store,
+    "small_matmul": launch_small_matmul,
+}
 
 
 @functools.cache
@@ -79,6 +115,16 @@ def test_every_kernel_keeps_to_its_address_spaces(family):
         ("seedlm", "(threadgroup Entry* tables", "(device Entry* tables"),
         ("seedlm", "const threadgroup Entry* tables", "const constant Entry* tables"),
         ("seedlm", "uint cols, threadgroup float* tile", "uint cols, thread float* tile"),
+        ("quantspec", "(threadgroup float* memory, uint rows)", "(device float* memory, uint rows)"),
+        ("quantspec", "  const device uint* lower;", "  const uint* lower;"),
+        ("quantspec", "const threadgroup float* probabilities", "const device float* probabilities"),
+        ("small_matmul", "thread float* values) const {", "float* values) const {"),
+        ("quantspec_store", "  device uint* out;", "  const device uint* out;"),
+        (
+            "quantspec_store",
+            "threadgroup uchar* codes, threadgroup ushort* scale,",
+            "thread uchar* codes, ushort* scale,",
+        ),
         ("seedlm_encode", "threadgroup uint* pending;", "uint* pending;"),
         ("seedlm_encode", "thread float (&G)[P][P]) {", "float (&G)[P][P]) {"),
         ("seedlm_encode", "device float* maxima,", "constant float* maxima,"),
@@ -163,6 +209,7 @@ def test_a_function_that_is_never_called_is_named():
 @pytest.mark.parametrize(
     ("statement", "message"),
     [
+        ("uint half = 0;", "cannot combine"),
         ("thread float* p = out;", "cannot initialize a variable"),
         ("const thread float* p = few;", "cannot initialize a variable"),
         ("const device float* p = few;", "cannot initialize a variable"),

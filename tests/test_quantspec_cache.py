@@ -146,7 +146,7 @@ def test_the_native_store_is_the_plain_one(kind, head_size, heads, groups, windo
     assert np.abs(got - want).max() < 0.1 * want.std()
     assert np.abs(got - want).mean() < 5e-4 * want.std()
     full, _ = logits(model, None, chunks, batch=2)
-    bound = {"int8": 0.005, "k8v4": 0.05, "int4": 0.1}[kind]
+    bound = {"int8": 0.02, "k8v4": 0.05, "int4": 0.1}[kind]
     assert 0 < np.abs(got - full).mean() < bound * full.std()
 
 

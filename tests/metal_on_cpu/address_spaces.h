@@ -20,6 +20,7 @@ struct Deduced {};
 #define METAL_FUNC inline
 #define MLX_MTL_PRAGMA_UNROLL
 #define INFINITY __builtin_inff()
+#define NAN __builtin_nanf("")
 
 using uchar = unsigned char;
 using ushort = unsigned short;
@@ -34,8 +35,9 @@ using uint8_t = uchar;
 using uint16_t = ushort;
 using uint32_t = uint;
 using uint64_t = ulong;
-using half = _Float16;
-using bfloat = __fp16;  // another type of 16 bits that converts to float
+// Words of the language: no variable has such a name. The second one is another type of 16 bits that converts to float.
+#define half _Float16
+#define bfloat __fp16
 using float16_t = half;
 using bfloat16_t = bfloat;
 
