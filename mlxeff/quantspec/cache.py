@@ -132,7 +132,8 @@ class PlaneLayer:
 
     def rewind(self, length: int) -> int:
         """Drop all tokens after the first `length`. Where the lower halves of the tokens that are then the newest are
-        gone, the tokens after the last multiple of 64 are dropped too: the caller computes them again."""
+        gone, the tokens after the last multiple of 64 are dropped too: the caller computes them again. Those before
+        stay in 4 bits, though some of them would be in 8 had no tokens been dropped."""
         self.length = min(self.length, length)
         if any(self.length < first * TILE for first in self._first.values()):
             tiles = self.length // TILE // GRAIN * GRAIN
