@@ -2,13 +2,17 @@
 where there is none. Costs some 20 seconds there: most of it compiles a dozen instances of the kernels.
 """
 
+import contextlib
+
 import mlx.core as mx
 import numpy as np
 import pytest
 
 import metal_on_cpu
 from helpers import HALF, TOLERANCE, assert_close, dtype_name, to_numpy
-from mlxeff.quantspec import metal, planes
+from mlxeff import RunOptions, kernels
+from mlxeff.cache import LayerShape
+from mlxeff.quantspec import cache, metal, planes
 from plane_buffers import FULL, Buffers, View
 
 # Largest error in float32 of values of size 1 to 4: sums of codes up to 255 steps, and sums of zeros of the other sign.
@@ -271,3 +275,25 @@ def test_what_was_stored_is_attended_to():
     buffers.length = 23
     queries = queries_for(buffers, 1, 3)
     assert_close(attend(buffers, queries, arrays=arrays), buffers.attention(queries, 0.125), "stored", 0, BOUND)
+
+
+@pytest.mark.parametrize(("kind", "view"), [("int8", "full"), ("int8", "draft"), ("int4", "full"), ("k8v4", "full")])
+def test_the_cache_on_a_gpu(monkeypatch, kind, view):
+    """A prompt, a draft of three tokens of which one stays, and single tokens: the cache has the same bytes as on a
+    CPU, and attention gives the same."""
+    found = []
+    for gpu in (False, True):
+        monkeypatch.setattr(cache, "on_gpu", lambda gpu=gpu: gpu)
+        layer, outputs, rng = cache.PlaneLayer(LayerShape(2, 64), kind), [], np.random.default_rng(6)
+        with metal_on_cpu.emulated() if gpu and not kernels.has_metal() else contextlib.nullcontext():
+            for count, kept in ((150, 150), (3, 1), (1, 1), (1, 1)):
+                queries = mx.array(rng.standard_normal((1, 6, count, 64)).astype(np.float32))
+                keys, values = (mx.array(rng.standard_normal((1, 2, count, 64)).astype(np.float32)) for _ in range(2))
+                length = layer.length
+                outputs.append(np.array(layer.attend(queries, keys, values, 0.125, RunOptions(view=view))))
+                layer.rewind(length + kept)
+        found.append((outputs, layer))
+    for plain, metal_ in zip(found[0][0], found[1][0], strict=True):
+        assert np.abs(plain - metal_).max() < 2e-3
+    for name, buffer in found[0][1]._buffers.items():
+        assert mx.array_equal(buffer, found[1][1]._buffers[name]), name

@@ -13,11 +13,12 @@ from collections.abc import Callable
 
 import mlx.core as mx
 
+from .. import kernels
 from ..cache import LayerShape
 from ..errors import MlxeffError, notices
 from ..ops import attention
 from ..running import DRAFT_VIEW, EXACT, FULL_VIEW, RunOptions
-from . import planes
+from . import metal, planes
 from .planes import TILE
 
 HEAD_SIZES = (64, 80, 96, 128)
@@ -67,14 +68,20 @@ class PlaneLayer:
     def attend(
         self, queries: mx.array, keys: mx.array, values: mx.array, scale: float, options: RunOptions = EXACT
     ) -> mx.array:
-        """See `Layer.attend`. All tokens are decoded to float32 for each call, which a notice says once."""
-        if PlaneLayer._silent:
-            PlaneLayer._silent = False
-            notices.warning("KV cache %s: decoded anew at each step, slow: only the CPU kernels read it", self.storage)
+        """See `Layer.attend`. On a GPU a Metal kernel reads the planes for few tokens; else all tokens are decoded to
+        float32 for each call, and a notice says once where that makes decoding slow."""
         batch, heads, new, size = keys.shape
         read = self.room(new, (batch, heads, size), view=options.view)
+        integers = {name: value for name, value in read.items() if name not in self._buffers}
         self.append(keys, values)
-        held = (self._rotated(part, read[f"coarse_{part}"]) for part in PARTS)
+        if on_gpu() and new * queries.shape[1] // heads <= metal.MOST_ROWS:
+            return metal.attend(
+                queries, **self._buffers, length=self.length, **integers, scale=scale, window=self.window
+            )
+        if PlaneLayer._silent and not on_gpu():
+            PlaneLayer._silent = False
+            notices.warning("KV cache %s: decoded anew at each step, slow: the native kernels read it", self.storage)
+        held = (self._rotated(part, integers[f"coarse_{part}"]) for part in PARTS)
         out = attention(planes.rotate(queries), *held, scale, self.window)
         return planes.rotate(out).astype(queries.dtype)
 
@@ -82,6 +89,9 @@ class PlaneLayer:
         """Store keys and values (B, G, S, E) of new tokens."""
         batch, heads, new, size = keys.shape
         self.room(new, (batch, heads, size))
+        if on_gpu():
+            self._store(keys, values)
+            return
         at = SCALES
         for index, (part, rows) in enumerate(zip(PARTS, (keys, values), strict=True)):
             codes, scale, zero = planes.encode(planes.rotate(rows))
@@ -91,6 +101,15 @@ class PlaneLayer:
             self._write(f"lower_{part}", 0, codes & 15, PACK[part], UNPACK[part], self._first[part])
             at += TILE // 2 * size
         self.length += new
+
+    def _store(self, keys: mx.array, values: mx.array) -> None:
+        """As `append`, by the Metal kernel."""
+        firsts = {f"first_{part}": first for part, first in self._first.items()}
+        changed = metal.store(keys, values, **self._buffers, length=self.length, **firsts)
+        for (name, buffer), tiles in zip(self._buffers.items(), changed, strict=True):
+            start = max(self.length // TILE - firsts.get(f"first_{name.removeprefix('lower_')}", 0), 0)
+            buffer[:, :, start : start + tiles.shape[2]] = tiles
+        self.length += keys.shape[2]
 
     def state(self) -> tuple[mx.array, mx.array]:
         """The keys and values of all cached tokens in the highest precision that is kept, (B, G, T, E), float32."""
@@ -232,6 +251,11 @@ class PlaneLayer:
         middle = mx.full((*codes.shape[:2], coarse, *codes.shape[3:]), planes.MIDDLE)
         decoded = planes.decode(codes + mx.concatenate([middle, low.astype(mx.float32)], axis=2), scale, zero)
         return decoded.reshape(*decoded.shape[:2], -1, decoded.shape[-1])[:, :, : self.length]
+
+
+def on_gpu() -> bool:
+    """Whether the Metal kernels run."""
+    return kernels.device() == "gpu" and kernels.has_metal()
 
 
 def _as_bytes(rows: mx.array) -> mx.array:
