@@ -5,8 +5,10 @@
 
 quality   perplexity, KL divergence from the model with a float32 cache and equal first choices, on the tokens after
           the first 512 of windows of `data/jargon-validation.txt`, teacher-forced 16 at a time
-speed     milliseconds for one decoded token after some numbers of cached ones. The kinds take turns, each with a cache
-          of its own, of which the decoded tokens are dropped again
+speed     milliseconds for one decoded token after some numbers of cached ones. The kinds take turns, each with a
+          cache of its own, of which the decoded tokens are dropped again
+answers   greedy answers of 64 tokens to 64 prompts of 300 tokens: the share that is the float32 cache's, and the share
+          of tokens before the first other one
 """
 
 import argparse
@@ -25,9 +27,11 @@ from distributions import compare, means
 from mlxeff import hub, kernels
 from mlxeff.assembly.model import load_path
 from mlxeff.bench.tables import card_lines, table
-from mlxeff.decode import prefill
+from mlxeff.cache import common_prefix
+from mlxeff.decode import decode, prefill
 from mlxeff.models.decoder import DecoderModel
 from mlxeff.ops import log_softmax
+from mlxeff.sampling import make_sampler
 from peers import card
 from places import TEXT
 
@@ -35,6 +39,7 @@ SECTION = "kv-cache"  # of RESULTS.md
 KINDS = ("float32", "float16", "int8", "k8v4", "int4")
 PROMPT, WINDOW, CHUNK = 512, 2048, 16  # tokens
 STEPS = 24  # decoded tokens of a round
+ASKED, ANSWER = 300, 64  # tokens of a prompt and of its answer
 STEP_SIZE = 512  # of the prefill
 
 
@@ -79,6 +84,22 @@ def speed(model, ids: list[int], depths: list[int], rounds: int) -> list[dict]:
     return samples
 
 
+def answers(model, ids: list[int], prompts: int) -> dict:
+    """Kind → shares of equal answers and of tokens before the first difference."""
+    found = {kind: [] for kind in KINDS}
+    for start in range(0, prompts * ASKED, ASKED):
+        for kind in KINDS:
+            held = model.new_cache(kind)
+            logits = prefill(model, held, mx.array(ids[start : start + ASKED]), STEP_SIZE)
+            found[kind].append([step.token for step in decode(model, held, logits, make_sampler(), max_tokens=ANSWER)])
+    shares = {}
+    for kind, given in found.items():
+        pairs = list(zip(given, found["float32"], strict=True))
+        same = [common_prefix(*pair) / ANSWER for pair in pairs]
+        shares[kind] = {"same": float(np.mean([share == 1 for share in same])), "tokens": float(np.mean(same))}
+    return shares
+
+
 def text(document: dict) -> str:
     """The table, in Markdown."""
     samples, rows = document["samples"], []
@@ -91,9 +112,19 @@ def text(document: dict) -> str:
         found, base = document["quality"][kind], document["quality"]["float32"]["bytes"]
         speeds = [f"{1e3 / middle(kind, depth):.0f}" for depth in depths]
         exact = kind == "float32"
-        change = ["", ""] if exact else [f"{found['kl']:.1e}", f"{found['agreement']:.2%}"]
+        change = ["", "", ""] if exact else [f"{found['kl']:.1e}", f"{found['agreement']:.2%}"]
+        if not exact:
+            change.append(f"{document['answers'][kind]['same']:.0%}")
         rows.append([kind, f"{found['bytes'] / base:.3f}", f"{found['perplexity']:.3f}", *change, *speeds])
-    header = ["kind", "bytes", "perplexity", "KL", "same first token", *(f"tok/s @{depth}" for depth in depths)]
+    header = [
+        "kind",
+        "bytes",
+        "perplexity",
+        "KL",
+        "same first token",
+        "same answers",
+        *(f"tok/s @{depth}" for depth in depths),
+    ]
     return table(header, rows)
 
 
@@ -129,7 +160,8 @@ def run(
 def measured(model: DecoderModel, ids: list[int], options: argparse.Namespace) -> dict:
     """The document without its card."""
     samples = speed(model, ids, options.depths, options.rounds)
-    return {"samples": samples, "quality": quality(model, ids, options.windows)}
+    quality_ = quality(model, ids, options.windows)
+    return {"samples": samples, "quality": quality_, "answers": answers(model, ids, options.prompts)}
 
 
 def main() -> None:
@@ -137,6 +169,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=4)
     parser.add_argument("--depths", type=int, nargs="+", default=[1024, 4096, 7800])
     parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--prompts", type=int, default=64)
     run(parser, SECTION, text, measured)
 
 

@@ -14,6 +14,7 @@ def model(monkeypatch):
     monkeypatch.setattr(kv_cache, "PROMPT", 40)
     monkeypatch.setattr(kv_cache, "WINDOW", 300)
     monkeypatch.setattr(kv_cache, "STEPS", 3)
+    monkeypatch.setattr(kv_cache, "ASKED", 100)
     made = random_model(CONFIG | {"head_dim": 64, "max_position_embeddings": 1024}, seed=1)
     made.use_native()
     return made
@@ -31,7 +32,10 @@ def test_numbers_and_table(model):
     samples = kv_cache.speed(model, IDS, [200, 100], 2)
     assert len(samples) == 2 * 2 * len(kv_cache.KINDS)
     assert {len(sample["ms"]) for sample in samples} == {3}
-    table = kv_cache.text({"quality": found, "samples": samples}).splitlines()
+    given = kv_cache.answers(model, IDS, 2)
+    assert given["float32"] == {"same": 1, "tokens": 1}
+    assert all(0 <= shares["same"] <= shares["tokens"] <= 1 for shares in given.values())
+    table = kv_cache.text({"quality": found, "samples": samples, "answers": given}).splitlines()
     assert [line.split(" | ")[0].strip("| ") for line in table[2:]] == list(kv_cache.KINDS)
     assert "tok/s @100 | tok/s @200" in table[0]
 
@@ -40,5 +44,6 @@ def test_the_table_takes_medians():
     samples = [{"kind": kind, "depth": 8, "ms": [10.0, 500.0, 20.0]} for kind in kv_cache.KINDS]
     quality = {kind: {"bytes": 50, "perplexity": 2.0, "kl": 0.5, "agreement": 0.25} for kind in kv_cache.KINDS}
     quality["float32"]["bytes"] = 100
-    lines = kv_cache.text({"quality": quality, "samples": samples}).splitlines()
-    assert lines[-1] == "| int4 | 0.500 | 2.000 | 5.0e-01 | 25.00% | 50 |"
+    given = {kind: {"same": 0.75, "tokens": 0.9} for kind in kv_cache.KINDS}
+    lines = kv_cache.text({"quality": quality, "samples": samples, "answers": given}).splitlines()
+    assert lines[-1] == "| int4 | 0.500 | 2.000 | 5.0e-01 | 25.00% | 75% | 50 |"

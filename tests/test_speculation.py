@@ -499,3 +499,45 @@ def test_a_session_keeps_one_cache_over_turns(folder):
             found.append((answer, session.reused))
         answers.append(found)
     assert answers[0] == answers[1]
+
+
+@pytest.mark.slow
+def test_with_kv_prediction_on_real_weights(smollm2_gguf):
+    """A predicted prompt in the planes, then drafts on them: the answer without drafts. And a long answer to a prompt
+    that is read by the model itself."""
+    text = "The quick brown fox jumps over the lazy dog, and the dog sleeps on. " * 12
+    pair = ("--kv-predict", "smollm2-135m-0-21:keep=8")
+    for arguments in ((text, "--max-tokens", 40, *pair), ("Write a story about a fox.", "--max-tokens", 160)):
+        want = document(smollm2_gguf, *arguments, "--kv-cache", "int8")
+        got = document(smollm2_gguf, *arguments, "--quantspec", "--num-draft-tokens", 4)
+        assert got["token_ids"] == want["token_ids"]
+        assert got["timings"]["quantspec"]["acceptance"] > 0.7
+        if pair[0] in arguments:
+            assert got["timings"]["kv_prediction"]["predicted_tokens"] > 100
+
+
+def test_with_seeds(folder, tmp_path):
+    """Seed-encoded weights draft for themselves; the prompt's planes come from a file."""
+    from mlxeff.convert import convert
+
+    convert(str(folder), tmp_path / "seeds", seedlm="4", data_free=True)
+    stored = ("--prompt-cache", tmp_path / "cache.safetensors")
+    arguments = (TEXT, "--raw", "--max-tokens", 30)
+    want = document(tmp_path / "seeds", *arguments, "--kv-cache", "int8")
+    for reused in (0, len(want["prompt_token_ids"]) - 1):
+        got = document(tmp_path / "seeds", *arguments, *stored, "--quantspec", "--num-draft-tokens", 3)
+        assert got["token_ids"] == want["token_ids"]
+        assert got["timings"]["reused_tokens"] == reused
+        assert got["timings"]["kv_dtype"] == "int8"
+
+
+def test_ids_without_a_row_are_not_drafted(model):
+    """A draft model with more rows than the model: the rows that only the draft has are left out."""
+    config = CONFIG | SIZES | {"vocab_size": CONFIG["vocab_size"] + 64}
+    wide = random_model(config, seed=4, scale=0.15)
+    wide.use_native()
+    drafter = ModelDraft(wide, vocabulary=model.vocab_size)
+    for sampler in (make_sampler(), make_sampler(1.5)):
+        drafted = drafter.propose(PROMPT, 7, model.new_cache(), sampler, ())
+        assert max(drafted.tokens.tolist()) < model.vocab_size
+    assert drafted.rows.shape == (7, model.vocab_size)

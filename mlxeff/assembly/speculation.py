@@ -58,9 +58,8 @@ def draft_model(setup: "Setup", base: "Loaded", name: str, offline: bool = False
     path = hub.resolve(name, offline=offline)
     loaded = load_path(path, dict.fromkeys(base.ignored))
     _check_tokens(loaded, base, name)
-    return replace(
-        setup, following=_speculation(ModelDraft(loaded.model), "draft_model", base, loaded.fingerprint, fixed)
-    )
+    drafter = ModelDraft(loaded.model, vocabulary=base.model.vocab_size)
+    return replace(setup, following=_speculation(drafter, "draft_model", base, loaded.fingerprint, fixed))
 
 
 def prompt_lookup(setup: "Setup", base: "Loaded", fixed: int | None = None) -> "Setup":

@@ -69,11 +69,17 @@ class LookupDraft:
 
 
 class ModelDraft:
-    """Drafts of a model. With `lookup`, the model does not compute each token of a draft in a pass of its own: it
-    verifies what the lookup proposes, several tokens at once."""
+    """Drafts of a model, of its first `vocabulary` tokens (None: of all). With `lookup`, the model does not compute
+    each token of a draft in a pass of its own: it verifies what the lookup proposes, several tokens at once."""
 
-    def __init__(self, model: Model, options: RunOptions = EXACT, lookup: LookupDraft | None = None):
-        self.model, self.options, self.lookup = model, options, lookup
+    def __init__(
+        self,
+        model: Model,
+        options: RunOptions = EXACT,
+        lookup: LookupDraft | None = None,
+        vocabulary: int | None = None,
+    ):
+        self.model, self.options, self.lookup, self.vocabulary = model, options, lookup, vocabulary
         self._cache: Cache | None = None
         self._held: list[int] = []  # the tokens in the cache
 
@@ -109,7 +115,7 @@ class ModelDraft:
         while len(tokens) < most:
             guess, unread = self.lookup.propose(seen, most - len(tokens) - 1), seen[cache.length :]
             asked = mx.concatenate([mx.array(unread, mx.uint32), guess.tokens])
-            logits = self.model(asked[None], cache, self.options)[0, len(unread) - 1 :]
+            logits = self.model(asked[None], cache, self.options)[0, len(unread) - 1 :, : self.vocabulary]
             found = verify(logits, guess, sampler, processors, mx.array(seen) if processors else None)
             seen += found.tokens
             tokens += found.tokens
@@ -125,7 +131,7 @@ class ModelDraft:
         asked, tokens, rows = mx.array(text[cache.length :], mx.uint32), [], []
         history, on_cpu = mx.array(text) if processors else None, device() == "cpu"
         for _ in range(most):
-            logits = self.model.last_logits(asked[None], cache, self.options)
+            logits = self.model.last_logits(asked[None], cache, self.options)[:, : self.vocabulary]
             logprobs = processed(logits, processors, history)
             asked = sampler(logprobs).astype(mx.uint32)
             tokens.append(asked)
