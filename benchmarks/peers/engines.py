@@ -4,9 +4,13 @@ code that computes.
 
 A job names the `path` of the model, `threads`, `context` (tokens at most) and `options` of the arm. A class imports its
 engine itself, so that this module runs in mlxeff's environment and in the peers'.
+
+    python -m peers.engines JOB        writes the logits of the job's `pieces` to its file `logits`
 """
 
 import ctypes
+import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -47,7 +51,7 @@ class Mlxeff:
 
 
 class MlxLm:
-    """mlx-lm's own generator."""
+    """mlx-lm's own generator. The option `kv_bits` quantises the KV cache, from the first token on."""
 
     def __init__(self, job: dict):
         import mlx.core as mx
@@ -55,12 +59,14 @@ class MlxLm:
 
         mx.set_default_device(mx.cpu)
         self.model, self.note = load_model(Path(job["path"]))[0], "mlx"
+        self.kv_bits = job.get("options", {}).get("kv_bits")
 
     def generate(self, ids: list[int], count: int):
         import mlx.core as mx
         from mlx_lm.generate import generate_step
 
-        for token, _ in generate_step(mx.array(ids), self.model, max_tokens=count):
+        cache = {"kv_bits": self.kv_bits, "quantized_kv_start": 0}
+        for token, _ in generate_step(mx.array(ids), self.model, max_tokens=count, **cache):
             yield int(token)
 
     def logits(self, pieces: list[list[int]]) -> np.ndarray:
@@ -73,7 +79,8 @@ class MlxLm:
 
 
 class LlamaCpp:
-    """libllama through the low-level bindings of llama-cpp-python; timing is around `llama_decode`."""
+    """libllama through the low-level bindings of llama-cpp-python; timing is around `llama_decode`. The option `kv` is
+    the type of the KV cache, as in "q8_0"; "f16" where it is absent."""
 
     def __init__(self, job: dict):
         import llama_cpp.llama_cpp as library
@@ -98,6 +105,8 @@ class LlamaCpp:
         parameters.n_ctx = parameters.n_batch = job["context"]
         parameters.n_threads = parameters.n_threads_batch = job["threads"]
         parameters.flash_attn_type = int(job["options"]["flash_attention"])
+        kind = getattr(self.library, f"GGML_TYPE_{job['options'].get('kv', 'f16').upper()}")
+        parameters.type_k = parameters.type_v = kind
         parameters.offload_kqv = parameters.op_offload = False
         return parameters
 
@@ -188,3 +197,14 @@ class Torch:
 
 
 ENGINES = {"mlxeff": Mlxeff, "mlx-lm": MlxLm, "llama.cpp": LlamaCpp, "xllamacpp": Xllamacpp, "torch": Torch}
+
+
+def write_logits(job: dict) -> dict:
+    """Write the logits (S, V) of the job's `pieces` of one text to its file `logits`."""
+    engine = ENGINES[job["engine"]](job)
+    np.save(job["logits"], engine.logits(job["pieces"]))
+    return {"note": engine.note}
+
+
+if __name__ == "__main__":
+    print(json.dumps(write_logits(json.loads(sys.argv[1]))))
