@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 WEIGHTS = ("auto", "shared", "q4")  # of QuantSpec's draft, see `quantspec`
 BITS, GROUP = 4, 64  # of the draft's copy of the weights
-FEW_BITS = 5.5  # bits a weight up to which a model drafts with its own weights
+FEW_BITS = 6.5  # bits a weight up to which a model drafts with its own weights
 KIND = "int8"  # of the KV cache that has a view for drafts
 KEPT = 64  # models in the file of costs
 

@@ -350,7 +350,7 @@ SWITCHED: Sequence[Switched] = (
                 "--draft-weights",
                 choices=("auto", "shared", "q4"),
                 help="weights of QuantSpec's draft: the model's own, or a copy in 4 bits (auto: a copy of weights that "
-                "have more than 5.5 bits)",
+                "have more than 6.5 bits)",
             ),
             option(
                 "--num-draft-tokens",
