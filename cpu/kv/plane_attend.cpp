@@ -98,7 +98,7 @@ static void weigh(const Part& x, int64_t r) {
     return;
   }
   const vf inverse = broadcast(largest_integer / peak);
-  vf errors[2][tile_tokens / VL] = {};  // of the tiles with even and with odd numbers
+  vf errors[2][tile_tokens / VL] = {};  // of the next tile and of the one after it
   vi sums[2] = {};
   for (int64_t t = 0; t < count; t += tile_tokens)
     for (int i = 0; i < tile_tokens / VL; ++i) {
@@ -119,7 +119,7 @@ struct Tiles {
 static void find_tiles(const PlaneArgs& a, int64_t task, Tiles* tiles) {
   const int64_t first = (a.first_part + task % a.parts) * plane_part_tiles;
   const int64_t seen = a.sizes.window > 0 ? max_of(0, a.span.position(0) + 1 - a.sizes.window) / tile_tokens : 0;
-  tiles->begin = max_of(first, seen / 2 * 2);  // even: see weigh
+  tiles->begin = max_of(first, seen);
   tiles->count = min_of(first + plane_part_tiles, ceil_div(a.span.end, tile_tokens)) - tiles->begin;
   for (int64_t i = 0; i < plane_part_tiles; ++i)
     tiles->tile[i] =
