@@ -152,7 +152,7 @@ def test_layers_that_do_not_fit(path, value, message):
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        (("kind",), "paged", "unknown kind 'paged', known are dense, int8, int4, k8v4"),
+        (("kind",), "paged", "unknown kind 'paged', known are dense, planes"),
         (("values",), ..., "missing values"),
         (("scales",), mx.ones(1), "unknown scales"),
         (("values",), 1, "values: wanted an mlx array, got int"),

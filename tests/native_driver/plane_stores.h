@@ -55,7 +55,7 @@ inline void check_plane_attend(const AttentionCase& c, const PlaneView& view, fl
     CHECK(store.fits({c.B, c.S, c.T}) && !store.fits({c.B, c.S, 16 * arrays.tiles + 1}));
     Matrix attended(rows, c.H * c.E);
     run_attend(store, {c.B, c.S, c.T}, sizes, queries, attended);
-    attended.check("planes attend", 8e-5 * std::max(1.0, double(logits)), want);
+    attended.check("planes attend", 2e-4 * std::max(1.0, double(logits)), want);
     if (!few) return;  // the dense kernels, for many rows, do not promise the bits
     const Matrix& before = first.emplace(mlxeff_isa(), attended).first->second;
     for (int64_t r = 0; r < rows; ++r) CHECK(same_bits(before, r, attended, r));
@@ -84,7 +84,7 @@ inline void check_plane_sums(int64_t tokens, float logits) {
     mlxeff::PlaneKv store(arrays.planes());
     Matrix attended(c.S, c.H * c.E);
     run_attend(store, {1, c.S, tokens}, sizes, queries, attended);
-    attended.check("sums of planes", logits != 0 ? 3e-6 : 1e-5, [&](int64_t r, int64_t column) {
+    attended.check("sums of planes", logits != 0 ? 5e-6 : 4e-5, [&](int64_t r, int64_t column) {
       const int64_t seen = tokens - c.S + r + 1;
       double total = 0;
       for (int64_t t = 0; t < seen; ++t) total += values.at(t, column % c.E);
