@@ -9,8 +9,8 @@ namespace MLXEFF_ISA {
 
 constexpr float upper_middle = 7.5f / 16.0f;  // of a scale: the middle of the numbers with the same upper half
 
-// Computes the partial results of one task. Returns false if memory is exhausted.
-bool attend_part(const PlaneArgs& args, int64_t task);
+// Computes the partial results of tasks [begin, end). Returns false if memory is exhausted.
+bool attend_parts(const PlaneArgs& args, int64_t begin, int64_t end);
 
 // Merges the parts of output row `row` of B * S * H.
 void merge_row(const PlaneArgs& args, int64_t row);

@@ -75,12 +75,6 @@ static void put(const Planes& planes, int64_t size, int64_t head, int64_t token,
   }
 }
 
-static bool attend(const PlaneArgs& a, int64_t begin, int64_t end) {
-  for (int64_t task = begin; task < end; ++task)
-    if (!attend_part(a, task)) return false;
-  return true;
-}
-
 void merge_row(const PlaneArgs& a, int64_t row) {
   const int64_t E = a.sizes.size;
   float peak = -INFINITY, total = 0.0f;
@@ -155,7 +149,7 @@ static void dequantise(const PlaneArgs& a, int64_t head, int64_t tile, float* ke
 }
 
 const PlaneKernels& plane_kernels() {
-  static const PlaneKernels table = {rotate_row, encode, put, attend, merge, dequantise};
+  static const PlaneKernels table = {rotate_row, encode, put, attend_parts, merge, dequantise};
   return table;
 }
 

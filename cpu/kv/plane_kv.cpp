@@ -108,7 +108,9 @@ int PlaneKv::attend_few(Team& team, const Queries& queries, float* workspace) co
   args.queries = queries.queries, args.attended = queries.attended, args.partial = workspace;
   const PlaneKernels& kernels = MLXEFF_DISPATCH(plane_kernels);
   bool failed = false;
-  team.for_chunks(span.batch * sizes.groups * args.parts, 1, [&](int64_t begin, int64_t end) {
+  const int64_t tasks = span.batch * sizes.groups * args.parts;
+  // Several tasks at a time, since what one reads is prefetched during the one before.
+  team.for_chunks(tasks, max_of(1, tasks / (4 * team.count)), [&](int64_t begin, int64_t end) {
     if (!kernels.attend(args, begin, end)) failed = true;
   });
   if (args.parts > 1)

@@ -29,8 +29,10 @@ struct PlaneGroup {
     mlxeff::from_float(low, half + 1);
     scale = mlxeff::to_float(half[0]), zero = mlxeff::to_float(half[1]);
     const float width = scale / 16;
-    for (size_t e = 0; e < x.size() && width > 0; ++e)
-      codes[e] = int(std::min(std::max(std::nearbyint((x[e] - zero) / width), 0.0f), 255.0f));
+    for (size_t e = 0; e < x.size() && width > 0; ++e) {
+      const float code = std::nearbyint((x[e] - zero) / width);
+      if (code > 0) codes[e] = int(std::min(code, 255.0f));  // NaN gives 0
+    }
   }
 };
 
