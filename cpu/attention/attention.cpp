@@ -6,9 +6,10 @@
 // The query at position i of S sees the keys 0 ... T - S + i, and only the last `window` of these if a window is given.
 // A NaN in a query, or in a key or value that the query sees, makes the output row of the query NaN. A NaN in a query
 // or key affects no other row. A NaN in a value also affects earlier queries that are computed in the same tile,
-// because their weight 0 times NaN is NaN. Decode splits the keys into parts if there are more threads than batches
-// times groups. The split depends on the number of threads, so results with different thread counts agree up to
-// rounding but not bit for bit.
+// because their weight 0 times NaN is NaN. Keys are split into parts if there are few batches and groups for the number
+// of threads, so results with different thread counts agree up to rounding but not bit for bit. In the few-row kernel
+// blocks and parts of keys begin at multiples of their size, whatever T and S are. A query therefore has the same
+// output bits alone and beside later ones.
 #include "attention/attention_kernels.h"
 
 #include <atomic>
@@ -21,6 +22,7 @@ namespace {
 constexpr int64_t rows_per_task = 192;  // target rows of a blocked task, which share its packed K and V
 constexpr int64_t smallest_part = 256;  // in keys; a smaller part costs more to merge than it saves
 constexpr int64_t part_step = 128;      // the number of keys in a part is a multiple of this
+constexpr int64_t draft = 8;            // queries that the few-row kernel takes, however many heads share a key
 
 // The largest number of rows in a group for which the few-row kernel (attention_decode.cpp) runs. That kernel converts
 // keys and values once for each tile of rows; the blocked kernel converts them once for all rows, but must also pack
@@ -61,7 +63,7 @@ int check(const AttentionArgs* a) {
 AttentionPlan plan_attention(const AttentionArgs& a, int threads) {
   AttentionPlan plan = {};
   const int64_t R = a.H / a.G;
-  plan.decode = a.S * R <= decode_rows(a);
+  plan.decode = a.S * R <= decode_rows(a) || (a.S <= draft && a.T > a.S);
   plan.block = plan.decode ? a.S : min_of(a.S, max_of(8, ceil_div(rows_per_task, R)));
   // Use several blocks per thread: blocks at later positions see more keys and take longer, and more blocks balance the
   // load.
@@ -69,11 +71,12 @@ AttentionPlan plan_attention(const AttentionArgs& a, int threads) {
     plan.block = ceil_div(plan.block, 2);
   plan.blocks = ceil_div(a.S, plan.block);
   plan.first_key = visible_keys(a, 0).first;
+  if (plan.decode) plan.first_key -= plan.first_key % smallest_part;
   const int64_t keys = a.T - plan.first_key, tasks = a.B * a.G * plan.blocks;
+  const bool split = threads > 1 && tasks > 0 && tasks < 4 * threads;
   plan.parts = 1;
-  if (threads > 1 && tasks > 0 && tasks < 4 * threads)
-    plan.parts = max_of(1, min_of(ceil_div(4 * threads, tasks), keys / smallest_part));
-  plan.part_keys = max_of(1, round_up(ceil_div(keys, plan.parts), part_step));
+  if (split && !plan.decode) plan.parts = max_of(1, min_of(ceil_div(4 * threads, tasks), keys / smallest_part));
+  plan.part_keys = split && plan.decode ? smallest_part : max_of(1, round_up(ceil_div(keys, plan.parts), part_step));
   plan.parts = max_of(1, ceil_div(keys, plan.part_keys));
   plan.tasks = tasks * plan.parts;
   plan.workspace = plan.parts > 1 ? a.B * a.H * a.S * plan.parts * (a.E + 2) * 4 : 0;

@@ -166,8 +166,9 @@ static bool run_task(const AttentionArgs& a, const AttentionPlan& plan, float* w
                         seen.first - key, min_of(count, seen.last - key), &states[row]);
       scale_row(sums + row * width, width, factor);
     }
+    const int64_t seen = min_of(count, max_of(0, visible_keys(a, 0).first - key));  // keys before are in no window
     with_tokens(a.v, b, g, key,
-                [&](auto values) { value_block(a, scores, rows, values, 0, count, prefetch, sums, width); });
+                [&](auto values) { value_block(a, scores, rows, values, seen, count, prefetch, sums, width); });
   }
   for (int64_t row = 0; row < rows; ++row)
     finish_row(a, plan, workspace, b, g * R + row % R, row / R, part, sums + row * width, states[row]);

@@ -18,7 +18,7 @@ using AttentionArgs = mlxeff_attention_args;
 struct AttentionPlan {
   bool decode;               // use the few-row kernel (attention_decode.cpp), else the blocked one
   int64_t block, blocks;     // query positions per task; number of such blocks
-  int64_t first_key;         // the first key that lies inside any query's window
+  int64_t first_key;         // no key before it lies inside any query's window
   int64_t part_keys, parts;  // keys of a part; number of parts
   int64_t tasks;             // B * G * blocks * parts
   int64_t workspace;         // bytes; 0 if there is one part

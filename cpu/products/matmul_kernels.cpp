@@ -1,15 +1,12 @@
 // Dense matmul at one instruction-set level: c (M, N) = A (M, K) B (K, N) with fp32, fp16 or bf16 operands.
 //
-//   few rows  (M <= 8 or 4, B transposed: the linear layer of a decoding step) B is read once, converted in registers
-//   and
-//             used for all rows; limited by the memory.
+//   few rows  (M <= direct_rows, B transposed: the linear layer of a decoding step) B is read once, converted in
+//             registers and used for all rows; limited by the memory (matmul_row.h).
 //   EXACT     B is copied into fp32 panels of 2 * VL columns by 256 of K, which meet all rows of A in register tiles;
 //             products and sums in fp32.
 //   BF16      (AMX) both operands rounded to bf16, products exact, sums in fp32.
-#include "products/matmul_kernels.h"
-#include "products/panel_product.h"
+#include "products/matmul_row.h"
 #include "products/qmatmul_decode.h"
-#include "products/row_lines.h"
 
 namespace mlxeff {
 namespace MLXEFF_ISA {
@@ -17,7 +14,7 @@ namespace {
 
 bool few_rows(const MatmulArgs& args) { return args.M <= direct_rows && args.b.transposed; }
 bool uses_amx(const MatmulArgs& args) { return amx_mode(args.mode) && !few_rows(args); }
-int64_t a_rows(const MatmulArgs& args) { return rows_read(args.M, few_rows(args), uses_amx(args)); }
+int64_t a_rows(const MatmulArgs& args) { return rows_read(args.M, uses_amx(args)); }
 int64_t a_stride(const MatmulArgs& args) { return padded_stride(args.K, uses_amx(args) ? 2 : 4); }
 
 size_t workspace_bytes(const MatmulArgs& args) {
@@ -119,53 +116,6 @@ void prepare(const MatmulArgs& args, int64_t m_begin, int64_t m_end) {
   memset(base + args.M * row_size, 0, size_t((a_rows(args) - args.M) * row_size));
 }
 
-// --- few rows ----------------------------------------------------------------------------------------------------
-
-template <class T, int rows>
-void direct_strip(const MatmulArgs& args, int64_t n, int64_t lanes) {
-  constexpr int chains = rows == 1 ? 4 : rows == 2 ? 2 : 1, columns = columns_of<T>;
-  const int64_t lda = a_stride(args), ldb = args.b.ld;
-  const T* const b = static_cast<const T*>(args.b.data) + n * ldb;
-  RowLines<true> next;
-  next.start(reinterpret_cast<const char*>(b + (n + VL < args.N ? VL * ldb : 0)), args.K * int64_t(sizeof(T)),
-             ldb * int64_t(sizeof(T)));
-  vf sum[rows][chains] = {};
-  for (int64_t k = 0; k < args.K; k += columns) {
-#pragma GCC unroll 4
-    for (int line = 0; line < VL * 16; line += 64) next.fetch();
-    vf w[columns];
-    load_columns(b + k, ldb, lanes, args.K - k, w);
-#pragma GCC unroll 8
-    for (int i = 0; i < columns; ++i)
-#pragma GCC unroll 8
-      for (int m = 0; m < rows; ++m)
-        sum[m][i % chains] = fma(w[i], broadcast(args.a_f32[m * lda + k + i]), sum[m][i % chains]);
-  }
-  vf total[rows];
-  for (int m = 0; m < rows; ++m) {
-    total[m] = sum[m][0];
-    for (int i = 1; i < chains; ++i) total[m] += sum[m][i];
-  }
-  store_strip(total, args.M, lanes, args.c, n);
-}
-
-template <class T>
-int run_direct(const MatmulArgs& args, int64_t n_begin, int64_t n_end) {
-  for (int64_t n = n_begin; n < n_end; n += VL) {
-    const int64_t lanes = min_of(VL, n_end - n);
-#if defined(__AVX512F__) || defined(__aarch64__)
-    if (args.M > 4) {
-      direct_strip<T, 8>(args, n, lanes);
-      continue;
-    }
-#endif
-    if (args.M > 2) direct_strip<T, 4>(args, n, lanes);
-    else if (args.M > 1) direct_strip<T, 2>(args, n, lanes);
-    else direct_strip<T, 1>(args, n, lanes);
-  }
-  return MLXEFF_OK;
-}
-
 // --- panels -----------------------------------------------------------------------------------------------------
 
 // panel [k_end - k_begin][2 * VL] of B, columns n on; missing columns are zero.
@@ -243,7 +193,7 @@ int64_t piece(const MatmulArgs& args, int threads) {
 
 template <class T>
 int run_dtype(const MatmulArgs& args, int64_t n_begin, int64_t n_end) {
-  if (few_rows(args)) return run_direct<T>(args, n_begin, n_end);
+  if (few_rows(args)) return run_rows<T>(args, a_stride(args), n_begin, n_end);
 #if defined(MLXEFF_AMX)
   if (uses_amx(args)) return run_amx<T>(args, n_begin, n_end);
 #endif

@@ -12,11 +12,7 @@
 namespace mlxeff {
 namespace MLXEFF_ISA {
 
-#if defined(__AVX512F__) || defined(__aarch64__)
-constexpr int direct_rows = 8;  // most rows of a for which b is used directly in registers; limited by their number
-#else
-constexpr int direct_rows = 4;
-#endif
+constexpr int direct_rows = 8;        // most rows of a for which b is used directly in registers: the tokens of a draft
 constexpr int64_t panel_depth = 256;  // 256 x 32 fp32 = 32 KiB, which stay in the L1 cache
 // Deeper than panel_depth, because loading and storing an accumulator tile costs as much as two tile products.
 constexpr int64_t amx_panel_depth = 1024;
@@ -31,15 +27,8 @@ MLXEFF_INLINE bool amx_mode(int mode) {
 #endif
 }
 
-// The number of rows of a that the kernels read; rows beyond M are zeros. AMX processes 32 rows at a time, and the
-// direct kernels for few rows exist for 1, 2, 4 and 8 rows.
-static inline int64_t rows_read(int64_t M, bool few, bool amx) {
-  if (amx) return round_up(M, 32);
-  if (!few) return M;
-  int64_t rows = 1;
-  while (rows < M) rows *= 2;
-  return rows;
-}
+// The number of rows of a that the kernels read, in tiles; rows beyond M are zeros.
+static inline int64_t rows_read(int64_t M, bool amx) { return amx ? round_up(M, 32) : M; }
 
 // The number of columns that a thread should take at a time for few rows of a: about 64 KiB of b, which balances the
 // threads at little overhead.

@@ -1,29 +1,35 @@
 // Kernels of the affine-quantised matmul at one instruction-set level: the form of x that each regime reads, and the
-// choice of the regime by M, mode and bit width. qmatmul_row.h (one row), qmatmul_strip.h (few) and
-// qmatmul_panel.h (many) hold the products.
+// choice of the regime by M, mode and bit width. qmatmul_row.h (one row), qmatmul_rows.h (few), qmatmul_strip.h (few,
+// of other widths) and qmatmul_panel.h (many) hold the products.
+#include "products/qmatmul_arrange.h"
 #include "products/qmatmul_panel.h"
-#include "products/qmatmul_row.h"
 
 namespace mlxeff {
 namespace MLXEFF_ISA {
 namespace {
 
-bool few_rows(const QmmArgs& args) { return args.M <= (args.w.bits == 4 || args.w.bits == 8 ? direct_rows : 1); }
+bool few_rows(const QmmArgs& args) { return args.M <= direct_rows; }
 
-bool one_row(const QmmArgs& args) {
+bool by_rows(const QmmArgs& args) {
   const int bits = args.w.bits;
-  return args.M == 1 && (bits == 4 || bits == 8 || (bits == 5 && row_kernels<5>) || (bits == 6 && row_kernels<6>));
+  return few_rows(args) && (bits == 4 || bits == 8 || (bits == 5 && row_kernels<5>) || (bits == 6 && row_kernels<6>));
 }
 
 bool reads_digits(const QmmArgs& args) {
-  return one_row(args) && args.mode != MLXEFF_COMPUTE_INT8 && (args.w.bits == 8 ? by_digits<8> : by_digits<4>);
+  return by_rows(args) && args.mode != MLXEFF_COMPUTE_INT8 && (args.w.bits == 8 ? by_digits<8> : by_digits<4>);
 }
 
 bool uses_amx(const QmmArgs& args) { return amx_mode(args.mode) && !few_rows(args); }
 
 bool reads_x_in_place(const QmmArgs& args) {
   return args.mode != MLXEFF_COMPUTE_INT8 && !uses_amx(args) && args.x_dtype == MLXEFF_F32 && args.M == 1 &&
-         !one_row(args);
+         !by_rows(args);
+}
+
+// The number of rows of x that the kernels read; rows beyond M are zeros.
+int64_t x_rows(const QmmArgs& args) {
+  const bool strips = few_rows(args) && !by_rows(args) && args.M > 1;
+  return strips ? round_up(args.M, strip_tile) : rows_read(args.M, uses_amx(args));
 }
 
 struct Layout {
@@ -31,12 +37,12 @@ struct Layout {
 };
 
 Layout layout(const QmmArgs& args) {
-  const int64_t rows = rows_read(args.M, few_rows(args), uses_amx(args)), groups = args.w.K / args.w.group;
+  const int64_t K = args.w.K, rows = x_rows(args), groups = by_rows(args) ? row_groups(args.w) : K / args.w.group;
   const bool int8 = args.mode == MLXEFF_COMPUTE_INT8, amx = uses_amx(args), three_bytes = reads_digits(args);
   const int64_t element = int8 ? 1 : three_bytes ? digits : amx ? 2 : 4;
   Layout at = {};
-  const int64_t columns = one_row(args) ? round_up(args.w.K, row_padding) : padded_stride(args.w.K, element);
-  const size_t values = reads_x_in_place(args) ? 0 : size_t(rows * columns * element);
+  const int64_t row = by_rows(args) ? row_x_bytes(K, element) : padded_stride(K, element) * element;
+  const size_t values = reads_x_in_place(args) ? 0 : size_t(rows * row);
   const size_t group_floats = size_t(round_up(rows * groups * 4, 64));
   at.sums = at.values + values;
   at.scales = at.sums + (amx ? 0 : group_floats);
@@ -58,105 +64,12 @@ void bind(QmmArgs& args, void* workspace) {
   args.x_scale = reinterpret_cast<float*>(base + at.scales);
 }
 
-typedef int8_t Bytes32 __attribute__((vector_size(32)));
-
-// The bytes of a block in the order in which Block<bits>::bytes gives the weights.
-void store_in_decoder_order(const int8_t natural[32], int bits, int8_t* out) {
-  Bytes32 v;
-  memcpy(&v, natural, 32);
-  if (bits == 4)
-    v = __builtin_shufflevector(v, v, 0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15, 16, 18, 20, 22, 17, 19, 21,
-                                23, 24, 26, 28, 30, 25, 27, 29, 31);
-  if (bits == 2)
-    v = __builtin_shufflevector(v, v, 0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15, 16, 20, 24, 28, 17, 21, 25,
-                                29, 18, 22, 26, 30, 19, 23, 27, 31);
-  memcpy(out, &v, 32);
-}
-
-// x = xq * scale with |xq| <= 127, rounded to nearest: adding 1.5 * 2^23 leaves the integer in the low bits of the sum.
-void round_to_int8(const float* x, int count, int bits, int8_t* out, float* scale, float* sum) {
-  vf most = zero();
-  for (int k = 0; k < count; k += VL) most = max(most, abs(load(x + k)));
-  const float largest = max(most);
-  const vf inverse = broadcast(largest > 0 ? 127.0f / largest : 0.0f), magic = broadcast(0x1.8p23f);
-  vi total = {};
-  for (int block = 0; block < count; block += 32) {
-    int32_t values[32];
-    int8_t natural[32];
-#pragma GCC unroll 8
-    for (int i = 0; i < 32; i += VL) {
-      const vi rounded = (vi)(load(x + block + i) * inverse + magic) - (vi)magic;
-      total += rounded;
-      memcpy(values + i, &rounded, sizeof rounded);
-    }
-    for (int i = 0; i < 32; ++i) natural[i] = int8_t(values[i]);
-    store_in_decoder_order(natural, bits, out + block);
-  }
-  *scale = largest / 127.0f;
-  *sum = *scale * MLXEFF_ISA::sum(__builtin_convertvector(total, vf));
-}
-
-// x = xd * scale, rounded to nearest, with |xd| as large as three signed bytes allow; where all x are below 2^-100, as
-// if one were not. `not_zero` is not 0 any more where an x is not finite.
-void round_to_digits(const float* x, int count, int32_t* out, float* scale, float* sum, vf* not_zero) {
-  constexpr float limit = 8355700;
-  vf most = broadcast(0x1p-100f);
-  for (int k = 0; k < count; k += VL) most = max(most, abs(load(x + k)));
-  const float largest = max(most);
-  const vf inverse = broadcast(limit / largest);
-  vi total = {};
-  for (int k = 0; k < count; k += VL) {
-    *not_zero += load(x + k) - load(x + k);
-    const vf v = load(x + k) * inverse, half = (vf)(((vu)v & 0x80000000u) | float_to_bits(0.5f));
-    const vi rounded = __builtin_convertvector(v + half, vi);
-    total += rounded;
-    memcpy(out + k, &rounded, sizeof rounded);
-  }
-  *scale = largest / limit;
-  *sum = *scale * MLXEFF_ISA::sum(__builtin_convertvector(total, vf));
-}
-
-// The forms that the kernels of qmatmul_row.h read; x_sum and x_scale end with zeros up to a whole vector.
-template <int bits>
-void prepare_one_row(const QmmArgs& args) {
-  const int64_t K = args.w.K, group = args.w.group, groups = K / group;
-  const bool int8 = args.mode == MLXEFF_COMPUTE_INT8;
-  if (int8 || by_digits<bits>) memset(args.x_int8, 0, size_t(round_up(K, row_padding) * (int8 ? 1 : digits)));
-  if constexpr (!by_digits<bits>)
-    if (!int8) arrange_exact<bits>(args.x, args.x_dtype, K, const_cast<float*>(args.x_f32));
-  vf not_zero = zero();
-  for (int64_t g = 0; g < groups; ++g) {
-    float values[128];
-    to_floats(values, static_cast<const char*>(args.x) + g * group * int64_t(dtype_size(args.x_dtype)), args.x_dtype,
-              group);
-    if (int8) {
-      int8_t rounded[128];
-      round_to_int8(values, int(group), 8, rounded, args.x_scale + g, args.x_sum + g);
-      for (int64_t i = 0; i < group; i += 32) arrange_int8<bits>(rounded + i, g * group + i, args.x_int8);
-    } else if (by_digits<bits>) {
-      int32_t rounded[128];
-      round_to_digits(values, int(group), rounded, args.x_scale + g, args.x_sum + g, &not_zero);
-      for (int64_t i = 0; i < group; i += 32) arrange_digits<bits>(rounded + i, g * group + i, args.x_int8);
-    } else {
-      vf total = zero();
-      for (int64_t i = 0; i < group; i += VL) total += load(values + i);
-      args.x_sum[g] = sum(total);
-    }
-  }
-  const float poison = sum(not_zero);
-  for (int64_t g = 0; poison != 0 && g < groups; ++g) args.x_sum[g] = args.x_scale[g] = poison;
-  for (int64_t g = groups; g % VL != 0; ++g) {
-    args.x_sum[g] = 0;
-    if (int8 || by_digits<bits>) args.x_scale[g] = 0;
-  }
-}
-
 void prepare_row(const QmmArgs& args, int64_t m) {
-  if (one_row(args)) {  // the forms for 5 and 6 bits are those for 8
-    if (args.w.bits == 4) return prepare_one_row<4>(args);
+  if (by_rows(args)) {  // the forms for 5 and 6 bits are those for 8
+    if (args.w.bits == 4) return prepare_direct_row<4>(args, m);
     if constexpr (row_kernels<5>)
-      if (args.w.bits == 5 || args.w.bits == 6) return prepare_one_row<5>(args);
-    return prepare_one_row<8>(args);
+      if (args.w.bits == 5 || args.w.bits == 6) return prepare_direct_row<5>(args, m);
+    return prepare_direct_row<8>(args, m);
   }
   const int64_t K = args.w.K, group = args.w.group, groups = K / group;
   const char* const x = static_cast<const char*>(args.x) + m * args.ldx * int64_t(dtype_size(args.x_dtype));
@@ -205,7 +118,7 @@ void clear_row(const QmmArgs& args, int64_t m) {
 void prepare(const QmmArgs& args, int64_t m_begin, int64_t m_end) {
   for (int64_t m = m_begin; m < m_end; ++m) prepare_row(args, m);
   if (m_end == args.M)
-    for (int64_t m = args.M; m < rows_read(args.M, few_rows(args), uses_amx(args)); ++m) clear_row(args, m);
+    for (int64_t m = args.M; m < x_rows(args); ++m) clear_row(args, m);
 }
 
 int64_t piece(const QmmArgs& args, int threads) {
@@ -215,9 +128,10 @@ int64_t piece(const QmmArgs& args, int threads) {
 
 template <int bits>
 int run_bits(const QmmArgs& args, int64_t n_begin, int64_t n_end) {
-  if constexpr (row_kernels<bits>)
-    if (args.M == 1) return run_rows<bits>(args, n_begin, n_end);
-  if (few_rows(args)) return run_strips<bits>(args, n_begin, n_end);
+  if (few_rows(args)) {
+    if constexpr (row_kernels<bits>) return run_rows<bits>(args, n_begin, n_end);
+    else return run_strips<bits>(args, n_begin, n_end);
+  }
 #if defined(MLXEFF_AMX)
   if (args.mode == MLXEFF_COMPUTE_BF16) return run_panel_amx<bits>(args, n_begin, n_end);
 #endif

@@ -15,8 +15,8 @@ struct QmmArgs {
   // Set by bind. The form of x that the kernels read, each (M, K) or (M, K / group):
   const float* x_f32 = nullptr;  // EXACT, unless it reads x_int8
   int64_t ldx_f32 = 0;
-  float* x_sum = nullptr;  // of each group: EXACT, M = 1 or few; INT8, of the rounded values
-  // INT8, elements of each 32 in the order of the weights' decoder; EXACT, M = 1: three bytes each
+  float* x_sum = nullptr;  // of each group: EXACT, few rows; INT8, of the rounded values
+  // INT8, elements of each 32 in the order of the weights' decoder; EXACT, few rows: three bytes each
   int8_t* x_int8 = nullptr;
   float* x_scale = nullptr;  // of each group, where there is x_int8
   bf16* x_bf16 = nullptr;    // BF16, rows padded with zeros to a multiple of 32

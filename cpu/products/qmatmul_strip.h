@@ -1,5 +1,5 @@
-// Quantised matmul, few rows of x (M <= direct_rows): weights are decoded into registers, used for all rows, and never
-// stored. One strip of VL rows of W at a time:
+// Quantised matmul, few rows of x (M <= direct_rows), where qmatmul_row.h has no kernels: weights are decoded into
+// registers, used for a tile of rows, and never stored. One strip of VL rows of W at a time:
 //
 //   EXACT  y[m][n] = sum over groups of scale * sum(q * x) + bias * sum(x), everything in fp32
 //   INT8   x is rounded to xq * x_scale with one x_scale a group, |xq| <= 127;
@@ -108,25 +108,35 @@ static inline Strip load_strip(const mlxeff_qweight& w, int64_t n, int64_t rows,
   return {copy, bytes, scales, biases};
 }
 
-// The sums of a group's products, in chains: one row of x alone does not keep the arithmetic units busy.
+// Rows of x in a tile, whose sums fill half of the vector registers; one row is a tile of its own.
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int strip_tile = 4;
+#else
+constexpr int strip_tile = 2;
+#endif
+
+// The sums of a group's products, in chains: one row of x alone does not keep the arithmetic units busy. Tiles of all
+// heights have as many chains, so that the products of a row of x have the same bits in all of them.
 template <int rows, bool int8>
 struct Part {
-  static constexpr int chains = rows == 1 ? 4 : 1;
+  static constexpr int chains = 4;
   vf sum[rows][chains] = {};
 
-  // A block of 32 values, from value k of a row on.
+  // A block of 32 values, from value k of a row on, with the tile of rows of x that begins with row `first`.
   template <int bits>
-  inline __attribute__((always_inline)) void add(const QmmArgs& args, const Block<bits>& block, int64_t k) {
+  inline __attribute__((always_inline)) void add(const QmmArgs& args, const Block<bits>& block, int64_t first,
+                                                 int64_t k) {
+    const float* const x = args.x_f32 + first * args.ldx_f32 + k;
 #pragma GCC unroll 32
     for (int i = 0; i < 32; ++i) {
       const vf q = block.value_f32(i);
-#pragma GCC unroll 8
+#pragma GCC unroll 4
       for (int m = 0; m < rows; ++m)
-        sum[m][i % chains] = fma(q, broadcast(args.x_f32[m * args.ldx_f32 + k + i]), sum[m][i % chains]);
+        sum[m][i % chains] = fma(q, broadcast(x[m * args.ldx_f32 + i]), sum[m][i % chains]);
     }
   }
   inline __attribute__((always_inline)) vf dot(const QmmArgs&, int m, int64_t) const {
-    return rows == 1 ? (sum[m][0] + sum[m][1 % chains]) + (sum[m][2 % chains] + sum[m][3 % chains]) : sum[m][0];
+    return (sum[m][0] + sum[m][1]) + (sum[m][2] + sum[m][3]);
   }
 };
 template <int rows>
@@ -135,10 +145,12 @@ struct Part<rows, true> {
   Part() { sums.clear(); }
 
   template <int bits>
-  inline __attribute__((always_inline)) void add(const QmmArgs& args, const Block<bits>& block, int64_t k) {
+  inline __attribute__((always_inline)) void add(const QmmArgs& args, const Block<bits>& block, int64_t first,
+                                                 int64_t k) {
     const int64_t ldx = padded_stride(args.w.K, 1);
+    const int8_t* const x = args.x_int8 + first * ldx + k;
 #pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) sums.template add<bits>(eight_values(block, i), args.x_int8 + k + 8 * i, ldx);
+    for (int i = 0; i < 4; ++i) sums.template add<bits>(eight_values(block, i), x + 8 * i, ldx);
   }
   inline __attribute__((always_inline)) vf dot(const QmmArgs& args, int m, int64_t group_index) const {
     return sums.row(m) * broadcast(args.x_scale[group_index]);
@@ -146,49 +158,41 @@ struct Part<rows, true> {
 };
 
 template <int bits, int rows, bool int8, bool gaps>
-static void strip_product(const QmmArgs& args, const Strip& strip, Prefetcher<gaps> next, vf y[]) {
-  const int64_t group = args.w.group, groups = args.w.K / group;
+static void strip_product(const QmmArgs& args, const Strip& strip, int64_t first, Prefetcher<gaps> next, vf y[]) {
+  const int64_t group = args.w.group, groups = args.w.K / group, of_tile = first * groups;
   vf sum[rows];
-#pragma GCC unroll 8
+#pragma GCC unroll 4
   for (int m = 0; m < rows; ++m) sum[m] = zero();
   for (int64_t g = 0; g < groups; ++g) {
     Part<rows, int8> part;
     for (int64_t k = g * group; k < (g + 1) * group; k += 32) {
       next.block();
-      part.template add<bits>(args, Block<bits>::load(strip.packed + k * bits / 8, strip.stride), k);
+      part.template add<bits>(args, Block<bits>::load(strip.packed + k * bits / 8, strip.stride), first, k);
     }
     next.group();
     const vf scale = load(strip.scales + g * VL), bias = load(strip.biases + g * VL);
-#pragma GCC unroll 8
+#pragma GCC unroll 4
     for (int m = 0; m < rows; ++m)
-      sum[m] = fma(scale, part.dot(args, m, m * groups + g), fma(bias, broadcast(args.x_sum[m * groups + g]), sum[m]));
+      sum[m] = fma(scale, part.dot(args, m, of_tile + m * groups + g),
+                   fma(bias, broadcast(args.x_sum[of_tile + m * groups + g]), sum[m]));
   }
-#pragma GCC unroll 8
+#pragma GCC unroll 4
   for (int m = 0; m < rows; ++m) y[m] = sum[m];
 }
 
 template <bool gaps>
-using StripKernel = void(const QmmArgs&, const Strip&, Prefetcher<gaps>, vf*);
+using StripKernel = void(const QmmArgs&, const Strip&, int64_t, Prefetcher<gaps>, vf*);
 
-// The kernel for `rows` rows of x: 4- and 8-bit weights have kernels for several (qmatmul_row.h has those for one), the
-// others for one.
-template <int bits, bool int8, bool gaps>
-static StripKernel<gaps>* strip_kernel(int64_t rows) {
-  if constexpr (bits == 4 || bits == 8) {
-#if defined(__AVX512F__) || defined(__aarch64__)
-    if (rows > 4) return strip_product<bits, 8, int8, gaps>;
-#endif
-    return rows > 2 ? strip_product<bits, 4, int8, gaps> : strip_product<bits, 2, int8, gaps>;
-  } else {
-    return strip_product<bits, 1, int8, gaps>;
-  }
+template <int bits, bool gaps>
+static StripKernel<gaps>* strip_kernel(bool one_row, bool int8) {
+  if (one_row) return int8 ? strip_product<bits, 1, true, gaps> : strip_product<bits, 1, false, gaps>;
+  return int8 ? strip_product<bits, strip_tile, true, gaps> : strip_product<bits, strip_tile, false, gaps>;
 }
 
 template <int bits, bool gaps>
 static int run_strips_of(const QmmArgs& args, int64_t n_begin, int64_t n_end) {
   const bool int8 = args.mode == MLXEFF_COMPUTE_INT8;
-  StripKernel<gaps>* const kernel =
-      int8 ? strip_kernel<bits, true, gaps>(args.M) : strip_kernel<bits, false, gaps>(args.M);
+  StripKernel<gaps>* const kernel = strip_kernel<bits, gaps>(args.M == 1, int8);
   float* const buffer = static_cast<float*>(scratch(Scratch::strip, size_t(strip_floats(args.w)) * 4));
   if (!buffer) return MLXEFF_NO_MEMORY;
   const float bias_shift = int8 ? byte_offset<bits> : 0;
@@ -198,7 +202,7 @@ static int run_strips_of(const QmmArgs& args, int64_t n_begin, int64_t n_end) {
     next.start(args.w, min_of(n + VL, args.w.N - 1));
     const Strip strip = load_strip(args.w, n, rows, bias_shift, buffer, next);
     vf y[direct_rows];
-    kernel(args, strip, next, y);
+    for (int64_t m = 0; m < args.M; m += strip_tile) kernel(args, strip, m, next, y + m);
     store_strip(y, args.M, rows, args.y, n);
   }
   return MLXEFF_OK;

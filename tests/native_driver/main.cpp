@@ -13,6 +13,7 @@
 #include "decoder_passes.h"
 #include "decoder_products.h"
 #include "decoder_stores.h"
+#include "few_rows.h"
 #include "plane_stores.h"
 #include "pool_checks.h"
 #include "products.h"
@@ -53,6 +54,7 @@ int main(int count, char** arguments) {
   run("pool", check_pool);
   if (forks) run("fork", check_fork);
   run("products", check_products);
+  run("few rows", check_few_rows);
   run("heads", check_heads);
   run("rows", check_rows);
   run("seedlm", check_seedlm);
