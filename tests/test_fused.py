@@ -348,7 +348,7 @@ def test_a_cache_of_another_kind_runs_natively_as_long_as_its_storage_is_known()
         pass
 
     class Foreign(LayerCache):
-        storage = "foreign"
+        store = "foreign"
 
     plain, fused = pair("llama")
     tokens = mx.array([[1, 2, 3, 4, 5]])

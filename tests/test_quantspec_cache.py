@@ -153,12 +153,12 @@ def test_the_native_store_is_the_plain_one(kind, head_size, heads, groups, windo
 @needs_native
 @pytest.mark.parametrize(("kind", "view"), VIEWS)
 def test_a_token_has_the_same_logits_alone_and_in_a_draft(kind, view):
-    """Passes of as many tokens as `together` allows. The products may round otherwise with several rows, attention does
-    not (tests/native_driver)."""
+    """To the bit, in passes of as many tokens as `together` allows. Which tokens a draft reads in 8 bits may differ by
+    those of one pass."""
     model, options = model_of(64, 6, 2), RunOptions(view=view)
     assert model.use_native()
     found = {}
-    for most in (1, 2, 5, 10):
+    for most in (1, 2, 5, 8):
         held, rows, start = model.new_cache(kind), [], 390
         mx.eval(model.last_logits(mx.array(IDS[None, :390]), held))
         while start < 460:
@@ -166,11 +166,10 @@ def test_a_token_has_the_same_logits_alone_and_in_a_draft(kind, view):
             rows.append(np.array(model(mx.array(IDS[None, start : start + width]), held, options)))
             start += width
         found[most] = np.concatenate(rows, axis=1)[:, :70]
-    for most in (2, 5, 10):
-        if view == "draft":  # which tokens are new may differ by those of one pass
-            continue
-        assert np.abs(found[most] - found[1]).max() < 5e-3 * found[1].std()
-        assert np.abs(found[most] - found[1]).mean() < 3e-4 * found[1].std()
+    for most in (2, 5, 8):
+        if view == "full":
+            assert np.array_equal(found[most], found[1])
+        assert np.abs(found[most] - found[1]).mean() < 0.05 * found[1].std()
 
 
 def stored(model, kind, tokens):
