@@ -10,6 +10,7 @@ import argparse
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from statistics import median
 
 import saving
 from kvp.pairs import SHIPPED
@@ -22,6 +23,7 @@ from peers.report import LLAMA, LLAMA_Q4_0, Results, short
 from peers.table import COLD_START, EXACT, FAST, FOUR
 
 MACHINE = "Intel-Xeon-Processor"
+CACHE_MACHINE = "AMD-EPYC"  # measured the kinds of KV cache
 SUMMARY = "summary"  # of the README
 SEED_PEERS = {  # bits a weight of SeedLM → a peer's name and its arm; all peers of a row have the same bits
     "4.5": {"MLX affine": "affine 4 g64", "mlx-lm AWQ": "mlx-lm AWQ 4 g64", "llama.cpp IQ4_NL": "llama.cpp IQ4_NL"},
@@ -82,6 +84,7 @@ def summary(machine: str) -> str:
     results = Results(peers, {})
     rows = [*_speeds(results), *_seeds(load(machine, "seedlm-quality.json")["arms"])]
     rows += _predictions(load(machine, "kvp-quality.json")["arms"])
+    rows += _caches(load(CACHE_MACHINE, "kv-cache.json"))
     rows.append(_training(load(machine, "cpu-training-mlx-*.json")["samples"]))
     where = f"{card['cpu']}, {max(results.threads)} threads, {card['native']} kernels, MLX {card['mlx']}"
     return "\n\n".join([table(["what", "mlxeff", "compared with"], rows), f"Measured on: {where}."])
@@ -126,6 +129,22 @@ def _predictions(arms: dict[str, dict]) -> Iterable[list[str]]:
         )
         cost += f"next tokens are the same for {found['agreement']:.0%}"
         yield [f"KV Prediction, pair `{name}`: first token of a prompt of 2048 tokens", gain, cost]
+
+
+def _caches(result: dict) -> Iterable[list[str]]:
+    """The kinds of KV cache at the largest depth, which another machine measured."""
+    samples, quality = result["samples"], result["quality"]
+    depth = max(sample["depth"] for sample in samples)
+
+    def speed(kind: str) -> float:
+        return 1e3 / median([ms for s in samples if (s["kind"], s["depth"]) == (kind, depth) for ms in s["ms"]])
+
+    others = ", ".join(f"{kind} {speed(kind):.0f}" for kind in ("float16", "float32"))
+    for kind in ("int8", "int4"):
+        share = quality[kind]["bytes"] / quality["float32"]["bytes"]
+        cost = f"{share:.2f} of float32's bytes, KL divergence {quality[kind]['kl']:.1e}"
+        what = f"KV cache `{kind}`, decoding after {depth} tokens, tokens/s ({result['card']['cpu']})"
+        yield [what, f"**{speed(kind):.0f}**", f"{others}; {cost}"]
 
 
 def _training(samples: list[dict]) -> list[str]:
