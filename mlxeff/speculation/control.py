@@ -55,7 +55,8 @@ class Controller:
             self._right[place] = KEEP_SHARE * self._right[place] + (place < accepted)
             self._tried[place] = KEEP_SHARE * self._tried[place] + 1
         self._cost(drafted, seconds)
-        hopeless = seconds > HOPELESS * (drafted + 1) * self.costs.get(0, seconds)
+        slow = seconds > HOPELESS * (drafted + 1) * self.costs.get(0, seconds)
+        hopeless = slow and self._rounds[drafted] > 1  # the first round often has something to set up
         self._probes = 0 if hopeless else max(0, self._probes - 1)
 
     def note_plain(self, tokens: int, seconds: float) -> None:
