@@ -213,7 +213,7 @@ def prove(loaded: Loaded, tokens: int, samples: Samples) -> None:
 def text(document: dict) -> str:
     """The tables, in Markdown."""
     samples = document["samples"]
-    weights, depths = ([*dict.fromkeys(sample[key] for sample in samples)] for key in KEYS[:2])
+    weights, depths = (sorted({sample[key] for sample in samples}) for key in KEYS[:2])
     blocks = [speeds(samples, each, depths) for each in weights]
     return "\n\n".join([*blocks, drafts(samples, weights, depths)])
 
