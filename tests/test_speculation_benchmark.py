@@ -39,9 +39,9 @@ def test_samples_and_tables(options):
     assert sizes["plain float32"] > sizes["plain float16"] > sizes["plain int8"] == sizes["QuantSpec 4"]
     assert all(0 <= s["acceptance"] <= 1 for s in samples.all if s["arm"] == "QuantSpec 4")
     lines = speculation.text({"samples": samples.all}).splitlines()
-    assert lines[0].endswith("| @150 | @90 |")
+    assert lines[0].endswith("| @90 | @150 |")
     assert [line.split(" | ")[0].strip("| ") for line in lines[2 : 2 + len(ARMS)]] == list(ARMS)
-    assert lines[-1].startswith("| Q4_1 @90 | ")
+    assert lines[-1].startswith("| Q4_1 @150 | ")
 
 
 def test_what_is_there_is_not_measured_again(options, monkeypatch):
