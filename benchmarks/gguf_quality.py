@@ -163,9 +163,7 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     options = arguments()
     if options.report is not None:
-        document = saving.read_json(Path(options.report or stem()))
-        saving.write_section(SECTION, text(document))
-        print(text(document))
+        saving.write_report(SECTION, Path(options.report or stem()), text)
         return
     begun = saving.read_json(stem()) if options.phase and stem().exists() else {"files": {}, "samples": []}
     phases = (options.phase,) if options.phase else PHASES

@@ -142,9 +142,7 @@ def run(
     options = parser.parse_args()
     path = saving.result_path(card.machine()["cpu"], f"{section}.json")
     if options.report is not None:
-        document = saving.read_json(Path(options.report or path))
-        saving.write_section(section, text(document))
-        print(text(document))
+        saving.write_report(section, Path(options.report or path), text)
         return
     kernels.use_device("cpu")
     loaded = load_path(hub.resolve(options.model))

@@ -240,9 +240,7 @@ def main() -> None:
     options = arguments()
     path = saving.result_path(card.machine()["cpu"], f"{SECTION}.json")
     if options.report is not None:
-        document = saving.read_json(Path(options.report or path))
-        saving.write_section(SECTION, text(document))
-        print(text(document))
+        saving.write_report(SECTION, Path(options.report or path), text)
         return
     kernels.use_device("cpu")
     options.cache.mkdir(parents=True, exist_ok=True)

@@ -208,9 +208,7 @@ def main() -> None:
     saving.add_report(parser)
     options = parser.parse_args()
     if options.report is not None:
-        document = saving.read_json(Path(options.report or PATH))
-        saving.write_section(SECTION, text(document))
-        print(text(document))
+        saving.write_report(SECTION, Path(options.report or PATH), text)
         return
     card = {
         "command": saving.command(),

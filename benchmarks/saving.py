@@ -70,6 +70,13 @@ def add_report(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def write_report(section: str, path: Path, text: Callable[[dict], str]) -> None:
+    """Write `text` of the saved result into `section` of RESULTS.md, and print it."""
+    found = text(read_json(path))
+    write_section(section, found)
+    print(found)
+
+
 def write_section(section: str, text: str, document: Path = REPORT) -> None:
     """Replace what lies between the marks `<!-- section: begin -->` and `<!-- section: end -->`, which stand in the
     Markdown file `document` once."""

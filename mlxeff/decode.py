@@ -160,7 +160,7 @@ def decode(
     native kernel refuses its input.
     """
     start, yielded, on_cpu = cache.length, 0, device() == "cpu"
-    with explained("decoding"), _rewound_to(cache, lambda: start + max(0, yielded - 1)):
+    with explained("decoding"), rewound_to(cache, lambda: start + max(0, yielded - 1)):
         token, logprobs, own = _next_token(logits, sampler, processors, history)
         mx.async_eval(token, logprobs, own)
         while yielded != max_tokens:
@@ -193,7 +193,7 @@ def explained(what: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _rewound_to(cache: Cache, length: Callable[[], int]) -> Iterator[None]:
+def rewound_to(cache: Cache, length: Callable[[], int]) -> Iterator[None]:
     """After the block `cache` has at most `length()` tokens."""
     try:
         yield

@@ -212,7 +212,7 @@ def tokens_for(buffers, count, dtype=mx.float32):
     return [mx.random.normal(shape, key=mx.random.key(count + each)).astype(dtype) for each in (0, 99)]
 
 
-@pytest.mark.parametrize("size", metal.SIZES)
+@pytest.mark.parametrize("size", planes.HEAD_SIZES)
 def test_stored_tiles_are_those_of_the_reference(size):
     for length, count in [(0, 1), (0, 16), (1, 1), (7, 1), (8, 8), (15, 2), (16, 3), (30, 40)]:
         buffers = Buffers(length, size, batch=2 if size == 64 else 1, tiles=4)

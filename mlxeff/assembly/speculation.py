@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from ..decode import Setup
     from .model import Loaded
 
-WEIGHTS = ("auto", "shared", "q4")  # of QuantSpec's draft, see `quantspec`
 BITS, GROUP = 4, 64  # of the draft's copy of the weights
 FEW_BITS = 6.5  # bits a weight up to which a model drafts with its own weights
 KIND = "int8"  # of the KV cache that has a view for drafts

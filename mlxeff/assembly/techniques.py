@@ -85,8 +85,8 @@ class Switched:
     option: Option
     verbs: tuple[str, ...]
     apply: Callable[["Setup", "Loaded", object, argparse.Namespace], "Setup"]
-    label: Callable[[object], str]
-    identity: Callable[[object], str]
+    label: Callable[[object], str] = str
+    identity: Callable[[object], str] = str
     dials: tuple[Option, ...] = ()
     check: Callable[[object, argparse.Namespace], None] = lambda *_: None
     check_timed: Callable[[object], None] = lambda _: None
@@ -343,8 +343,6 @@ SWITCHED: Sequence[Switched] = (
         ),
         verbs=("generate", "chat"),
         apply=_apply_quantspec,
-        label=str,
-        identity=str,
         dials=(
             option(
                 "--draft-weights",
@@ -370,8 +368,6 @@ SWITCHED: Sequence[Switched] = (
         ),
         verbs=("generate", "chat"),
         apply=_apply_draft_model,
-        label=str,
-        identity=str,
     ),
     Switched(
         name="prompt_lookup",
@@ -383,8 +379,6 @@ SWITCHED: Sequence[Switched] = (
         ),
         verbs=("generate", "chat"),
         apply=_apply_lookup,
-        label=str,
-        identity=str,
     ),
 )
 FITTED: Sequence[Fitted] = (

@@ -19,9 +19,8 @@ from ..errors import MlxeffError, notices
 from ..ops import attention
 from ..running import DRAFT_VIEW, EXACT, FULL_VIEW, RunOptions
 from . import metal, planes
-from .planes import TILE
+from .planes import HEAD_SIZES, SCALE_BYTES, TILE
 
-HEAD_SIZES = (64, 80, 96, 128)
 GRAIN = 4  # tiles; which tokens are new changes at multiples of it
 SLACK = 1  # tiles for which a lower plane of the newest tokens has room beyond them
 GROWTH = 16  # tiles by which the planes grow
@@ -29,7 +28,6 @@ PARTS = ("keys", "values")
 WHOLE = {"int8": PARTS, "int4": (), "k8v4": ("keys",)}  # kind → what has the lower plane of all tokens
 PACK = {"keys": planes.pack_keys, "values": planes.pack_values}
 UNPACK = {"keys": planes.unpack_keys, "values": planes.unpack_values}
-SCALES = 4 * TILE * 2  # bytes of the scales of a tile: scale and zero of the keys, and of the values, in float16
 
 
 class PlaneLayer:
@@ -73,7 +71,7 @@ class PlaneLayer:
         batch, heads, new, size = keys.shape
         read = self.room(new, (batch, heads, size), view=options.view)
         integers = {name: value for name, value in read.items() if name not in self._buffers}
-        self.append(keys, values)
+        self._put(keys, values)
         if on_gpu() and new * queries.shape[1] // heads <= metal.MOST_ROWS:
             return metal.attend(
                 queries, **self._buffers, length=self.length, **integers, scale=scale, window=self.window
@@ -89,21 +87,25 @@ class PlaneLayer:
         """Store keys and values (B, G, S, E) of new tokens."""
         batch, heads, new, size = keys.shape
         self.room(new, (batch, heads, size))
+        self._put(keys, values)
+
+    def _put(self, keys: mx.array, values: mx.array) -> None:
+        """As `append`, where there is room."""
         if on_gpu():
             self._store(keys, values)
             return
-        at = SCALES
+        at = SCALE_BYTES
         for index, (part, rows) in enumerate(zip(PARTS, (keys, values), strict=True)):
             codes, scale, zero = planes.encode(planes.rotate(rows))
             for place, each in ((2 * index, scale), (2 * index + 1, zero)):
                 self._write("upper", 2 * TILE * place, mx.view(each[..., None], mx.uint8), _as_bytes, _from_bytes)
             self._write("upper", at, codes >> 4, PACK[part], UNPACK[part])
             self._write(f"lower_{part}", 0, codes & 15, PACK[part], UNPACK[part], self._first[part])
-            at += TILE // 2 * size
-        self.length += new
+            at += TILE // 2 * keys.shape[3]
+        self.length += keys.shape[2]
 
     def _store(self, keys: mx.array, values: mx.array) -> None:
-        """As `append`, by the Metal kernel."""
+        """As `_put`, by the Metal kernel."""
         firsts = {f"first_{part}": first for part, first in self._first.items()}
         changed = metal.store(keys, values, **self._buffers, length=self.length, **firsts)
         for (name, buffer), tiles in zip(self._buffers.items(), changed, strict=True):
@@ -210,7 +212,7 @@ class PlaneLayer:
     def _bytes(self) -> dict[str, int]:
         """The bytes of one tile and head in each buffer."""
         codes = TILE // 2 * self.shape.head_size
-        return {"upper": SCALES + 2 * codes, "lower_keys": codes, "lower_values": codes}
+        return {"upper": SCALE_BYTES + 2 * codes, "lower_keys": codes, "lower_values": codes}
 
     def _drop(self, part: str) -> None:
         """Forget the lower halves of tokens that are no longer among the newest."""
@@ -243,9 +245,9 @@ class PlaneLayer:
         first `coarse` tiles."""
         upper, tiles = self._buffers["upper"], -(-self.length // TILE)
         index, size = PARTS.index(part), self._bytes()["lower_keys"]
-        halves = mx.view(mx.contiguous(upper[:, :, :tiles, :SCALES]), mx.float16)
+        halves = mx.view(mx.contiguous(upper[:, :, :tiles, :SCALE_BYTES]), mx.float16)
         scale, zero = (halves[..., TILE * place : TILE * (place + 1)] for place in (2 * index, 2 * index + 1))
-        at = SCALES + index * size
+        at = SCALE_BYTES + index * size
         codes = UNPACK[part](upper[:, :, :tiles, at : at + size]).astype(mx.float32) * 16
         low = UNPACK[part](self._buffers[f"lower_{part}"][:, :, coarse - self._first[part] : tiles - self._first[part]])
         middle = mx.full((*codes.shape[:2], coarse, *codes.shape[3:]), planes.MIDDLE)

@@ -18,12 +18,10 @@ import math
 import mlx.core as mx
 
 from .. import kernels
-from .planes import TILE, rotate
+from .planes import HEAD_SIZES, TILE, rotate
 
 PART = 512  # tokens that one threadgroup reads; parts are counted from token 0
 MOST_ROWS = 64  # query rows of one KV head, R M
-SIZES = (64, 80, 96, 128)  # head sizes
-SCALE_BYTES = 8 * TILE  # of a tile: scales and zeros of keys and values
 
 
 def attend(
@@ -51,7 +49,7 @@ def attend(
     batch, heads, tokens, size = queries.shape
     groups, tiles = upper.shape[1:3]
     rows = heads // groups * tokens
-    if size not in SIZES or rows > MOST_ROWS or heads % groups or not tokens <= length <= tiles * TILE:
+    if size not in HEAD_SIZES or rows > MOST_ROWS or heads % groups or not tokens <= length <= tiles * TILE:
         raise ValueError(f"attention to planes: queries {queries.shape}, {length} tokens, upper plane {upper.shape}")
     words = upper.view(mx.uint32)
     rotated = rotate(queries).reshape(batch * groups, heads // groups, tokens, size)
@@ -114,7 +112,7 @@ def store(
     begins = {name: max(begin, tile) for name, tile in first.items()}
     planes = {"upper": upper, "lower_keys": lower_keys, "lower_values": lower_values}
     room = all(begins[name] >= end or end - first[name] <= plane.shape[2] for name, plane in planes.items())
-    if size not in SIZES or not new or not room:
+    if size not in HEAD_SIZES or not new or not room:
         shapes = ", ".join(str(plane.shape) for plane in planes.values())
         raise ValueError(f"storing in planes: {new} tokens after {length}, heads of {size}, planes {shapes}")
     numbers = [each.reshape(batch * groups, new, size) for each in (rotate(keys), rotate(values))]

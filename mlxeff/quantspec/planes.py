@@ -29,6 +29,8 @@ multiply four codes of one lane: of four channels of a token for keys, of four t
 import mlx.core as mx
 
 TILE = 16  # tokens
+SCALE_BYTES = 4 * TILE * 2  # of a tile: scale and zero of the keys, and of the values, in float16
+HEAD_SIZES = (64, 80, 96, 128)
 STEPS = 255  # between the smallest and the largest code
 MIDDLE = 7.5  # of the codes with the same upper half
 

@@ -1,5 +1,6 @@
 """`Speculation`, the decode loop with drafts."""
 
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -7,7 +8,7 @@ from dataclasses import dataclass, field
 import mlx.core as mx
 
 from ..cache import Cache
-from ..decode import Model, Step, decode, explained
+from ..decode import Model, Step, decode, explained, rewound_to
 from ..errors import MlxeffError, notices
 from ..running import EXACT, RunOptions
 from ..sampling import LogitsProcessor, Sampler
@@ -74,13 +75,11 @@ class Speculation:
         self.statistics, self._controller = Statistics(), Controller(MOST, self.fixed, self._known())
         start, yielded, text = cache.length, 0, history.tolist()
         try:
-            for step in self._steps(model, cache, logits, sampler, processors, text, max_tokens, options):
-                yielded += 1
-                yield step
+            with rewound_to(cache, lambda: start + max(0, yielded - 1)):
+                for step in self._steps(model, cache, logits, sampler, processors, text, max_tokens, options):
+                    yielded += 1
+                    yield step
         finally:
-            length = start + max(0, yielded - 1)
-            if cache.length > length:
-                cache.rewind(length)
             self._keep(self._controller.costs)
 
     def _steps(
@@ -95,7 +94,7 @@ class Speculation:
         options: RunOptions,
     ) -> Iterator[Step]:
         """The steps; `text` grows with them. Between two rounds the cache holds all of it but the last token."""
-        left = max_tokens if max_tokens >= 0 else None
+        most = max_tokens if max_tokens >= 0 else sys.maxsize
 
         def plainly(logits: mx.array, count: int) -> Iterator[Step]:
             history, began = mx.array(text) if processors else None, time.perf_counter()
@@ -111,20 +110,17 @@ class Speculation:
                 self._controller.note_plain(got, spent)
 
         yield from plainly(logits, 1)
-        while left is None or (left := max_tokens - self._given()) > 0:
+        while (left := most - self.statistics.plain - self.statistics.committed) > 0:
             width, room = self._controller.width() if cache.drops else 0, cache.together
-            width = min(width, MOST if left is None else left - 1, MOST if room is None else room - 1)
+            width = min(width, left - 1, MOST if room is None else room - 1)
             if width < 1:
                 self._say_off()
-                count = min(self._controller.rest(), self._controller.rest() if left is None else left)
+                count = min(self._controller.rest(), left)
                 with explained("decoding"):
                     after = model.last_logits(mx.array(text[-1:])[None], cache, options)
                 yield from plainly(after, count)
                 continue
             yield from self._round(model, cache, sampler, processors, text, width, options)
-
-    def _given(self) -> int:
-        return self.statistics.plain + self.statistics.committed
 
     def _round(
         self,
