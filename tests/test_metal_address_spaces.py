@@ -18,6 +18,7 @@ from metal_on_cpu import MetalError, address_spaces
 from mlxeff import kernels, small_matmul
 from mlxeff.ops import Quantized
 from mlxeff.quantspec import metal as quantspec
+from mlxeff.quantspec.planes import HEAD_SIZES
 from mlxeff.seedlm import metal, metal_search, search
 from mlxeff.seedlm.format import FORMATS
 from plane_buffers import FULL, Buffers
@@ -48,7 +49,7 @@ def launch_seedlm_encode():
 
 def launch_quantspec():
     """Attention for every head size and number of rows, with one part and with several."""
-    for size, rows, length in itertools.product(quantspec.SIZES, range(8, quantspec.MOST_ROWS + 1, 8), (9, 600)):
+    for size, rows, length in itertools.product(HEAD_SIZES, range(8, quantspec.MOST_ROWS + 1, 8), (9, 600)):
         buffers = Buffers(length, size, groups=1)
         queries = mx.zeros((1, rows // 8, 8, size))
         for dtype in DTYPES.values():
@@ -58,7 +59,7 @@ def launch_quantspec():
 
 def launch_quantspec_store():
     """Storing, for every head size and type."""
-    for size, dtype in itertools.product(quantspec.SIZES, DTYPES.values()):
+    for size, dtype in itertools.product(HEAD_SIZES, DTYPES.values()):
         new = mx.zeros((1, 1, 3, size), dtype)
         quantspec.store(new, new, *Buffers(9, size, groups=1).arrays(), 9, 0, 0)
 
