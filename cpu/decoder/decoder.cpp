@@ -125,6 +125,7 @@ std::vector<float*> Decoder::workspace(std::initializer_list<int64_t> widths) {
   int64_t total = alignment;
   for (const int64_t width : widths) total += padded(width);
   if (workspace_floats_ < size_t(total)) {
+    workspace_.reset();  // before more is asked for, so that both are never held
     workspace_.reset(new (std::nothrow) float[size_t(total)]);
     workspace_floats_ = workspace_ ? size_t(total) : 0;
     if (!workspace_) return {};

@@ -1,6 +1,7 @@
 // The store of plane_kv.h. Few queries attend to the planes directly. For many queries, those of a prompt, the keys and
-// values of the layer are first decoded to fp32, so that the blocked dense kernel, which is bound by arithmetic, reads
-// them without decoding. Both compute in the rotated space: queries are rotated first, and the output last.
+// values are first decoded to fp32, of one head at a time, so that the blocked dense kernel, which is bound by
+// arithmetic, reads them without decoding. Both compute in the rotated space: queries are rotated first, and the output
+// last.
 #include "kv/plane_kv.h"
 
 namespace mlxeff {
@@ -16,13 +17,14 @@ int64_t first_seen_tile(const Span& span, const AttentionSizes& sizes) {
   return sizes.window > 0 ? max_of(0, span.position(0) + 1 - sizes.window) / tile_tokens : 0;
 }
 
-// The arguments of the dense kernels for many queries, which see the tokens from the first seen tile on.
+// The arguments of the dense kernels for many queries of one KV head and sequence, which see the tokens from the first
+// seen tile on.
 AttentionArgs dense_args(const Span& span, const AttentionSizes& sizes, const RunOptions& options) {
-  AttentionArgs args = attention_args(span, sizes, options);
+  AttentionArgs args =
+      attention_args({1, span.length, span.end}, {sizes.heads / sizes.groups, 1, sizes.size, sizes.window}, options);
   args.T -= first_seen_tile(span, sizes) * tile_tokens;
-  const int64_t wide = sizes.heads * sizes.size;
-  args.q = args.out = {nullptr, span.length * wide, sizes.size, wide, MLXEFF_F32};
-  args.k = args.v = {nullptr, sizes.groups * args.T * sizes.size, args.T * sizes.size, sizes.size, MLXEFF_F32};
+  args.q = args.out = {nullptr, 0, sizes.size, sizes.heads * sizes.size, MLXEFF_F32};
+  args.k = args.v = {nullptr, 0, 0, sizes.size, MLXEFF_F32};
   return args;
 }
 
@@ -50,8 +52,7 @@ int64_t PlaneKv::workspace_bytes(const Span& span, const AttentionSizes& sizes, 
       most = max_of(most, rows * plane_args(part, sizes).parts * (sizes.size + 2) * 4);
     } else {
       const AttentionArgs args = dense_args(part, sizes, options);
-      most = max_of(most,
-                    (2 * part.batch * args.k.batch + rows * sizes.size) * 4 + plan_attention(args, threads).workspace);
+      most = max_of(most, (2 * args.T * sizes.size + rows * sizes.size) * 4 + plan_attention(args, threads).workspace);
     }
   }
   return most;
@@ -121,27 +122,31 @@ int PlaneKv::attend_few(Team& team, const Queries& queries, float* workspace) co
 int PlaneKv::attend_many(Team& team, const Queries& queries, const RunOptions& options, float* workspace) const {
   const Span& span = queries.span;
   const AttentionSizes& sizes = queries.sizes;
-  const int64_t size = sizes.size, rows = span.rows() * sizes.heads, heads = span.batch * sizes.groups;
+  const int64_t size = sizes.size, rows = span.rows() * sizes.heads, repeats = sizes.heads / sizes.groups;
   const int64_t first = first_seen_tile(span, sizes), tiles = ceil_div(span.end, tile_tokens) - first;
   AttentionArgs args = dense_args(span, sizes, options);
-  float *const keys = workspace, *const values = keys + heads * args.T * size,
-               *const rotated = values + heads * args.T * size, *const partial = rotated + rows * size;
-  args.k.data = keys, args.v.data = values, args.q.data = rotated, args.out.data = queries.attended;
+  float *const keys = workspace, *const values = keys + args.T * size, *const rotated = values + args.T * size,
+               *const partial = rotated + rows * size;
   const PlaneArgs planes = plane_args(span, sizes);
   const PlaneKernels& kernels = MLXEFF_DISPATCH(plane_kernels);
-  team.for_rows(heads * tiles, [&](int64_t task) {
-    const int64_t head = task / tiles, tile = task % tiles, place = (head * args.T + tile * tile_tokens) * size;
-    kernels.dequantise(planes, head, first + tile, keys + place, values + place);
-  });
-  team.for_rows(rows, [&](int64_t row) { kernels.rotate(queries.queries + row * size, rotated + row * size, size); });
   const AttentionPlan plan = plan_attention(args, team.count);
   const AttentionKernels& dense = MLXEFF_DISPATCH(attention_kernels);
   bool failed = false;
-  team.for_chunks(plan.tasks, 1, [&](int64_t begin, int64_t end) {
-    if (!dense.run(args, plan, partial, begin, end)) failed = true;
-  });
-  if (plan.parts > 1)
-    team.for_chunks(rows, 64, [&](int64_t begin, int64_t end) { dense.merge(args, plan, partial, begin, end); });
+  team.for_rows(rows, [&](int64_t row) { kernels.rotate(queries.queries + row * size, rotated + row * size, size); });
+  for (int64_t head = 0; head < span.batch * sizes.groups; ++head) {
+    const int64_t at = (head / sizes.groups * span.length * sizes.heads + head % sizes.groups * repeats) * size;
+    args.k.data = keys, args.v.data = values, args.q.data = rotated + at, args.out.data = queries.attended + at;
+    team.for_rows(tiles, [&](int64_t tile) {
+      const int64_t place = tile * tile_tokens * size;
+      kernels.dequantise(planes, head, first + tile, keys + place, values + place);
+    });
+    team.for_chunks(plan.tasks, 1, [&](int64_t begin, int64_t end) {
+      if (!dense.run(args, plan, partial, begin, end)) failed = true;
+    });
+    if (plan.parts > 1)
+      team.for_chunks(span.length * repeats, 64,
+                      [&](int64_t begin, int64_t end) { dense.merge(args, plan, partial, begin, end); });
+  }
   team.for_rows(rows, [&](int64_t row) {
     float* const out = queries.attended + row * size;
     kernels.rotate(out, out, size);

@@ -225,7 +225,7 @@ class PlaneLayer:
         """Give a buffer room for so many tiles."""
         old = self._buffers[name][:, :, :tiles]
         free = mx.zeros((*old.shape[:2], tiles - old.shape[2], old.shape[3]), old.dtype)
-        self._buffers[name] = mx.concatenate([old, free], axis=2)
+        self._buffers[name] = mx.concatenate([old, free], axis=2) if old.size else free
 
     def _write(self, name: str, at: int, rows: mx.array, pack: Callable, unpack: Callable, first: int = 0) -> None:
         """Write rows (B, G, S, n) of new tokens into the bytes from `at` on of their tiles, packed. `first` is the tile
