@@ -11,7 +11,7 @@ Nothing is measured: every number is PREDICTED. The model:
 - A pass reads each matrix once, the embedding table only where it is the output head too, and keys and values of all
   cached tokens. A number of these has 2 bytes in a float16 cache, 1.0625 in both planes, 0.5625 in the upper one. That
   the newest tokens are drafted on both planes is left out.
-- A draft reads a copy of the weights with 4.5 bits, which are the model's own where it has no more.
+- A draft reads a copy of the weights with 6.5 bits, or the model's own where these have 4.5 (`--draft-weights auto`).
 - A round drafts k tokens, one pass each, and verifies them in one pass of M = k + 1 rows. Each drafted token is
   accepted with the same probability, up to the first that is not. k is the best of 1 to 7.
 - That pass reads keys and values once and the weights c times: c = 1 for a kernel that keeps the rows of a small M
@@ -48,7 +48,8 @@ CHIPS = {  # specified GB/s
     "M4 Max": 546,
 }
 KINDS = {"float16": 2.0, "int8": 1.0625, "draft": 0.5625}  # bytes of a number of keys and values
-WEIGHTS = {"float16": 2.0, "4.5 bits": 0.5625}  # bytes of a weight; a draft reads the smaller one
+WEIGHTS = {"float16": 2.0, "4.5 bits": 0.5625}  # bytes of a weight
+DRAFTING = {"float16": 0.8125, "4.5 bits": 0.5625}  # bytes of a weight that a draft reads, `--draft-weights auto`
 DEPTHS = {"1k": 1024, "4k": 4096, "8k": 8192, "16k": 16384, "32k": 32768}  # cached tokens
 ACCEPTANCES = (0.90, 0.95)  # of a drafted token
 ANEW = {"c = 1": 0.0, "c = 1 + 0.3 (M - 1)": 0.3}  # share of the weights that each further row reads anew
@@ -64,9 +65,9 @@ class Shape:
     weights: int
     numbers: int
 
-    def bytes(self, weights: str, kind: str, depth: int, reads: float = 1) -> float:
-        """Bytes of a pass after `depth` tokens that reads the weights `reads` times."""
-        return reads * self.weights * WEIGHTS[weights] + depth * self.numbers * KINDS[kind]
+    def bytes(self, weight: float, kind: str, depth: int, reads: float = 1) -> float:
+        """Bytes of a pass after `depth` tokens that reads the weights `reads` times, `weight` bytes each."""
+        return reads * self.weights * weight + depth * self.numbers * KINDS[kind]
 
 
 def llama(layers: int, hidden: int, inner: int, groups: int, size: int, vocabulary: int) -> Shape:
@@ -108,15 +109,14 @@ def predict(
     def ms(read: float) -> float:
         return read / (bandwidth * USABLE * 1e9) * 1e3 + overhead
 
-    drafting = min(WEIGHTS, key=WEIGHTS.get)
-    draft = ms(shape.bytes(drafting, "draft", depth))
+    draft = ms(shape.bytes(DRAFTING[weights], "draft", depth))
 
     def token(width: int) -> float:
-        verification = ms(shape.bytes(weights, "int8", depth, 1 + anew * width))
+        verification = ms(shape.bytes(WEIGHTS[weights], "int8", depth, 1 + anew * width))
         return (width * draft + verification) / committed(width, acceptance)
 
     best = min(range(1, MOST + 1), key=token)
-    plain = {kind: ms(shape.bytes(weights, kind, depth)) for kind in ("float16", "int8")}
+    plain = {kind: ms(shape.bytes(WEIGHTS[weights], kind, depth)) for kind in ("float16", "int8")}
     return plain | {"quantspec": token(best), "width": best}
 
 
@@ -147,11 +147,10 @@ def bytes_table() -> str:
     rows = []
     for model, shape in MODELS.items():
         for weights in WEIGHTS:
-            drafting = min(WEIGHTS, key=WEIGHTS.get)
             cells = []
             for depth in DEPTHS.values():
-                read = [shape.bytes(weights, "float16", depth), shape.bytes(weights, "int8", depth)]
-                read.append(shape.bytes(drafting, "draft", depth))
+                read = [shape.bytes(WEIGHTS[weights], kind, depth) for kind in ("float16", "int8")]
+                read.append(shape.bytes(DRAFTING[weights], "draft", depth))
                 cells.append(" / ".join(f"{each / 1e6:.0f}" for each in read))
             rows.append([f"{model}, {weights}", *cells])
     return table(["predicted MB a token: float16 KV / int8 KV / draft", *DEPTHS], rows)

@@ -1,14 +1,15 @@
 """Speculative decoding of the built-in model on this CPU: tokens a second, what is accepted, and whether the answers
 are those of plain decoding.
 
-    python benchmarks/speculation.py [--save] [--rounds 3] [--depths 512 ...] [--weights Q4_1 float16] [--tokens 128]
+    python benchmarks/speculation.py [--save] [--rounds 3] [--depths 512 ...] [--weights Q4_1 ...] [--tokens 128]
     python benchmarks/speculation.py --proof TOKENS [--save]
     python benchmarks/speculation.py --report [FILE]
 
 The prompts are the first tokens of `data/jargon-validation.txt`; answers are greedy and go on beyond end tokens. The
-arms take turns within a round, each with a cache of its own, which reads the prompt once and is rewound to it. Weights
-are those of the built-in file ("Q4_1") or the same dequantised ("float16"). QuantSpec drafts with `--draft-weights
-auto`. An arm that chooses its widths keeps from round to round what they cost.
+arms take turns within a round; those with the same kind of cache share one, which reads the prompt once and is
+rewound to it. Weights are those of the built-in file ("Q4_1"), the same dequantised ("float16") and these in 8 bits
+("8-bit"). QuantSpec drafts with `--draft-weights auto`, or with those that the name of the weights ends in. An arm that
+chooses its widths keeps from round to round what they cost.
 
 --proof compares QuantSpec with plain decoding on the same kind of cache, over many prompts of 200 to 1,500 tokens,
 until so many tokens were compared: an answer of 256 tokens each, or up to its first token that differs. Of that one it
@@ -49,7 +50,7 @@ from peers import card
 from places import TEXT, work_folder
 
 SECTION, PROOF = "speculation", "speculation-proof"  # of RESULTS.md; of the second result's file
-WEIGHTS = ("Q4_1", "float16")
+WEIGHTS = {"Q4_1": "auto", "float16": "auto", "float16, q4": "q4", "8-bit": "auto", "8-bit, upper": "upper"}
 DEPTHS = (512, 1024, 2048, 4096, 7600)
 STEP_SIZE = 512  # of the prefill
 KEYS = ("weights", "depth", "arm", "round")
@@ -104,17 +105,21 @@ def kept(work: Path, name: str, keys: Sequence[str], common: dict) -> Samples:
 
 
 def load(weights: str, model: str, work: Path) -> Loaded:
-    """The model with these weights; dense ones are made once."""
+    """The model with these weights; others than those of the file are made once."""
     path = hub.resolve(model)
-    if weights == "float16":
-        work.mkdir(parents=True, exist_ok=True)
-        path = saving.once(work / "float16", lambda out: convert(path, out, dtype="float16", dequantize=True))
+    work.mkdir(parents=True, exist_ok=True)
+    if not weights.startswith("Q4_1"):
+        given = path
+        path = saving.once(work / "float16", lambda out: convert(given, out, dtype="float16", dequantize=True))
+    if weights.startswith("8-bit"):
+        dense = path
+        path = saving.once(work / "8-bit", lambda out: convert(dense, out, quantize=(8, 64)))
     return load_path(path)
 
 
-def draft_of(loaded: Loaded) -> SelfDraft:
-    """QuantSpec's draft of a model, with the weights that it takes by itself."""
-    return assembled.quantspec(Setup(loaded.model), loaded).following.drafter
+def draft_of(loaded: Loaded, weights: str) -> SelfDraft:
+    """QuantSpec's draft of a model."""
+    return assembled.quantspec(Setup(loaded.model), loaded, WEIGHTS[weights]).following.drafter
 
 
 def read(model, kind: str, ids: list[int]) -> tuple[Cache, mx.array]:
@@ -145,7 +150,7 @@ def measure(options: argparse.Namespace, samples: Samples) -> None:
         if not left:
             continue
         loaded = load(weights, options.model, options.work)
-        draft, ids = draft_of(loaded), text_ids(loaded)
+        draft, ids = draft_of(loaded, weights), text_ids(loaded)
         for depth in left:
             measure_depth(loaded.model, draft, ids[:depth], options, weights, samples)
             print(f"{weights} weights, {depth} tokens: done", file=sys.stderr, flush=True)
@@ -162,13 +167,13 @@ def measure_depth(
 ) -> None:
     """Add the samples of all arms after the prompt `ids` that are missing."""
     depth = len(ids)
-    held = {name: read(model, arm.kind, ids) for name, arm in ARMS.items()}
-    for name, arm in ARMS.items():
-        answer(model, *held[name], ids, arm.following(draft, {}), WARM_UP)
+    held = {kind: read(model, kind, ids) for kind in dict.fromkeys(arm.kind for arm in ARMS.values())}
+    for arm in ARMS.values():
+        answer(model, *held[arm.kind], ids, arm.following(draft, {}), WARM_UP)
     costs = {name: {} for name in ARMS}
     for name, number in missing(options.rounds, weights, depth, samples):
         arm, busy, known = ARMS[name], os.getloadavg()[0], bool(costs[name])
-        found, numbers = answer(model, *held[name], ids, arm.following(draft, costs[name]), options.tokens)
+        found, numbers = answer(model, *held[arm.kind], ids, arm.following(draft, costs[name]), options.tokens)
         mark = hashlib.sha256(json.dumps(found).encode()).hexdigest()[:12]
         plain = [s["ids"] for s in samples.all if samples.key(s)[:3] == (weights, depth, arm.reference)]
         sample = {"weights": weights, "depth": depth, "arm": name, "round": number, "ids": mark}
@@ -199,7 +204,7 @@ def compare(model, draft: SelfDraft, prompt: list[int]) -> dict:
 
 def prove(loaded: Loaded, tokens: int, samples: Samples) -> None:
     """Compare answers until `tokens` tokens were compared; the prompt with a number is always the same."""
-    draft, ids, number = draft_of(loaded), text_ids(loaded), len(samples.all)
+    draft, ids, number = draft_of(loaded, "Q4_1"), text_ids(loaded), len(samples.all)
     while sum(sample["compared"] for sample in samples.all) < tokens:
         chosen = np.random.default_rng(number)
         length = int(chosen.integers(SHORTEST, LONGEST + 1))

@@ -181,8 +181,7 @@ def test_metal_against_brute_force(name):
     np.testing.assert_allclose(((weight - decoded.astype(np.float64)) ** 2 * metric).sum(), want, rtol=1e-5)
 
 
-@pytest.mark.parametrize("sanitizer", ["address", "thread"])
-@pytest.mark.parametrize(("name", "count"), [("4", 5), ("3", 33)])
+@pytest.mark.parametrize(("name", "count", "sanitizer"), [("4", 5, "address"), ("3", 33, "thread")])
 def test_sanitizers_find_nothing(name, count, sanitizer):
     """33 blocks: a second threadgroup of both kernels, with one block."""
     weight = np.resize(awkward_blocks(name), (count, FORMATS[name].columns))

@@ -13,7 +13,7 @@ import pytest
 from scipy import stats
 
 import mlxeff
-from mlxeff import MlxeffError, RunOptions, kernels
+from mlxeff import MlxeffError, RunOptions
 from mlxeff.assembly import speculation as assembled
 from mlxeff.assembly.model import load_path
 from mlxeff.decode import decode, prefill
@@ -68,7 +68,7 @@ def p_value(found):
 @pytest.mark.parametrize("certain", [False, True])
 def test_sampling_is_exact(certain):
     """The joint distribution of two tokens, drafted from another distribution or with certainty."""
-    assert p_value(pairs(6000, certain=certain)) > 1e-3
+    assert p_value(pairs(4000, certain=certain)) > 1e-3
 
 
 MISTAKES = {
@@ -88,13 +88,13 @@ def test_a_wrong_rule_is_noticed(mistake, monkeypatch):
     monkeypatch.setitem(sys.modules, wrong.__name__, wrong)  # dataclasses look it up
     wrong.__package__ = "mlxeff.speculation"
     exec(source.replace(before, after), vars(wrong))
-    assert p_value(pairs(2500, wrong.verify)) < 1e-3
+    assert p_value(pairs(1500, wrong.verify)) < 1e-3
 
 
 @pytest.mark.parametrize("change", [lambda rows: rows[::-1], lambda rows: mx.log(mx.softmax(rows / 3, axis=1))])
 def test_rows_of_another_distribution_than_the_drafts_are_noticed(change):
     """Of another place, or of another temperature."""
-    assert p_value(pairs(4000, change=change)) < 1e-3
+    assert p_value(pairs(2000, change=change)) < 1e-3
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,7 @@ def test_rows_of_another_distribution_than_the_drafts_are_noticed(change):
 def test_acceptance_is_the_overlap(p, q, accepted):
     """Σ min(p, q), and what comes out is p."""
     mx.random.seed(1)
-    count, kept, first = 1500, 0, np.zeros(4)
+    count, kept, first = 1000, 0, np.zeros(4)
     for _ in range(count):
         drafted = Drafted(mx.array([draw(q)], mx.uint32), logs(np.array(q)))
         found = verify(logs(np.array(p), np.full(4, 0.25)), drafted, SAMPLER)
@@ -459,18 +459,6 @@ def test_python_users_of_mlx_lm(folder):
         next(stream_generate(model, tokenizer, TEXT, 5, model, following=Speculation(LookupDraft(), "x")))
 
 
-def test_a_copy_of_the_weights_in_4_bits(model):
-    """It shares the norms, computes in its own bits, and leaves the model as it was."""
-    before = plainly(model, None, 10)
-    copied = assembled.coarse_copy(model)
-    assert assembled.bits_per_weight(copied) < 7 < assembled.bits_per_weight(model)
-    assert copied.layers[0].input_layernorm.weight is model.layers[0].input_layernorm.weight
-    assert plainly(model, None, 10) == before
-    native = kernels.native()[0] is not None
-    assert (copied.native is not None) == native
-    assert not native or copied.native is not model.native
-
-
 def test_costs_are_kept_for_the_next_run(monkeypatch, tmp_path):
     monkeypatch.setenv("MLXEFF_CACHE", str(tmp_path))
     assert assembled.read_costs("a") == {}
@@ -507,7 +495,7 @@ def test_with_kv_prediction_on_real_weights(smollm2_gguf):
     that is read by the model itself."""
     text = "The quick brown fox jumps over the lazy dog, and the dog sleeps on. " * 12
     pair = ("--kv-predict", "smollm2-135m-0-21:keep=8")
-    for arguments in ((text, "--max-tokens", 40, *pair), ("Write a story about a fox.", "--max-tokens", 160)):
+    for arguments in ((text, "--max-tokens", 32, *pair), ("Write a story about a fox.", "--max-tokens", 96)):
         want = document(smollm2_gguf, *arguments, "--kv-cache", "int8")
         got = document(smollm2_gguf, *arguments, "--quantspec", "--num-draft-tokens", 4)
         assert got["token_ids"] == want["token_ids"]

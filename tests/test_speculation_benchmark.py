@@ -80,7 +80,7 @@ def test_answers_are_compared_until_enough(loaded, options, monkeypatch):
 
 def test_an_answer_that_differs_is_told(loaded, monkeypatch):
     """A draft that is taken for right where it is not gives another token."""
-    draft, prompt = speculation.draft_of(loaded), IDS[:60]
+    draft, prompt = speculation.draft_of(loaded, "Q4_1"), IDS[:60]
     monkeypatch.setattr(speculation, "PROVED", 10)
     honest, calls = speculation.answer, []
 

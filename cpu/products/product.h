@@ -36,7 +36,10 @@ class Product {
     b_ = {w, x, y, rows, accumulate};
     const ProductOutput out = {y, w.N, MLXEFF_F32, accumulate};
     switch (w.kind()) {
-      case WeightMatrix::Kind::quantised: q_ = {w.quantised, x, w.K, MLXEFF_F32, out, rows, mode}; break;
+      case WeightMatrix::Kind::quantised:
+        q_ = {w.quantised, x, w.K, MLXEFF_F32, out, rows, mode};
+        lower_ = {w.lower, x, w.K, MLXEFF_F32, {y, w.N, MLXEFF_F32, true}, rows, mode};
+        break;
       case WeightMatrix::Kind::seeds: s_ = {w.seeds, x, w.K, MLXEFF_F32, out, rows, mode}; break;
       case WeightMatrix::Kind::dense:
         d_ = {{x, w.K, MLXEFF_F32, false}, {w.dense, w.ld, w.dtype, true}, out, rows, w.N, w.K, float_mode};
@@ -50,6 +53,7 @@ class Product {
   }
   void bind(void* workspace) {
     visit(*this, [&](const auto& kernels, auto& args) { kernels.bind(args, workspace); });
+    read_as(lower_, q_);
   }
   void prepare(int64_t begin, int64_t end) const {
     visit(*this, [&](const auto& kernels, const auto& args) { kernels.prepare(args, begin, end); });
@@ -58,7 +62,9 @@ class Product {
     return visit(*this, [&](const auto& kernels, const auto& args) { return kernels.piece(args, threads); });
   }
   int run(int64_t begin, int64_t end) const {
-    return visit(*this, [&](const auto& kernels, const auto& args) { return kernels.run(args, begin, end); });
+    const int error =
+        visit(*this, [&](const auto& kernels, const auto& args) { return kernels.run(args, begin, end); });
+    return error || blas_ || !matrix().lower.packed ? error : quantised_->run(lower_, begin, end);
   }
 
   // True if this product and `other`, which has the same x, read x in the same layout. Then one of them can call
@@ -81,20 +87,26 @@ class Product {
     s_.x_bf16 = owner.s_.x_bf16;
     s_.x_int8 = owner.s_.x_int8;
     s_.ldx_few = owner.s_.ldx_few;
-    q_.x_f32 = owner.q_.x_f32;
-    q_.ldx_f32 = owner.q_.ldx_f32;
-    q_.x_sum = owner.q_.x_sum;
-    q_.x_int8 = owner.q_.x_int8;
-    q_.x_scale = owner.q_.x_scale;
-    q_.x_bf16 = owner.q_.x_bf16;
+    read_as(q_, owner.q_);
+    read_as(lower_, owner.q_);
   }
 
  private:
+  // Lets `args` read the form of x that `owner` reads.
+  static void read_as(QmmArgs& args, const QmmArgs& owner) {
+    args.x_f32 = owner.x_f32;
+    args.ldx_f32 = owner.ldx_f32;
+    args.x_sum = owner.x_sum;
+    args.x_int8 = owner.x_int8;
+    args.x_scale = owner.x_scale;
+    args.x_bf16 = owner.x_bf16;
+  }
+
   const QmatmulKernels* quantised_ = nullptr;
   const SeedlmKernels* seeds_ = nullptr;
   const MatmulKernels* dense_ = nullptr;
   const ProductKernels<BlasArgs>* blas_ = nullptr;
-  QmmArgs q_ = {};
+  QmmArgs q_ = {}, lower_ = {};  // lower_: of the second matrix of a sum, whose product is added
   SeedArgs s_ = {};
   MatmulArgs d_ = {};
   BlasArgs b_ = {};

@@ -1,5 +1,7 @@
 #include "products/weight_matrix.h"
 
+#include <vector>
+
 #include "decoder/decoder_kernels.h"
 #include "products/qmatmul_kernels.h"
 #include "seedlm/seedlm_kernels.h"
@@ -10,17 +12,21 @@ namespace {
 
 int64_t in_dtype(int64_t values, int dtype) { return values * int64_t(dtype_size(dtype)); }
 
+// Moves the data pointers of a quantised matrix with `ld` values a row to element (row, column).
+void move(mlxeff_qweight& q, int64_t ld, int64_t row, int64_t column) {
+  const int64_t scale = (row * ld + column) / q.group;
+  q.packed += (row * ld + column) / 32 * q.bits;
+  q.scales = static_cast<const char*>(q.scales) + in_dtype(scale, q.scale_dtype);
+  q.biases = static_cast<const char*>(q.biases) + in_dtype(scale, q.scale_dtype);
+}
+
 // Returns W with its data pointers moved to element (row, column). N and K are unchanged.
 WeightMatrix from(WeightMatrix w, int64_t row, int64_t column) {
   switch (w.kind()) {
-    case WeightMatrix::Kind::quantised: {
-      mlxeff_qweight& q = w.quantised;
-      const int64_t scale = (row * w.ld + column) / q.group;
-      q.packed += (row * w.ld + column) / 32 * q.bits;
-      q.scales = static_cast<const char*>(q.scales) + in_dtype(scale, q.scale_dtype);
-      q.biases = static_cast<const char*>(q.biases) + in_dtype(scale, q.scale_dtype);
+    case WeightMatrix::Kind::quantised:
+      move(w.quantised, w.ld, row, column);
+      if (w.lower.packed) move(w.lower, w.ld, row, column);
       break;
-    }
     case WeightMatrix::Kind::seeds: {
       mlxeff_seedlm_weight& s = w.seeds;
       const int64_t block = row * seed_row_blocks(s).stride + column / s.columns;
@@ -41,7 +47,7 @@ WeightMatrix from(WeightMatrix w, int64_t row, int64_t column) {
 int slice_rows(const WeightMatrix& w, int64_t begin, int64_t count, WeightMatrix* part) {
   if (begin < 0 || count < 1 || begin > w.N - count) return MLXEFF_BAD_ARGUMENT;
   *part = from(w, begin, 0);
-  part->N = part->quantised.N = part->seeds.N = count;
+  part->N = part->quantised.N = part->lower.N = part->seeds.N = count;
   return MLXEFF_OK;
 }
 
@@ -53,15 +59,21 @@ int slice_columns(const WeightMatrix& w, int64_t begin, int64_t count, WeightMat
   if (kind == WeightMatrix::Kind::seeds && begin % (w.seeds.columns * (w.seeds.states == 3 ? 1 : 2)) != 0)
     return MLXEFF_BAD_ARGUMENT;
   *part = from(w, 0, begin);
-  part->K = part->quantised.K = part->seeds.K = count;
+  part->K = part->quantised.K = part->lower.K = part->seeds.K = count;
   return MLXEFF_OK;
 }
 
 void read_row(const WeightMatrix& w, int64_t n, float* out) {
   switch (w.kind()) {
-    case WeightMatrix::Kind::quantised:
-      MLXEFF_DISPATCH(qmatmul_kernels).dequantize_row(w.quantised, n, out, MLXEFF_F32);
+    case WeightMatrix::Kind::quantised: {
+      const QmatmulKernels& kernels = MLXEFF_DISPATCH(qmatmul_kernels);
+      kernels.dequantize_row(w.quantised, n, out, MLXEFF_F32);
+      if (!w.lower.packed) break;
+      std::vector<float> rest(size_t(w.K));
+      kernels.dequantize_row(w.lower, n, rest.data(), MLXEFF_F32);
+      for (int64_t k = 0; k < w.K; ++k) out[k] += rest[size_t(k)];
       break;
+    }
     case WeightMatrix::Kind::seeds: MLXEFF_DISPATCH(seedlm_kernels).decode_row(w.seeds, n, out, MLXEFF_F32); break;
     case WeightMatrix::Kind::dense:
       MLXEFF_DISPATCH(decoder_kernels)

@@ -7,17 +7,21 @@ namespace mlxeff {
 
 // A weight matrix W (N, K): affine-quantised, in SeedLM blocks, or dense and row-major. Its kind is that of the one
 // data pointer (quantised.packed, seeds.seeds or dense) that is not null. `ld` is the number of values between the
-// starts of two rows: K for a whole matrix, and more for a slice of its columns.
+// starts of two rows: K for a whole matrix, and more for a slice of its columns. A quantised matrix may be the sum of
+// two with the same shape, bits and group: if lower.packed is not null, `lower` is the second one.
 struct WeightMatrix {
   int64_t N, K, ld;
   mlxeff_qweight quantised;
   const void* dense;
   int dtype;  // of dense
   mlxeff_seedlm_weight seeds;
+  mlxeff_qweight lower;
 
-  static WeightMatrix of(const mlxeff_qweight& w) { return {w.N, w.K, w.ld, w, nullptr, 0, {}}; }
-  static WeightMatrix of(const mlxeff_seedlm_weight& w) { return {w.N, w.K, w.ld, {}, nullptr, 0, w}; }
-  static WeightMatrix of(const void* dense, int dtype, int64_t N, int64_t K) { return {N, K, K, {}, dense, dtype, {}}; }
+  static WeightMatrix of(const mlxeff_qweight& w) { return {w.N, w.K, w.ld, w, nullptr, 0, {}, {}}; }
+  static WeightMatrix of(const mlxeff_seedlm_weight& w) { return {w.N, w.K, w.ld, {}, nullptr, 0, w, {}}; }
+  static WeightMatrix of(const void* dense, int dtype, int64_t N, int64_t K) {
+    return {N, K, K, {}, dense, dtype, {}, {}};
+  }
 
   enum class Kind { quantised, seeds, dense };
   Kind kind() const { return quantised.packed ? Kind::quantised : seeds.seeds ? Kind::seeds : Kind::dense; }

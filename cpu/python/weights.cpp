@@ -17,20 +17,41 @@ WeightMatrix dense(const Named& given, Weights& weights) {
   return WeightMatrix::of(weights.keep(weight).data<void>(), dtype_of(weight), weight.shape(0), weight.shape(1));
 }
 
-WeightMatrix affine(const Named& given, Weights& weights) {
-  given.expect({"weight", "scales", "biases", "group_size", "bits"}, {"bias"});
-  const int64_t group = given.integer("group_size"), bits = given.integer("bits");
+mlxeff_qweight packed_matrix(const Named& given, Weights& weights, int64_t bits, const char* name,
+                             const char* scales_name, const char* biases_name) {
+  const int64_t group = given.integer("group_size");
   if (group != 32 && group != 64 && group != 128) given.refuse("group_size: wanted 32, 64 or 128");
-  if (bits < 2 || bits > 8 || bits == 7) given.refuse("bits: wanted 2, 3, 4, 5, 6 or 8");
-  const mx::array& packed = given.array("weight");
-  if (packed.dtype() != mx::uint32 || packed.ndim() != 2) given.refuse("weight: wanted a matrix of uint32");
+  const mx::array& packed = given.array(name);
+  if (packed.dtype() != mx::uint32 || packed.ndim() != 2)
+    given.refuse(std::string(name) + ": wanted a matrix of uint32");
   const int64_t rows = packed.shape(0), columns = int64_t(packed.shape(1)) * 32 / bits;
   const mx::Shape groups = {int(rows), int(columns / group)};
-  const mx::array &scales = given.array("scales", groups), &biases = given.array("biases", groups);
-  if (scales.dtype() != biases.dtype()) given.refuse("biases: wanted the type of scales");
-  return WeightMatrix::of(mlxeff_qweight{weights.keep(packed).data<uint32_t>(), weights.keep(scales).data<void>(),
-                                         weights.keep(biases).data<void>(), rows, columns, columns, int(bits),
-                                         int(group), dtype_of(scales)});
+  const mx::array &scales = given.array(scales_name, groups), &biases = given.array(biases_name, groups);
+  if (scales.dtype() != biases.dtype()) given.refuse(std::string(biases_name) + ": wanted the type of " + scales_name);
+  return {weights.keep(packed).data<uint32_t>(),
+          weights.keep(scales).data<void>(),
+          weights.keep(biases).data<void>(),
+          rows,
+          columns,
+          columns,
+          int(bits),
+          int(group),
+          dtype_of(scales)};
+}
+
+WeightMatrix affine(const Named& given, Weights& weights) {
+  given.expect({"weight", "scales", "biases", "group_size", "bits"}, {"bias"});
+  const int64_t bits = given.integer("bits");
+  if (bits < 2 || bits > 8 || bits == 7) given.refuse("bits: wanted 2, 3, 4, 5, 6 or 8");
+  return WeightMatrix::of(packed_matrix(given, weights, bits, "weight", "scales", "biases"));
+}
+
+WeightMatrix affine_planes(const Named& given, Weights& weights) {
+  given.expect({"upper", "scales", "biases", "lower", "lower_scales", "lower_biases", "group_size"}, {"bias"});
+  WeightMatrix matrix = WeightMatrix::of(packed_matrix(given, weights, 4, "upper", "scales", "biases"));
+  matrix.lower = packed_matrix(given, weights, 4, "lower", "lower_scales", "lower_biases");
+  if (matrix.lower.N != matrix.N || matrix.lower.K != matrix.K) given.refuse("lower: wanted the shape of upper");
+  return matrix;
 }
 
 WeightMatrix seedlm(const Named& given, Weights& weights) {
@@ -53,8 +74,9 @@ WeightMatrix seedlm(const Named& given, Weights& weights) {
   return WeightMatrix::of(layout.weight(arrays, 0));
 }
 
-constexpr MatrixKind dense_kind = {"dense", dense}, affine_kind = {"affine", affine}, seedlm_kind = {"seedlm", seedlm};
-constexpr const MatrixKind* kinds[] = {&dense_kind, &affine_kind, &seedlm_kind};
+constexpr MatrixKind dense_kind = {"dense", dense}, affine_kind = {"affine", affine}, seedlm_kind = {"seedlm", seedlm},
+                     planes_kind = {"affine_planes", affine_planes};
+constexpr const MatrixKind* kinds[] = {&dense_kind, &affine_kind, &seedlm_kind, &planes_kind};
 
 }  // namespace
 

@@ -3,6 +3,8 @@
 // A matrix is a dict with a "kind", the arrays and numbers of that kind, and a "bias", which is an array (N) or None:
 //   dense   weight (N, K)
 //   affine  weight (packed, uint32), scales, biases; group_size, bits: in the format of mx.quantize
+//   affine_planes  upper, scales, biases and lower, lower_scales, lower_biases: the sum of two affine matrices of 4
+//           bits; group_size
 //   seedlm  blocks, or seeds, coefficients, exponents; cols, columns, states, exponent_bias: mlxeff/seedlm/format.py
 #pragma once
 #include <deque>

@@ -346,9 +346,10 @@ SWITCHED: Sequence[Switched] = (
         dials=(
             option(
                 "--draft-weights",
-                choices=("auto", "shared", "q4"),
-                help="weights of QuantSpec's draft: the model's own, or a copy in 4 bits (auto: a copy of weights that "
-                "have more than 6.5 bits)",
+                choices=("auto", "shared", "upper", "q4", "q6"),
+                help="weights of QuantSpec's draft: shared, the model's own; upper, the upper halves of the model's "
+                "own, which have 8 bits; q4 and q6, a copy in 4 or 6 bits; auto, q6 for weights of 16 bits, q4 for 8, "
+                "shared for fewer",
             ),
             option(
                 "--num-draft-tokens",

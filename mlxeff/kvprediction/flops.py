@@ -22,7 +22,7 @@ def _own(module: nn.Module) -> int:
     if isinstance(module, (nn.QuantizedLinear, nn.QuantizedEmbedding)):
         bias = module.bias.size if "bias" in module else 0
         return module.weight.size * 32 // module.bits + bias
-    if hasattr(module, "to_dense"):  # encoded by SeedLM
+    if hasattr(module, "to_dense"):  # of a technique
         return module.rows * module.cols + (module.bias.size if "bias" in module else 0)
     children = {name: value for name, value in module.items() if not _holds_modules(value)}
     return sum(value.size for _, value in tree_flatten(children) if hasattr(value, "size"))

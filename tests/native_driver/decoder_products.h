@@ -73,10 +73,13 @@ inline void check_decoder_slices_of(const mlxeff::WeightMatrix& w, int64_t unit,
 inline void check_decoder_products() {
   using mlxeff::WeightMatrix;
   const int64_t N = 300, K = 96, gap = 2;
-  const QuantizedMatrix quantised(N, K, 4, 32, MLXEFF_F16);
+  const QuantizedMatrix quantised(N, K, 4, 32, MLXEFF_F16), lower(N, K, 4, 32, MLXEFF_F16);
+  WeightMatrix sum = WeightMatrix::of(quantised.c());
+  sum.lower = lower.c();
   const SeedMatrix seeds(8, 3, Matrix::random(N, K));
   for (int64_t M : {1, 40}) {
     check_decoder_products_of(WeightMatrix::of(quantised.c()), M);
+    check_decoder_products_of(sum, M);
     check_decoder_products_of(WeightMatrix::of(seeds.c()), M);
     for (int dtype : all_dtypes) {
       const Matrix dense = Matrix::random(N, K, dtype);
@@ -84,10 +87,14 @@ inline void check_decoder_products() {
     }
   }
   const QuantizedMatrix three_bits(50, K, 3, 32, MLXEFF_BF16, 1), eight_bits(50, K, 8, 32, MLXEFF_F32, 1);
+  const QuantizedMatrix upper_half(50, K, 4, 32, MLXEFF_F16, 1), lower_half(50, K, 4, 32, MLXEFF_F16, 1);
+  WeightMatrix halves = WeightMatrix::of(upper_half.c());
+  halves.lower = lower_half.c();
   const SeedMatrix planar(12, 4, Matrix::random(50, K), gap), words(8, 3, Matrix::random(50, K), gap);
   for (int64_t M : {1, 3, 33}) {
     check_decoder_slices_of(WeightMatrix::of(three_bits.c()), 32, true, M);
     check_decoder_slices_of(WeightMatrix::of(eight_bits.c()), 32, true, M);
+    check_decoder_slices_of(halves, 32, true, M);
     check_decoder_slices_of(WeightMatrix::of(planar.c()), 24, false, M);
     check_decoder_slices_of(WeightMatrix::of(words.c()), 8, false, M);
     for (int dtype : all_dtypes) {
