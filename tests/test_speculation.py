@@ -10,11 +10,13 @@ from types import ModuleType
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten
 from scipy import stats
 
 import mlxeff
 from mlxeff import MlxeffError, RunOptions
 from mlxeff.assembly import speculation as assembled
+from mlxeff.assembly.draft_weights import coarse_copy
 from mlxeff.assembly.model import load_path
 from mlxeff.decode import decode, prefill
 from mlxeff.generation import stream_generate
@@ -165,6 +167,9 @@ class Scripted:
 
     def propose(self, text, most, *_):
         return Drafted(mx.array(self._propose(text, most), mx.uint32))
+
+    def share(self, _model, _cache):
+        return 0.0
 
 
 PROMPT = np.random.default_rng(11).integers(0, 256, 150).tolist()
@@ -370,6 +375,36 @@ def test_drafting_that_does_not_pay_rests():
     assert again < 1.03
 
 
+@pytest.mark.parametrize(("share", "tried"), [(0.95, False), (0.87, False), (0.8, True), (0.0, True)])
+def test_drafts_that_cannot_pay_are_not_tried(share, tried):
+    """A draft of seven tokens that are always right gives eight tokens for the time of 1 + 7 share."""
+    control, widths = Controller(MOST), []
+    control.share = share
+    for _ in range(10):
+        widths.append(control.width())
+        if widths[-1]:
+            control.note(widths[-1], widths[-1], widths[-1], 1.0)
+        else:
+            control.note_plain(control.rest(), control.rest() * 1.0)
+    assert any(widths) == tried
+    assert control.off != tried
+
+
+def test_the_share_of_a_draft(model):
+    """By hand: float32 weights and a copy, and the bytes of a cache of two layers, two heads of 64."""
+    draft, held = SelfDraft(coarse_copy(model, 4), RunOptions(kv="int8")), begun(model, "int8")[0]
+    tiles = -(-150 // 16)
+    both, upper = 64 * 2 * 16 + 128, 64 * 16 + 128
+    newest = 150 // 16 // 4 * 4 - 4  # tiles before the newest 64 to 127 tokens
+    full, drafted = (2 * len(held.layers) * size for size in (tiles * both, newest * upper + (tiles - newest) * both))
+    assert held.read_bytes() == full
+    assert held.read_bytes("draft") == drafted
+    own, other = (sum(array.nbytes for _, array in tree_flatten(m.parameters())) for m in (draft.model, model))
+    assert draft.share(model, held) == (own + drafted) / (other + full)
+    assert ModelDraft(draft.model).share(model, held) == own / other
+    assert ModelDraft(draft.model, lookup=LookupDraft()).share(model, held) == LookupDraft().share(model, held) == 0
+
+
 def test_a_fixed_width_stays():
     control = Controller(MOST, 3)
     for _ in range(20):
@@ -407,7 +442,8 @@ def test_through_the_command(folder, options, name):
     assert sum(report["widths"].values()) == report["rounds"]
     assert [key for key in ("quantspec", "draft_model", "prompt_lookup") if got["timings"][key]] == [name]
     _, error = command("generate", *arguments, "--model", folder, *options)
-    assert "tokens a round" in error
+    assert ("nothing drafted" if "shared" in options else "tokens a round") in error
+    assert ("plain decoding is faster here: drafting rests" in error) == ("shared" in options)
 
 
 def test_a_draft_model_through_the_command(folder):

@@ -107,6 +107,10 @@ class LayerCache:
         dtype = self.dtype if self.keys is None else self.keys.dtype
         return dtype and str(dtype).removeprefix("mlx.core.")
 
+    def read_bytes(self, _view: str = FULL_VIEW) -> int:
+        """Bytes of all cached tokens, which attention reads."""
+        return sum(array.nbytes for array in self.state()) if self.length else 0
+
     @property
     def nbytes(self) -> int:
         """Bytes of the two buffers, unused capacity included."""

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import mlx.core as mx
 
 from ..errors import MlxeffError, notices
-from ..running import EXACT, RunOptions, Tally
+from ..running import EXACT, FULL_VIEW, RunOptions, Tally
 from . import file
 from .layer import KINDS, LayerCache, LayerShape
 from .protocols import Layer
@@ -59,6 +59,10 @@ class KVCache:
     def nbytes(self) -> int:
         """Bytes allocated, unused capacity included."""
         return sum(layer.nbytes for layer in self.layers)
+
+    def read_bytes(self, view: str = FULL_VIEW) -> int:
+        """Bytes that attention reads for a token in a view. Sliding windows are not taken into account."""
+        return sum(layer.read_bytes(view) for layer in self.layers)
 
     @property
     def stored_as(self) -> str | None:

@@ -9,6 +9,7 @@ append. The same tokens are read in 8 bits by the view "draft" of "int8", which 
 Shapes: B batch, G KV heads, S new tokens, T cached tokens, E head size.
 """
 
+import math
 from collections.abc import Callable
 
 import mlx.core as mx
@@ -190,6 +191,14 @@ class PlaneLayer:
                 raise ValueError(f"planes of {tokens} tokens")
         self._buffers, self.length = dict(arrays), tokens
         self._first |= first
+
+    def read_bytes(self, view: str = FULL_VIEW) -> int:
+        """Bytes of all cached tokens that attention reads in a view."""
+        if not self._buffers:
+            return 0
+        tiles, coarse, each = -(-self.length // TILE), self._coarse(view), self._bytes()
+        lower = sum(max(0, tiles - coarse[part]) * each[f"lower_{part}"] for part in PARTS)
+        return math.prod(self._buffers["upper"].shape[:2]) * (tiles * each["upper"] + lower)
 
     @property
     def nbytes(self) -> int:

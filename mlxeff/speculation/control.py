@@ -12,6 +12,7 @@ PRIOR = 0.8, 4.0  # share of drafted tokens that are expected to be accepted, an
 HOPELESS = 2.0  # a round that takes so many times the time of its tokens decoded plainly needs no second look
 LONGEST_REST = 256  # tokens that are decoded plainly at most before drafting is tried again
 MARGIN = 1.02  # a width has to beat plain decoding by this factor
+PROMISE = 1.15  # drafting is tried where it could be so much faster than plain decoding
 
 
 class Controller:
@@ -23,6 +24,9 @@ class Controller:
     most    the largest width
     fixed   always this width; None: the controller decides
     known   width → seconds of a round, from an earlier run of the same model on the same machine
+
+    `share` is what drafting a token costs at least, in steps of plain decoding, as far as the bytes tell. Where even
+    drafts that are always right, and verified in the time of one step, would gain less than PROMISE, none is tried.
     """
 
     def __init__(self, most: int, fixed: int | None = None, known: Mapping[int, float] | None = None):
@@ -31,6 +35,7 @@ class Controller:
         self.widths: Counter[int] = Counter()  # rounds of each width
         self._rounds = Counter(dict.fromkeys(self.costs, 2))  # rounds that the costs are means of
         self._right, self._tried = [PRIOR[0] * PRIOR[1]] * most, [PRIOR[1]] * most
+        self.share = 0.0
         self._probes = 0 if self.costs.get(0) and len(self.costs) > 1 else PROBES
         self._rest = PLAIN
 
@@ -38,7 +43,7 @@ class Controller:
         """The width of the next round."""
         if self.fixed is not None:
             return self.fixed
-        if 0 not in self.costs:
+        if 0 not in self.costs or self.hopeless:
             return 0
         if self._probes:
             return min(FIRST, self.most) if self.widths.total() <= PROBES else self._best(1)
@@ -46,7 +51,12 @@ class Controller:
 
     def rest(self) -> int:
         """Tokens to decode plainly in a round of width 0."""
-        return PLAIN if 0 not in self.costs else self._rest
+        return PLAIN if 0 not in self.costs else LONGEST_REST if self.hopeless else self._rest
+
+    @property
+    def hopeless(self) -> bool:
+        """Whether no draft could gain PROMISE."""
+        return (self.most + 1) / (1 + self.most * self.share) < PROMISE
 
     def note(self, width: int, drafted: int, accepted: int, seconds: float) -> None:
         """A round of this width took so many seconds; of `drafted` tokens, perhaps fewer, `accepted` were right."""
@@ -64,7 +74,7 @@ class Controller:
         self.widths[0] += 1
         rested = 0 in self.costs
         self._cost(0, seconds / tokens)
-        if rested and not self._probes:
+        if rested and not self._probes and not self.hopeless:
             self._probes, self._rest = 1, min(2 * self._rest, LONGEST_REST)
 
     def expected(self, width: int) -> float:
@@ -91,7 +101,9 @@ class Controller:
     @property
     def off(self) -> bool:
         """Whether plain decoding is the best now."""
-        return self.fixed is None and 0 in self.costs and len(self.costs) > 1 and self._best(0) == 0
+        if self.fixed is not None or 0 not in self.costs:
+            return False
+        return self.hopeless or (len(self.costs) > 1 and self._best(0) == 0)
 
     def _best(self, least: int) -> int:
         """The width with the most tokens a second, at least `least`."""

@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Protocol
 
 import mlx.core as mx
+from mlx.utils import tree_flatten
 
 from ..cache import Cache, common_prefix
 from ..decode import Model, prefill
@@ -33,6 +34,10 @@ class Drafter(Protocol):
         """Up to `most` tokens that may follow `text`, all tokens so far. `cache` is the verifying model's: it holds all
         of them but the last, and does so again afterwards."""
 
+    def share(self, model: Model, cache: Cache) -> float:
+        """The bytes that drafting a token reads at least, as a share of those that `model` reads for one with
+        `cache`."""
+
 
 class LookupDraft:
     """Prompt lookup, without a model: what followed the last occurrence of the newest tokens, the longest n-gram of
@@ -56,6 +61,10 @@ class LookupDraft:
             if at := self._ends.get(tuple(text[-length:])):
                 return Drafted(mx.array(text[at : at + most], mx.uint32)) if most > 0 else NOTHING
         return NOTHING
+
+    def share(self, _model: Model, _cache: Cache) -> float:
+        """See `Drafter.share`."""
+        return 0.0
 
     def _index(self, text: list[int]) -> None:
         """Enter the n-grams of `text`; one that the index covers in part is entered from there on."""
@@ -82,6 +91,7 @@ class ModelDraft:
         self.model, self.options, self.lookup, self.vocabulary = model, options, lookup, vocabulary
         self._cache: Cache | None = None
         self._held: list[int] = []  # the tokens in the cache
+        self._counted: tuple[Model, int, int] | None = None  # a model, and the bytes of the weights of both
 
     def propose(
         self,
@@ -104,6 +114,17 @@ class ModelDraft:
         self._held = text[:-1]
         own.rewind(len(self._held))
         return drafted
+
+    def share(self, model: Model, _cache: Cache) -> float:
+        """See `Drafter.share`. The cache of the draft model is not counted; and what the lookup saves is not known."""
+        own, other = self._weights(model)
+        return 0.0 if self.lookup else own / other
+
+    def _weights(self, model: Model) -> tuple[int, int]:
+        """Bytes of this model's parameters and of those of `model`, which are counted once."""
+        if self._counted is None or self._counted[0] is not model:
+            self._counted = model, *(weight_bytes(each) for each in (self.model, model))
+        return self._counted[1:]
 
     def _draft(
         self, text: list[int], most: int, cache: Cache, sampler: Sampler, processors: Sequence[LogitsProcessor]
@@ -165,3 +186,15 @@ class SelfDraft(ModelDraft):
             return self._draft(text, most, cache, sampler, processors)
         finally:
             cache.rewind(start)
+
+    def share(self, model: Model, cache: Cache) -> float:
+        """See `Drafter.share`."""
+        if self.lookup:
+            return 0.0
+        own, other = self._weights(model)
+        return (own + cache.read_bytes(DRAFT_VIEW)) / (other + cache.read_bytes())
+
+
+def weight_bytes(model: Model) -> int:
+    """Bytes of a model's parameters."""
+    return sum(array.nbytes for _, array in tree_flatten(model.parameters()))

@@ -111,6 +111,8 @@ class Speculation:
 
         yield from plainly(logits, 1)
         while (left := most - self.statistics.plain - self.statistics.committed) > 0:
+            if cache.drops:
+                self._controller.share = self.drafter.share(model, cache)
             width, room = self._controller.width() if cache.drops else 0, cache.together
             width = min(width, left - 1, MOST if room is None else room - 1)
             if width < 1:
@@ -188,7 +190,7 @@ class Speculation:
         """See `Part.summary`."""
         own = self.statistics
         if not own.rounds:
-            return ""
+            return f"{self.name}: nothing drafted" if self._controller.off else ""
         text = f"{self.name}: {own.committed / own.rounds:.2f} tokens a round"
         if own.drafted:
             text += f", {own.accepted / own.drafted:.0%} of {own.drafted} drafted tokens accepted"
