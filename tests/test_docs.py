@@ -161,11 +161,12 @@ def test_every_key_of_an_error_is_explained():
     assert set(found) == tables("Errors")[0]
 
 
-def test_every_key_of_generate_is_explained(folder, fitted):
+def test_every_key_of_generate_is_explained(folder, fitted, tmp_path):
     found, _ = run("generate", "--model", folder, "--max-tokens", 4, "--kv-predict", fitted[0], "Hi")
-    drafting, _ = run("generate", "--model", folder, "--max-tokens", 4, "--prompt-lookup", "Hi")
+    wide = write_tiny_model(tmp_path / "wide", {"head_dim": 64})
+    drafting, _ = run("generate", "--model", wide, "--max-tokens", 4, "--quantspec", "Hi")
     keys, section = tables("`mlxeff generate --json`")
-    inner = set(found["timings"]["kv_prediction"]) | set(drafting["timings"]["prompt_lookup"])
+    inner = set(found["timings"]["kv_prediction"]) | set(drafting["timings"]["quantspec"])
     assert set(found) | set(found["timings"]) | inner == keys
     assert all(f"`{name}`" in section for name in found["versions"])
 

@@ -169,6 +169,7 @@ def test_through_the_command(tmp_path):
     got = document(folder, *arguments, "--quantspec", "--draft-weights", "upper", "--num-draft-tokens", 3)
     assert got["token_ids"] == want["token_ids"]
     assert got["timings"]["quantspec"]["rounds"] > 0
+    assert got["timings"]["quantspec"]["draft_weights"] == "upper"
 
 
 @pytest.mark.parametrize("bits", [4, 6])
@@ -191,5 +192,7 @@ def test_what_auto_chooses(monkeypatch):
     monkeypatch.setattr(draft_weights, "coarse_copy", lambda _, bits: f"{bits} bits")
     few = quantised(4)
     assert drafting(few) is few
+    assert draft_weights.chosen(few, "auto") == "shared"
+    assert draft_weights.chosen(few, "q6") == "q6"
     assert drafting(quantised(8)) == "4 bits"
     assert drafting(random_model(CONFIG | SIZES)) == "6 bits"

@@ -29,12 +29,18 @@ def drafting(model: DecoderModel, weights: str = "auto") -> DecoderModel:
 
     Raises MlxeffError for "upper" with a model that has no weights of 8 bits.
     """
-    if weights == "auto":
-        bits = bits_per_weight(model)
-        weights = "shared" if bits <= FEW_BITS else "q4" if bits <= MANY_BITS else "q6"
+    weights = chosen(model, weights)
     if weights == "upper":
         return upper_half(model)
     return coarse_copy(model, COPIES[weights]) if weights in COPIES else model
+
+
+def chosen(model: DecoderModel, weights: str) -> str:
+    """What "auto" means for `model`; another name as it is."""
+    if weights != "auto":
+        return weights
+    bits = bits_per_weight(model)
+    return "shared" if bits <= FEW_BITS else "q4" if bits <= MANY_BITS else "q6"
 
 
 def bits_per_weight(model: DecoderModel) -> float:

@@ -16,7 +16,7 @@ from ..decode import require_seam
 from ..errors import MlxeffError
 from ..speculation.drafters import LookupDraft, ModelDraft, SelfDraft
 from ..speculation.following import Speculation
-from .draft_weights import drafting
+from .draft_weights import chosen, drafting
 
 if TYPE_CHECKING:
     from ..decode import Setup
@@ -35,8 +35,10 @@ def quantspec(setup: "Setup", base: "Loaded", weights: str = "auto", fixed: int 
         raise MlxeffError(f"--quantspec: wanted --kv-cache {KIND}, whose upper plane drafts, got {setup.options.kv}")
     options = replace(setup.options, kv=KIND)
     base.model.new_cache(KIND)  # refuses heads that the planes do not support
+    weights = chosen(base.model, weights)
     drafter = SelfDraft(drafting(base.model, weights), options)
-    return replace(setup, options=options, following=_speculation(drafter, "quantspec", base, weights, fixed))
+    following = _speculation(drafter, "quantspec", base, weights, fixed, {"draft_weights": weights})
+    return replace(setup, options=options, following=following)
 
 
 def draft_model(setup: "Setup", base: "Loaded", name: str, offline: bool = False, fixed: int | None = None) -> "Setup":
@@ -60,10 +62,12 @@ def prompt_lookup(setup: "Setup", base: "Loaded", fixed: int | None = None) -> "
     return replace(setup, following=_speculation(LookupDraft(), "prompt_lookup", base, "", fixed))
 
 
-def _speculation(drafter: object, name: str, base: "Loaded", what: str, fixed: int | None) -> Speculation:
-    """The following with a drafter. `what` tells drafters of the same `name` apart."""
+def _speculation(
+    drafter: object, name: str, base: "Loaded", what: str, fixed: int | None, about: Mapping[str, object] | None = None
+) -> Speculation:
+    """The following with a drafter. `what` tells drafters of the same `name` apart; `about` is for its report."""
     key = f"{base.fingerprint} {name} {what} {base.backend} {kernels.device()}"
-    return Speculation(drafter, name, fixed, lambda: read_costs(key), lambda costs: keep_costs(key, costs))
+    return Speculation(drafter, name, fixed, lambda: read_costs(key), lambda costs: keep_costs(key, costs), about)
 
 
 def _check_tokens(draft: "Loaded", base: "Loaded", name: str) -> None:

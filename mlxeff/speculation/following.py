@@ -39,6 +39,7 @@ class Speculation:
     name     key of its report
     fixed    tokens of each draft, 1 to MOST; None: the controller decides, and drafts none where that is faster
     known    reads what rounds cost in an earlier run (width → seconds), and `keep` takes what they cost in this one
+    about    more entries of the report
     """
 
     def __init__(
@@ -48,10 +49,11 @@ class Speculation:
         fixed: int | None = None,
         known: Callable[[], Mapping[int, float]] = dict,
         keep: Callable[[Mapping[int, float]], None] = lambda _: None,
+        about: Mapping[str, object] | None = None,
     ):
         if fixed is not None and not 1 <= fixed <= MOST:
             raise MlxeffError(f"draft tokens: wanted 1 to {MOST}, got {fixed}")
-        self.drafter, self.name, self.fixed = drafter, name, fixed
+        self.drafter, self.name, self.fixed, self.about = drafter, name, fixed, dict(about or {})
         self._known, self._keep = known, keep
         self.statistics, self._controller = Statistics(), Controller(MOST, fixed)
         self._said = False  # whether a notice said that drafting does not pay
@@ -172,6 +174,7 @@ class Speculation:
             return {}
         return {
             self.name: {
+                **self.about,
                 "rounds": own.rounds,
                 "drafted_tokens": own.drafted,
                 "accepted_tokens": own.accepted,
