@@ -366,6 +366,24 @@ def test_the_controller_finds_the_best_width(acceptance, slope):
     assert got < 1.03 * costs[0]
 
 
+@pytest.mark.parametrize("busy", [1, 4])
+def test_a_cost_that_was_measured_on_a_busy_machine_is_corrected(busy):
+    """The width `busy` seems to take three times as long at first."""
+    costs, slow = [1 + 0.4 * width for width in range(MOST + 1)], 6
+    rng, control, spent, given = np.random.default_rng(2), Controller(MOST), 0.0, 0
+    while given < 3000:
+        width = control.width()
+        if width == 0:
+            control.note_plain(8, 8 * costs[0])
+            spent, given = spent + 8 * costs[0], given + 8
+            continue
+        accepted = int(np.cumprod(rng.random(width) < 0.95).sum())
+        slow -= width == busy
+        control.note(width, width, accepted, costs[width] * (3 if width == busy and slow > 0 else 1))
+        spent, given = spent + costs[width], given + accepted + 1
+    assert spent / given < 1.06 * best(costs, 0.95)
+
+
 def test_drafting_that_does_not_pay_rests():
     got, control = simulate([1 + width for width in range(MOST + 1)], 0.5)
     assert control.off

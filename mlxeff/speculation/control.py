@@ -11,6 +11,7 @@ KEEP_SHARE = 0.98  # and in those of acceptance
 PRIOR = 0.8, 4.0  # share of drafted tokens that are expected to be accepted, and the weight of that expectation
 HOPELESS = 2.0  # a round that takes so many times the time of its tokens decoded plainly needs no second look
 LONGEST_REST = 256  # tokens that are decoded plainly at most before drafting is tried again
+LOOK = 6  # drafts, of which one has another width than the best known one
 MARGIN = 1.02  # a width has to beat plain decoding by this factor
 PROMISE = 1.15  # drafting is tried where it could be so much faster than plain decoding
 
@@ -19,7 +20,8 @@ class Controller:
     """Chooses the width, the number of tokens to draft in a round, so that most tokens are committed in a second: from
     the measured seconds of a round of each width, and the measured share of tokens that are accepted at each place of a
     draft. The width 0 is plain decoding. Where it is the best, drafting rests, and is tried again after some tokens:
-    after twice as many each time that it still does not pay.
+    after twice as many each time that it still does not pay. Now and then a width beside the best one is tried, since a
+    cost that was measured once, perhaps beside other work of the machine, would never be corrected otherwise.
 
     most    the largest width
     fixed   always this width; None: the controller decides
@@ -47,7 +49,14 @@ class Controller:
             return 0
         if self._probes:
             return min(FIRST, self.most) if self.widths.total() <= PROBES else self._best(1)
-        return self._best(0)
+        return self._beside(self._best(0))
+
+    def _beside(self, best: int) -> int:
+        """The width `best`, or in turn, each LOOK-th time, the next one above or below it."""
+        drafts = self.widths.total() - self.widths[0]
+        if not best or drafts % LOOK:
+            return best
+        return min(max(1, best + (1 if drafts // LOOK % 2 else -1)), self.most)
 
     def rest(self) -> int:
         """Tokens to decode plainly in a round of width 0."""
