@@ -98,7 +98,7 @@ def refuses(call, message):
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        (("head", "kind"), "ternary", "head: unknown kind 'ternary', known are dense, affine, seedlm"),
+        (("head", "kind"), "ternary", "head: unknown kind 'ternary', known are dense, affine, seedlm, affine_planes"),
         (("head", "kind"), ..., "head: missing kind"),
         (("head", "kind"), 4, "head: kind: wanted a str, got int"),
         (("head", "scales"), ..., "head: missing scales"),
