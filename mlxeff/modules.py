@@ -39,11 +39,31 @@ def dense(module: nn.Module) -> mx.array:
         return module.dense(mx.float32)
     if "scales" not in module:
         return module["weight"].astype(mx.float32)
-    matrix = quantized_matrix(module)
+    return dequantized(quantized_matrix(module))
+
+
+def dequantized(matrix: ops.Quantized) -> mx.array:
+    """A quantised matrix (N, K) in float32, see `dense`."""
     parts = [matrix.scales, matrix.biases]
     if matrix.mode == "affine":
         parts = [part.astype(mx.float32) for part in parts]
     return mx.dequantize(matrix.weight, *parts, matrix.group_size, matrix.bits, matrix.mode).astype(mx.float32)
+
+
+def linear_of(weight: mx.array, bias: mx.array | None = None) -> nn.Linear:
+    """MLX's linear layer with this matrix (N, K) and bias (N)."""
+    linear = nn.Linear(1, 1, bias=False)
+    linear.weight = weight
+    if bias is not None:
+        linear.bias = bias
+    return linear
+
+
+def embedding_of(weight: mx.array) -> nn.Embedding:
+    """MLX's embedding with this table (rows, dims)."""
+    embedding = nn.Embedding(1, 1)
+    embedding.weight = weight
+    return embedding
 
 
 def layer_rows(parameters: dict) -> int:

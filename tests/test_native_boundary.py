@@ -124,6 +124,17 @@ def test_ends_that_do_not_fit(path, value, message):
     refuses(lambda: native.Decoder(**changed(ends(), path, value)), f"decoder: {message}")
 
 
+def test_planes_of_two_shapes_are_refused():
+    def plane(name, prefix, rows):
+        scale = mx.ones((rows, DIM // 32))
+        return {name: mx.zeros((rows, DIM // 8), mx.uint32), f"{prefix}scales": scale, f"{prefix}biases": scale}
+
+    head = {"kind": "affine_planes", "group_size": 32, **plane("upper", "", 20)}
+    native.Decoder(**changed(ends(), ("head",), head | plane("lower", "lower_", 20)))
+    other = changed(ends(), ("head",), head | plane("lower", "lower_", 10))
+    refuses(lambda: native.Decoder(**other), "decoder: head: lower: wanted the shape of upper")
+
+
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [

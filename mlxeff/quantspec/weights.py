@@ -75,7 +75,7 @@ class PlaneModule(nn.Module):
 
     def dense(self, dtype: mx.Dtype = mx.float32) -> mx.array:
         """The matrix (N, K) in `dtype`."""
-        return sum(_dequantized(matrix) for matrix in self.matrices).astype(dtype)
+        return sum(modules.dequantized(matrix) for matrix in self.matrices).astype(dtype)
 
     def native_arrays(self, part: slice) -> dict:
         """The rows `part` of the matrix by name, as the native decoder takes them (see `models.parts.Rows.matrix`)."""
@@ -102,11 +102,7 @@ class PlaneLinear(PlaneModule):
 
     def to_dense(self, dtype: mx.Dtype = mx.float32) -> nn.Linear:
         """An `nn.Linear` with the same weights in `dtype`."""
-        linear = nn.Linear(1, 1, bias=False)
-        linear.weight = self.dense(dtype)
-        if "bias" in self:
-            linear.bias = self.bias
-        return linear
+        return modules.linear_of(self.dense(dtype), self.get("bias"))
 
     def draft(self) -> modules.QuantizedLinear:
         """The layer with the upper plane alone, whose arrays it shares."""
@@ -130,9 +126,7 @@ class PlaneEmbedding(PlaneModule):
 
     def to_dense(self, dtype: mx.Dtype = mx.float32) -> nn.Embedding:
         """An `nn.Embedding` with the same weights in `dtype`."""
-        embedding = nn.Embedding(1, 1)
-        embedding.weight = self.dense(dtype)
-        return embedding
+        return modules.embedding_of(self.dense(dtype))
 
     def draft(self) -> modules.QuantizedEmbedding:
         """The embedding with the upper plane alone, whose arrays it shares."""
@@ -155,8 +149,3 @@ def _share(planes: PlaneModule, layer: nn.Module) -> nn.Module:
     if "bias" in planes:
         layer.bias = planes.bias
     return layer
-
-
-def _dequantized(matrix: ops.Quantized) -> mx.array:
-    scales, biases = matrix.scales.astype(mx.float32), matrix.biases.astype(mx.float32)
-    return mx.dequantize(matrix.weight, scales, biases, matrix.group_size, matrix.bits)

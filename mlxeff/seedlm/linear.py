@@ -8,7 +8,7 @@ blocks are integers and have no gradient; the gradient for the inputs is compute
 import mlx.core as mx
 import mlx.nn as nn
 
-from .. import kernels
+from .. import kernels, modules
 from ..errors import MlxeffError
 from ..ops import FLOATS, activations, native_for
 from . import codec, metal, native
@@ -114,11 +114,7 @@ class SeedLinear(SeedModule):
 
     def to_dense(self, dtype: mx.Dtype = mx.float32) -> nn.Linear:
         """An `nn.Linear` with the decoded weights in `dtype`."""
-        linear = nn.Linear(1, 1, bias=False)
-        linear.weight = self.dense(dtype)
-        if "bias" in self:
-            linear.bias = self.bias
-        return linear
+        return modules.linear_of(self.dense(dtype), self.get("bias"))
 
 
 class SeedEmbedding(SeedModule):
@@ -135,6 +131,4 @@ class SeedEmbedding(SeedModule):
 
     def to_dense(self, dtype: mx.Dtype = mx.float32) -> nn.Embedding:
         """An `nn.Embedding` with the decoded weights in `dtype`."""
-        embedding = nn.Embedding(1, 1)
-        embedding.weight = self.dense(dtype)
-        return embedding
+        return modules.embedding_of(self.dense(dtype))

@@ -45,7 +45,7 @@ class Controller:
         """The width of the next round."""
         if self.fixed is not None:
             return self.fixed
-        if 0 not in self.costs or self.hopeless:
+        if 0 not in self.costs or self.cannot_pay:
             return 0
         if self._probes:
             return min(FIRST, self.most) if self.widths.total() <= PROBES else self._best(1)
@@ -60,10 +60,10 @@ class Controller:
 
     def rest(self) -> int:
         """Tokens to decode plainly in a round of width 0."""
-        return PLAIN if 0 not in self.costs else LONGEST_REST if self.hopeless else self._rest
+        return PLAIN if 0 not in self.costs else LONGEST_REST if self.cannot_pay else self._rest
 
     @property
-    def hopeless(self) -> bool:
+    def cannot_pay(self) -> bool:
         """Whether no draft could gain PROMISE."""
         return (self.most + 1) / (1 + self.most * self.share) < PROMISE
 
@@ -83,7 +83,7 @@ class Controller:
         self.widths[0] += 1
         rested = 0 in self.costs
         self._cost(0, seconds / tokens)
-        if rested and not self._probes and not self.hopeless:
+        if rested and not self._probes and not self.cannot_pay:
             self._probes, self._rest = 1, min(2 * self._rest, LONGEST_REST)
 
     def expected(self, width: int) -> float:
@@ -112,7 +112,7 @@ class Controller:
         """Whether plain decoding is the best now."""
         if self.fixed is not None or 0 not in self.costs:
             return False
-        return self.hopeless or (len(self.costs) > 1 and self._best(0) == 0)
+        return self.cannot_pay or (len(self.costs) > 1 and self._best(0) == 0)
 
     def _best(self, least: int) -> int:
         """The width with the most tokens a second, at least `least`."""
