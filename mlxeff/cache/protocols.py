@@ -51,6 +51,9 @@ class Layer(Protocol):
     def stored_as(self) -> str | None:
         """The numeric type of the stored keys and values, for display; None until it is known."""
 
+    def read_bytes(self, view: str) -> int:
+        """Bytes of the cached tokens that attention reads in a view."""
+
     @property
     def nbytes(self) -> int:
         """Bytes allocated, unused capacity included."""
@@ -82,6 +85,9 @@ class Cache(Protocol):
     @property
     def length(self) -> int:
         """Cached tokens."""
+
+    def read_bytes(self, view: str) -> int:
+        """Bytes of the cached tokens that attention reads in a view."""
 
     @property
     def nbytes(self) -> int:
