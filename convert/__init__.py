@@ -5,7 +5,6 @@ openelm, llama, gguf  one module for each source family: reads the config, and t
 plan                  compares the weights with the model, and plans how each is cast and quantised
 quantization          which matrices are quantised, and with how many bits
 seedlm, store         the SeedLM encoding, and the folder that keeps its finished layers
-folder                config.json and the tokenizer's files; the weights are written by `mlxeff.checkpoint`
 kv_pair               CoreNet's checkpoints of KV Prediction, which hold two models and a predictor
 report                the report for the user
 """
@@ -19,12 +18,13 @@ from pathlib import Path
 import mlx.core as mx
 
 from .. import __version__, calibration
+from ..assembly import folder
 from ..assembly.model import fingerprint, without
 from ..checkpoint import Source, check_new, claim, open_source, plan_shards, write_folder
 from ..errors import MlxeffError, notices, some
 from ..seedlm.encode import search_backend
 from ..seedlm.install import metadata
-from . import folder, gguf, kv_pair, llama, openelm
+from . import gguf, kv_pair, llama, openelm
 from .plan import DTYPES, Conversion, Family, Options, plan
 from .quantization import RECIPES, check
 from .report import Report
@@ -233,7 +233,7 @@ def _write(
     tokenizer."""
     if not tokens.found:
         notices.warning(f"{source.path}: no tokenizer found, {destination} has none: name one with --tokenizer")
-    config = conversion.config | {"mlxeff": folder.provenance(source, conversion.options)}
+    config = conversion.config | {"mlxeff": folder.provenance(source, conversion.options.as_dict())}
     write_folder(
         destination,
         conversion.pieces,

@@ -16,13 +16,14 @@ from pathlib import Path
 
 import mlx.core as mx
 
+from ..assembly import folder
 from ..assembly.model import build_model, fill, fingerprint
 from ..checkpoint import Source, check_new, open_source, plan_shards, write_folder
 from ..errors import MlxeffError, notices, some
 from ..kvprediction import Predictor
 from ..kvprediction.files import PairConfig, pieces, write_pair
 from ..kvprediction.layers import FRACTIONS, kept_layers, pruned_map, spread_map
-from . import folder, openelm
+from . import openelm
 from .plan import Conversion, Options, plan
 from .report import Report
 
@@ -63,7 +64,7 @@ def convert_pair(
         check_new(destination)
 
         def describe(partial: Path) -> PairConfig:
-            proof = folder.provenance(source, options)
+            proof = folder.provenance(source, options.as_dict())
             marks = {part: _write(source, partial / part, conversions[part], tokens, proof) for part in PARTS}
             return PairConfig(
                 base={"name": "base", "fingerprint": marks["base"]},

@@ -425,11 +425,12 @@ class Session:
         self.cache.save(path, self.tokens, fingerprint)
 
     def _require_precision(self, options: RunOptions) -> None:
-        """Drop the cache, with a notice, where another arithmetic than that of `options` computed it."""
-        computed = {ran.compute for ran in self.cache.tally} if self.cache is not None else set()
-        if computed - {options.compute}:
+        """Drop the cache, with a notice, where another arithmetic, or another share of the neurons, than that of
+        `options` computed it."""
+        computed = {ran.precision for ran in self.cache.tally} if self.cache is not None else set()
+        if computed - {options.precision}:
             text = "KV cache: computed in %s products, wanted %s ones: not reused, computed anew"
-            notices.warning(text, " + ".join(sorted(computed)), options.compute)
+            notices.warning(text, " + ".join(sorted(computed)), options.precision)
             self.cache, self.tokens = None, []
 
     def _rewind(self, shared: int, options: RunOptions) -> int:

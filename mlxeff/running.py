@@ -23,8 +23,8 @@ class RunOptions:
     kv        kind of a new KV cache, one of cache.KINDS; None for keys and values in the type that the model computes.
     view      the precision in which attention reads a cache that keeps each token in several precisions: "full" for
               the highest, or "draft".
-    fraction  share of the neurons of each feed-forward network to compute, above 0 and at most 1. Less than 1 needs a
-              model that can leave neurons out.
+    fraction  mean share of the neurons of the feed-forward networks to compute, 0 (as few as the model can) to 1.
+              Less than 1 needs a model that can leave neurons out.
 
     Raises MlxeffError for values that no model supports.
     """
@@ -37,8 +37,13 @@ class RunOptions:
     def __post_init__(self):
         if self.compute not in COMPUTE:
             raise MlxeffError(f"compute: wanted one of {', '.join(COMPUTE)}, got {self.compute!r}")
-        if not 0 < self.fraction <= 1:
-            raise MlxeffError(f"feed-forward fraction: wanted above 0, at most 1, got {self.fraction}")
+        if not 0 <= self.fraction <= 1:
+            raise MlxeffError(f"feed-forward fraction: wanted 0 to 1, got {self.fraction}")
+
+    @property
+    def precision(self) -> str:
+        """See `Ran.precision`."""
+        return Ran("", self.compute, self.fraction).precision
 
 
 EXACT = RunOptions()
@@ -51,6 +56,12 @@ class Ran(NamedTuple):
     # they were called operator by operator instead of once for the whole pass.
     backend: str
     compute: str  # arithmetic of the matrix products, one of ops.COMPUTE
+    fraction: float = 1.0  # as in `RunOptions`
+
+    @property
+    def precision(self) -> str:
+        """The arithmetic and the fraction in words: what keys and values depend on beside the model."""
+        return self.compute if self.fraction == 1 else f"{self.compute} (sensitivity {self.fraction:g})"
 
 
 class Tally(Counter):
@@ -65,5 +76,6 @@ class Tally(Counter):
         where no token was computed."""
         ordered = [ran for ran, _ in self.most_common()]
         return {
-            field: " + ".join(dict.fromkeys(getattr(ran, field) for ran in ordered)) or None for field in Ran._fields
+            field: " + ".join(dict.fromkeys(getattr(ran, field) for ran in ordered)) or None
+            for field in ("backend", "compute")
         }

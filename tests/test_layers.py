@@ -50,6 +50,7 @@ SLOW_TO_IMPORT = {
 }
 # Modules that leave knowing the rooms to `assembly`, though their layer may import them.
 WITHOUT_ROOMS = ("cli", "generation", "__main__")
+DESCRIPTION = "models.parts"  # the words in which a model describes itself, which every room may use
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
 ONLY_IN = {"mlx_lm": {"models/adapter.py"}, "transformers": set(), "torch": set()}
 
@@ -102,6 +103,8 @@ def judge(place, line, name, top):
     imported = rest.partition(".")[0]
     if imported in ("__version__", "MlxeffError"):
         return None
+    if LAYERS.get(importer) == 2 and rest.startswith(DESCRIPTION):
+        return None
     if importer not in LAYERS:
         return f"{where}: {importer} is in no layer: enter it in LAYERS"
     if imported not in LAYERS:
@@ -133,6 +136,7 @@ def test_every_import_goes_down():
         ),
         ("mlxeff/modules.py", "from .tuning import LoraLinear", "modules may not import tuning"),
         ("mlxeff/calibration.py", "from .seedlm.encode import encode", "calibration may not import seedlm"),
+        ("mlxeff/dynamoe/fit.py", "from ..models.decoder import DecoderModel", "dynamoe may not import models"),
         ("mlxeff/models/llama.py", "def f():\n    import mlxeff.assembly.model", "models may not import assembly"),
         ("mlxeff/models/llama.py", "from mlxeff import load", "mlxeff.load, which is in no layer"),
         ("mlxeff/generation.py", "from .cli import main", "generation may not import cli"),
@@ -161,6 +165,7 @@ def test_an_import_that_goes_up_is_caught(tmp_path, place, line, complaint):
     [
         ("mlxeff/decode.py", "from .cache import KVCache\nfrom . import sampling"),
         ("mlxeff/assembly/model.py", "from ..models import llama\nfrom ..seedlm.linear import SeedLinear"),
+        ("mlxeff/dynamoe/fit.py", "from ..models.parts import Rows"),
         ("mlxeff/kvprediction/train.py", "from .. import training\nfrom ..tuning import Tuned"),
         ("mlxeff/cli/generate.py", "def main():\n    from ..convert import convert"),
         (

@@ -280,7 +280,7 @@ def test_a_damaged_work_file_is_encoded_again(tmp_path, caplog):
     path.write_bytes(path.read_bytes()[:-3])
     with caplog.at_level("WARNING", "mlxeff"):
         assert not again.has("layer-0000", ["a"])
-    assert "damaged, encoded again" in caplog.text
+    assert "damaged, computed again" in caplog.text
     assert not Store(tmp_path / "out", "y", modules).has("layer-0000", ["a"])
 
 

@@ -461,7 +461,8 @@ def test_through_the_command(folder, options, name):
     assert [key for key in ("quantspec", "draft_model", "prompt_lookup") if got["timings"][key]] == [name]
     _, error = command("generate", *arguments, "--model", folder, *options)
     assert ("nothing drafted" if "shared" in options else "tokens a round") in error
-    assert ("plain decoding is faster here: drafting rests" in error) == ("shared" in options)
+    if "shared" in options:  # whether the others pay is a matter of time, which a busy machine decides
+        assert "plain decoding is faster here: drafting rests" in error
 
 
 def test_a_draft_model_through_the_command(folder):

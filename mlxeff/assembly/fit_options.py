@@ -1,6 +1,6 @@
-"""The options of `mlxeff fit kv-predictor` as data, and its report in words."""
+"""The options of `mlxeff fit kv-predictor` and `mlxeff fit dynamoe` as data, and their reports in words."""
 
-from .options import IGNORE_KEYS, Option, natural, option, positive
+from .options import IGNORE_KEYS, Option, natural, numbers, option, positive
 
 KV_PREDICTOR: tuple[Option, ...] = (
     option("base", metavar="BASE", help="the base model: a folder, file, name or hub id"),
@@ -125,3 +125,64 @@ def kv_predictor_lines(report: dict) -> list[str]:
         f"FLOPs to the first token of 512 {report['flops_ratio']:.2f} of the base's"
     )
     return lines
+
+
+DYNAMOE: tuple[Option, ...] = (
+    option("model", metavar="MODEL", help="the dense model: a folder, file, name or hub id"),
+    option("--out", metavar="DYN", required=True, help="the new folder for the DynaMoE model"),
+    IGNORE_KEYS,
+    option(
+        "--widths",
+        metavar="W,…",
+        type=numbers,
+        default=[1 / 3, 2 / 3],
+        help="how many neurons of a feed-forward network the smaller experts have, rising: shares of all, which are "
+        "rounded to multiples of 512 or of the largest smaller power of two that fits, or numbers above 1 "
+        "(default 1/3 and 2/3)",
+    ),
+    option(
+        "--down",
+        choices=("own", "low-rank", "shared"),
+        default="own",
+        help="down-projections of the smaller experts: own, refitted matrices of their own; low-rank, terms of that "
+        "rank added to the whole one's first columns; shared, those columns as they are (default %(default)s)",
+    ),
+    option("--rank", metavar="R", type=positive, help="rank of --down low-rank (default 64)"),
+    option(
+        "--router",
+        choices=("regression", "paper"),
+        default="regression",
+        help="regression, a token takes the expert with the least sum of predicted error and price; paper, the "
+        "smallest expert that suffices with enough probability (default %(default)s)",
+    ),
+    option(
+        "--threshold",
+        metavar="X",
+        type=float,
+        help="of --router paper: the share of the whole network's output on which an expert's must reach to suffice "
+        "(default 0.8)",
+    ),
+    option("--text", metavar="FILE", help="UTF-8 text to fit on (default: a text that comes with the package)"),
+    option("--tokens", metavar="N", type=positive, default=32768, help="tokens to fit on (default %(default)s)"),
+    option(
+        "--seed",
+        metavar="N",
+        type=natural,
+        default=0,
+        help="seed of the tokens that are drawn to weigh errors (default %(default)s)",
+    ),
+)
+
+
+def dynamoe_lines(report: dict) -> list[str]:
+    """The report of `fit_dynamoe` as lines for people."""
+    explained = [value for layer in report["explained"] for value in layer]
+    what = "variance of the errors" if report["router"] == "regression" else "labels"
+    widths = ", ".join(str(width) for width in report["widths"][0])
+    fitted = f"fitted on {report['tokens']} tokens in {report['seconds']:.0f} s"
+    predicted = f"the routers predict {sum(explained) / len(explained):.0%} of the {what}"
+    more = f"{report['added_bytes'] / 1e6:.1f} MB more than the dense model"
+    return [
+        f"{report['out']}: {fitted}; experts of {widths} neurons in the first layer; {predicted}; {more}",
+        "mlxeff generate --model DYN --sensitivity S runs it: S is the mean share of the neurons that tokens compute",
+    ]

@@ -50,6 +50,14 @@ def integer(text: str, valid: Callable[[int], bool], wanted: str) -> int:
     return number
 
 
+def numbers(text: str) -> list[float]:
+    """ "0.3,0.7" → [0.3, 0.7]."""
+    try:
+        return [float(name) for name in names(text)]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"wanted numbers with commas between them, got {text!r}") from None
+
+
 def positive(text: str) -> int:
     """A whole number above 0."""
     return integer(text, lambda n: n > 0, "a whole number above 0")

@@ -37,7 +37,7 @@ def quantspec(setup: "Setup", base: "Loaded", weights: str = "auto", fixed: int 
     base.model.new_cache(KIND)  # refuses heads that the planes do not support
     weights = chosen(base.model, weights)
     drafter = SelfDraft(drafting(base.model, weights), options)
-    following = _speculation(drafter, "quantspec", base, weights, fixed, {"draft_weights": weights})
+    following = speculation(drafter, "quantspec", base, weights, fixed, {"draft_weights": weights})
     return replace(setup, options=options, following=following)
 
 
@@ -49,7 +49,7 @@ def draft_model(setup: "Setup", base: "Loaded", name: str, offline: bool = False
     loaded = load_path(path, dict.fromkeys(base.ignored))
     _check_tokens(loaded, base, name)
     drafter = ModelDraft(loaded.model, vocabulary=base.model.vocab_size)
-    return replace(setup, following=_speculation(drafter, "draft_model", base, loaded.fingerprint, fixed))
+    return replace(setup, following=speculation(drafter, "draft_model", base, loaded.fingerprint, fixed))
 
 
 def prompt_lookup(setup: "Setup", base: "Loaded", fixed: int | None = None) -> "Setup":
@@ -59,10 +59,10 @@ def prompt_lookup(setup: "Setup", base: "Loaded", fixed: int | None = None) -> "
     if isinstance(before, Speculation):
         before.drafter.lookup = LookupDraft()
         return setup
-    return replace(setup, following=_speculation(LookupDraft(), "prompt_lookup", base, "", fixed))
+    return replace(setup, following=speculation(LookupDraft(), "prompt_lookup", base, "", fixed))
 
 
-def _speculation(
+def speculation(
     drafter: object, name: str, base: "Loaded", what: str, fixed: int | None, about: Mapping[str, object] | None = None
 ) -> Speculation:
     """The following with a drafter. `what` tells drafters of the same `name` apart; `about` is for its report."""

@@ -8,7 +8,7 @@ of the techniques are imported inside of functions only, because the command lin
 import argparse
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from ..errors import MlxeffError
 from . import fit_options
@@ -186,6 +186,74 @@ def _install_quantization(model: "nn.Module", config: dict, tensors: Collection[
         install(model, config["quantization"], tensors)
 
 
+# DynaMoE
+
+
+def _check_dynamoe(source: "Source") -> None:
+    """Raises MlxeffError for an architecture whose feed-forward networks are not our own."""
+    from .model import MODELS
+
+    kind = source.config and source.config.get("model_type")
+    if kind not in MODELS:
+        wanted = f"wanted an architecture of our own ({', '.join(sorted(MODELS))}), got {kind!r}"
+        raise MlxeffError(f"{source.path}: config: dynamoe: {wanted}")
+
+
+def _install_dynamoe(model: "nn.Module", config: dict, _: Collection[str] | None) -> None:
+    from ..dynamoe.install import install
+
+    install(model, config["dynamoe"])
+
+
+def _finish_dynamoe(model: "nn.Module", origin: str) -> None:
+    from ..dynamoe.install import finish
+
+    finish(model, origin)
+
+
+class Sensitivity(NamedTuple):
+    """The mean share of the neurons of the feed-forward networks that tokens compute, 0 to 1."""
+
+    value: float
+
+
+def parse_sensitivity(text: str) -> Sensitivity:
+    """The value of `--sensitivity`, a number from 0 to 1."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"wanted a number from 0 to 1, got {text!r}")
+    return Sensitivity(value)
+
+
+def parse_draft(text: str) -> Sensitivity:
+    """The value of `--draft`: "dynamoe:0.33" → its sensitivity."""
+    name, _, rest = text.partition(":")
+    if name != "dynamoe":
+        raise argparse.ArgumentTypeError(f"wanted dynamoe:S, got {text!r}")
+    return parse_sensitivity(rest)
+
+
+def _apply_sensitivity(setup: "Setup", base: "Loaded", value: Sensitivity, _: argparse.Namespace) -> "Setup":
+    from .dynamoe import with_sensitivity
+
+    return with_sensitivity(setup, base, value.value)
+
+
+def _apply_dynamoe_draft(setup: "Setup", base: "Loaded", value: Sensitivity, values: argparse.Namespace) -> "Setup":
+    from .dynamoe import with_draft
+
+    return with_draft(setup, base, value.value, values.num_draft_tokens)
+
+
+def _fit_dynamoe(progress: object, **values) -> dict:
+    from .fit_dynamoe import fit_dynamoe
+
+    return fit_dynamoe(progress=progress, **values)
+
+
 # KV Prediction
 
 
@@ -265,11 +333,16 @@ def _apply_lookup(setup: "Setup", base: "Loaded", _: object, values: argparse.Na
 
 def _check_speculation(values: argparse.Namespace) -> None:
     """Raises MlxeffError for two drafters, and for dials without one."""
-    given = {name: getattr(values, name, None) for name in ("quantspec", "draft_model", "prompt_lookup")}
+    given = {name: getattr(values, name, None) for name in ("quantspec", "draft_model", "prompt_lookup", "draft")}
     if given["quantspec"] and given["draft_model"]:
         raise MlxeffError("--quantspec: the model drafts itself, so --draft-model has no place: give one of the two")
+    if given["draft"] and given["draft_model"]:
+        raise MlxeffError(
+            "--draft dynamoe: the model drafts itself, so --draft-model has no place: give one of the two"
+        )
     if getattr(values, "num_draft_tokens", None) and not any(given.values()):
-        raise MlxeffError("--num-draft-tokens: wanted --quantspec, --draft-model or --prompt-lookup with it, got none")
+        drafters = "--quantspec, --draft-model, --draft or --prompt-lookup"
+        raise MlxeffError(f"--num-draft-tokens: wanted {drafters} with it, got none")
     if getattr(values, "draft_weights", None) and not given["quantspec"]:
         raise MlxeffError("--draft-weights: wanted --quantspec with it, got none")
     pair = getattr(values, "kv_predict", None)
@@ -311,6 +384,7 @@ PRECISION: tuple[Option, ...] = (
     ),
 )
 STORED: Sequence[Stored] = (
+    Stored("dynamoe", _install_dynamoe, _check_dynamoe, _finish_dynamoe, in_foreign_models=False),
     Stored("seedlm", _install_seedlm, _check_seedlm, _finish_seedlm),
     Stored("quantization", _install_quantization, in_foreign_models=False),  # mlx-lm quantises its models itself
 )
@@ -361,6 +435,19 @@ SWITCHED: Sequence[Switched] = (
         ),
     ),
     Switched(
+        name="dynamoe_draft",
+        option=option(
+            "--draft",
+            metavar="dynamoe:S",
+            type=parse_draft,
+            help="speculative decoding with drafts of a DynaMoE model's own smaller experts: they compute a share S of "
+            "the feed-forward neurons (as --sensitivity), with the same weights and KV cache; with --quantspec on top "
+            "of its draft",
+        ),
+        verbs=("generate", "chat"),
+        apply=_apply_dynamoe_draft,
+    ),
+    Switched(
         name="draft_model",
         option=option(
             "--draft-model",
@@ -381,6 +468,20 @@ SWITCHED: Sequence[Switched] = (
         verbs=("generate", "chat"),
         apply=_apply_lookup,
     ),
+    Switched(  # after those that replace the reading of the prompt
+        name="dynamoe",
+        option=option(
+            "--sensitivity",
+            metavar="S",
+            type=parse_sensitivity,
+            help="of a DynaMoE model: the mean share of the neurons of its feed-forward networks that tokens compute, "
+            "from 0 (the smallest expert everywhere) to 1 (all, the default); easy tokens take smaller experts",
+        ),
+        verbs=("generate", "chat", "bench ttft"),
+        apply=_apply_sensitivity,
+        label=lambda value: f"sensitivity {value.value:g}",
+        identity=lambda value: f"{value.value:g}",
+    ),
 )
 FITTED: Sequence[Fitted] = (
     Fitted(
@@ -390,5 +491,13 @@ FITTED: Sequence[Fitted] = (
         options=fit_options.KV_PREDICTOR,
         run=_fit_kv_predictor,
         lines=fit_options.kv_predictor_lines,
+    ),
+    Fitted(
+        name="dynamoe",
+        summary="a DynaMoE model for `generate --sensitivity`: each token computes as much of the feed-forward "
+        "networks as it needs",
+        options=fit_options.DYNAMOE,
+        run=_fit_dynamoe,
+        lines=fit_options.dynamoe_lines,
     ),
 )

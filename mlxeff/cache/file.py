@@ -86,8 +86,12 @@ def restore(cache: KVCache, path: str | os.PathLike, model: str, options: RunOpt
 
 
 def _computed(cache: KVCache) -> list[list]:
-    """What computed the cached tokens, for a cache file: [backend, arithmetic, number of tokens] of each."""
-    rows = [[ran.backend, ran.compute, count] for ran, count in cache.tally.items()]
+    """What computed the cached tokens, for a cache file: [backend, arithmetic, number of tokens] of each, and where it
+    is not 1, the fraction of the neurons."""
+    rows = [
+        [ran.backend, ran.compute, count] + ([ran.fraction] if ran.fraction != 1 else [])
+        for ran, count in cache.tally.items()
+    ]
     given = cache.length - cache.tally.total()
     return rows + ([["", GIVEN, given]] if given > 0 else [])
 
@@ -112,10 +116,10 @@ def _check_precision(
     got_type = " + ".join(dict.fromkeys(types))
     if wanted_type is None or _storage(cache) != LayerCache.storage:
         wanted_type = got_type
-    arithmetic = " + ".join(dict.fromkeys(ran.compute for ran in computed))
-    if (got_type, arithmetic) != (wanted_type, options.compute):
+    arithmetic = " + ".join(dict.fromkeys(ran.precision for ran in computed))
+    if (got_type, arithmetic) != (wanted_type, options.precision):
         got = f"{arithmetic} {got_type}"
-        raise OtherPrecisionError(f"{path}: wanted a KV cache of {options.compute} {wanted_type}, got {got}")
+        raise OtherPrecisionError(f"{path}: wanted a KV cache of {options.precision} {wanted_type}, got {got}")
 
 
 def _storage(cache: KVCache) -> str:
@@ -131,9 +135,9 @@ def _tally(metadata: dict[str, str], tokens: int) -> Tally:
         raise ValueError("no rows")
     tally = Tally()
     for row in rows:
-        if not isinstance(row, list) or [type(item) for item in row] != [str, str, int]:
+        if not isinstance(row, list) or [type(item) for item in row] not in ([str, str, int], [str, str, int, float]):
             raise ValueError(f"{row!r}")
-        tally[Ran(row[0], row[1])] += row[2]
+        tally[Ran(row[0], row[1], *row[3:])] += row[2]
     return tally
 
 

@@ -8,6 +8,7 @@ errors are `MlxeffError`s. This package knows nothing about models.
 from .files import choose_files, parts_of, read_json
 from .source import Source, open_source
 from .tensor import Tensor
+from .work import WorkFolder
 from .writer import FLOATS, Piece, cast, check_new, claim, plan_shards, save_arrays, temporary_beside, write_folder
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "Piece",
     "Source",
     "Tensor",
+    "WorkFolder",
     "cast",
     "check_new",
     "choose_files",

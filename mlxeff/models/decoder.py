@@ -80,7 +80,8 @@ class DecoderModel(nn.Module):
             text = f"compute: wanted exact products, got {options.compute}"
             raise MlxeffError(f"{text}: rounded ones: only the native CPU kernels have them (see doctor)")
         if options.fraction != 1 and not all(hasattr(layer.feed_forward, "fractions") for layer in self.layers):
-            raise MlxeffError(f"feed-forward fraction {options.fraction}: this model's feed-forwards are dense")
+            wanted = "wanted a DynaMoE model (mlxeff fit dynamoe makes one), got one with dense feed-forward networks"
+            raise MlxeffError(f"sensitivity {options.fraction:g}: {wanted}")
         if cache is not None and options.view not in getattr(cache, "views", (options.view,)):
             raise MlxeffError(f"KV cache: wanted a view of {', '.join(cache.views)}, got {options.view!r}")
 

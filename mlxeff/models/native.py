@@ -116,7 +116,7 @@ class Native:
         stores, mode = self._stores(layers, *tokens.shape, options.view), self._modes[options.compute]
         *results, stores = native(self._decoder, tokens, stores, cache.length, *what, mode)
         self._replace(layers, stores, tokens.shape[1])
-        cache.tally[Ran(self.backend, options.compute)] += tokens.shape[1]
+        cache.tally[Ran(self.backend, options.compute, options.fraction)] += tokens.shape[1]
         return results
 
     def _stores(self, layers: list[NativeLayer], batch: int, new: int, view: str) -> list[dict]:

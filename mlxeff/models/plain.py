@@ -44,7 +44,7 @@ class Plain:
         x = self.model.embed(tokens)
         for layer, layer_cache in zip(self.model.layers, cache.layers, strict=True):
             x = layer(x, layer_cache, options)
-        self._note(tokens, cache)
+        self._note(tokens, cache, options)
         return self.model.end_parts().norm(x)
 
     def states(
@@ -82,7 +82,7 @@ class Plain:
             read.append((x, heads))
             if whole or index < last:
                 x = layer.finish(x, heads, layer_cache, options)
-        self._note(tokens, cache)
+        self._note(tokens, cache, options)
         return read, x
 
     def _chosen(
@@ -93,6 +93,6 @@ class Plain:
         hidden = [norms[i](layers[i][0]) for i in inputs]
         return hidden, [layers[i][1][1:] for i in pairs]
 
-    def _note(self, tokens: mx.array, cache: KVCache) -> None:
+    def _note(self, tokens: mx.array, cache: KVCache, options: RunOptions) -> None:
         """Count the tokens in the cache's tally."""
-        cache.tally[Ran(self.backend, EXACT.compute)] += tokens.shape[1]
+        cache.tally[Ran(self.backend, EXACT.compute, options.fraction)] += tokens.shape[1]

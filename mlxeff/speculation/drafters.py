@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Protocol
 
 import mlx.core as mx
+import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from ..cache import Cache, common_prefix
@@ -121,9 +122,9 @@ class ModelDraft:
         return 0.0 if self.lookup else own / other
 
     def _weights(self, model: Model) -> tuple[int, int]:
-        """Bytes of this model's parameters and of those of `model`, which are counted once."""
+        """Bytes that this model and `model` read of their parameters for a token, which are counted once."""
         if self._counted is None or self._counted[0] is not model:
-            self._counted = model, *(weight_bytes(each) for each in (self.model, model))
+            self._counted = model, weight_bytes(self.model, self.options.fraction), weight_bytes(model)
         return self._counted[1:]
 
     def _draft(
@@ -166,11 +167,18 @@ class ModelDraft:
 
 
 class SelfDraft(ModelDraft):
-    """QuantSpec's draft (arXiv 2502.10424, section 4): the verifying model's own cache in the view "draft", and its
-    weights or a copy in fewer bits. The keys and values of a draft are overwritten when it is verified."""
+    """Drafts of the verifying model's own cache, with its weights or a copy in fewer bits. By default in the view
+    "draft", which is QuantSpec's draft (arXiv 2502.10424, section 4). The keys and values of a draft are overwritten
+    when it is verified."""
 
-    def __init__(self, model: Model, options: RunOptions = EXACT, lookup: LookupDraft | None = None):
-        super().__init__(model, replace(options, view=DRAFT_VIEW), lookup)
+    def __init__(
+        self,
+        model: Model,
+        options: RunOptions = EXACT,
+        lookup: LookupDraft | None = None,
+        view: str = DRAFT_VIEW,
+    ):
+        super().__init__(model, replace(options, view=view), lookup)
 
     def propose(
         self,
@@ -181,20 +189,33 @@ class SelfDraft(ModelDraft):
         processors: Sequence[LogitsProcessor],
     ) -> Drafted:
         """See `Drafter.propose`."""
-        start = cache.length
+        start, tally = cache.length, cache.tally.copy()
         try:
             return self._draft(text, most, cache, sampler, processors)
         finally:
             cache.rewind(start)
+            cache.tally = tally
 
     def share(self, model: Model, cache: Cache) -> float:
         """See `Drafter.share`."""
         if self.lookup:
             return 0.0
         own, other = self._weights(model)
-        return (own + cache.read_bytes(DRAFT_VIEW)) / (other + cache.read_bytes())
+        return (own + cache.read_bytes(self.options.view)) / (other + cache.read_bytes())
 
 
-def weight_bytes(model: Model) -> int:
-    """Bytes of a model's parameters."""
-    return sum(array.nbytes for _, array in tree_flatten(model.parameters()))
+def weight_bytes(model: Model, fraction: float = 1.0) -> int:
+    """Bytes of its parameters that a model reads for a token of which the feed-forward networks compute a `fraction` of
+    their neurons on average, where they can compute a part."""
+    dynamic = [
+        layer.feed_forward
+        for layer in getattr(model, "layers", ())
+        if hasattr(layer, "feed_forward") and hasattr(layer.feed_forward, "fractions")
+    ]
+    whole = _bytes(model) - sum(_bytes(each) for each in dynamic)
+    return whole + sum(each.read_bytes(fraction) for each in dynamic)
+
+
+def _bytes(module: nn.Module) -> int:
+    """Bytes of all parameters of a module."""
+    return sum(array.nbytes for _, array in tree_flatten(module.parameters()))

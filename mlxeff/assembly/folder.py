@@ -1,5 +1,5 @@
-"""The files beside the weights in a converted folder: config.json, which tells the folder's origin, and the
-tokenizer's files.
+"""The files beside the weights in a model folder that this package writes: config.json, which tells the folder's
+origin, and the tokenizer's files.
 
 The file names are those of Hugging Face. This module knows nothing about tensors.
 """
@@ -15,7 +15,6 @@ from ..checkpoint import Source
 from ..errors import MlxeffError
 from ..names import json_text
 from ..tokenizer import Tokenizer, from_folder, from_gguf
-from .plan import Options
 
 FORMAT_VERSION = 1
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")  # every tokenizer has at least one of these
@@ -51,12 +50,12 @@ class TokenizerFiles:
 
     @property
     def found(self) -> list[str]:
-        """The tokenizer's files, for the report: their paths in the converted folder; [] without a tokenizer."""
+        """The tokenizer's files, for the report: their paths in the new folder; [] without a tokenizer."""
         return ["built from the GGUF metadata"] if self.metadata else [str(self.target(file)) for file in self.files]
 
     @staticmethod
     def target(file: Path) -> Path:
-        """The path of a file in the converted folder, relative to this folder."""
+        """The path of a file in the new folder, relative to this folder."""
         return Path(TEMPLATES, file.name) if file.parent.name == TEMPLATES else Path(file.name)
 
 
@@ -77,7 +76,7 @@ def find_tokenizer(source: Source, tokenizer: str | Path | None) -> TokenizerFil
 
 
 def calibration_tokenizer(source: Source, tokens: TokenizerFiles, config: dict) -> Tokenizer:
-    """The tokenizer that the converted folder will have, to split the calibration text into tokens. `config` is the
+    """The tokenizer that the new folder will have, to split the calibration text into tokens. `config` is the
     model's. Raises MlxeffError where no tokenizer was found."""
     if tokens.metadata:
         return from_gguf(source.metadata, str(source.path))
@@ -122,7 +121,7 @@ def _tag(value):
     return value
 
 
-def provenance(source: Source, options: Options) -> dict:
+def provenance(source: Source, options: dict) -> dict:
     """The entry `mlxeff` of config.json: source, its SHA-256, options and version. For a source of several files, the
     hash is that of the text which the command sha256sum prints for them."""
     digests = {file.name: _sha256(file) for file in source.files}
@@ -133,7 +132,7 @@ def provenance(source: Source, options: Options) -> dict:
         "version": __version__,
         "source": source.path.resolve().name,
         "source_sha256": whole,
-        "options": options.as_dict(),
+        "options": options,
     }
 
 

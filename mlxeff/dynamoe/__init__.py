@@ -1,0 +1,8 @@
+"""DynaMoE (arXiv 2502.12325): a dense model whose feed-forward networks compute as much of themselves as a token needs.
+
+fractions      the mean share of the neurons that a user asks for → the dial of the routers
+feed_forward   the feed-forward network with nested experts, and its router
+install        the entry `dynamoe` of a config.json ↔ these modules in a model
+fit            a dense feed-forward network → one with nested experts, in closed form
+fisher         how much an error of a layer's output matters to the model's predictions
+"""

@@ -1,0 +1,45 @@
+"""The table by which a checkpoint maps the mean share of the neurons that a user asks for to the dial of its routers.
+
+A router has one of two rules, and each has one number, the dial, by which it takes smaller or larger experts:
+
+lagrangian  the price of computing all neurons. A token takes the expert with the least sum of predicted error and price
+cumulative  the least probability that the expert suffices (the rule of the paper, arXiv 2502.12325, as far as its
+            public summaries tell)
+"""
+
+import math
+from dataclasses import dataclass
+from itertools import pairwise
+
+RULES = ("lagrangian", "cumulative")
+LARGEST_PRICE = 1e30  # at which every token takes the smallest expert
+
+
+@dataclass(frozen=True)
+class Fractions:
+    """The dials of a checkpoint: `table` has pairs (mean fraction of the neurons, dial), the fractions rising, as they
+    were measured when the checkpoint was fitted. Above the last one the dial goes to that of the widest expert."""
+
+    rule: str
+    table: tuple[tuple[float, float], ...]
+
+    def dial(self, fraction: float) -> float | None:
+        """The dial for a mean fraction of 0 to 1. None: every token takes the widest expert, without a router. Below
+        the table's smallest fraction every token takes the smallest expert."""
+        if fraction >= 1:
+            return None
+        smallest, widest = (LARGEST_PRICE, 0.0) if self.rule == "lagrangian" else (0.0, 1.0)
+        if fraction < self.table[0][0]:
+            return smallest
+        for (low, at_low), (high, at_high) in pairwise((*self.table, (1.0, widest))):
+            if fraction <= high:
+                share = (fraction - low) / (high - low) if high > low else 1.0
+                return _between(at_low, at_high, share, self.rule == "lagrangian")
+        return widest
+
+
+def _between(first: float, second: float, share: float, geometric: bool) -> float:
+    """The number at `share` of the way from `first` to `second`; `geometric` where both are above 0."""
+    if geometric and first > 0 and second > 0:
+        return math.exp(math.log(first) + share * (math.log(second) - math.log(first)))
+    return first + share * (second - first)
