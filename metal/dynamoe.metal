@@ -12,16 +12,17 @@
 // The types of input pointers are template parameters, because MLX passes arrays of fewer than 8 elements in the
 // constant address space and others in device memory.
 //
-// Cost. Bytes: the rows of gate and up below the largest width of the tokens, once; of the down matrices those of each
-// picked expert, once. x is read once for each R rows of a simdgroup, from the cache. A chunk of 4 or 8 bits needs
-// some 3 instructions to unpack each weight, once, and one for each token. Of 1 token, a simdgroup has the loads of 8
-// rows (gate_up) or 4 (down) in flight. Never measured.
+// Cost, of a token whose expert has k neurons of D channels: the bytes of 3 k D weights instead of 3 F D, and of the
+// router's R D, in three launches. Several tokens read the rows of gate and up below their largest width once, and the
+// down matrix of each expert that one of them uses once. A simdgroup has the loads of 8 rows (gate and up) or 4 (down)
+// in flight for one token, of half as many for several, and reads x for them from the cache. A weight of 4 or 8 bits
+// takes some 3 instructions to unpack, and one more for each token. Never measured.
 
 using namespace metal;
 
-constant constexpr const uint chunk = 8;               // columns that a lane takes together
-constant constexpr const uint simdgroups = 4;          // of a threadgroup of `gate_up` and `down`
-constant constexpr const uint router_simdgroups = 8;   // of a threadgroup of `route`
+constant constexpr const uint chunk = 8;              // columns that a lane takes together
+constant constexpr const uint simdgroups = 4;         // of a threadgroup, but for the router's
+constant constexpr const uint router_simdgroups = 8;  // of a threadgroup of the router
 
 // 8 columns of a row: a weight is scale value + bias.
 struct Chunk {
