@@ -16,6 +16,7 @@ import pytest
 import metal_on_cpu
 from metal_on_cpu import MetalError, address_spaces
 from mlxeff import kernels, small_matmul
+from mlxeff.dynamoe import metal as dynamoe
 from mlxeff.ops import Quantized
 from mlxeff.quantspec import metal as quantspec
 from mlxeff.quantspec.planes import HEAD_SIZES
@@ -73,6 +74,30 @@ def launch_small_matmul():
         small_matmul.small_matmul(mx.zeros((3, 256), dtype), Quantized(*packed, group, bits))
 
 
+def launch_dynamoe():
+    """A step of every type, packing and number of tokens, with arrays of fewer than 8 elements and larger ones."""
+
+    def matrix(rows, columns, dtype, packing):
+        weight = mx.zeros((rows, columns), dtype)
+        return Quantized(*mx.quantize(weight, *packing[::-1]), *packing[::-1]) if packing else weight
+
+    cases = [(dtype, None, columns, (1, 2, 5)) for dtype in DTYPES.values() for columns in (1, 20)]
+    for bits, group in itertools.product((4, 8), (32, 64, 128)):
+        cases.append((mx.float16, (bits, group), 128, (group, 128, 256)))
+    for dtype, packing, size, widths in cases:
+        gate, whole = matrix(widths[-1], size, dtype, packing), matrix(size, widths[-1], dtype, packing)
+        downs = [matrix(size, width, dtype, packing) for width in widths]
+        lefts, rights = [mx.zeros((size, 2), dtype)] * 2, [mx.zeros((2, width), dtype) for width in widths[:2]]
+        for tokens in (3,) if packing else (1, 8):
+            x, chosen, several = mx.zeros((tokens, size), dtype), mx.zeros(tokens, mx.uint32), mx.array(widths)
+            for rule, rows in (("lagrangian", 2), ("cumulative", 3)):
+                dynamoe.route(x, mx.zeros((rows, size)), mx.zeros(rows), mx.zeros(3), rule, 0.5)
+            h = dynamoe.gate_up(x, gate, gate, several, chosen)
+            dynamoe.gate_up(x, gate, gate, several, chosen, mx.zeros(widths[-1]), mx.zeros(widths[-1]))
+            dynamoe.down(h, downs, several, chosen, mx.zeros(size))
+            dynamoe.down(h, [whole], several, chosen, None, lefts, rights)
+
+
 # Of each file of metal/: all its launches.
 FAMILIES = {
     "seedlm": launch_seedlm,
@@ -80,6 +105,7 @@ FAMILIES = {
     "quantspec": launch_quantspec,
     "quantspec_store": launch_quantspec_store,
     "small_matmul": launch_small_matmul,
+    "dynamoe": launch_dynamoe,
 }
 
 
@@ -120,6 +146,9 @@ def test_every_kernel_keeps_to_its_address_spaces(family):
         ("quantspec", "  const device uint* lower;", "  const uint* lower;"),
         ("quantspec", "const threadgroup float* probabilities", "const device float* probabilities"),
         ("small_matmul", "thread float* values) const {", "float* values) const {"),
+        ("dynamoe", "threadgroup float* memory, uint simdgroup,", "thread float* memory, uint simdgroup,"),
+        ("dynamoe", "uint tokens, device T* out) const", "uint tokens, thread T* out) const"),
+        ("dynamoe", "static float add(thread const Chunk& loaded", "static float add(const Chunk& loaded"),
         ("quantspec_store", "  device uint* out;", "  const device uint* out;"),
         (
             "quantspec_store",

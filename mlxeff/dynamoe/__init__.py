@@ -5,4 +5,8 @@ feed_forward   the feed-forward network with nested experts, and its router
 install        the entry `dynamoe` of a config.json ↔ these modules in a model
 fit            a dense feed-forward network → one with nested experts, in closed form
 fisher         how much an error of a layer's output matters to the model's predictions
+gptq           affine quantisation of the fitted matrices
+calibrate      what routers say of a text → the table of dials
+usage          which experts the tokens of an answer took
+metal          the Metal kernels of a decoding step
 """
