@@ -106,6 +106,11 @@ struct Zeros {
   float operator[](uint row) const { return 0; }
 };
 
+// The columns of the widest expert's down matrix where they are in the order of the neurons.
+struct SameOrder {
+  uint operator[](uint neuron) const { return neuron; }
+};
+
 // The experts of the tokens. A number beyond the last expert counts as the last one's.
 template <typename Chosen, typename Widths>
 struct Experts {
@@ -227,11 +232,12 @@ inline void router_scores(Vectors x, Weights weights, Biases biases, uint token,
 // ---- The feed-forward layer --------------------------------------------------------------------------------------
 
 // out (tokens, neurons) = silu(gate x + gate_bias) (up x + up_bias), in each token's row the first numbers, as many as
-// its expert is wide. The others are not written, and weights beyond the largest width not read. A threadgroup has 128
-// threads, its simdgroups compute R rows each. x: (tokens, columns).
-template <int N, int R, typename Weights, typename GateBias, typename UpBias, typename Vectors, typename Picked,
-          typename T>
-inline void gate_up(Weights gate, Weights up, GateBias gate_bias, UpBias up_bias, Vectors x, uint columns,
+// its expert is wide. The others are not written, and weights beyond the largest width not read. Of a token of the
+// widest expert the number of neuron n is written at order[n]. A threadgroup has 128 threads, its simdgroups compute R
+// rows each. x: (tokens, columns).
+template <int N, int R, typename Weights, typename GateBias, typename UpBias, typename Order, typename Vectors,
+          typename Picked, typename T>
+inline void gate_up(Weights gate, Weights up, GateBias gate_bias, UpBias up_bias, Order order, Vectors x, uint columns,
                     Picked experts, device T* out, uint group, uint simdgroup, uint lane) {
   uint first = (group * simdgroups + simdgroup) * R, ends[N], widest = 0;
 #pragma unroll
@@ -258,7 +264,8 @@ inline void gate_up(Weights gate, Weights up, GateBias gate_bias, UpBias up_bias
   if (token >= experts.tokens || row >= experts.width(token)) return;
   own_gate += float(gate_bias[row]);
   own_up += float(up_bias[row]);
-  out[token * experts.neurons + row] = T(own_gate / (1.0f + exp(-own_gate)) * own_up);
+  uint column = experts.expert(token) + 1 == experts.count ? uint(order[row]) : row;
+  out[token * experts.neurons + column] = T(own_gate / (1.0f + exp(-own_gate)) * own_up);
 }
 
 // The rows of one simdgroup of a product of N tokens with matrices of which each expert has its own, or all share one.

@@ -14,8 +14,9 @@ import metal_on_cpu
 from helpers import dtype_name, to_numpy
 from metal_on_cpu import MetalError, host
 from mlxeff import kernels
-from mlxeff.dynamoe import metal
+from mlxeff.dynamoe import feed_forward, metal
 from mlxeff.ops import Quantized
+from mlxeff.running import RunOptions
 
 STEP = 2.0**-24  # half the distance of neighbouring floats, of their size
 UNITS = {"float32": STEP, "float16": 2.0**-11, "bfloat16": 2.0**-8}  # the same of each type
@@ -78,8 +79,8 @@ def experts(widths, chosen):
     return mx.array(widths, mx.uint32), mx.array(chosen, mx.uint32)
 
 
-def check_gate_up(x, gate, up, widths, chosen, gate_bias=None, up_bias=None, **options):
-    got = metal_on_cpu.run(metal.gate_up, x, gate, up, *experts(widths, chosen), gate_bias, up_bias, **options)
+def check_gate_up(x, gate, up, widths, chosen, gate_bias=None, up_bias=None, order=None, **options):
+    got = metal_on_cpu.run(metal.gate_up, x, gate, up, *experts(widths, chosen), gate_bias, up_bias, order, **options)
     assert got.dtype == x.dtype
     assert got.shape == (x.shape[0], shape_of(gate)[0])
     numbers = to_numpy(x).astype(np.float64)
@@ -89,7 +90,8 @@ def check_gate_up(x, gate, up, widths, chosen, gate_bias=None, up_bias=None, **o
     bound = 1.1 * g_bound * (np.abs(u) + u_bound) + np.abs(silu) * u_bound + 12 * STEP * np.abs(silu * u)
     bound = stored(silu * u, bound, x.dtype)
     for token, width in enumerate(widths_of(widths, chosen)):
-        close(got[token, :width], (silu * u)[token, :width], bound[token, :width], f"token {token} of {width}")
+        own = got[token] if order is None or width < len(order) else got[token][order]
+        close(own[:width], (silu * u)[token, :width], bound[token, :width], f"token {token} of {width}")
     return got
 
 
@@ -240,6 +242,14 @@ def test_gate_and_up_with_biases():
     x, gate, up = normal(2, 64), matrix(20, 64), matrix(20, 64, seed=1)
     got = check_gate_up(x, gate, up, [8, 20], [1, 0], 3 * normal(20), normal(20, dtype=mx.bfloat16, seed=1))
     assert emulated_nan(got[1, 8:])
+
+
+def test_gate_and_up_in_the_order_of_the_widest_matrix():
+    """Only the tokens of the widest expert are reordered."""
+    x, gate, up = normal(3, 64), matrix(45, 64), matrix(45, 64, seed=1)
+    order = mx.random.permutation(45, key=mx.random.key(4)).astype(mx.int32)
+    check_gate_up(x, gate, up, [8, 20, 45], [2, 1, 2], order=order)
+    check_gate_up(x[:1], gate, up, [8, 20, 45], [2], order=order)
 
 
 def emulated_nan(numbers):
@@ -457,6 +467,24 @@ def test_a_step_gives_what_mlx_gives(rule, packing):
         assert error < 200 * STEP * np.abs(to_numpy(want)).max()
         seen |= set(chosen.tolist())
     assert seen == {0, 1, 2}
+
+
+@pytest.mark.parametrize("packing", [None, (8, 32)])
+def test_a_network_computes_a_step_by_the_kernels(monkeypatch, packing):
+    """The module of a model, as on a GPU: the same as its own operations, and three launches."""
+    from test_dynamoe import network
+
+    module, x = network(bits=packing and packing[0], biases=packing is None), normal(1, 5, 64)
+    with mx.stream(mx.cpu):
+        want = module(x, RunOptions(fraction=0.3))
+        mx.eval(want)
+    monkeypatch.setattr(feed_forward, "on_gpu", lambda: True)
+    with metal_on_cpu.recorded() as launches:
+        module(x, RunOptions(fraction=0.3))
+    assert len(launches) == 3
+    got = metal_on_cpu.run(module, x, RunOptions(fraction=0.3))
+    assert np.abs(to_numpy(got) - to_numpy(want)).max() < 200 * STEP * np.abs(to_numpy(want)).max()
+    assert sum(module.counts) >= 10
 
 
 @pytest.mark.parametrize("shared", [False, True])

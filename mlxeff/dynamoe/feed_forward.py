@@ -17,10 +17,12 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from .. import kernels
 from ..models.parts import Rows
 from ..modules import Linear, QuantizedLinear, quantized_matrix
-from ..ops import Quantized, linear, quantized_linear, swiglu
+from ..ops import FLOATS, Quantized, linear, quantized_linear, swiglu
 from ..running import EXACT, RunOptions
+from . import metal
 from .fractions import Fractions
 
 SORTED_TOKENS = 64  # from which tokens are sorted by expert, so that none computes what it does not use
@@ -147,6 +149,9 @@ class DynamicFeedForward(nn.Module):
         self.router = Router(size, fractions.rule, prices)
         self.widths, self.fractions = tuple(widths), fractions
         self._counts, self._pending = [0] * len(self.widths), []
+        self._kernel: tuple[list[mx.array], metal.Parts | None] | None = (
+            None  # (arrays, what `_described` made of them)
+        )
 
     @property
     def smaller(self) -> list[nn.Module | None]:
@@ -159,10 +164,53 @@ class DynamicFeedForward(nn.Module):
             self._count(len(self.widths) - 1, x.size // x.shape[-1])
             return self._whole(swiglu(self.gate_proj(x), self.up_proj(x)))
         tokens = x.reshape(-1, x.shape[-1])
-        chosen = self.router.choose(self.router.scores(tokens), dial)
+        chosen = self._choose(tokens, dial)
         self._note(chosen)
+        if parts := self._kernel_parts(tokens):
+            return metal.experts(tokens, parts, chosen).reshape(x.shape)
         whole = len(tokens) < SORTED_TOKENS or self.training
         return (self._masked if whole else self._sorted)(tokens, chosen).reshape(x.shape)
+
+    def _choose(self, tokens: mx.array, dial: float) -> mx.array:
+        """The number of each token's expert, uint32 (T)."""
+        router = self.router
+        if self._kernel_parts(tokens):
+            return metal.route(tokens, router.weight, router.bias, router.prices, router.rule, dial)
+        return router.choose(router.scores(tokens), dial)
+
+    def _kernel_parts(self, tokens: mx.array) -> metal.Parts | None:
+        """The arrays for the Metal kernels; None where these do not compute this many tokens of this type here."""
+        if self.training or len(tokens) > metal.MOST_TOKENS or tokens.dtype not in FLOATS or not on_gpu():
+            return None
+        modules = (self.gate_proj, self.up_proj, self.down_proj, self.router, *(self.get("experts") or ()))
+        arrays = [array for module in modules for _, array in tree_flatten(module.parameters())]
+        if self._kernel is None or any(a is not b for a, b in zip(self._kernel[0], arrays, strict=True)):
+            self._kernel = arrays, self._described()
+        parts = self._kernel[1]
+        return parts if parts is not None and not parts.refusal else None
+
+    def _described(self) -> metal.Parts | None:
+        """The network as the Metal kernels take it; None where it has matrices of a kind that they do not know."""
+        own = [each for each in self.smaller if each is not None]
+        low_rank = bool(own) and isinstance(own[0], LowRank)
+        downs = [*(() if low_rank else own), self.down_proj]
+        lefts, rights = ([getattr(each, name) for each in own if low_rank] for name in ("left", "right"))
+        groups = [[_matrix(each) for each in group] for group in ((self.gate_proj, self.up_proj), downs, lefts, rights)]
+        if any(each is None for group in groups for each in group):
+            return None
+        router = self.router
+        return metal.Parts(
+            router.weight.astype(mx.float32),
+            router.bias.astype(mx.float32),
+            router.prices,
+            router.rule,
+            mx.array(self.widths, mx.uint32),
+            *groups[0],
+            *map(tuple, groups[1:2]),
+            *(module.get("bias") for module in (self.gate_proj, self.up_proj, self.down_proj)),
+            self.get("order"),
+            *map(tuple, groups[2:]),
+        )
 
     def _masked(self, tokens: mx.array, chosen: mx.array) -> mx.array:
         """The output (T, D) of each token's expert. All experts are computed, and nothing waits for the choice."""
@@ -253,6 +301,18 @@ class DynamicFeedForward(nn.Module):
             last = self._pending.pop()  # not computed yet
             _ = self.counts
             self._pending.append(last)
+
+
+def on_gpu() -> bool:
+    """Whether the Metal kernels are chosen."""
+    return kernels.device() == "gpu" and kernels.has_metal()
+
+
+def _matrix(module: nn.Module) -> metal.Matrix | None:
+    """The matrix of a linear layer as the Metal kernels take it; None for a kind that they do not know."""
+    if type(module) is Linear:
+        return module.weight
+    return quantized_matrix(module) if type(module) is QuantizedLinear else None
 
 
 def _bytes(module: nn.Module) -> int:

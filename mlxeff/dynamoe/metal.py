@@ -53,6 +53,8 @@ class Parts:
     gate_bias: mx.array | None = None  # (F)
     up_bias: mx.array | None = None  # (F)
     down_bias: mx.array | None = None  # (D)
+    # (F) int32 or uint32: of each neuron its column in the widest expert's down matrix; None: the same order
+    order: mx.array | None = None
     # Low-rank corrections of the down matrices of the first experts, as many as there are: left (right h) is added.
     lefts: tuple[Matrix, ...] = ()  # (D, r)
     rights: tuple[Matrix, ...] = ()  # (r, width)
@@ -62,7 +64,9 @@ class Parts:
         """What in these arrays the kernels do not compute, or ""."""
         neurons, count = _shape(self.gate)[0], self.widths.size
         refusal = _router_refusal(self.router, self.router_bias, self.prices, self.rule, count)
-        refusal = refusal or _gate_up_refusal(self.gate, self.up, self.gate_bias, self.up_bias)
+        refusal = refusal or _gate_up_refusal(self.gate, self.up, self.gate_bias, self.up_bias, self.order)
+        if self.order is not None and len(self.downs) == 1:
+            refusal = refusal or "an order of the neurons, and one down matrix of all experts"
         refusal = refusal or _down_refusal(self.downs, count, self.down_bias, self.lefts, self.rights, neurons)
         return refusal or ("" if _shape(self.gate)[1] == self.router.shape[1] else f"router {self.router.shape}")
 
@@ -78,7 +82,15 @@ def decode(x: mx.array, parts: Parts, dial: mx.array | float) -> mx.array:
     p = parts
     _check(x, p.router.shape[1], p.refusal)
     chosen = _route(x, p.router, p.router_bias, p.prices if p.rule == "lagrangian" else None, dial)
-    h = _gate_up(x, p.gate, p.up, p.widths, chosen, p.gate_bias, p.up_bias)
+    return experts(x, p, chosen)
+
+
+def experts(x: mx.array, parts: Parts, chosen: mx.array) -> mx.array:
+    """The output y (T, D) of the experts `chosen`, uint32 (T), of the tokens x (T, D). Raises ValueError for what the
+    kernels do not compute."""
+    p = parts
+    _check(x, p.router.shape[1], p.refusal or _experts_refusal(x, p.widths, chosen))
+    h = _gate_up(x, p.gate, p.up, p.widths, chosen, p.gate_bias, p.up_bias, p.order)
     return _down(h, p.downs, p.widths, chosen, p.down_bias, p.lefts, p.rights)
 
 
@@ -104,12 +116,14 @@ def gate_up(
     chosen: mx.array,
     gate_bias: mx.array | None = None,
     up_bias: mx.array | None = None,
+    order: mx.array | None = None,
 ) -> mx.array:
     """h (T, F) = silu(gate x + gate_bias) · (up x + up_bias) in x's type, of the neurons of the token's expert. The
-    numbers after them are not written: they are what the memory held before, and nothing may read them."""
-    refusal = _gate_up_refusal(gate, up, gate_bias, up_bias) or _experts_refusal(x, widths, chosen)
+    numbers after them are not written: they are what the memory held before, and nothing may read them. With `order`
+    (F) the number of neuron n is at order[n] where the token's expert is the widest."""
+    refusal = _gate_up_refusal(gate, up, gate_bias, up_bias, order) or _experts_refusal(x, widths, chosen)
     _check(x, _shape(gate)[-1], refusal)
-    return _gate_up(x, gate, up, widths, chosen, gate_bias, up_bias)
+    return _gate_up(x, gate, up, widths, chosen, gate_bias, up_bias, order)
 
 
 def down(
@@ -154,10 +168,14 @@ def _router_refusal(weight: mx.array, bias: mx.array, prices: mx.array | None, r
     return f"router {weight.shape} of {count} experts, bias {bias.shape}, rule {rule}, prices {prices_shape}"
 
 
-def _gate_up_refusal(gate: Matrix, up: Matrix, gate_bias: mx.array | None, up_bias: mx.array | None) -> str:
+def _gate_up_refusal(
+    gate: Matrix, up: Matrix, gate_bias: mx.array | None, up_bias: mx.array | None, order: mx.array | None
+) -> str:
     kinds = [(_packing(each), _dtype(each), _shape(each)) for each in (gate, up)]
     if not _readable(gate) or not _readable(up) or kinds[0] != kinds[1]:
         return f"gate {_described(gate)}, up {_described(up)}"
+    if order is not None and (order.shape != (_shape(gate)[0],) or order.dtype not in (mx.int32, mx.uint32)):
+        return f"gate {_shape(gate)}, order {order.shape} {order.dtype}"
     biases = [each.shape for each in (gate_bias, up_bias) if each is not None]
     return "" if all(shape == (_shape(gate)[0],) for shape in biases) else f"gate {_shape(gate)}, biases {biases}"
 
@@ -234,13 +252,16 @@ def _gate_up(
     chosen: mx.array,
     gate_bias: mx.array | None,
     up_bias: mx.array | None,
+    order: mx.array | None,
 ) -> mx.array:
     """The launch of `gate_up`."""
     inputs = {"x": x, "widths": widths, "chosen": chosen} | _arrays("gate", gate) | _arrays("up", up)
     inputs |= {"bias_of_gate": gate_bias} if gate_bias is not None else {}
     inputs |= {"bias_of_up": up_bias} if up_bias is not None else {}
+    inputs |= {"order": order} if order is not None else {}
     neurons, room = _shape(gate)[0], _room(x)
-    source = _gate_up_source(room, _packing(gate), gate_bias is not None, up_bias is not None, tuple(inputs))
+    given = tuple(each is not None for each in (gate_bias, up_bias, order))
+    source = _gate_up_source(room, _packing(gate), given, tuple(inputs))
     return _launch(source, inputs, *_threads(neurons, room), (x.shape[0], neurons), x.dtype)
 
 
@@ -331,11 +352,13 @@ def _route_source(rows: int, lagrangian: bool, names: Names) -> Source:
 
 
 @functools.cache
-def _gate_up_source(room: int, packing: Packing, gate_bias: bool, up_bias: bool, names: Names) -> Source:
-    biases = f"{'bias_of_gate' if gate_bias else 'Zeros{}'}, {'bias_of_up' if up_bias else 'Zeros{}'}"
+def _gate_up_source(room: int, packing: Packing, given: tuple[bool, bool, bool], names: Names) -> Source:
+    """`given`: whether there are a bias of gate, a bias of up, and an order of the neurons."""
+    pairs = ("bias_of_gate", "Zeros{}"), ("bias_of_up", "Zeros{}"), ("order", "SameOrder{}")
+    vectors = ", ".join(name if there else other for (name, other), there in zip(pairs, given, strict=True))
     body = f"""
         {EXPERTS.format("uint(gate_shape[0])")}
-        gate_up<{room}, {ROWS[room]}>({_reader("gate", packing)}, {_reader("up", packing)}, {biases}, x, x_shape[1],
+        gate_up<{room}, {ROWS[room]}>({_reader("gate", packing)}, {_reader("up", packing)}, {vectors}, x, x_shape[1],
             experts, out, {PLACE});
     """
     return _named("gate_up", body, names)
