@@ -18,12 +18,13 @@ CXX_SOURCES = $(wildcard cpu/*.h cpu/*/*.cpp cpu/*/*.h tests/native_driver/* tes
 PROMPT = Explain in two sentences why the sky is blue.
 
 .NOTPARALLEL:
-.PHONY: help demo demo-kvp demo-quantspec kvp-pair test fuzz lint format wheel-check native-check arm-check old-cpu-check clean
+.PHONY: help demo demo-kvp demo-quantspec demo-dynamoe kvp-pair test fuzz lint format wheel-check native-check arm-check old-cpu-check clean
 
 help:
 	@echo "make demo         install into .venv, fetch the built-in model, stream an answer with its timings"
 	@echo "make demo-kvp     answer a long prompt without KV Prediction and with the pairs that come with the package"
 	@echo "make demo-quantspec  one long prompt on KV caches of 32, 8 and 4 bits and with drafts: bytes and tokens a second"
+	@echo "make demo-dynamoe fit the built-in model as DynaMoE (minutes) and run it at four sensitivities"
 	@echo "make kvp-pair     train the smaller one of these pairs again, into build/kvp-trained (10 minutes on two cores)"
 	@echo "make test         install the test extras into .venv, run the tests (make test ARGS='-k cache' for some)"
 	@echo "make fuzz N=1000  each parser of files with N damaged ones (a million of them: N=100000)"
@@ -47,6 +48,18 @@ demo-kvp: $(VENV)/.installed
 # The same prompt on caches of 32, 8 and 4 bits, and with drafts: the last line of each has the cache's bytes and speed.
 demo-quantspec: $(VENV)/.installed
 	$(BIN)/python benchmarks/demo_quantspec.py
+
+# The built-in model as DynaMoE, which is fitted the first time, and one prompt at four sensitivities.
+DYNAMOE = build/dynamoe
+demo-dynamoe: $(DYNAMOE)/config.json
+	for s in 1 0.9 0.8 0.65; do \
+	  echo "sensitivity $$s:"; \
+	  $(BIN)/python -m mlxeff generate --model $(DYNAMOE) --sensitivity $$s --max-tokens 64 "$(PROMPT)" || exit 1; \
+	done
+
+$(DYNAMOE)/config.json: | $(VENV)/.installed
+	@mkdir -p build
+	$(BIN)/python -m mlxeff fit dynamoe smollm2-135m --out $(DYNAMOE)
 
 # How the smaller pair was made.
 KVP_TRAINED = build/kvp-trained

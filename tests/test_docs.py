@@ -155,18 +155,31 @@ def fitted(folder, tmp_path_factory):
     return place / "pair", found
 
 
+@pytest.fixture(scope="module")
+def dynamoe(folder, tmp_path_factory):
+    place = tmp_path_factory.mktemp("docs-dynamoe")
+    (place / "text").write_text("The quick brown fox jumps over the lazy dog. " * 8)
+    found, code = run("fit", "dynamoe", folder, "--out", place / "dyn", "--text", place / "text", "--tokens", 300)
+    assert code == 0
+    return place / "dyn", found
+
+
 def test_every_key_of_an_error_is_explained():
     found, code = run("generate", "--model", "/no/such/model", "Hi")
     assert code == 1
     assert set(found) == tables("Errors")[0]
 
 
-def test_every_key_of_generate_is_explained(folder, fitted, tmp_path):
+def test_every_key_of_generate_is_explained(folder, fitted, dynamoe, tmp_path):
     found, _ = run("generate", "--model", folder, "--max-tokens", 4, "--kv-predict", fitted[0], "Hi")
     wide = write_tiny_model(tmp_path / "wide", {"head_dim": 64})
     drafting, _ = run("generate", "--model", wide, "--max-tokens", 4, "--quantspec", "Hi")
     keys, section = tables("`mlxeff generate --json`")
+    dynamic, _ = run("generate", "--model", dynamoe[0], "--max-tokens", 9, "--sensitivity", 0.7, "Hi")
+    draft = ("--draft", "dynamoe:0", "--num-draft-tokens", 2)
+    drafted, _ = run("generate", "--model", dynamoe[0], "--max-tokens", 9, *draft, "Hi")
     inner = set(found["timings"]["kv_prediction"]) | set(drafting["timings"]["quantspec"])
+    inner |= set(dynamic["timings"]["dynamoe"]) | set(drafted["timings"]["dynamoe_draft"])
     assert set(found) | set(found["timings"]) | inner == keys
     assert all(f"`{name}`" in section for name in found["versions"])
 
@@ -187,6 +200,10 @@ def test_every_key_of_fit_is_explained(fitted):
     assert set(fitted[1]) == keys
     inner = [set(fitted[1][key]) for key in ("base", "auxiliary", "parameters")]
     assert {name for name in set().union(*inner) if f"`{name}`" not in section} == set()
+
+
+def test_every_key_of_a_fit_of_dynamoe_is_explained(dynamoe):
+    assert set(dynamoe[1]) == tables("`mlxeff fit dynamoe --json`")[0]
 
 
 def test_every_key_of_convert_is_explained(folder, tmp_path):

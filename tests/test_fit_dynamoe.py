@@ -17,7 +17,7 @@ from mlxeff.convert import convert
 
 from helpers import assert_close
 from mlxeff import ops
-from mlxeff.assembly.fit_dynamoe import fit_dynamoe
+from mlxeff.assembly.fitting_dynamoe import fit_dynamoe
 from mlxeff.assembly.model import load_path
 from mlxeff.dynamoe import fisher, fit, gptq
 from mlxeff.dynamoe.install import of, rows_of

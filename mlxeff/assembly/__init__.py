@@ -2,7 +2,11 @@
 
 model                 a folder or file → the model, with its tokenizer
 pair                  a KV Prediction pair for a base model → a way to read prompts
-fitting               `mlxeff fit` as Python calls
+fitting, fitting_dynamoe  `mlxeff fit` as Python calls
+speculation           drafters for a loaded model, and what rounds cost on this machine
+draft_weights         the weights with which a model drafts for itself
+dynamoe               the sensitivity of a DynaMoE model, and drafts of its smaller experts
+described, folder     a model in memory → the entries of config.json and the files of a new folder
 techniques            tables with one entry for each technique; a new technique is added there
 quantization          MLX's quantised modules in a model
 options, fit_options  options of the command line as data
@@ -18,6 +22,7 @@ _PUBLIC = {
     "Loaded": "model",
     "build_model": "model",
     "fingerprint": "model",
+    "fit_dynamoe": "fitting_dynamoe",
     "fit_kv_predictor": "fitting",
     "load": "model",
     "load_model": "model",
@@ -25,7 +30,17 @@ _PUBLIC = {
     "load_path": "model",
 }
 
-__all__ = ["Loaded", "build_model", "fingerprint", "fit_kv_predictor", "load", "load_model", "load_pair", "load_path"]
+__all__ = [
+    "Loaded",
+    "build_model",
+    "fingerprint",
+    "fit_dynamoe",
+    "fit_kv_predictor",
+    "load",
+    "load_model",
+    "load_pair",
+    "load_path",
+]
 
 
 def __getattr__(name: str):

@@ -249,7 +249,7 @@ def _apply_dynamoe_draft(setup: "Setup", base: "Loaded", value: Sensitivity, val
 
 
 def _fit_dynamoe(progress: object, **values) -> dict:
-    from .fit_dynamoe import fit_dynamoe
+    from .fitting_dynamoe import fit_dynamoe
 
     return fit_dynamoe(progress=progress, **values)
 
