@@ -210,7 +210,7 @@ inline void check_dynamic_team(DynamicCase& given, int64_t tokens) {
   const mlxeff::FeedForward::Needs needs = given.dynamic->needs(tokens, options);
   Workspace workspace(needs.workspace), prepared(needs.prepared);
   std::atomic<int> error{MLXEFF_OK}, members{0};
-  for (int repeat = 0; repeat < 60; ++repeat) {
+  for (int repeat = 0; repeat < 20; ++repeat) {
     std::vector<Matrix> x, out = inputs;
     for (int i = 0; i < layers; ++i) x.emplace_back(tokens, dim);
     mlxeff::team_run([&](mlxeff::Team& team) {
