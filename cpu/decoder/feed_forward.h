@@ -1,6 +1,9 @@
 // The interface of a decoder layer's feed-forward, which maps the normalised hidden states to the term that is added to
 // the residual.
 #pragma once
+#include <optional>
+#include <vector>
+
 #include "decoder/pass_team.h"
 
 namespace mlxeff {
@@ -33,6 +36,15 @@ class FeedForward {
     int64_t workspace, prepared;
   };
   virtual Needs needs(int64_t rows, const RunOptions& options) const = 0;
+
+  // What a feed-forward with experts has computed since it was made: the tokens that took each expert, and the bytes of
+  // the weights that its products have read.
+  struct Usage {
+    std::vector<int64_t> tokens;
+    int64_t bytes;
+  };
+  // Empty for a feed-forward without experts. May be called while a pass runs.
+  virtual std::optional<Usage> usage() const { return std::nullopt; }
 
   // Computes out = feed_forward(x) without `bias`.
   virtual void run(PassTeam& pass, const FeedForwardRows& rows, void* workspace) = 0;

@@ -44,6 +44,9 @@ class PassTeam {
   // computed for at most most_products outputs, without biases. If `outputs` is empty, only the rows of x are made.
   void multiply(const float* x, std::initializer_list<Output> outputs, int64_t rows, RowFunction<void> make_row);
 
+  // The buffer for prepared inputs, for a feed-forward that takes the steps of its products itself.
+  char* prepared() const { return prepared_; }
+
   void check(int code) {  // records the MLXEFF_* code of a step if the step failed
     if (code != MLXEFF_OK) error_ = code;
   }

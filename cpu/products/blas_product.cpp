@@ -63,8 +63,8 @@ int run(const BlasArgs& args, int64_t n_begin, int64_t n_end) {
     block = rows;
   }
   const OneThread one_thread;
-  cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasTrans, int(args.M), int(n_end - n_begin), int(w.K), 1, args.x, int(w.K),
-              block, int(ld), args.accumulate ? 1 : 0, args.y + n_begin, int(w.N));
+  cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasTrans, int(args.M), int(n_end - n_begin), int(w.K), 1, args.x,
+              int(args.ldx), block, int(ld), args.accumulate ? 1 : 0, args.y + n_begin, int(args.ldy));
   return MLXEFF_OK;
 }
 

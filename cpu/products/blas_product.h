@@ -11,13 +11,14 @@
 
 namespace mlxeff {
 
-// The arguments of a BLAS product. x (M, K) and y (M, N) are fp32 and contiguous. With `accumulate` the BLAS adds to y
+// The arguments of a BLAS product. x (M, K) and y (M, N) are fp32, with rows ldx and ldy floats apart.
+// With `accumulate` the BLAS adds to y
 // while it sums, so the order of rounding differs from the other kernels.
 struct BlasArgs {
   WeightMatrix w;
   const float* x;
   float* y;
-  int64_t M;
+  int64_t ldx, ldy, M;
   bool accumulate;
 };
 

@@ -26,23 +26,27 @@ class Product {
  public:
   Product() = default;
   // `mode` is MLXEFF_EXACT, MLXEFF_COMPUTE_BF16 or MLXEFF_COMPUTE_INT8; a dense matrix treats INT8 as BF16. With
-  // `accumulate` the product is added to y.
-  Product(const WeightMatrix& w, const float* x, float* y, int64_t rows, int mode, bool accumulate = false)
+  // `accumulate` the product is added to y. The rows of x and of y are ldx and ldy floats apart; 0 stands for K and N,
+  // rows without gaps.
+  Product(const WeightMatrix& w, const float* x, float* y, int64_t rows, int mode, bool accumulate = false,
+          int64_t ldx = 0, int64_t ldy = 0)
       : quantised_(&MLXEFF_DISPATCH(qmatmul_kernels)), seeds_(&MLXEFF_DISPATCH(seedlm_kernels)),
         dense_(&MLXEFF_DISPATCH(matmul_kernels)) {
     const int float_mode = mode == MLXEFF_EXACT ? MLXEFF_EXACT : MLXEFF_COMPUTE_BF16;
     const bool rounds = w.kind() == WeightMatrix::Kind::quantised && mode == MLXEFF_COMPUTE_INT8;
     if (!rounds && (mode == MLXEFF_EXACT || active_isa() != Isa::amx)) blas_ = blas_kernels(rows);
-    b_ = {w, x, y, rows, accumulate};
-    const ProductOutput out = {y, w.N, MLXEFF_F32, accumulate};
+    if (!ldx) ldx = w.K;
+    if (!ldy) ldy = w.N;
+    b_ = {w, x, y, ldx, ldy, rows, accumulate};
+    const ProductOutput out = {y, ldy, MLXEFF_F32, accumulate};
     switch (w.kind()) {
       case WeightMatrix::Kind::quantised:
-        q_ = {w.quantised, x, w.K, MLXEFF_F32, out, rows, mode};
-        lower_ = {w.lower, x, w.K, MLXEFF_F32, {y, w.N, MLXEFF_F32, true}, rows, mode};
+        q_ = {w.quantised, x, ldx, MLXEFF_F32, out, rows, mode};
+        lower_ = {w.lower, x, ldx, MLXEFF_F32, {y, ldy, MLXEFF_F32, true}, rows, mode};
         break;
-      case WeightMatrix::Kind::seeds: s_ = {w.seeds, x, w.K, MLXEFF_F32, out, rows, mode}; break;
+      case WeightMatrix::Kind::seeds: s_ = {w.seeds, x, ldx, MLXEFF_F32, out, rows, mode}; break;
       case WeightMatrix::Kind::dense:
-        d_ = {{x, w.K, MLXEFF_F32, false}, {w.dense, w.ld, w.dtype, true}, out, rows, w.N, w.K, float_mode};
+        d_ = {{x, ldx, MLXEFF_F32, false}, {w.dense, w.ld, w.dtype, true}, out, rows, w.N, w.K, float_mode};
     }
   }
 

@@ -63,6 +63,22 @@ int slice_columns(const WeightMatrix& w, int64_t begin, int64_t count, WeightMat
   return MLXEFF_OK;
 }
 
+int64_t bytes_of_row(const WeightMatrix& w) {
+  switch (w.kind()) {
+    case WeightMatrix::Kind::quantised: {
+      const mlxeff_qweight& q = w.quantised;
+      const int64_t bytes = w.K * q.bits / 8 + 2 * in_dtype(w.K / q.group, q.scale_dtype);
+      return w.lower.packed ? bytes + w.K * q.bits / 8 + 2 * in_dtype(w.K / q.group, w.lower.scale_dtype) : bytes;
+    }
+    case WeightMatrix::Kind::seeds: {
+      const int64_t blocks = seed_row_blocks(w.seeds).used;
+      return w.seeds.states == 3 ? 4 * blocks : 4 * blocks + ceil_div(blocks, 2);
+    }
+    case WeightMatrix::Kind::dense: break;
+  }
+  return in_dtype(w.K, w.dtype);
+}
+
 void read_row(const WeightMatrix& w, int64_t n, float* out) {
   switch (w.kind()) {
     case WeightMatrix::Kind::quantised: {

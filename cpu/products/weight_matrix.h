@@ -34,6 +34,9 @@ struct WeightMatrix {
 int slice_rows(const WeightMatrix& w, int64_t begin, int64_t count, WeightMatrix* part);
 int slice_columns(const WeightMatrix& w, int64_t begin, int64_t count, WeightMatrix* part);
 
+// The bytes that a row of W takes in memory, with the scales and biases of its groups or the exponents of its blocks.
+int64_t bytes_of_row(const WeightMatrix& w);
+
 // Writes row n of W to out (K) in fp32.
 void read_row(const WeightMatrix& w, int64_t n, float* out);
 

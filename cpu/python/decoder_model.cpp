@@ -1,5 +1,7 @@
 #include "python/decoder_model.h"
 
+#include <nanobind/stl/vector.h>
+
 namespace mlxeff {
 
 DecoderModel::DecoderModel(int64_t dim, int64_t head_dim, float eps, const Named& rope, const mx::array& norm,
@@ -54,6 +56,28 @@ Decoder& DecoderModel::decoder() {
   return *decoder_;
 }
 
+std::vector<std::optional<FeedForward::Usage>> DecoderModel::usage() const {
+  std::vector<std::optional<FeedForward::Usage>> each;
+  for (const DecoderLayer& layer : (decoder_ ? decoder_->spec() : spec_).layers)
+    each.push_back(layer.feed_forward->usage());
+  return each;
+}
+
+static nb::list list_of(const std::vector<std::optional<FeedForward::Usage>>& usage) {
+  nb::list layers;
+  for (const auto& layer : usage) {
+    if (!layer) {
+      layers.append(nb::none());
+      continue;
+    }
+    nb::dict named;
+    named["tokens"] = nb::cast(layer->tokens);
+    named["bytes"] = layer->bytes;
+    layers.append(named);
+  }
+  return layers;
+}
+
 void bind_decoder(nb::module_& m) {
   nb::class_<DecoderHandle>(m, "Decoder", "A decoder whose weights are given by name; see cpu/python/decoder_model.h.")
       .def(
@@ -73,7 +97,12 @@ void bind_decoder(nb::module_& m) {
             self.model->add_layer(norms, attention, heads, groups, window, feed_forward);
           },
           nb::kw_only(), nb::arg("norms"), nb::arg("attention"), nb::arg("heads"), nb::arg("groups"), nb::arg("window"),
-          nb::arg("feed_forward"));
+          nb::arg("feed_forward"))
+      .def(
+          "usage", [](const DecoderHandle& self) { return list_of(self.model->usage()); },
+          "Of each layer, what its feed-forward has computed so far: None for a gated one, else {'tokens': [tokens "
+          "that "
+          "took each expert], 'bytes': bytes of weights that its products have read}.");
 }
 
 }  // namespace mlxeff

@@ -23,6 +23,9 @@ class DecoderModel {
   // Builds the decoder from the added layers at the first call, and returns it at every call.
   Decoder& decoder();
 
+  // What FeedForward::usage returns, of each layer.
+  std::vector<std::optional<FeedForward::Usage>> usage() const;
+
  private:
   Weights weights_;
   DecoderSpec spec_ = {};  // empty once the decoder has taken it over

@@ -1,6 +1,9 @@
 // The calls of a native decoder (forward, read and append) as MLX primitives. The arrays of the key/value stores are
 // inputs of a primitive; its outputs are the same arrays with the new tokens added.
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/vector.h>
+
+#include <cmath>
 
 #include "python/decoder_model.h"
 #include "python/kv_stores.h"
@@ -107,7 +110,7 @@ struct Outputs {
 };
 
 Outputs run(const DecoderHandle& handle, const mx::array& tokens, const nb::list& given, int64_t offset,
-            const Purpose& purpose, int mode) {
+            const Purpose& purpose, int mode, std::optional<float> dial) {
   const DecoderSpec& spec = handle.model->decoder().spec();
   const size_t layers = spec.layers.size() - (purpose.reads() ? 1 : 0);
   for (const auto* read : {&purpose.inputs, &purpose.pairs})
@@ -117,6 +120,7 @@ Outputs run(const DecoderHandle& handle, const mx::array& tokens, const nb::list
   if (mode < MLXEFF_EXACT || mode > MLXEFF_COMPUTE_INT8)
     throw std::invalid_argument("decoder: wanted mode EXACT, COMPUTE_BF16 or COMPUTE_INT8, got " +
                                 std::to_string(mode));
+  if (dial && !std::isfinite(*dial)) throw std::invalid_argument("decoder: dial: wanted a finite number or None");
   if (tokens.ndim() != 2 || tokens.size() < 1) throw std::invalid_argument("decoder: wanted tokens of shape (B, S)");
   const int batch = tokens.shape(0), length = tokens.shape(1);
   const GivenStores stores(given, spec, layers, {batch, length, offset + length});
@@ -131,24 +135,25 @@ Outputs run(const DecoderHandle& handle, const mx::array& tokens, const nb::list
   const size_t results = shapes.size();
   std::vector<mx::Dtype> dtypes(results, mx::float32);
   stores.add_to(inputs, shapes, dtypes);
-  Arrays outputs = mx::array::make_arrays(
-      std::move(shapes), dtypes,
-      std::make_shared<DecoderForward>(stream, handle.model, stores.kinds(), offset, purpose, RunOptions{mode}),
-      std::move(inputs));
+  Arrays outputs =
+      mx::array::make_arrays(std::move(shapes), dtypes,
+                             std::make_shared<DecoderForward>(stream, handle.model, stores.kinds(), offset, purpose,
+                                                              RunOptions{mode, dial.has_value(), dial.value_or(0)}),
+                             std::move(inputs));
   nb::list updated = stores.updated(outputs.data() + results);
   return {std::move(outputs), results, std::move(updated)};
 }
 
 nb::tuple forward(const DecoderHandle& decoder, const mx::array& tokens, const nb::list& stores, int64_t offset,
-                  bool all_rows, int mode) {
-  const Outputs outputs = run(decoder, tokens, stores, offset, {all_rows}, mode);
+                  bool all_rows, int mode, std::optional<float> dial) {
+  const Outputs outputs = run(decoder, tokens, stores, offset, {all_rows}, mode, dial);
   return nb::make_tuple(outputs.arrays[0], outputs.stores);
 }
 
 nb::tuple read(const DecoderHandle& decoder, const mx::array& tokens, const nb::list& stores, int64_t offset,
-               const std::vector<int>& inputs, const std::vector<int>& pairs, int mode) {
+               const std::vector<int>& inputs, const std::vector<int>& pairs, int mode, std::optional<float> dial) {
   if (inputs.empty() && pairs.empty()) throw std::invalid_argument("decoder: wanted layers to read, got none");
-  const Outputs outputs = run(decoder, tokens, stores, offset, {false, inputs, pairs}, mode);
+  const Outputs outputs = run(decoder, tokens, stores, offset, {false, inputs, pairs}, mode, dial);
   const size_t first = inputs.size(), second = first + pairs.size();
   return nb::make_tuple(outputs.list(0, first), outputs.list(first, second), outputs.list(second, outputs.results),
                         outputs.stores);
@@ -184,11 +189,13 @@ nb::list append(const DecoderHandle& handle, const Arrays& keys, const Arrays& v
 
 void bind_passes(nb::module_& m) {
   m.def("forward", &forward, nb::arg("decoder"), nb::arg("tokens"), nb::arg("stores"), nb::arg("offset"),
-        nb::arg("all_rows"), nb::arg("mode"),
+        nb::arg("all_rows"), nb::arg("mode"), nb::arg("dial") = nb::none(),
         "Tokens (B, S) -> (logits (B, S or 1, V), stores). A store is a dict for each layer, {'kind': 'dense', 'keys': "
-        "(B, G, capacity, E), 'values': the same}, that holds `offset` tokens; those returned hold the new ones too.");
+        "(B, G, capacity, E), 'values': the same}, that holds `offset` tokens; those returned hold the new ones too. "
+        "With a dial, dynamic "
+        "feed-forwards choose an expert for each token by it; without one, all tokens take the widest.");
   m.def("read", &read, nb::arg("decoder"), nb::arg("tokens"), nb::arg("stores"), nb::arg("offset"), nb::arg("inputs"),
-        nb::arg("pairs"), nb::arg("mode"),
+        nb::arg("pairs"), nb::arg("mode"), nb::arg("dial") = nb::none(),
         "(inputs, keys, values, stores): normed inputs of the layers `inputs`, raw keys and raw values of the layers "
         "`pairs`, which rise; rows (B, S, width). Stores as in `forward`, without the last layer's.");
   m.def("append", &append, nb::arg("decoder"), nb::arg("keys"), nb::arg("values"), nb::arg("stores"), nb::arg("offset"),

@@ -86,12 +86,24 @@ double Named::number(const char* name) const {
 
 Named Named::dict(const char* name) const { return Named(get(name), where_ + ": " + name); }
 
-std::string Named::read_kind() {
-  const nb::handle value = find("kind");
-  if (!value) refuse("missing kind");
-  if (!nb::isinstance<nb::str>(value)) refuse_value("kind", "a str", value);
-  has_kind_ = true;
+std::vector<Named> Named::dicts(const char* name) const {
+  const nb::handle value = get(name);
+  if (!nb::isinstance<nb::list>(value)) refuse_value(name, "a list", value);
+  std::vector<Named> each;
+  for (const nb::handle given : nb::borrow<nb::list>(value))
+    each.emplace_back(given, where_ + ": " + name + " " + std::to_string(each.size()));
+  return each;
+}
+
+std::string Named::text(const char* name) const {
+  const nb::handle value = get(name);
+  if (!nb::isinstance<nb::str>(value)) refuse_value(name, "a str", value);
   return nb::cast<std::string>(value);
+}
+
+std::string Named::read_kind() {
+  has_kind_ = true;
+  return text("kind");
 }
 
 nb::handle Named::find(const char* name) const {

@@ -24,6 +24,8 @@ class Named {
   int64_t integer(const char* name) const;
   double number(const char* name) const;
   Named dict(const char* name) const;
+  std::vector<Named> dicts(const char* name) const;  // of a list
+  std::string text(const char* name) const;
   // Returns the array, or an empty optional if the value is None or the name is absent.
   std::optional<mx::array> array_or_none(const char* name) const;
   // The same, checking that the array has the given shape and a floating-point type.

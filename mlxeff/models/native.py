@@ -65,6 +65,12 @@ class Native:
         """Its name, as in `running.Ran`."""
         return f"native {self._native.isa()}"
 
+    @property
+    def usage(self) -> list[dict | None]:
+        """Of each layer, what its feed-forward network has computed since the model was loaded: the "tokens" that took
+        each expert and the "bytes" of weights read; None for a layer without experts."""
+        return self._decoder.usage()
+
     def applies(self, cache: KVCache) -> bool:
         """Whether this executor can compute a call with `cache`: on a CPU, with known storage formats, not in training,
         and with the weights that the native decoder was made with."""
@@ -114,10 +120,17 @@ class Native:
         """Call a function of the native decoder that appends to the caches `layers`. `what` are its arguments after the
         length of the cache. Returns its results without the buffers, which replace those of `layers`."""
         stores, mode = self._stores(layers, *tokens.shape, options.view), self._modes[options.compute]
-        *results, stores = native(self._decoder, tokens, stores, cache.length, *what, mode)
+        *results, stores = native(self._decoder, tokens, stores, cache.length, *what, mode, dial=self._dial(options))
         self._replace(layers, stores, tokens.shape[1])
         cache.tally[Ran(self.backend, options.compute, options.fraction)] += tokens.shape[1]
         return results
+
+    def _dial(self, options: RunOptions) -> float | None:
+        """What the routers of dynamic feed-forward networks weigh quality and cost by; None where all tokens take all
+        neurons."""
+        if options.fraction == 1:
+            return None
+        return self._model.layers[0].feed_forward.fractions.dial(options.fraction)
 
     def _stores(self, layers: list[NativeLayer], batch: int, new: int, view: str) -> list[dict]:
         """The kind and the buffers of each layer by name, with room for `new` more tokens, to be read in `view`."""

@@ -13,6 +13,7 @@
 #include "decoder_passes.h"
 #include "decoder_products.h"
 #include "decoder_stores.h"
+#include "dynamic.h"
 #include "few_rows.h"
 #include "plane_stores.h"
 #include "pool_checks.h"
@@ -63,5 +64,6 @@ int main(int count, char** arguments) {
   run("stores of keys and values", check_kv_stores);
   run("stores of 4-bit planes", check_plane_stores);
   run("feed-forwards", check_feed_forwards);
+  run("dynamic feed-forwards", check_dynamic_feed_forwards);
   run("decoder passes", check_decoder_pass);
 }

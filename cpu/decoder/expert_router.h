@@ -1,0 +1,34 @@
+// The router of a dynamic feed-forward: it picks an expert for each row.
+#pragma once
+#include <vector>
+
+#include "base/isa.h"
+
+namespace mlxeff {
+
+// Scores are weight x + bias, in fp32. `prices` holds one value for each expert; experts rise in width.
+//
+// lagrangian  score e of a narrower expert is the logarithm of the error that it would make. Its cost is exp(score) +
+//             dial * price, that of the widest expert dial * price. The expert with the least cost is picked, of equal
+//             ones the wider.
+// cumulative  the softmax of the scores of all experts is summed from the narrowest on. The first expert at which the
+//             sum is at least `dial` is picked, and if there is none, the widest.
+struct ExpertRouter {
+  enum class Rule { lagrangian, cumulative };
+
+  Rule rule;
+  const float *weight, *bias;  // (scores, dim), (scores)
+  int64_t dim;
+  std::vector<float> prices;
+
+  static constexpr int64_t most_experts = 16;
+
+  int64_t experts() const { return int64_t(prices.size()); }
+  int64_t scores() const { return rule == Rule::lagrangian ? experts() - 1 : experts(); }
+  int64_t weight_bytes() const { return scores() * dim * int64_t(sizeof(float)); }
+
+  // Returns the expert of the row x (dim).
+  int64_t pick(const float* x, float dial) const;
+};
+
+}  // namespace mlxeff
