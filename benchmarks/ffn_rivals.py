@@ -6,6 +6,8 @@ static    the first neurons in the order of importance, the same for every token
 griffin   GRIFFIN (arXiv 2404.01365): the neurons that a prompt used most, the same for every token after it
 teal      TEAL (arXiv 2408.14690): for each token the largest inputs of each matrix product
 wina      WINA (arXiv 2505.19427): the same, where an input counts by its size times the norm of its column
+cats      CATS (arXiv 2404.08763): the whole gate, then the neurons that it opens most, of which a neuron counts by the
+          opening of its gate times the mean size of its up-projection times the norm of its column of down
 
 Shapes: T tokens, D hidden size, F neurons.
 """
@@ -90,7 +92,27 @@ class Wina(Teal):
     weighted = True
 
 
-RIVALS = {"griffin": Griffin, "teal": Teal, "wina": Wina}
+class Cats(Rival):
+    """All gates are computed; each token keeps the neurons with the largest ones. Gates are a third of the weights, so
+    that of the rest the share (3 share - 1) / 2 is kept. A prompt, which the whole network serves, tells the mean sizes
+    of the up-projections."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        if self.share == 1:
+            sizes = mx.mean(mx.abs(linear(x, self._up)), axis=(0, 1))
+            self._sizes = sizes * mx.linalg.norm(self._down, axis=0)
+        return super().__call__(x)
+
+    def part(self, x: mx.array) -> mx.array:
+        gate = linear(x, self._gate)
+        opened = gate * mx.sigmoid(gate)
+        size = mx.abs(opened) * self._sizes
+        count = max(1, round((3 * self.share - 1) / 2 * size.shape[-1]))
+        least = mx.sort(size, axis=-1)[..., -count, None]
+        return linear(mx.where(size >= least, opened * linear(x, self._up), 0), self._down)
+
+
+RIVALS = {"griffin": Griffin, "teal": Teal, "wina": Wina, "cats": Cats}
 
 
 def replace_all(model: nn.Module, kind: str) -> list[Rival]:

@@ -5,6 +5,7 @@ openelm, llama, gguf  one module for each source family: reads the config, and t
 plan                  compares the weights with the model, and plans how each is cast and quantised
 quantization          which matrices are quantised, and with how many bits
 seedlm, store         the SeedLM encoding, and the folder that keeps its finished layers
+dynamoe               the dense model of a DynaMoE
 kv_pair               CoreNet's checkpoints of KV Prediction, which hold two models and a predictor
 report                the report for the user
 """
@@ -24,7 +25,7 @@ from ..checkpoint import Source, check_new, claim, open_source, plan_shards, wri
 from ..errors import MlxeffError, notices, some
 from ..seedlm.encode import search_backend
 from ..seedlm.install import metadata
-from . import gguf, kv_pair, llama, openelm
+from . import dynamoe, gguf, kv_pair, llama, openelm
 from .plan import DTYPES, Conversion, Family, Options, plan
 from .quantization import RECIPES, check
 from .report import Report
@@ -52,6 +53,7 @@ def convert(
     calibrate: str | Path | None = None,
     calibration_tokens: int | None = None,
     encoding: Callable[[int, int], None] | None = None,
+    export_dense: bool = False,
 ) -> Report:
     """Convert the folder or file `src` into the new folder `dst`; with `dry_run` only report what would be done.
 
@@ -71,13 +73,14 @@ def convert(
     calibrate           the text file for calibration; None: a text that comes with the package
     calibration_tokens  how many tokens of the text are used
     encoding            called with (weights encoded, weights in total)
+    export_dense        write the dense model that a DynaMoE was made of, which stock mlx-lm loads
 
     If an encoding is interrupted, a call with the same arguments continues it. Raises MlxeffError for contradictory
     arguments, for sources that are unknown, damaged or do not fit their config, and where writing fails; `dst` then
     does not exist.
     """
     options = _options(dtype, quantize, dequantize, keep if seedlm is None else None)
-    options = dataclasses.replace(options, ignored=tuple(ignore_keys))
+    options = dataclasses.replace(options, ignored=tuple(ignore_keys), export_dense=export_dense)
     if seedlm is None and (data_free or calibrate or calibration_tokens or (keep is not None and not quantize)):
         raise MlxeffError("convert: keep, data_free, calibrate, calibration_tokens: wanted with seedlm, got none")
     text = None
@@ -95,6 +98,8 @@ def convert(
     found, held = family.read(source), {}
     if source.config is None:  # derived from metadata or shapes
         found = dataclasses.replace(found, config=without(found.config, options.ignored, source.path))
+    if export_dense:
+        found = dynamoe.dense(found)
     conversion = plan(found, options, lambda module: held["store"].read(module))
     tokens = folder.find_tokenizer(source, tokenizer)
     report = _report(source, destination, conversion, tokens, dry_run)

@@ -80,6 +80,7 @@ class Options:
     keep              (part of a module's name, bits) of matrices with other bits than `bits`; 16: dense
     dequantize        whether quantised matrices become dense
     ignored           entries of the source's config.json that are read as absent
+    export_dense      whether a DynaMoE becomes dense
     """
 
     dtype: str | None = None
@@ -90,6 +91,7 @@ class Options:
     keep: tuple[tuple[str, int], ...] = ()
     dequantize: bool = False
     ignored: tuple[str, ...] = ()
+    export_dense: bool = False
 
     def as_dict(self) -> dict:
         """The options as the report shows them and config.json records them."""
@@ -99,7 +101,8 @@ class Options:
             result["keep"] = ",".join(f"{name}:{bits}" for name, bits in self.keep)
         if self.ignored:
             result["ignore_keys"] = ",".join(self.ignored)
-        return result | ({"dequantize": True} if self.dequantize else {})
+        flags = ("dequantize", "export_dense")
+        return result | {name: True for name in flags if getattr(self, name)}
 
 
 @dataclass

@@ -8,7 +8,7 @@ from. Shapes: W windows, T tokens of a window, B windows of a batch, D width of 
 
 import hashlib
 import importlib.resources
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import mlx.core as mx
@@ -92,25 +92,37 @@ class LayerStream:
         read this one array, in the order in which they are called, and x (B, T, columns), evaluated. Names are as of
         `layer.named_modules()`; the modules are called with one argument.
         """
+        for _ in self._watched(names, see):
+            pass
+
+    def next_layer(
+        self, names: Iterable[str] = (), see: Callable[[tuple[str, ...], mx.array], None] = lambda *_: None
+    ) -> None:
+        """Run all windows through the layer as it now is; its outputs are what the next layer reads. `names` and `see`
+        as in `watch`, for a caller that does not change the layer in between."""
+        for place, output in enumerate(self._watched(names, see)):
+            self.hidden[place] = output
+        self.index += 1
+
+    def _watched(self, names: Iterable[str], see: Callable[[tuple[str, ...], mx.array], None]) -> Iterator[mx.array]:
+        """Yield the layer's output for each batch, evaluated, after `see` was called as `watch` says."""
         found = dict(self.layer.named_modules())
         modules = {name: found[name] for name in names}
         seen: list[tuple[str, mx.array]] = []
         watched = [(name, _Watched(module, name, seen)) for name, module in modules.items()]
-        self.layer.update_modules(tree_unflatten(watched))
+        layer = self.layer
+        if watched:
+            layer.update_modules(tree_unflatten(watched))
         try:
-            for batch in self.hidden:
-                mx.eval(self._run(batch))
+            for batch in list(self.hidden):
+                output = self._run(batch)
+                mx.eval(output)
                 _show(seen, see)
                 seen.clear()
+                yield output
         finally:
-            self.layer.update_modules(tree_unflatten(list(modules.items())))
-
-    def next_layer(self) -> None:
-        """Run all windows through the layer as it now is; its outputs are what the next layer reads."""
-        for place, batch in enumerate(self.hidden):
-            self.hidden[place] = self._run(batch)
-            mx.eval(self.hidden[place])
-        self.index += 1
+            if watched:
+                layer.update_modules(tree_unflatten(list(modules.items())))
 
     def _run(self, batch: mx.array) -> mx.array:
         """Hidden states (B, T, D) of whole windows → the layer's outputs."""

@@ -69,6 +69,19 @@ def test_what_is_watched_is_shown_batch_by_batch_and_changes_nothing():
     assert dict(model.layers[0].named_modules()) == modules
 
 
+def test_one_run_shows_a_layer_and_goes_on():
+    model, seen = model_of(), [[], []]
+    streams = [LayerStream(model, WINDOWS) for _ in range(2)]
+    streams[0].watch(NAMES, lambda readers, x: seen[0].append((readers, x)))
+    streams[0].next_layer()
+    streams[1].next_layer(NAMES, lambda readers, x: seen[1].append((readers, x)))
+    assert [stream.index for stream in streams] == [1, 1]
+    for (first, a), (second, b) in zip(*seen, strict=True):
+        assert first == second
+        assert mx.array_equal(a, b)
+    assert all(mx.array_equal(a, b) for a, b in zip(streams[0].hidden, streams[1].hidden, strict=True))
+
+
 def test_a_layer_reads_what_the_changed_layers_before_it_compute():
     """A matrix of each layer is replaced when the layer has been watched."""
     model, seen = model_of(), []

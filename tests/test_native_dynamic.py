@@ -71,6 +71,14 @@ def row_bytes(given, share=1.0):
     return int(whole)
 
 
+def ordered(kind="affine", **more):
+    """A random dynamic feed-forward whose experts have matrices of their own, and whose widest one has its columns in
+    another order than that of the neurons."""
+    made = feed_forward(kind, **more)
+    made["experts"][0]["down"] = matrix(kind, DIM, WIDTHS[0])
+    return made | {"order": mx.random.permutation(WIDTH).astype(mx.int32)}
+
+
 def feed_forward(kind="affine", other=None, rule="lagrangian", bias=True, experts=2):
     """A random dynamic feed-forward of three experts, or of two. The narrowest takes columns of `down`; the next has
     its own and a low-rank correction."""
@@ -162,7 +170,8 @@ def wanted(given, tokens, experts):
         rows, last = experts == e, narrower[e] if e < len(narrower) else {}
         h = hidden[rows, : last.get("width", WIDTH)]
         own = last.get("down")
-        out[rows] = h @ (values(own) if own else down[:, : h.shape[1]]).T
+        whole = down[:, np.array(given["order"])] if "order" in given else down
+        out[rows] = h @ (values(own) if own else whole[:, : h.shape[1]]).T
         if last.get("right"):
             out[rows] += h @ values(last["right"]).T @ values(last["left"]).T
     return norm(x + out + bias_of(given["down"]))
@@ -223,6 +232,32 @@ def test_logits_and_counters(kind, rule):
     for rows in (1, 5, 40, 200):
         check(given, dial, *clear_tokens(given, dial, rows), rtol=tolerance(kind))
     check(given, dial, *clear_tokens(given, dial, 40), batch=2, rtol=tolerance(kind))
+
+
+@pytest.mark.parametrize("kind", ["float32", "affine"])
+def test_columns_of_the_widest_matrix_in_another_order(kind):
+    mx.random.seed(11)
+    given = ordered(kind)
+    for rows in (1, 5, 40):
+        check(given, 2.0, *clear_tokens(given, 2.0, rows))
+    tokens = np.arange(20)
+    whole = run(decoder(given), mx.array(tokens[None]))[0]  # without a dial all tokens take the widest
+    assert_close(whole, wanted(given, tokens, np.full(20, 2)), "widest", rtol=2.0**-14)
+
+
+@pytest.mark.parametrize(
+    ("order", "message"),
+    [
+        (mx.zeros((WIDTH,), mx.int32), "order: wanted each column once"),
+        (mx.arange(1, WIDTH + 1, dtype=mx.int32), "order: wanted each column once"),
+        (mx.arange(9, dtype=mx.int32), f"order: wanted int32 of shape ({WIDTH},), got (9,)"),
+    ],
+)
+def test_orders_that_do_not_fit(order, message):
+    given = ordered() | {"order": order}
+    refuses(lambda: decoder(given), f"decoder: layer 0: feed_forward: {message}")
+    given = feed_forward() | {"order": mx.arange(WIDTH, dtype=mx.int32)}
+    refuses(lambda: decoder(given), "decoder: layer 0: feed_forward: order: wanted experts with a down of their own")
 
 
 @pytest.mark.parametrize(("kind", "other"), list(itertools.pairwise([*KINDS, KINDS[0]])))

@@ -279,7 +279,10 @@ class DynamicFeedForward::Routed {
     float *const gate = buffers_.gates + from * layer_.width(), *const up = buffers_.ups + from * layer_.width();
     if (layer_.gate_.bias) row.add(gate, layer_.gate_.bias, width);
     if (layer_.up_.bias) row.add(up, layer_.up_.bias, width);
-    MLXEFF_DISPATCH(swiglu_kernels).forward(gate, up, buffers_.hidden + to * layer_.width(), width, MLXEFF_F32);
+    float* const hidden = buffers_.hidden + to * layer_.width();
+    const bool reorders = !layer_.order_.empty() && width == layer_.width();
+    MLXEFF_DISPATCH(swiglu_kernels).forward(gate, up, reorders ? up : hidden, width, MLXEFF_F32);
+    if (reorders) reorder(up, layer_.order_.data(), width, hidden);
   }
 
   const Group& group_of(int64_t place) const {
@@ -395,9 +398,11 @@ class DynamicFeedForward::Routed {
 };
 
 DynamicFeedForward::DynamicFeedForward(const Linear& gate, const Linear& up, const Linear& down,
-                                       std::vector<DynamicExpert> narrower, ExpertRouter router)
+                                       std::vector<DynamicExpert> narrower, ExpertRouter router,
+                                       std::vector<int32_t> order)
     : FeedForward(down.bias), gate_(gate), up_(up), experts_(std::move(narrower)), router_(std::move(router)),
-      widest_(gate, up, down), tokens_(experts_.size() + 1) {
+      order_(std::move(order)), widest_(gate, up, down, order_.empty() ? nullptr : order_.data()),
+      tokens_(experts_.size() + 1) {
   experts_.push_back({down.weight});
   for (const DynamicExpert& expert : experts_) widest_rank_ = max_of(widest_rank_, expert.rank());
 }

@@ -23,9 +23,10 @@ struct DynamicExpert {
 class DynamicFeedForward : public FeedForward {
  public:
   // `gate`, `up` and `down` are those of the widest expert; the bias of `down` is that of all experts. `narrower` are
-  // the other experts by rising width, at least one and fewer than ExpertRouter::most_experts.
+  // the other experts by rising width, at least one and fewer than ExpertRouter::most_experts. `order` is empty, or
+  // has the column of `down` that belongs to each neuron of the widest expert.
   DynamicFeedForward(const Linear& gate, const Linear& up, const Linear& down, std::vector<DynamicExpert> narrower,
-                     ExpertRouter router);
+                     ExpertRouter router, std::vector<int32_t> order = {});
 
   Needs needs(int64_t rows, const RunOptions& options) const override;
   void run(PassTeam& pass, const FeedForwardRows& rows, void* workspace) override;
@@ -44,6 +45,7 @@ class DynamicFeedForward : public FeedForward {
   Linear gate_, up_;
   std::vector<DynamicExpert> experts_;  // by rising width
   ExpertRouter router_;
+  std::vector<int32_t> order_;
   GatedFeedForward widest_;
   int64_t widest_rank_ = 0;
   std::vector<std::atomic<int64_t>> tokens_;

@@ -25,7 +25,8 @@ void GatedFeedForward::run(PassTeam& pass, const FeedForwardRows& rows, void* wo
     float *const gate = gates + r * width, *const up = ups + r * width;
     if (gate_.bias) row.add(gate, gate_.bias, width);
     if (up_.bias) row.add(up, up_.bias, width);
-    swiglu.forward(gate, up, gate, width, MLXEFF_F32);
+    swiglu.forward(gate, up, order_ ? up : gate, width, MLXEFF_F32);
+    if (order_) reorder(up, order_, width, gate);
   };
   pass.multiply(gates, {{&down_, rows.out}}, rows.rows, &activate);
 }

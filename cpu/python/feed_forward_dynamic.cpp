@@ -5,10 +5,11 @@
 //    "experts": [{"width": k, "down": matrix (dim, k) or None,
 //                 "left": matrix (dim, rank) or None, "right": matrix (rank, k) or None}, ...],   the others, rising
 //    "router": {"rule": "lagrangian" or "cumulative", "weight": (scores, dim), "bias": (scores)},
-//    "prices": (experts)}                                                        by rising width, the widest last
+//    "prices": (experts),                                                        by rising width, the widest last
+//    "order": int32 (F) or None}     of the column of the widest down that belongs to each neuron; None: in their order
 //
-// An expert without a matrix `down` takes the first k columns of the widest one's. decoder/expert_router.h says what
-// the router does.
+// With an order each expert has a matrix `down`. An expert without a matrix `down` takes the first k columns of the
+// widest one's. decoder/expert_router.h says what the router does.
 #include <cmath>
 
 #include "decoder/dynamic_feed_forward.h"
@@ -72,8 +73,23 @@ ExpertRouter router(const Named& given, const Named& prices_of, Weights& weights
   return made;
 }
 
+std::vector<int32_t> order(const Named& given, Weights& weights, int64_t width) {
+  const std::optional<mx::array> array = given.array_or_none("order");
+  if (!array) return {};
+  if (array->dtype() != mx::int32 || array->shape() != mx::Shape{int(width)})
+    given.refuse("order: wanted int32 of shape " + text_of({int(width)}) + ", got " + text_of(array->shape()));
+  const int32_t* const columns = weights.keep(*array).data<int32_t>();
+  std::vector<bool> seen(size_t(width), false);
+  for (int64_t i = 0; i < width; ++i) {
+    if (columns[i] < 0 || columns[i] >= width || seen[size_t(columns[i])])
+      given.refuse("order: wanted each column once");
+    seen[size_t(columns[i])] = true;
+  }
+  return {columns, columns + width};
+}
+
 std::unique_ptr<FeedForward> make_dynamic(const Named& given, Weights& weights, int64_t dim) {
-  given.expect({"gate", "up", "down", "experts", "router", "prices"});
+  given.expect({"gate", "up", "down", "experts", "router", "prices"}, {"order"});
   const Linear gate = weights.linear(given.dict("gate"), 0, dim);
   const int64_t width = gate.weight.N;
   const Linear up = weights.linear(given.dict("up"), width, dim), down = weights.linear(given.dict("down"), dim, width);
@@ -84,7 +100,11 @@ std::unique_ptr<FeedForward> make_dynamic(const Named& given, Weights& weights, 
     given.refuse("experts: wanted 1 to " + std::to_string(ExpertRouter::most_experts - 1) + " beside the widest, got " +
                  std::to_string(narrower.size()));
   ExpertRouter made = router(given.dict("router"), given, weights, dim, int64_t(narrower.size()) + 1);
-  return std::make_unique<DynamicFeedForward>(gate, up, down, std::move(narrower), std::move(made));
+  std::vector<int32_t> columns = order(given, weights, width);
+  if (!columns.empty())
+    for (const Named& each : given.dicts("experts"))
+      if (!each.has("down")) given.refuse("order: wanted experts with a down of their own");
+  return std::make_unique<DynamicFeedForward>(gate, up, down, std::move(narrower), std::move(made), std::move(columns));
 }
 
 }  // namespace

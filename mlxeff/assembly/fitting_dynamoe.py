@@ -185,7 +185,7 @@ def _layers(
             kept = work.read(unit)
             if kept is None:
                 seen = fit.Statistics.empty(own[-1])
-                stream.watch([layer.FEED_FORWARD], lambda _, x, seen=seen, parts=parts: seen.add(parts, x))
+                stream.next_layer([layer.FEED_FORWARD], lambda _, x, seen=seen, parts=parts: seen.add(parts, x))
                 scores, explained = fit.fit_layer(module, parts, seen, weights[number], settings.threshold)
                 arrays = {"scores": mx.array(scores), **dict(tree_flatten(module.parameters()))}
                 work.write(unit, arrays, {"explained": json.dumps(explained)})
@@ -193,10 +193,10 @@ def _layers(
                 arrays, explained = kept[0], json.loads(kept[1]["explained"])
                 scores = np.array(arrays.pop("scores"))
                 module.update(tree_unflatten(list(arrays.items())))
+                stream.next_layer()
             found.modules.append(module)
             found.scores.append(scores)
             found.explained.append(explained)
-            stream.next_layer()
             if bar:
                 bar(number + 1, len(layers))
     settle_random_state()

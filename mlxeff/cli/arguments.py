@@ -177,6 +177,11 @@ def add_convert(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dequantize", action="store_true", help="write dense weights for quantised and seed-encoded ones"
     )
+    parser.add_argument(
+        "--export-dense",
+        action="store_true",
+        help="of a DynaMoE checkpoint: write the dense model that it was made of, which stock mlx-lm loads",
+    )
     parser.add_argument("--tokenizer", metavar="PATH", help="tokenizer folder or file (default: beside the weights)")
     _add(parser, [IGNORE_KEYS])
     group = parser.add_argument_group("SeedLM")

@@ -34,6 +34,7 @@ def run(options: argparse.Namespace) -> int:
                 calibrate=options.calibrate,
                 calibration_tokens=options.calibration_tokens,
                 encoding=encoding,
+                export_dense=options.export_dense,
             )
     if options.json:
         streams.print_json(report.as_dict() | {"notices": lines})

@@ -46,6 +46,7 @@ struct DynamicCase {
   AnyMatrix gate, up, down, second, left, right;
   Matrix gate_bias = Matrix::random(1, width), up_bias = Matrix::random(1, width), router = Matrix(2, dim),
          router_bias = Matrix(1, 2);
+  std::vector<int32_t> order = shuffled();
   std::unique_ptr<mlxeff::DynamicFeedForward> dynamic;
   std::unique_ptr<mlxeff::GatedFeedForward> gated;
 
@@ -61,8 +62,15 @@ struct DynamicCase {
     RUN(mlxeff::slice_columns(down.linear.weight, 0, widths[0], &first.down));
     dynamic.reset(new mlxeff::DynamicFeedForward(
         gate.linear, up.linear, down.linear, {first, corrected},
-        {mlxeff::ExpertRouter::Rule::lagrangian, router.floats(), router_bias.floats(), dim, {1, 2, 4}}));
-    gated.reset(new mlxeff::GatedFeedForward(gate.linear, up.linear, down.linear));
+        {mlxeff::ExpertRouter::Rule::lagrangian, router.floats(), router_bias.floats(), dim, {1, 2, 4}}, order));
+    gated.reset(new mlxeff::GatedFeedForward(gate.linear, up.linear, down.linear, order.data()));
+  }
+
+  // The column of `down` that belongs to each neuron of the widest expert.
+  static std::vector<int32_t> shuffled() {
+    std::vector<int32_t> columns;
+    for (int64_t i = 0; i < width; ++i) columns.push_back(int32_t((7 * i + 3) % width));
+    return columns;
   }
 
   // With a dial of 1 the costs are exp(12 v + 4) + 1, exp(4 v) + 2 and 4, for the token's first value v.
@@ -78,7 +86,8 @@ struct DynamicCase {
     }
     const AnyMatrix& last = expert == 1 ? second : down;
     for (int64_t n = 0; n < dim; ++n)
-      for (int64_t i = 0; i < k; ++i) out[size_t(n)] += last.at(n, i) * hidden[size_t(i)];
+      for (int64_t i = 0; i < k; ++i)
+        out[size_t(n)] += last.at(n, expert == 2 ? order[size_t(i)] : i) * hidden[size_t(i)];
     if (expert != 1) return out;
     for (int64_t r = 0; r < rank; ++r)
       for (int64_t i = 0; i < k; ++i) ranks[size_t(r)] += right.at(r, i) * hidden[size_t(i)];
