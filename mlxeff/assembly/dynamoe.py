@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 
 def with_sensitivity(setup: "Setup", base: "Loaded", value: float) -> "Setup":
     """The setup with this sensitivity. Raises MlxeffError for a model that is not a DynaMoE."""
-    networks = _networks(base, "--sensitivity")
+    found = networks(base, "--sensitivity")
     native = lambda: base.model.native and base.model.native.usage  # noqa: E731
-    reading = CountedReading(setup.reading, networks, value, native)
+    reading = CountedReading(setup.reading, found, value, native)
     return replace(setup, reading=reading, options=replace(setup.options, fraction=value))
 
 
@@ -28,7 +28,7 @@ def with_draft(setup: "Setup", base: "Loaded", value: float, fixed: int | None) 
     QuantSpec's where that drafts already. Raises MlxeffError for a model that is not a DynaMoE."""
     from .speculation import speculation
 
-    _networks(base, "--draft dynamoe")
+    networks(base, "--draft dynamoe")
     before = setup.following
     if isinstance(before, Speculation) and isinstance(before.drafter, SelfDraft):
         before.drafter.options = replace(before.drafter.options, fraction=value)
@@ -40,7 +40,7 @@ def with_draft(setup: "Setup", base: "Loaded", value: float, fixed: int | None) 
     return replace(setup, following=following)
 
 
-def _networks(base: "Loaded", option: str) -> list:
+def networks(base: "Loaded", option: str) -> list:
     """The dynamic feed-forward networks of the model. Raises MlxeffError where it has none; `option` begins the
     message."""
     if found := of(base.model):

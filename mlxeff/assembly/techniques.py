@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from ..errors import MlxeffError
 from . import fit_options
-from .options import Option, integer, option, positive
+from .options import IGNORE_KEYS, Option, integer, option, positive
 
 if TYPE_CHECKING:
     import mlx.nn as nn
@@ -140,6 +140,25 @@ class Fitted:
     lines: Callable[[dict], list[str]]
 
 
+@dataclass(frozen=True)
+class Traced:
+    """Something that `mlxeff trace NAME` shows of a text.
+
+    name                           NAME
+    summary                        one line for the help
+    options                        its options
+    run(progress, text, **values)  traces the text; `values` are the parsed values of the options. Returns the report
+                                   for `--json`
+    lines(report)                  the report as lines for people
+    """
+
+    name: str
+    summary: str
+    options: tuple[Option, ...]
+    run: Callable[..., dict]
+    lines: Callable[[dict], list[str]]
+
+
 def reports(setup: "Setup") -> dict:
     """The report of each technique for `--json`, by its name; None for a technique that is not in the setup."""
     return dict.fromkeys(technique.name for technique in SWITCHED) | setup.report()
@@ -252,6 +271,18 @@ def _fit_dynamoe(progress: object, **values) -> dict:
     from .fitting_dynamoe import fit_dynamoe
 
     return fit_dynamoe(progress=progress, **values)
+
+
+def _trace_dynamoe(progress: object, sensitivity: Sensitivity, **values) -> dict:
+    from .tracing import trace_dynamoe
+
+    return trace_dynamoe(progress=progress, sensitivity=sensitivity.value, **values)
+
+
+def _trace_lines(report: dict) -> list[str]:
+    picture = f" and {report['picture']}" if report["picture"] else ""
+    what = f"{len(report['tokens'])} tokens, {report['mean_fraction']:.1%} of the feed-forward neurons"
+    return [f"{report['page']}{picture}: {what}"]
 
 
 # KV Prediction
@@ -499,5 +530,27 @@ FITTED: Sequence[Fitted] = (
         options=fit_options.DYNAMOE,
         run=_fit_dynamoe,
         lines=fit_options.dynamoe_lines,
+    ),
+)
+TRACED: Sequence[Traced] = (
+    Traced(
+        name="dynamoe",
+        summary="which tokens of a text take how much of a DynaMoE model: a page of HTML, and a picture",
+        options=(
+            option("model", metavar="DYN", help="the DynaMoE model: a folder or hub id"),
+            option("text", nargs="?", help="the text; or name a --file"),
+            option("--file", metavar="FILE", help="read the text from a UTF-8 file"),
+            option("--out", metavar="PAGE.html", required=True, help="the new page; the picture lies beside it"),
+            option(
+                "--sensitivity",
+                metavar="S",
+                type=parse_sensitivity,
+                default=Sensitivity(0.8),
+                help="as of `generate` (default 0.8)",
+            ),
+            IGNORE_KEYS,
+        ),
+        run=_trace_dynamoe,
+        lines=_trace_lines,
     ),
 )

@@ -20,6 +20,7 @@ VERBS = {  # verb → summary for the help
     "models": "list the built-in models and those in the cache",
     "convert": "convert a checkpoint: PyTorch, Hugging Face or GGUF to a folder that mlxeff and mlx-lm load",
     "fit": "fit the learned part of a technique to a model",
+    "trace": "show what a technique does with a text",
     "bench": "measure speed on this machine",
     "doctor": "say which backends this machine has, and why it lacks the others",
 }

@@ -55,6 +55,19 @@ def add_fit(parser: argparse.ArgumentParser) -> None:
         sub.add_argument("--quiet", action="store_true", help="no progress bar, no report; warnings still show")
 
 
+def add_trace(parser: argparse.ArgumentParser) -> None:
+    what = parser.add_subparsers(dest="what", metavar="WHAT", required=True)
+    for traced in techniques.TRACED:
+        sub = what.add_parser(
+            traced.name, help=traced.summary, description=sentence(traced.summary), allow_abbrev=False
+        )
+        _add(sub, traced.options)
+        sub.add_argument("--device", choices=("auto", "cpu", "gpu"), default="auto", help=DEVICE_HELP)
+        sub.add_argument("--offline", action="store_true", help="never touch the network")
+        sub.add_argument("--json", action="store_true", help="print one JSON document")
+        sub.add_argument("--quiet", action="store_true", help="no progress bar, no report; warnings still show")
+
+
 def add_chat(parser: argparse.ArgumentParser) -> None:
     _add_model(parser)
     _add_text(parser)

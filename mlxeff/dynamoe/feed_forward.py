@@ -149,6 +149,7 @@ class DynamicFeedForward(nn.Module):
         self.router = Router(size, fractions.rule, prices)
         self.widths, self.fractions = tuple(widths), fractions
         self._counts, self._pending = [0] * len(self.widths), []
+        self._recorded: list[mx.array] | None = None
         self._kernel: tuple[list[mx.array], metal.Parts | None] | None = (
             None  # (arrays, what `_described` made of them)
         )
@@ -162,6 +163,8 @@ class DynamicFeedForward(nn.Module):
         dial = self.fractions.dial(options.fraction)
         if dial is None:
             self._count(len(self.widths) - 1, x.size // x.shape[-1])
+            if self._recorded is not None:
+                self._recorded.append(mx.full((x.size // x.shape[-1],), len(self.widths) - 1, mx.uint32))
             return self._whole(swiglu(self.gate_proj(x), self.up_proj(x)))
         tokens = x.reshape(-1, x.shape[-1])
         chosen = self._choose(tokens, dial)
@@ -277,6 +280,10 @@ class DynamicFeedForward(nn.Module):
         whole = sum(_bytes(module) for module in (self.gate_proj, self.up_proj, self.down_proj))
         return int(whole * max(fraction, self.widths[0] / self.widths[-1]))
 
+    def record(self, chosen: list[mx.array] | None) -> None:
+        """Append the numbers of the chosen experts, uint32 (T) at each call, to a list from now on; None: no longer."""
+        self._recorded = chosen
+
     @property
     def counts(self) -> list[int]:
         """How many tokens took each expert here, outside of training. Tokens of the native decoder are counted
@@ -294,6 +301,8 @@ class DynamicFeedForward(nn.Module):
 
     def _note(self, chosen: mx.array) -> None:
         """Keep a choice, to be counted when it has been computed."""
+        if self._recorded is not None:
+            self._recorded.append(chosen)
         if self.training:
             return
         self._pending.append(chosen)
