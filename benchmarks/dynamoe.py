@@ -35,7 +35,7 @@ from distributions import compare, means
 from mlxeff import fit_dynamoe, hub
 from mlxeff.assembly.model import build_model, load_path
 from mlxeff.bench.tables import card_lines, table
-from mlxeff.decode import prefill
+from mlxeff.decode import PlainReading, prefill
 from mlxeff.dynamoe.install import of
 from mlxeff.dynamoe.usage import CountedReading
 from mlxeff.models.decoder import DecoderModel
@@ -119,24 +119,37 @@ def log_probabilities(
         yield log_softmax(logits)
 
 
-def taken(model: DecoderModel, options: RunOptions) -> "CountedReading":
+def taken(model: DecoderModel, options: RunOptions) -> CountedReading:
     """Counts what share of the neurons the tokens compute from now on."""
-    from mlxeff.decode import PlainReading
-
     return CountedReading(PlainReading(), of(model), options.fraction, lambda: model.native and model.native.usage)
 
 
-def own_rows(truth: Truth, model: DecoderModel, shares: tuple[float, ...], whole: int) -> Iterator[dict]:
-    """The measurements of a fitted model. `whole`: tokens of all prompts, which are read with all neurons."""
+class Share:
+    """The mean share of the neurons that tokens compute while it is on."""
+
+    def __init__(self, model: DecoderModel, options: RunOptions):
+        self._new, self._counted = (lambda: taken(model, options)), None
+        self._shares: list[tuple[float, int]] = []
+
+    def switch(self, on: bool) -> None:
+        if self._counted is not None:
+            report = self._counted.report()["dynamoe"]
+            self._shares.append((report["mean_fraction"], report["tokens"]))
+        self._counted = self._new() if on else None
+
+    def mean(self) -> float:
+        self.switch(False)
+        return sum(share * tokens for share, tokens in self._shares) / sum(tokens for _, tokens in self._shares)
+
+
+def own_rows(truth: Truth, model: DecoderModel, shares: tuple[float, ...]) -> Iterator[dict]:
+    """The measurements of a fitted model."""
     for share in shares:
         options = RunOptions(fraction=share)
         for mode, start in (("all", 0), ("after", PROMPT)):
-            counted = taken(model, options)
-            found = truth.compared(log_probabilities(model, truth.windows, options, start), start)
-            report = counted.report()["dynamoe"]
-            part = whole if start else 0
-            mean = (report["mean_fraction"] * report["tokens"] - part) / (report["tokens"] - part)
-            yield {"wanted": share, "share": round(mean, 4), "mode": mode, **found}
+            counted = Share(model, options)
+            found = truth.compared(log_probabilities(model, truth.windows, options, start, counted.switch), start)
+            yield {"wanted": share, "share": round(counted.mean(), 4), "mode": mode, **found}
 
 
 @contextmanager
@@ -205,8 +218,7 @@ def quality(options: argparse.Namespace, source: Path, document: dict, save: Cal
             rows = rival_rows(truth, source, name, SHARES)
         else:
             model = load_path(fitted(name if name in FITS else "DynaMoE", source, options.work)).model
-            whole = PROMPT * len(windows)
-            rows = static_rows(truth, model) if name == STATIC else own_rows(truth, model, SHARES, whole)
+            rows = static_rows(truth, model) if name == STATIC else own_rows(truth, model, SHARES)
         document["arms"][name] = []
         for row in rows:
             print(row, file=sys.stderr)

@@ -360,7 +360,7 @@ def test_generate_with_a_sensitivity(fitted):
     found = json.loads(mlxeff(*arguments, "--sensitivity", "0.5")[0])["timings"]["dynamoe"]
     assert found["sensitivity"] == 0.5
     assert len(found["layer_fractions"]) == 2
-    assert sum(found["experts"]) == 2 * found["tokens"]
+    assert found["tokens"] < sum(found["experts"]) <= 2 * found["tokens"], "the last layer skips a prompt's beginning"
     whole = json.loads(mlxeff(*arguments, "--sensitivity", "1")[0])
     assert whole["token_ids"] == dense_answer["token_ids"]
     assert whole["timings"]["dynamoe"]["mean_fraction"] == 1

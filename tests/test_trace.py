@@ -52,7 +52,7 @@ def test_tokens_differ(page):
 
 def test_a_long_text_is_traced_piece_by_piece(fitted, monkeypatch):  # noqa: F811
     loaded = load_path(fitted[0])
-    ids = list(np.random.default_rng(1).integers(97, 123, 40))
+    ids = np.random.default_rng(1).integers(97, 123, 40).tolist()
     whole = trace(loaded.model, ids, [""] * 40, 0.6)
     monkeypatch.setattr("mlxeff.dynamoe.trace.STEP", 7)
     assert (trace(loaded.model, ids, [""] * 40, 0.6).shares == whole.shares).mean() > 0.98

@@ -29,6 +29,8 @@ def trace_dynamoe(
     """
     from ..dynamoe.trace import trace
 
+    if not text:
+        raise MlxeffError("trace dynamoe: wanted a text, got an empty one")
     page = Path(out)
     if page.suffix != ".html":
         raise MlxeffError(f"--out {page}: wanted a name that ends in .html")
@@ -40,8 +42,6 @@ def trace_dynamoe(
     loaded = load_path(path, dict.fromkeys(ignore_keys))
     networks(loaded, "trace dynamoe")
     ids = loaded.tokenizer.encode(text)
-    if not ids:
-        raise MlxeffError("trace dynamoe: wanted a text, got an empty one")
     if max(ids) >= loaded.model.vocab_size:
         raise MlxeffError(f"trace dynamoe: wanted token ids below {loaded.model.vocab_size}, got {max(ids)}")
     found = trace(loaded.model, ids, _pieces(loaded.tokenizer, ids), sensitivity)

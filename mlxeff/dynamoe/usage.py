@@ -73,13 +73,13 @@ class CountedReading:
             / (max(1, sum(tokens)) * network.widths[-1])
             for (tokens, _), network in zip(counted, self.networks, strict=True)
         ]
-        sizes = [network.widths[-1] for network in self.networks]
+        visits = [sum(tokens) * network.widths[-1] for (tokens, _), network in zip(counted, self.networks, strict=True)]
         read = sum(each for _, each in counted)
         return self.inner.report() | {
             "dynamoe": {
                 "sensitivity": self.sensitivity,
                 "tokens": passes,
-                "mean_fraction": round(sum(f * n for f, n in zip(layers, sizes, strict=True)) / sum(sizes), 4),
+                "mean_fraction": round(sum(f * n for f, n in zip(layers, visits, strict=True)) / sum(visits), 4),
                 "layer_fractions": [round(fraction, 4) for fraction in layers],
                 "experts": [sum(column) for column in zip(*(tokens for tokens, _ in counted), strict=True)],
                 "feed_forward_bytes": read or None,
