@@ -16,7 +16,7 @@ from ..running import RunOptions
 from .feed_forward import DynamicFeedForward
 
 STEP = 512  # tokens that are computed at once
-HUES = ("#1b7f79", "#f2efe4", "#b5452c")  # of little, half and all
+HUES = ("#1b7f79", "#f2efe4", "#b5452c")  # of the least, the middle and the most
 STYLE = """
 body { font: 16px/1.7 Georgia, serif; max-width: 60em; margin: 2em auto; padding: 0 1em; color: #222; }
 h1, h2, caption, th, td, .legend { font-family: sans-serif; }
@@ -64,12 +64,12 @@ class Trace:
             f'<tr><th>{number}</th><td>{share:.1%}</td><td class="bar"><div style="width:{share:.1%}"></div></td></tr>'
             for number, share in enumerate(layers)
         )
-        scale = " ".join(f'<span style="background:{colour(k / 4)}">&nbsp;{name}&nbsp;</span>' for k, name in _legend())
+        scale = "".join(f'<span style="background:{colour(k / 8)}">&emsp;</span>' for k in range(9))
         return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title><style>{STYLE}</style></head><body>
 <h1>{html.escape(title)}</h1>
 <p>Sensitivity {self.sensitivity:g}: the tokens computed {self.shares.mean():.1%} of the feed-forward neurons.</p>
-<p class="legend">Least of these tokens {scale} most</p>
+<p class="legend">The least of these tokens {scale} the most</p>
 <div class="text">{words}</div>
 <h2>Layers</h2>
 <table class="layers"><tr><th>layer</th><th>neurons</th><th class="bar">mean over the tokens</th></tr>{rows}</table>
@@ -126,10 +126,6 @@ def _spread(values: np.ndarray) -> np.ndarray:
     """The values, moved and scaled so that they reach from 0 to 1: the differences between tokens are what is shown."""
     low, high = values.min(), values.max()
     return (values - low) / (high - low) if high > low else np.full_like(values, 0.5)
-
-
-def _legend() -> list[tuple[int, str]]:
-    return [(0, "little"), (1, ""), (2, "half"), (3, ""), (4, "all")]
 
 
 def colour(share: float) -> str:
