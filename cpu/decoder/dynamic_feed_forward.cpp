@@ -107,6 +107,12 @@ class DynamicFeedForward::Routed {
       : layer_(layer), pass_(pass), given_(rows), threads_(pass.team.count), tokens_(rows.rows),
         buffers_(layer, rows.rows, workspace) {}
 
+  Routed(const Routed&) = delete;
+  // Counters are shared by the members, who would wait for each other if they counted every piece in them.
+  ~Routed() {
+    if (bytes_) layer_.bytes_.fetch_add(bytes_, std::memory_order_relaxed);
+  }
+
   static int64_t workspace_floats(const DynamicFeedForward& layer, int64_t tokens) {
     return Buffers(layer, tokens, nullptr).floats;
   }
@@ -158,14 +164,11 @@ class DynamicFeedForward::Routed {
   int64_t width_of(int64_t expert) const { return layer_.experts_[size_t(expert)].width(); }
   int64_t most_groups() const { return min_of(layer_.experts(), tokens_); }
 
-  void count(const WeightMatrix& w, const Range& range) {
-    layer_.bytes_.fetch_add((range.end - range.begin) * bytes_of_row(w), std::memory_order_relaxed);
-  }
   Range run_piece(const Product& product, int64_t index, int64_t most) {
     const Range range = share_of(product, index, most, threads_);
     if (range.begin == range.end) return range;
     pass_.check(product.run(range.begin, range.end));
-    count(product.matrix(), range);
+    bytes_ += (range.end - range.begin) * bytes_of_row(product.matrix());
     return range;
   }
 
@@ -174,7 +177,7 @@ class DynamicFeedForward::Routed {
     const int64_t expert = layer_.router_.pick(given_.x + token * layer_.dim(), pass_.options.dial);
     buffers_.experts[token] = int32_t(expert);
     layer_.tokens_[size_t(expert)].fetch_add(1, std::memory_order_relaxed);
-    if (token == 0) layer_.bytes_.fetch_add(layer_.router_.weight_bytes(), std::memory_order_relaxed);
+    if (token == 0) bytes_ += layer_.router_.weight_bytes();
   }
 
   // The products of gate and up with the neurons [begin, end).
@@ -389,6 +392,7 @@ class DynamicFeedForward::Routed {
   const int threads_;
   const int64_t tokens_;
   const Buffers buffers_;
+  int64_t bytes_ = 0;  // that this member has read
   std::vector<Block> blocks_;
   std::vector<Group> groups_;
   std::vector<ProductPair> lefts_;  // of the groups

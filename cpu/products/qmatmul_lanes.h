@@ -30,7 +30,11 @@ constexpr int exact_step = VL * 32 / held_bits<bits>;
 template <int bits>
 constexpr int int8_step = BL * 32 / held_bits<bits>;
 constexpr int64_t prefetch_distance = 4096;  // bytes in use between what is read and what is asked for
-constexpr int64_t row_padding = 128;         // the largest step
+// Bytes between a row and the page that is touched with it. A page's first access waits for its address to be
+// translated and for the hardware to recognise the stream: eight pages of 4 KiB ahead, that is hidden (6 to 16 % of a
+// product with one row and weights in memory, 20 % where rows have gaps).
+constexpr int64_t page_distance = 32768;
+constexpr int64_t row_padding = 128;  // the largest step
 
 // Whether EXACT reads x as integers of three bytes. AVX2's products of bytes saturate beyond 6 bits.
 constexpr int digits = 3;

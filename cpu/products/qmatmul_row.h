@@ -116,6 +116,7 @@ static int run_one_row(const QmmArgs& args, int64_t n_begin, int64_t n_end) {
     }
     const vf bias = load_row_scales(row_scales, row_biases, groups, args.x_sum, shift, factors, scales);
     const char* const packed = reinterpret_cast<const char*>(w.packed) + n * stride;
+    __builtin_prefetch(packed + page_distance, 0, 3);
     const int64_t slot = (n - n_begin) % 16;
     out[slot] = row_product(args, packed, distance, scales, bias);
     if (slot == 15 || n + 1 == n_end) store_block(out, 0, 1, slot + 1, args.y, 0, n - slot);
