@@ -25,6 +25,8 @@ from mlxeff.assembly.model import build_model, load_path
 from mlxeff.decode import require_seam
 from mlxeff.generation import stream_generate
 from mlxeff.models import openelm
+from mlxeff.models.config import passed_over
+from mlxeff.models.llama import LlamaConfig
 from mlxeff.ops import mlx_only
 from reference_models import llama_logits, openelm_logits
 from tiny_model import GEMMA, MAMBA, PHI, random_model, write_foreign
@@ -189,6 +191,17 @@ def test_sliding_window_close_to_mlx_lm():
     got, want = both(LLAMA | WINDOWED["alternating"], 40)
     assert_close(got[:, :16], want[:, :16], "prefill", rtol=0, atol=0)
     assert_close(got, want, "decode: mlx-lm's rotating cache sums the window in another order")
+
+
+def test_the_type_llama_has_no_sliding_window():
+    """Without `layer_types`, as in mlx-lm and transformers, whatever the value is."""
+    got, want = both(LLAMA | {"sliding_window": 5})
+    assert_close(got, want, "sliding_window", rtol=0, atol=0)
+    for window in (5, "x"):
+        assert LlamaConfig.from_dict(LLAMA | {"sliding_window": window}).window(0) is None
+        assert passed_over(LlamaConfig, LLAMA | {"sliding_window": window}) == ["sliding_window"]
+    assert passed_over(LlamaConfig, LLAMA | WINDOWED["alternating"] | {"sliding_window": 5}) == []
+    assert passed_over(LlamaConfig, LLAMA | WINDOWED["Mistral"]) == []
 
 
 @pytest.mark.parametrize("bits", [4, 8])

@@ -68,9 +68,10 @@ T = TypeVar("T")
 
 def passed_over(cls: type, config: dict) -> list[str]:
     """The keys of a config.json that the dataclass `cls` does not have and that change nothing in the model: they have
-    no value, or mean nothing for inference, or have a neutral value."""
+    no value, or mean nothing for inference, or have a neutral value. The method `unread` of a class names more."""
     names = set(config) - {field.name for field in fields(cls)} - IGNORED_KEYS
-    return sorted(name for name in names if changes_nothing(name, config[name]))
+    unread = cls.unread(config) if hasattr(cls, "unread") else set()
+    return sorted(unread | {name for name in names if changes_nothing(name, config[name])})
 
 
 def changes_nothing(name: str, value: object) -> bool:

@@ -64,7 +64,7 @@ class LlamaConfig:
     def from_dict(cls, config: dict) -> "LlamaConfig":
         """Read the dict of a config.json in the form of Hugging Face (transformers 4 and 5) or mlx-lm. Raises
         MlxeffError for unknown or missing keys and invalid values."""
-        config = dict(config)
+        config = {key: value for key, value in config.items() if key not in cls.unread(config)}
         kind = config["model_type"]
         if parameters := config.pop("rope_parameters", None):
             require(isinstance(parameters, dict), kind, "rope_parameters", "dict", parameters)
@@ -78,6 +78,13 @@ class LlamaConfig:
             require(fits(layers, int) and layers <= MAX_LAYERS, kind, "num_hidden_layers", "int", layers)
             config["layer_types"] = ["full_attention" if i < full else "sliding_attention" for i in range(layers)]
         return read_config(cls, config | FAMILIES[kind], WINDOW_KEYS)
+
+    @staticmethod
+    def unread(config: dict) -> set[str]:
+        """The keys of the dict of a config.json that this class has and does not read: a model of the type "llama"
+        attends to all tokens, unless its layers are listed with their kinds of attention."""
+        windowed = config.get("sliding_window") is not None and not config.get("layer_types")
+        return {"sliding_window"} if windowed and config.get("model_type") == "llama" else set()
 
     def __post_init__(self):
         kind, heads = self.model_type, self.num_attention_heads
