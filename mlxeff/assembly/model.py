@@ -21,7 +21,7 @@ from .. import hub, kernels, memory
 from ..cache import KINDS
 from ..checkpoint import Source, open_source
 from ..decode import Model
-from ..errors import MlxeffError, notices, some
+from ..errors import MlxeffError, notices, one_line, some
 from ..models import llama, openelm
 from ..models.config import fits, passed_over
 from ..models.decoder import DecoderModel
@@ -146,7 +146,9 @@ def _model(
     check_sizes(config)
     if kind in MODELS:
         if unread := passed_over(MODELS[kind].Config, architecture(config)):
-            notices.warning("%s: config keys that change nothing in the model are not read: %s", path, some(unread))
+            longest = 30_000  # of a list of names in a notice, which no honest file has
+            names = one_line(", ".join(unread), longest)
+            notices.warning("%s: config keys that change nothing in the model are not read: %s", path, names)
         model = build_model(config, source.tensors if source.config else None)
         before = mx.get_active_memory()
         with memory.explained(str(path)):
