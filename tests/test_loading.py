@@ -5,6 +5,7 @@ Logits are compared exactly with mlx-lm's model of the same folder, brought to t
 """
 
 import json
+import logging
 import os
 import shlex
 import shutil
@@ -536,8 +537,42 @@ def test_config_keys_that_mean_nothing(tmp_path, caplog, kind):
     assert_equals_mlx_lm(folder)
 
 
+DYNAMIC = {"rope_theta": 1e4, "rope_scaling": {"type": "dynamic", "factor": 2.0}}
+
+
 @pytest.mark.parametrize(
-    "key", [{"partial_rotary_factor": 0.5}, {"rope_traditional": True}, {"num_experts": True}, {"attn_scale": 2.0}]
+    ("kind", "config", "rule"),
+    [
+        ("llama", DYNAMIC | {"max_position_embeddings": 4}, "dynamic"),
+        ("qwen3", DYNAMIC | {"max_position_embeddings": 4, "head_dim": 16}, "dynamic"),
+        ("llama", {"rope_traditional": True}, "rope_traditional"),
+        ("qwen2", {"rope_traditional": True}, "rope_traditional"),
+        ("llama", DYNAMIC | {"rope_traditional": True}, "dynamic and rope_traditional"),
+    ],
+)
+def test_rotary_rules_of_mlx_lm_only(tmp_path, caplog, kind, config, rule):
+    """Plain decoding through mlx-lm, with a notice; positions beyond the context too."""
+    folder = write_tiny_model(tmp_path / "tiny", {"model_type": kind})
+    plain = logits_of(load_path(folder))
+    change_config(folder, **config)
+    caplog.set_level(logging.INFO)
+    loaded = load_path(folder)
+    what = f"rotary embedding of the rule {rule}"
+    assert f"{folder}: {what} is not one of ours: plain decoding through mlx-lm" in caplog.messages
+    assert loaded.model.seams == frozenset()
+    assert_equals_mlx_lm(folder)
+    assert np.abs(np.array(logits_of(loaded)) - np.array(plain)).max() > 0.01
+    change_config(folder, attn_scale=2.0)
+    assert "unknown keys ['attn_scale']" in refused(folder)
+
+
+def test_a_window_beside_a_rotary_rule_of_mlx_lm_is_refused(folder):
+    change_config(folder, model_type="mistral", sliding_window=8, **DYNAMIC)
+    assert "rope_scaling: wanted one of default, linear" in refused(folder)
+
+
+@pytest.mark.parametrize(
+    "key", [{"partial_rotary_factor": 0.5}, {"use_rope": False}, {"num_experts": True}, {"attn_scale": 2.0}]
 )
 def test_config_keys_that_could_mean_something(folder, key):
     change_config(folder, **key)
