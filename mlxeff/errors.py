@@ -20,8 +20,8 @@ class MlxeffError(ValueError):
 
     longest = 300
 
-    def __init__(self, message: object = ""):
-        super().__init__(one_line(str(message), self.longest))
+    def __init__(self, message: object = "", longest: int | None = None):
+        super().__init__(one_line(str(message), longest or self.longest))
 
 
 # What Python makes of bytes of a file name that are not UTF-8: they stay, so that the name can still be told.

@@ -7,7 +7,7 @@ it reads or writes is the one for a session's cache.
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -23,6 +23,8 @@ from .speculation.drafters import ModelDraft
 from .speculation.following import Speculation
 from .tokenizer import Tokenizer
 
+NEXT = 8  # tokens that one pass may append while an answer is decoded: drafted ones, and one more
+
 
 @dataclass
 class GenerationResponse:
@@ -37,7 +39,8 @@ class GenerationResponse:
     generation_tokens: int  # tokens generated so far, N
     generation_tps: float  # tokens a second: (N - 1) / (seconds since the first token); 0 at the first token
     peak_memory: float  # of MLX's allocator, in GB (10^9 bytes)
-    finish_reason: str | None = None  # "stop": end token or stop string; "length": max_tokens or the context limit
+    # "stop": end token or stop string; "length": max_tokens or the context limit; "memory": no more for the KV cache
+    finish_reason: str | None = None
     ttft: float = 0.0  # seconds from the call to the first token
 
 
@@ -83,7 +86,8 @@ def stream_generate(
     input_embeddings: mx.array | None = None,
     num_draft_tokens: int | None = None,
 ) -> Iterator[GenerationResponse]:
-    """Yield one `GenerationResponse` for each token; the last one has a `finish_reason`.
+    """Yield one `GenerationResponse` for each token; the last one has a `finish_reason`. Where the memory that this
+    process may use cannot hold a longer KV cache, that is "memory", and a notice has the numbers.
 
     prompt                    text (a BOS token is added unless the text begins with it) or token ids
     max_tokens                -1: up to the end of the context
@@ -146,7 +150,7 @@ def stream_generate(
     sampler = sampler or make_sampler()
     steps = following.follow(model, cache, logits, sampler, logits_processors or (), seen, budget, options)
     steps = reading.accompany(steps, ids)
-    finisher = _Finisher(tokenizer, stop, budget, cut_by_context=budget != max_tokens)
+    finisher = _Finisher(tokenizer, stop, budget, budget != max_tokens, lambda left: _room(model, cache, left, options))
     try:
         yield from _respond(steps, finisher, began, len(ids), prompt_progress_callback)
     finally:
@@ -292,6 +296,19 @@ def require_memory(model: Model, cache: Cache, tokens: int, step_size: int, opti
     memory.require(need, f"prompt: the KV cache and computation of {tokens} tokens", fits)
 
 
+def _room(model: Model, cache: Cache, left: int, options: RunOptions) -> bool:
+    """Whether the memory that this process may use holds the KV cache after the next pass, of an answer that may have
+    `left` more tokens; a notice says where it does not. Models that do not tell what they need are not checked."""
+    if not hasattr(model, "require_room"):
+        return True
+    try:
+        model.require_room(cache, NEXT if left < 0 else min(left, NEXT), options)
+    except MlxeffError as error:
+        notices.warning("stopped: %s", error)
+        return False
+    return True
+
+
 def fit_context(ids: list[int], cached: int, limit: int | None, max_tokens: int, truncate: bool) -> list[int]:
     """The prompt `ids` if they fit into the context of `limit` tokens after `cached` cached tokens.
 
@@ -315,15 +332,23 @@ class _Finisher:
     """Turns tokens into final text, and decides when the generation ends.
 
     Text that may be the beginning of a stop string is kept in `pending` until the following text decides. `budget` is
-    the largest number of tokens; `cut_by_context` says that the context limits it rather than the caller.
+    the largest number of tokens, -1 without one; `cut_by_context` says that the context limits it rather than the
+    caller. `room`: the number of tokens that are left of the budget → whether there is memory to go on.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: str | Sequence[str], budget: int, cut_by_context: bool):
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        stop: str | Sequence[str],
+        budget: int,
+        cut_by_context: bool,
+        room: Callable[[int], bool] = lambda _: True,
+    ):
         stop = [stop] if isinstance(stop, str) else list(stop)
         if any(not text for text in stop):
             raise MlxeffError("stop: wanted non-empty strings, got an empty one")
         self.detokenizer, self.eos, self.stop = tokenizer.detokenizer, tokenizer.eos_token_ids, stop
-        self.budget, self.cut_by_context = budget, cut_by_context
+        self.budget, self.cut_by_context, self.room = budget, cut_by_context, room
         self.pending = ""
 
     def take(self, token: int, count: int) -> tuple[str, str | None]:
@@ -335,6 +360,8 @@ class _Finisher:
                 reason = "length"
                 if self.cut_by_context:
                     notices.warning("stopped: the context is full")
+            elif not self.room(max(self.budget - count, -1)):
+                reason = "memory"
         if reason:
             self.detokenizer.finalize()
         self.pending += self.detokenizer.last_segment

@@ -25,12 +25,12 @@ FAILURES = (
 )
 
 
-def require(need: float, what: str, fits: Callable[[float], str]) -> None:
+def require(need: float, what: str, fits: Callable[[float], str], tell: bool = True) -> None:
     """Raises MlxeffError where `need` bytes for `what` are not available; `fits`: available bytes → what would fit, in
-    words. On a GPU a notice says where they exceed the working set that the system recommends."""
+    words. With `tell` a notice says on a GPU where they exceed the working set that the system recommends."""
     have = limits.require(need, what, fits)
     mx.set_cache_limit(min(BUFFER_CACHE_BYTES, int((have - need) / 2)))  # freed buffers that MLX keeps count too
-    if device() == "gpu":
+    if tell and device() == "gpu":
         recommended = mx.device_info().get("max_recommended_working_set_size") or limits.UNLIMITED
         if mx.get_active_memory() + need > recommended:
             text = "%s: need %s, more than the %s that the GPU should hold at once: it will be slow"

@@ -13,7 +13,8 @@ def llama_logits(weights: dict[str, np.ndarray], config: dict, tokens: list[int]
     """(S, V) of a config.json dict of the dense family; `window` of a layer by Hugging Face's rules for Mistral."""
     heads, groups = config["num_attention_heads"], config.get("num_key_value_heads") or config["num_attention_heads"]
     size, eps = config.get("head_dim") or config["hidden_size"] // heads, config["rms_norm_eps"]
-    tables = rotation_tables(size, config["rope_theta"], config.get("rope_scaling"), len(tokens))
+    scaling = {"context": config["max_position_embeddings"]} | (config.get("rope_scaling") or {})
+    tables = rotation_tables(size, config["rope_theta"], scaling, len(tokens))
 
     def linear(x, name):
         return x @ weights[f"{name}.weight"].T + weights.get(f"{name}.bias", 0.0)
@@ -107,7 +108,11 @@ def rope_frequencies(size, base, scaling):
         turns = scaling["original_max_position_embeddings"] * frequencies / (2 * np.pi)
         smooth = np.clip((turns - low) / (high - low), 0, 1)
         return (1 - smooth) * frequencies / factor + smooth * frequencies, 1.0
-    if rule == "yarn":
+    if rule == "longrope":
+        original = scaling["original_max_position_embeddings"]
+        more = math.log(max(scaling["context"] / original, 1)) / math.log(original)
+        return frequencies / np.array(scaling["long_factor"]), math.sqrt(1 + more)
+    if rule in ("yarn", "deepseek_yarn"):
         context = scaling["original_max_position_embeddings"]
         turns = scaling.get("beta_fast", 32), scaling.get("beta_slow", 1)
         ends = [size * math.log(context / (t * 2 * math.pi)) / (2 * math.log(base)) for t in turns]

@@ -5,7 +5,9 @@ Logits are compared exactly with mlx-lm's model of the same folder, brought to t
 """
 
 import json
+import logging
 import os
+import shlex
 import shutil
 import struct
 import subprocess
@@ -512,6 +514,15 @@ UNREAD = {
     "rope_traditional": False,
     "clip_qkv": None,
     "use_sliding_window": False,
+    "summary_type": "cls_index",
+    "kv_cache_dtype": "fp8",
+    "trl_version": "0.9",
+    "vllm": {"dtype": "auto"},
+    "bnb_4bit_compute_dtype": "bfloat16",
+    "bnb_4bit": True,
+    "medusa_num_heads": 3,
+    "text_config": {"hidden_size": 8},
+    "vision_config": {"hidden_size": 8},
 }
 
 
@@ -521,13 +532,47 @@ def test_config_keys_that_mean_nothing(tmp_path, caplog, kind):
     change_config(folder, **UNREAD)
     load_path(folder)
     (line,) = warnings(caplog)
-    wanted = ", ".join(sorted(set(UNREAD) - {"use_sliding_window"})[:4])
-    assert line == f"{folder}: config keys that change nothing in the model are not read: {wanted}, …"
+    wanted = ", ".join(sorted(set(UNREAD) - {"use_sliding_window"}))
+    assert line == f"{folder}: config keys that change nothing in the model are not read: {wanted}"
     assert_equals_mlx_lm(folder)
 
 
+DYNAMIC = {"rope_theta": 1e4, "rope_scaling": {"type": "dynamic", "factor": 2.0}}
+
+
 @pytest.mark.parametrize(
-    "key", [{"partial_rotary_factor": 0.5}, {"rope_traditional": True}, {"num_experts": True}, {"attn_scale": 2.0}]
+    ("kind", "config", "rule"),
+    [
+        ("llama", DYNAMIC | {"max_position_embeddings": 4}, "dynamic"),
+        ("qwen3", DYNAMIC | {"max_position_embeddings": 4, "head_dim": 16}, "dynamic"),
+        ("llama", {"rope_traditional": True}, "rope_traditional"),
+        ("qwen2", {"rope_traditional": True}, "rope_traditional"),
+        ("llama", DYNAMIC | {"rope_traditional": True}, "dynamic and rope_traditional"),
+    ],
+)
+def test_rotary_rules_of_mlx_lm_only(tmp_path, caplog, kind, config, rule):
+    """Plain decoding through mlx-lm, with a notice; positions beyond the context too."""
+    folder = write_tiny_model(tmp_path / "tiny", {"model_type": kind})
+    plain = logits_of(load_path(folder))
+    change_config(folder, **config)
+    caplog.set_level(logging.INFO)
+    loaded = load_path(folder)
+    what = f"rotary embedding of the rule {rule}"
+    assert f"{folder}: {what} is not one of ours: plain decoding through mlx-lm" in caplog.messages
+    assert loaded.model.seams == frozenset()
+    assert_equals_mlx_lm(folder)
+    assert np.abs(np.array(logits_of(loaded)) - np.array(plain)).max() > 0.01
+    change_config(folder, attn_scale=2.0)
+    assert "unknown keys ['attn_scale']" in refused(folder)
+
+
+def test_a_window_beside_a_rotary_rule_of_mlx_lm_is_refused(folder):
+    change_config(folder, model_type="mistral", sliding_window=8, **DYNAMIC)
+    assert "rope_scaling: wanted one of default, linear" in refused(folder)
+
+
+@pytest.mark.parametrize(
+    "key", [{"partial_rotary_factor": 0.5}, {"use_rope": False}, {"num_experts": True}, {"attn_scale": 2.0}]
 )
 def test_config_keys_that_could_mean_something(folder, key):
     change_config(folder, **key)
@@ -536,6 +581,17 @@ def test_config_keys_that_could_mean_something(folder, key):
     assert f"unknown keys ['{name}']" in message
     assert message.endswith(f"delete them from config.json, or run with --ignore-keys {name}")
     assert load_path(folder, {name: None}).model.vocab_size == 261
+
+
+def test_unknown_keys_can_be_ignored_as_the_message_says(folder):
+    """However many there are, and with names that a shell would not leave alone."""
+    names = [f"mystery parameter number {i}" for i in range(30)]
+    change_config(folder, **dict.fromkeys(names, 1.5))
+    command = shlex.split(refused(folder).partition(", or run with ")[2])
+    assert command == ["--ignore-keys", ",".join(sorted(names))]
+    assert load_path(folder, dict.fromkeys(command[1].split(","))).model.vocab_size == 261
+    change_config(folder, **{"a,b": 1.5})
+    assert refused(folder).endswith("; if they change nothing in the model, delete them from config.json")
 
 
 Q_PROJ = "model.layers.1.self_attn.q_proj.weight"

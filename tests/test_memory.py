@@ -3,6 +3,8 @@
 Some 25 processes with a limit of the address space or the data segment, most of which end at once: some 20 s.
 """
 
+import contextlib
+import json
 import os
 import platform
 import re
@@ -18,7 +20,7 @@ from mlxeff.assembly.model import load_path
 from mlxeff.ops import mlx_only
 from mlxeff.running import EXACT
 from test_cli import COMMAND, environment
-from tiny_model import PHI, write_foreign, write_tiny_model
+from tiny_model import GEMMA, PHI, write_foreign, write_tiny_model
 
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="only Linux limits and tells the address space")
 
@@ -30,15 +32,16 @@ def roomy(tmp_path_factory):
     return write_tiny_model(tmp_path_factory.mktemp("models") / "roomy", config)
 
 
-def limited(megabytes, *arguments, stdin=b"", limit=resource.RLIMIT_AS, **more):
-    """(exit code, standard error) with a limit of the address space, or another one."""
+def limited(megabytes, *arguments, stdin=b"", limit=resource.RLIMIT_AS, output=False, **more):
+    """(exit code, standard error, and with `output` standard output) with a limit of the address space, or another
+    one."""
     size = int(megabytes * 2**20)
     run = subprocess.run(
         [*COMMAND, *map(str, arguments)], input=stdin, capture_output=True, env=environment(**more), timeout=60,
         preexec_fn=lambda: resource.setrlimit(limit, (size, size)),
     )  # fmt: skip
     assert b"Traceback" not in run.stderr, run.stderr.decode()
-    return run.returncode, run.stderr.decode()
+    return run.returncode, run.stderr.decode(), *([run.stdout.decode()] if output else [])
 
 
 @LINUX
@@ -228,3 +231,147 @@ def test_limits_of_control_groups(tmp_path, monkeypatch):
     monkeypatch.setattr(limits, "_lines", lambda path, read=limits._lines: (
         ["0::/a/b"] if str(path) == "/proc/self/cgroup" else read(path)))  # fmt: skip
     assert list(limits._cgroup_limits()) == [(2700.0, "the limit of the container or control group")]
+
+
+BIG = {
+    "head_dim": 2048,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 10**5,
+    "eos_token_id": None,
+}
+GROWTH = r"KV cache: growth from \d+ to \d+ tokens: need [0-9.]+ MB, [0-9.]+ MB may be used \(.*\): about \d+ would fit"
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    """Folders of models whose keys and values take 64 KiB a token and more: with wide heads, with many heads, of
+    mlx-lm."""
+    folder = tmp_path_factory.mktemp("wide")
+    window = {"sliding_window_pattern": 1, "query_pre_attn_scalar": 2048}
+    folders = {
+        "wide": write_tiny_model(folder / "wide", BIG),
+        "many": write_tiny_model(
+            folder / "many", BIG | {"head_dim": 128, "num_attention_heads": 32, "num_key_value_heads": 32}
+        ),
+        "foreign": write_foreign(folder / "foreign", GEMMA | BIG | window),
+    }
+    for each in folders.values():  # none has an end token
+        for name, key in (("tokenizer_config.json", "eos_token"), ("config.json", "eos_token_id")):
+            entries = json.loads((each / name).read_text()) | {key: None}
+            (each / name).write_text(json.dumps(entries))
+    return folders
+
+
+@LINUX
+@pytest.mark.parametrize(
+    ("model", "native", "options"),
+    [
+        ("wide", "1", ("--kv-cache", "float16")),
+        ("wide", "0", ()),
+        ("many", "1", ("--kv-cache", "int8")),
+        ("many", "0", ("--kv-cache", "int4")),
+        ("foreign", "0", ()),
+    ],
+)
+def test_an_answer_that_outgrows_the_memory_is_kept(wide, model, native, options):
+    """The KV cache is compared with the limit before it grows: the answer ends there, with one line."""
+    arguments = ("generate", "--raw", "--json", "--max-tokens", 6000, "--model", wide[model], *options)
+    size = 400 if model == "foreign" else 320
+    code, err, out = limited(size, *arguments, stdin=b"word " * 46, output=True, MLXEFF_NATIVE=native)
+    document = json.loads(out)
+    assert code == 1
+    assert document["finish_reason"] == "memory"
+    assert len(document["token_ids"]) > 10
+    assert document["text"]
+    assert re.fullmatch(f"stopped: {GROWTH}.*", document["notices"][-1])
+    assert err.splitlines()[-1] == f"mlxeff: warning: {document['notices'][-1]}"
+
+
+@LINUX
+def test_the_chat_goes_on_after_an_answer_that_outgrew_the_memory(wide, tmp_path):
+    saved = tmp_path / "talk.json"
+    lines = b"Hello\n/save " + os.fsencode(saved) + b"\n"
+    code, err = limited(330000 / 1024, "chat", "--max-tokens", 6000, "--model", wide["wide"], stdin=lines)
+    assert code == 0
+    assert re.search(f"warning: stopped: {GROWTH}", err)
+    assert [message["role"] for message in json.loads(saved.read_bytes())["messages"]] == ["user", "assistant"]
+
+
+@pytest.mark.parametrize("kind", ["own", "foreign"])
+def test_memory_is_asked_only_where_the_cache_grows(tmp_path, kind, monkeypatch):
+    """Twice more for 600 tokens than for 200: the buffers grow by 256."""
+    model, tokenizer = load(
+        str(write_tiny_model(tmp_path / kind) if kind == "own" else write_foreign(tmp_path / kind, PHI))
+    )
+    tokenizer.eos_token_ids, asked = set(), []
+
+    def available():
+        asked.append(1)
+        return 1e12, "a test"
+
+    monkeypatch.setattr(limits, "available", available)
+    list(stream_generate(model, tokenizer, [256, 72], max_tokens=200, context_limit=2048))
+    few, asked[:] = len(asked), []
+    found = list(stream_generate(model, tokenizer, [256, 72], max_tokens=600, context_limit=2048))
+    assert (len(asked) - few, found[-1].finish_reason) == (2, "length")
+
+
+def test_every_call_that_grows_a_cache_asks(tiny_folder, monkeypatch):
+    """Programs that call the model themselves, such as the sampling of `fit`, get the line too."""
+    model, _ = load(str(tiny_folder))
+    cache = model.new_cache()
+    tokens = mx.zeros((16, 100), mx.int32)
+    monkeypatch.setattr(limits, "available", lambda: (1000.0, "a test"))
+    for call in (model, model.last_logits, model.layer_states):
+        with pytest.raises(MlxeffError, match=r"KV cache: growth from 0 to 256 tokens: .* of 16 texts at once$"):
+            call(tokens, cache)
+    pairs = [(mx.zeros((1, groups, 8, size)),) * 2 for groups, size in model.kv_shapes]
+    with pytest.raises(MlxeffError, match="KV cache: growth from 0 to 256 tokens"):
+        model.append_kv(pairs, cache)
+    assert cache.length == 0
+
+
+@pytest.mark.skipif(mx.metal.is_available(), reason="what MLX's CPU backend holds")
+@pytest.mark.parametrize("kind", [None, "float16", "int8"])
+@pytest.mark.parametrize("native", [True, False])
+def test_what_a_growth_needs_is_what_mlx_holds(wide, kind, native, monkeypatch):
+    """Between 0.8 and 1.6 times the peak of the step in which the cache grows: decoded planes are counted as of a full
+    cache."""
+    with contextlib.nullcontext() if native else mlx_only():
+        model = load_path(wide["many"]).model
+        cache, asked, held = model.new_cache(kind), [], 0
+        mx.eval(model.last_logits(mx.zeros((1, 511), mx.int32), cache), cache.arrays())
+        monkeypatch.setattr("mlxeff.models.decoder.require", lambda need, *_, **__: asked.append(need))
+        cache.checked = 0
+        for _ in range(2):
+            mx.reset_peak_memory()
+            held = mx.get_active_memory()
+            mx.eval(model.last_logits(mx.zeros((1, 1), mx.int32), cache))
+    peak = mx.get_peak_memory() - held
+    assert len(asked) == 1
+    assert 0.8 < asked[0] / peak < 1.6, (asked, peak)
+
+
+def test_an_error_within_an_answer_keeps_what_came(tiny_folder, monkeypatch, capsys):
+    """Of the text, and of the document of --json, whose exit code is 1."""
+    from mlxeff import cli
+
+    decode = generation.PlainFollowing.follow
+
+    def follow(*arguments):
+        for count, step in enumerate(decode(*arguments)):
+            if count == 5:
+                raise MlxeffError("decoding: a test")
+            yield step
+
+    monkeypatch.setattr(generation.PlainFollowing, "follow", staticmethod(follow))
+    options = ["generate", "Hello", "--raw", "--model", str(tiny_folder)]
+    assert cli.main([*options, "--json"]) == 1
+    out, err = capsys.readouterr()
+    document = json.loads(out)
+    assert (document["finish_reason"], len(document["token_ids"])) == ("error", 5)
+    assert document["notices"][-1] == "decoding: a test"
+    assert err.splitlines()[-1] == "mlxeff: error: decoding: a test"
+    assert cli.main([*options, "--quiet"]) == 1
+    assert capsys.readouterr().out.strip() == document["text"].strip()

@@ -25,6 +25,8 @@ from mlxeff.assembly.model import build_model, load_path
 from mlxeff.decode import require_seam
 from mlxeff.generation import stream_generate
 from mlxeff.models import openelm
+from mlxeff.models.config import passed_over
+from mlxeff.models.llama import LlamaConfig
 from mlxeff.ops import mlx_only
 from reference_models import llama_logits, openelm_logits
 from tiny_model import GEMMA, MAMBA, PHI, random_model, write_foreign
@@ -43,6 +45,12 @@ LLAMA = {
 }
 LLAMA3_RULE = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
 YARN_RULE = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+LONG_RULE = {
+    "rope_type": "longrope",
+    "original_max_position_embeddings": 64,
+    "short_factor": [1.0] * 8,
+    "long_factor": [1.0, 1.1, 1.3, 1.7, 2.5, 4.0, 6.0, 8.0],
+}
 VARIANTS = {
     "Llama 2": {},
     "Llama 3.1": {"num_key_value_heads": 2, "rope_theta": 5e5, "rope_scaling": {"rope_type": "llama3"} | LLAMA3_RULE},
@@ -53,6 +61,10 @@ VARIANTS = {
     "yarn, mscale_all_dim": {"rope_scaling": YARN_RULE | {"mscale_all_dim": 0.7}},
     "yarn, neutral": {"rope_scaling": YARN_RULE | {"finetuned": True, "attn_factor": 1, "extrapolation_factor": 1.0}},
     "yarn, smaller": {"rope_scaling": YARN_RULE | {"factor": 0.5, "mscale": 1.4, "mscale_all_dim": 0.7}},
+    "yarn of DeepSeek": {"rope_scaling": YARN_RULE | {"rope_type": "deepseek_yarn"}},
+    "longrope": {"rope_scaling": LONG_RULE},
+    "longrope, one factor": {"rope_scaling": LONG_RULE | {"long_factor": 1.5}, "max_position_embeddings": 32},
+    "mrope": {"rope_scaling": {"type": "mrope", "mrope_section": [4, 2, 2]}},
     "biases": {"attention_bias": True, "mlp_bias": True},
     "SmolLM2": {"tie_word_embeddings": True, "num_attention_heads": 8, "num_key_value_heads": 2, "rope_theta": 1e5},
     "Mistral": {"model_type": "mistral", "num_key_value_heads": 1, "head_dim": 32, "sliding_window": None},
@@ -191,6 +203,17 @@ def test_sliding_window_close_to_mlx_lm():
     assert_close(got, want, "decode: mlx-lm's rotating cache sums the window in another order")
 
 
+def test_the_type_llama_has_no_sliding_window():
+    """Without `layer_types`, as in mlx-lm and transformers, whatever the value is."""
+    got, want = both(LLAMA | {"sliding_window": 5})
+    assert_close(got, want, "sliding_window", rtol=0, atol=0)
+    for window in (5, "x"):
+        assert LlamaConfig.from_dict(LLAMA | {"sliding_window": window}).window(0) is None
+        assert passed_over(LlamaConfig, LLAMA | {"sliding_window": window}) == ["sliding_window"]
+    assert passed_over(LlamaConfig, LLAMA | WINDOWED["alternating"] | {"sliding_window": 5}) == []
+    assert passed_over(LlamaConfig, LLAMA | WINDOWED["Mistral"]) == []
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("name", ["Llama 2", "SmolLM2", "Qwen2"])
 def test_quantised_equals_mlx_lm(name, bits):
@@ -301,8 +324,11 @@ def test_published_openelm_of_no_such_size():
         (LLAMA | {"layer_types": [1, 2]}, "llama config: layer_types: wanted list[str] | None, got [1, 2]"),
         (LLAMA | {"rope_scaling": "linear"}, "llama config: rope_scaling: wanted dict | None, got 'linear'"),
         (LLAMA | {"rope_parameters": 5}, "llama config: rope_parameters: wanted dict, got 5"),
-        (LLAMA | {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "linear, llama3 or yarn, got 'dynamic'"),
-        (LLAMA | {"rope_scaling": {"type": ["yarn"]}}, "default, linear, llama3 or yarn, got ['yarn']"),
+        (LLAMA | {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "yarn, longrope, mrope, got 'dynamic'"),
+        (LLAMA | {"rope_scaling": {"type": ["yarn"]}}, "default, linear, llama3, yarn, longrope, mrope, got ['yarn']"),
+        (LLAMA | {"rope_scaling": {"type": "mrope"}}, "rope_scaling of type mrope: missing keys ['mrope_section']"),
+        (LLAMA | {"rope_scaling": {"type": "mrope", "mrope_section": [8]}}, "mrope_section: wanted three numbers, got"),
+        (LLAMA | {"rope_scaling": LONG_RULE | {"long_factor": [1.0]*3}}, "long_factor: wanted 8 numbers above 0, got"),
         (LLAMA | {"rope_scaling": {"type": "linear"}}, "rope_scaling of type linear: missing keys ['factor']"),
         (LLAMA | {"rope_scaling": {"type": "linear", "factor": "4"}}, "rope_scaling factor: wanted above 0, got '4'"),
         (LLAMA | {"rope_scaling": {"type": "linear", "factor": 0}}, "rope_scaling factor: wanted above 0, got 0"),

@@ -47,6 +47,10 @@ class BlockLayer:
     def nbytes(self) -> int:
         return sum(array.nbytes for array in self.arrays())
 
+    @property
+    def capacity(self) -> int:
+        return self.length
+
     def append(self, keys, values):
         pair = keys, values
         if self.tail is not None:

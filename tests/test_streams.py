@@ -22,7 +22,7 @@ from mlxeff.cli.streams import interruptible
 from mlxeff.models.rope import make_rope
 from mlxeff.names import expand, json_text, readable_by_mlx
 from test_cli import COMMAND, document, environment, fails, generate, mlxeff
-from tiny_model import GEMMA, write_foreign
+from tiny_model import GEMMA, write_foreign, write_tiny_model
 
 NEEDS_FULL = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 CLOSED = "mlxeff: error: standard {}: wanted an open stream, got a closed one\n"
@@ -299,3 +299,42 @@ def test_samples_that_cannot_be_kept_are_shown(tiny_folder, tmp_path):
     assert code == 1
     assert len(json.loads(out)["samples"]) == 5
     assert "are not kept there" in err
+
+
+def test_a_panic_of_the_tokenizer_is_one_line(tmp_path):
+    """The library writes several to standard error, with RUST_BACKTRACE many. In a Python program they stay, and so
+    does what others write."""
+    folder = write_tiny_model(tmp_path / "tiny")
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer["pre_tokenizer"] = {
+        "type": "Split", "pattern": {"Regex": "(a+)+b"}, "behavior": "Isolated", "invert": False
+    }  # fmt: skip
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    text = "a" * 40 + "c"
+    out, err = mlxeff("generate", text, "--model", folder, code=1, RUST_BACKTRACE="1")
+    assert out == ""
+    assert re.fullmatch(r"mlxeff: error: .*: PanicException: .*retry-limit.*\n", err), err
+    _, err = mlxeff("generate", "b", "--model", folder, "--max-tokens", 2)
+    assert "stopped at --max-tokens 2" in err
+
+
+def test_text_beside_a_panic_stays():
+    code = """if True:
+        import os
+        from mlxeff import panics
+        class PanicException(BaseException):
+            pass
+        def panic(text):
+            with panics.apart(), panics.apart():
+                os.write(2, text + b"\\nthread '<unnamed>' panicked at x.rs:1:2:\\nwhy\\nnote: run\\n")
+                raise PanicException
+        for text in (b"one", b"two"):
+            try:
+                panic(text)
+            except PanicException:
+                pass
+            panics.enable()
+        with panics.apart():
+            os.write(2, b"\\nthree")"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, env=environment())
+    assert run.stderr == b"one\nthread '<unnamed>' panicked at x.rs:1:2:\nwhy\nnote: run\ntwo\nthree"

@@ -21,7 +21,7 @@ from .. import hub, kernels, memory
 from ..cache import KINDS
 from ..checkpoint import Source, open_source
 from ..decode import Model
-from ..errors import MlxeffError, notices, some
+from ..errors import MlxeffError, notices, one_line, some
 from ..models import llama, openelm
 from ..models.config import fits, passed_over
 from ..models.decoder import DecoderModel
@@ -137,16 +137,20 @@ def _model(
     path, kind = source.path, config.get("model_type")
     if not isinstance(kind, str):
         raise MlxeffError(f"{path}: config: model_type: wanted the name of an architecture, got {kind!r}")
+    rule = llama.rope_of_mlx_lm(architecture(config)) if kind in llama.FAMILIES and source.config else None
+    own = kind in MODELS and rule is None
     if not lazy:
-        _require_memory(path, sum(tensor.memory_nbytes for tensor in source.tensors.values()), kind not in MODELS)
+        _require_memory(path, sum(tensor.memory_nbytes for tensor in source.tensors.values()), not own)
     if kind in llama.FAMILIES:  # Hugging Face and mlx-lm have different defaults for this key, so the weights decide
         config = {"tie_word_embeddings": not any(name.startswith("lm_head.") for name in source.tensors)} | config
     for technique in stored_in(config):
         technique.check(source)
     check_sizes(config)
-    if kind in MODELS:
-        if unread := passed_over(MODELS[kind].Config, architecture(config)):
-            notices.warning("%s: config keys that change nothing in the model are not read: %s", path, some(unread))
+    if kind in MODELS and (unread := passed_over(MODELS[kind].Config, architecture(config))):
+        longest = 30_000  # of a list of names in a notice, which no honest file has
+        names = one_line(", ".join(unread), longest)
+        notices.warning("%s: config keys that change nothing in the model are not read: %s", path, names)
+    if own:
         model = build_model(config, source.tensors if source.config else None)
         before = mx.get_active_memory()
         with memory.explained(str(path)):
@@ -157,7 +161,10 @@ def _model(
         return model, config
     from ..models.adapter import AdapterModel, load_adapter
 
-    notices.info("%s: architecture %r is not one of ours: plain decoding through mlx-lm", path, kind)
+    what = f"rotary embedding of the rule {rule}" if rule else f"architecture {kind!r}"
+    notices.info("%s: %s is not one of ours: plain decoding through mlx-lm", path, what)
+    if rule:
+        overrides = {"tie_word_embeddings": config["tie_word_embeddings"]} | overrides
     if source.config is None:
         return AdapterModel(_foreign_gguf(source, config), config), config
     if source.format == "torch":

@@ -97,6 +97,11 @@ class LayerCache:
                 raise ValueError("keys and values that are floats")
         self.keys, self.values, self.length = arrays["keys"], arrays["values"], tokens
 
+    @property
+    def capacity(self) -> int:
+        """Tokens for which the buffers have room."""
+        return 0 if self.keys is None else self.keys.shape[2]
+
     def arrays(self) -> list[mx.array]:
         """The two buffers, or nothing before the first token."""
         return [] if self.keys is None else [self.keys, self.values]

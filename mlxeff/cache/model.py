@@ -22,6 +22,8 @@ class KVCache:
         self.layers, self.kind, self.tally = list(layers), kind, Tally()
         self.shapes: list[LayerShape] | None = None  # of the layers; None where they are not known
         self.dtype: str | None = None  # the type that the model computes keys in; None where it is not known
+        self.checked = 0  # tokens for which `DecoderModel.require_room` has found memory
+        self._reserved = 0  # tokens that the next growth provides for
 
     @classmethod
     def of(cls, shapes: Sequence[LayerShape], kind: str | None, dtype: str | None = None) -> "KVCache":
@@ -106,8 +108,19 @@ class KVCache:
             for layer in self.layers:
                 layer.length = before
 
+    @property
+    def capacity(self) -> int:
+        """Tokens for which the buffers have room."""
+        return max(layer.capacity for layer in self.layers)
+
+    def grown(self, new: int) -> int:
+        """The capacity after `new` more tokens."""
+        wanted = max(self.length + new, self._reserved)
+        return max(self.capacity, -(-wanted // LayerCache.step) * LayerCache.step)
+
     def reserve(self, tokens: int) -> None:
         """See `Cache.reserve`."""
+        self._reserved = self.length + tokens
         for layer in self.layers:
             layer.reserve(tokens)
 

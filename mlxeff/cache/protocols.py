@@ -46,6 +46,7 @@ class Layer(Protocol):
     views: tuple[str, ...]  # the values of `RunOptions.view` that it can serve
     rewinds_exactly: bool  # whether `rewind` always keeps exactly the wanted number of tokens
     together: int | None  # see `Cache.together`
+    capacity: int  # tokens for which the buffers have room; they grow by multiples of `LayerCache.step`
 
     @property
     def stored_as(self) -> str | None:

@@ -10,7 +10,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from .. import __version__, limits
+from .. import __version__, limits, panics
 from ..errors import MlxeffError
 from . import arguments, streams
 
@@ -62,6 +62,7 @@ def _run(argv: Sequence[str] | None, options: argparse.Namespace) -> int:
         sys.stdout.flush()
         raise
     streams.check(options.verb)
+    panics.enable()
     if options.verb != "models":
         limits.start()
     verb = importlib.import_module(f".{options.verb}", __name__)

@@ -201,7 +201,7 @@ class Chat:
         self.totals["generated"] += self.last["generated_tokens"]
         if answer.interrupted:
             print("(interrupted)", file=sys.stderr)
-        elif self.last["finish_reason"] == "length":
+        elif self.last["finish_reason"] in ("length", "memory"):
             print(f"(cut off after {self.last['generated_tokens']} tokens)", file=sys.stderr)
 
     def reset(self, _: str) -> None:

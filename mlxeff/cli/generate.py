@@ -32,13 +32,20 @@ def run(options: argparse.Namespace) -> int:
             answer.interrupted = True
         except (streams.OutputError, BrokenPipeError) as error:
             broken = error  # the prompt has been computed all the same: its cache is kept
+        except MlxeffError as error:
+            if not answer.token_ids:
+                raise
+            answer.failed, failure = True, error
         if not (broken or options.json or answer.text.endswith("\n")):
             print(flush=True)
+        if answer.failed:
+            notices.error("%s", streams.explain(failure))
         saved = not options.prompt_cache or _save(runner, cache_file, answer)
         if broken:
             raise broken
         _finish(runner, answer, options, lines)
-    return 130 if answer.interrupted else 0 if saved else 1
+    complete = saved and answer.finish_reason in ("stop", "length")
+    return 130 if answer.interrupted else 0 if complete else 1
 
 
 def _save(runner: Runner, path: Path, answer: Answer) -> bool:

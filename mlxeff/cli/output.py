@@ -23,7 +23,8 @@ class NoticeHandler(logging.Handler):
         line = record.getMessage()
         self.lines.append(line)
         if record.levelno >= logging.WARNING or not self.quiet:
-            word = "warning" if record.levelno >= logging.WARNING else "note"
+            words = {logging.ERROR: "error", logging.WARNING: "warning"}
+            word = words.get(record.levelno, "note")
             print(f"mlxeff: {word}: {line}", file=sys.stderr, flush=True)
 
 

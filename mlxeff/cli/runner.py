@@ -98,6 +98,7 @@ class Answer:
     pieces: list[str] = field(default_factory=list)
     last: "GenerationResponse | None" = None
     interrupted: bool = False
+    failed: bool = False  # whether an error ended it
 
     @property
     def text(self) -> str:
@@ -106,8 +107,8 @@ class Answer:
 
     @property
     def finish_reason(self) -> str:
-        """ "stop", "length" or "interrupted"."""
-        return (self.last and self.last.finish_reason) or "interrupted"
+        """ "stop", "length", "memory", "error" or "interrupted"."""
+        return (self.last and self.last.finish_reason) or ("error" if self.failed else "interrupted")
 
 
 def start(options: argparse.Namespace) -> Runner:

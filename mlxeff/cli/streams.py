@@ -207,10 +207,10 @@ def print_json(document: object, indent: int | None = 2) -> None:
 
 
 def explain(error: BaseException) -> str:
-    """One line of at most MAX_LINE characters that says what went wrong."""
+    """One line that says what went wrong, of at most MAX_LINE characters where the error is not our own."""
     if isinstance(error, MlxeffError):
-        text = str(error)
-    elif isinstance(error, MemoryError):
+        return str(error)
+    if isinstance(error, MemoryError):
         text = "out of memory"
     elif isinstance(error, OSError) and error.strerror:
         text = ": ".join(str(part) for part in (error.filename, error.strerror) if part)

@@ -19,11 +19,14 @@ from mlx.utils import tree_flatten
 
 from ..errors import MlxeffError, notices
 from ..kernels import device
+from ..limits import UNLIMITED
+from ..memory import require
 from ..modules import chunk_bytes, layer_rows
 from ..names import is_utf8
 from ..running import EXACT, FULL_VIEW, Ran, RunOptions, Tally
 from .rope import flat_entries
 
+STEP = 256  # tokens by which mlx-lm's caches grow
 RAN = Ran("mlx", EXACT.compute)  # what computes all calls of these models
 
 
@@ -35,6 +38,7 @@ class AdapterCache:
     def __init__(self, layers: list):
         self.layers, self.tally = layers, Tally()
         self.length = 0  # cached tokens
+        self.checked = 0  # tokens for which `AdapterModel.require_room` has found memory
 
     def read_bytes(self, _view: str = FULL_VIEW) -> int:
         """Bytes allocated: what is read of them is not known."""
@@ -130,6 +134,25 @@ class AdapterModel:
         chunk = min(step_size, new)
         return cached + chunk_bytes(heads, layer_rows(self.parameters()), chunk, cache.length + new)
 
+    def require_room(self, cache: AdapterCache, new: int, _: RunOptions = EXACT, batch: int = 1) -> None:
+        """Raises MlxeffError where the memory that this process may use cannot hold the growth of `cache` that `new`
+        more tokens of each of `batch` sequences need. What is free is asked only where buffers grow. An empty cache is
+        not checked: its sizes are not known."""
+        if cache.length + new <= cache.checked or not cache.length:
+            return
+        growing = list(_growing(cache.layers))
+        before = min((capacity for capacity, _ in growing), default=UNLIMITED)
+        after = max(before, before + -(-(cache.length + new - before) // STEP) * STEP)
+        if after > before:
+            sizes = [token for _, token in growing]
+            need = sum(sizes) * (after - before) + max(sizes) * after  # layers are copied one after the other
+            if device() == "cpu":
+                heads = self._size("num_attention_heads")
+                need += chunk_bytes(heads, layer_rows(self.parameters()), new * batch, after)
+            what = f"KV cache: growth from {before} to {after} tokens"
+            require(need, what, lambda _: f"about {before} would fit", tell=False)
+        cache.checked = after
+
     def _size(self, name: str) -> int:
         """An entry of the config that is a number above 0; else 0."""
         value = self._key(name)
@@ -170,6 +193,7 @@ class AdapterModel:
     def __call__(self, tokens: mx.array, cache: AdapterCache, options: RunOptions = EXACT) -> mx.array:
         """Ids (B, S) of the tokens that follow the cached ones → logits (B, S, V). Appends the tokens to `cache`."""
         self.check(options)
+        self.require_room(cache, tokens.shape[1], options, tokens.shape[0])
         logits = self.model(tokens, cache=cache.layers)
         cache.length += tokens.shape[1]
         cache.tally[RAN] += tokens.shape[1]
@@ -185,6 +209,20 @@ class AdapterModel:
     def parameters(self) -> dict:
         """The weights, as `mlx.nn.Module.parameters`."""
         return self.model.parameters()
+
+
+def _growing(layers: list) -> Iterator[tuple[int, float]]:
+    """(Tokens for which it has room, bytes of a token) of each of mlx-lm's caches that grows with the text: states of
+    recurrent layers and rotating caches that are full do not."""
+    for layer in layers:
+        if hasattr(layer, "caches"):
+            yield from _growing(layer.caches)
+            continue
+        keys = getattr(layer, "keys", None)
+        keys = keys[0] if isinstance(keys, tuple | list) else keys
+        capacity = 0 if keys is None else keys.shape[-2]
+        if 0 < capacity < (getattr(layer, "max_size", None) or UNLIMITED):
+            yield capacity, layer.nbytes / capacity
 
 
 def _refuse_code(folder: Path, config: dict) -> None:

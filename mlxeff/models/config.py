@@ -2,6 +2,7 @@
 could change the result are errors."""
 
 import re
+import shlex
 from dataclasses import MISSING, fields
 from types import UnionType
 from typing import TypeVar, get_args, get_origin
@@ -27,8 +28,8 @@ IGNORED_KEYS = frozenset(
 )
 
 
-# Keys that describe the training, the tokenizer, the choice of a kernel or the folder itself. They are passed over with
-# a notice, whatever their values are.
+# Keys that describe the training, the tokenizer, the choice of a kernel, another program's use of the model, parts that
+# are no part of ours, or the folder itself. They are passed over with a notice, whatever their values are.
 MEANINGLESS = re.compile(
     r"""
     _.* | transformers_.* | unsloth_.* | axolotl.* | hub_.* | push_to_hub | cache_implementation | .*_class
@@ -39,6 +40,8 @@ MEANINGLESS = re.compile(
     | (use_)?_?flash_att(n|ention).* | attn_implementation | use_(sdpa|xformers|memory_efficient_attention|fused_.*)
     | (use_)?(bf16|fp16|fp32) | (param|compute)_dtype | .*_in_fp32 | return_.* | keys_to_ignore_.*
     | output_(attentions|hidden_states|scores|router_logits)
+    | summary_.* | trl_.* | vllm(_.*)? | kv_cache_(dtype|scheme|quant_algo) | bnb_.* | load_in_[48]bit | medusa_.*
+    | (text|vision|audio)_config
     | name | model_name(_or_path)? | author | description | license | language | tags | library_name | pipeline_tag
     | datasets? | base_model | version | revision | finetuned
     """,
@@ -61,6 +64,7 @@ NEUTRAL = {
     "norm_type": "rmsnorm",
     "position_embedding_type": "rope",
 }
+LONGEST_HINT = 30_000  # characters of a list of keys that a command line surely takes
 LARGEST = 2**31 - 1  # a dimension of an MLX array
 FLOAT_LIMIT = 1e38  # float32 reaches a little further
 T = TypeVar("T")
@@ -68,9 +72,10 @@ T = TypeVar("T")
 
 def passed_over(cls: type, config: dict) -> list[str]:
     """The keys of a config.json that the dataclass `cls` does not have and that change nothing in the model: they have
-    no value, or mean nothing for inference, or have a neutral value."""
+    no value, or mean nothing for inference, or have a neutral value. The method `unread` of a class names more."""
     names = set(config) - {field.name for field in fields(cls)} - IGNORED_KEYS
-    return sorted(name for name in names if changes_nothing(name, config[name]))
+    unread = cls.unread(config) if hasattr(cls, "unread") else set()
+    return sorted(unread | {name for name in names if changes_nothing(name, config[name])})
 
 
 def changes_nothing(name: str, value: object) -> bool:
@@ -89,10 +94,11 @@ def read_config(cls: type[T], config: dict, ignored: frozenset[str] = frozenset(
     known = {field.name: field for field in fields(cls)}
     kind = config.get("model_type", cls.__name__)
     if unknown := sorted(set(config) - set(known) - IGNORED_KEYS - ignored - set(passed_over(cls, config))):
-        raise MlxeffError(
-            f"{kind} config: unknown keys {short(unknown)}; if they change nothing in the model, delete them from "
-            f"config.json, or run with --ignore-keys {','.join(unknown)[:80]}"
-        )
+        go_on, names = "delete them from config.json", ",".join(unknown)
+        if names.count(",") == len(unknown) - 1 and names.isprintable() and len(names) < LONGEST_HINT:
+            go_on += f", or run with --ignore-keys {shlex.quote(names)}"
+        text = f"{kind} config: unknown keys {short(unknown)}; if they change nothing in the model, {go_on}"
+        raise MlxeffError(text, len(text))
     missing = sorted(name for name, field in known.items() if name not in config and field.default is MISSING)
     if missing:
         raise MlxeffError(f"{kind} config: missing keys {missing}")

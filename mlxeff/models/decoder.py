@@ -16,6 +16,7 @@ import mlx.nn as nn
 from ..cache import FLOAT_KINDS, KVCache, LayerCache
 from ..errors import MlxeffError
 from ..kernels import device
+from ..memory import require
 from ..modules import chunk_bytes, layer_rows
 from ..running import EXACT, RunOptions
 from .native import Native, native_executor
@@ -111,6 +112,33 @@ class DecoderModel(nn.Module):
             more = chunk_bytes(self.layers[0].attention.heads, layer_rows(self.parameters()), chunk, length)
         return (grown if grown > held else 0) + hidden + more
 
+    def require_room(self, cache: KVCache, new: int, options: RunOptions = EXACT, batch: int = 1) -> None:
+        """Raises MlxeffError where the memory that this process may use cannot hold the growth of `cache` that `new`
+        more tokens of each of `batch` sequences need. What is free is asked only where buffers grow."""
+        if cache.length + new <= cache.checked:
+            return
+        held, before, after = cache.nbytes, cache.capacity, cache.grown(new)
+        if after > before:
+            name, width = cache.kind or options.kv or cache.dtype, mx.float32.size
+            stored = FLOAT_KINDS[name].size if name in FLOAT_KINDS else 1
+            dense = batch * sum(2 * groups * size for groups, size in self.kv_shapes)  # numbers of a token
+            token = held / before if held else dense * stored
+            grown, layer = token * after, batch * max(2 * groups * size for groups, size in self.kv_shapes) * after
+            need = grown - held
+            if self.native is not None and self.native.applies(cache):
+                need += grown if held else 0  # all new buffers are made before the first old one is dropped
+            else:
+                need += grown / len(self.layers) if held else 0  # the largest copy
+                need += chunk_bytes(self.layers[0].attention.heads, layer_rows(self.parameters()), new * batch, after)
+                if name not in FLOAT_KINDS and device() == "cpu":
+                    need += 4 * width * layer  # planes are decoded
+                elif name != cache.dtype:
+                    need += width * layer  # they become the type of the queries
+            what = f"KV cache: growth from {before} to {after} tokens"
+            more = ", more with a smaller --kv-cache" if batch == 1 else f" of {batch} texts at once"
+            require(need, what, lambda have: f"about {before or int(have / token)} would fit{more}", tell=False)
+        cache.checked = after
+
     def make_cache(self) -> list[KVCache]:
         """[`new_cache()`]: what mlx-lm's `make_prompt_cache` gives for this model."""
         return [self.new_cache()]
@@ -122,10 +150,12 @@ class DecoderModel(nn.Module):
 
     def __call__(self, tokens: mx.array, cache: KVCache, options: RunOptions = EXACT) -> mx.array:
         """Ids (B, S) of the tokens that follow the cached ones → logits (B, S, V). Appends the tokens to `cache`."""
+        self.require_room(cache, tokens.shape[1], options, tokens.shape[0])
         return self.executor(cache, options).forward(tokens, cache, options, last=False)
 
     def last_logits(self, tokens: mx.array, cache: KVCache, options: RunOptions = EXACT) -> mx.array:
         """As `__call__`, but the logits of the last position only, (B, V): the output head is computed for one row."""
+        self.require_room(cache, tokens.shape[1], options, tokens.shape[0])
         return self.executor(cache, options).forward(tokens, cache, options, last=True)
 
     def layer_states(
@@ -143,6 +173,7 @@ class DecoderModel(nn.Module):
         Appends to the cache of all layers but the last. Of the last layer only the projections are computed: nothing
         here needs its attention or the output head.
         """
+        self.require_room(cache, tokens.shape[1], options, tokens.shape[0])
         return self.executor(cache, options).states(tokens, cache, inputs, pairs, options)
 
     def raw_kv(self, tokens: mx.array, cache: KVCache) -> KvPairs:
@@ -163,6 +194,8 @@ class DecoderModel(nn.Module):
 
     def append_kv(self, pairs: KvPairs, cache: KVCache, options: RunOptions = EXACT) -> None:
         """Append raw keys and values (B, G, S, E) of each layer to `cache`, which normalises and rotates the keys."""
+        batch, _, new, _ = pairs[0][0].shape
+        self.require_room(cache, new, options, batch)
         self.executor(cache, options).append(pairs, cache, options)
 
     def normed_kv(self, pairs: KvPairs) -> KvPairs:

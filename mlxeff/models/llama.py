@@ -18,7 +18,7 @@ from ..ops import swiglu
 from .config import LARGEST, fits, read_config, require
 from .decoder import DecoderModel
 from .parts import AttentionParts, DecoderLayer, EndParts, GatedParts, Heads, RotaryAttention, Rows
-from .rope import make_rope
+from .rope import make_rope, rule_of
 
 # model_type → fields of `LlamaConfig` that are fixed for it and not written in its config.json.
 FAMILIES: dict[str, dict] = {
@@ -64,7 +64,7 @@ class LlamaConfig:
     def from_dict(cls, config: dict) -> "LlamaConfig":
         """Read the dict of a config.json in the form of Hugging Face (transformers 4 and 5) or mlx-lm. Raises
         MlxeffError for unknown or missing keys and invalid values."""
-        config = dict(config)
+        config = {key: value for key, value in config.items() if key not in cls.unread(config)}
         kind = config["model_type"]
         if parameters := config.pop("rope_parameters", None):
             require(isinstance(parameters, dict), kind, "rope_parameters", "dict", parameters)
@@ -78,6 +78,13 @@ class LlamaConfig:
             require(fits(layers, int) and layers <= MAX_LAYERS, kind, "num_hidden_layers", "int", layers)
             config["layer_types"] = ["full_attention" if i < full else "sliding_attention" for i in range(layers)]
         return read_config(cls, config | FAMILIES[kind], WINDOW_KEYS)
+
+    @staticmethod
+    def unread(config: dict) -> set[str]:
+        """The keys of the dict of a config.json that this class has and does not read: a model of the type "llama"
+        attends to all tokens, unless its layers are listed with their kinds of attention."""
+        windowed = config.get("sliding_window") is not None and not config.get("layer_types")
+        return {"sliding_window"} if windowed and config.get("model_type") == "llama" else set()
 
     def __post_init__(self):
         kind, heads = self.model_type, self.num_attention_heads
@@ -116,6 +123,23 @@ class LlamaConfig:
         return self.sliding_window
 
 
+def rope_of_mlx_lm(config: dict) -> str | None:
+    """The rule of the rotary embedding, in words, of a config.json of these families that mlx-lm computes and this
+    module does not; None for others. Raises MlxeffError where the config has anything else that is not supported."""
+    scaling = config.get("rope_scaling") or config.get("rope_parameters")
+    dynamic = isinstance(scaling, dict) and rule_of(scaling) == "dynamic" and "max_position_embeddings" in config
+    dynamic = dynamic and fits(scaling.get("factor"), float) and scaling["factor"] > 0
+    traditional = config.get("rope_traditional") is True and config.get("model_type") in ("llama", "mistral", "qwen2")
+    if not (dynamic or traditional):
+        return None
+    left_out = {"rope_traditional"} | ({"rope_scaling", "rope_parameters"} if dynamic else set())
+    own = LlamaConfig.from_dict({key: value for key, value in config.items() if key not in left_out})
+    if any(own.window(layer) for layer in range(own.num_hidden_layers)):
+        return None  # mlx-lm does not read all windows
+    make_rope(own.head_dim, own.rope_theta, own.rope_scaling, own.model_type, own.max_position_embeddings)
+    return " and ".join([*(["dynamic"] if dynamic else []), *(["rope_traditional"] if traditional else [])])
+
+
 class Attention(RotaryAttention):
     """Attention with separate projections for queries, keys and values."""
 
@@ -132,7 +156,8 @@ class Attention(RotaryAttention):
         if config.qk_norm:
             self.q_norm = RMSNorm(size, eps=config.rms_norm_eps)
             self.k_norm = RMSNorm(size, eps=config.rms_norm_eps)
-        self.rope = make_rope(size, config.rope_theta, config.rope_scaling, config.model_type)
+        context = config.max_position_embeddings
+        self.rope = make_rope(size, config.rope_theta, config.rope_scaling, config.model_type, context)
 
     def project(self, x: mx.array) -> Heads:
         """Normalised hidden states (B, S, D) → raw queries (B, H, S, E), keys and values (B, G, S, E)."""

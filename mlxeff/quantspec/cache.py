@@ -163,6 +163,11 @@ class PlaneLayer:
             self._first = {part: min(first, tiles) for part, first in self._first.items()}
         return self.length
 
+    @property
+    def capacity(self) -> int:
+        """Tokens for which the planes have room. The lower plane of the newest tokens, which is small, grows apart."""
+        return self._buffers["upper"].shape[2] * TILE if self._buffers else 0
+
     def arrays(self) -> list[mx.array]:
         """All buffers, or nothing before the first token."""
         return list(self._buffers.values())

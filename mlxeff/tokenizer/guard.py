@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
+from .. import panics
 from ..errors import MlxeffError, one_line
 
 
@@ -18,7 +19,8 @@ def explained(origin: str) -> Iterator[None]:
     not our own. For calls of libraries with the contents of files, which raise errors of many types; a panic of the
     library `tokenizers` is no `Exception`. Interruptions pass."""
     try:
-        yield
+        with panics.apart():
+            yield
     except MlxeffError as error:
         line = one_line(str(error))
         if line == str(error):
