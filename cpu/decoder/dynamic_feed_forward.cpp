@@ -193,21 +193,23 @@ class DynamicFeedForward::Routed {
     ProductPair whole = gate_and_up(0, layer_.width(), given_.x, tokens_);
     whole.bind(pass_.prepared());
     pass_.team.for_rows(tokens_, [&](int64_t token) {
+      layer_.router_.prefetch();
       make_and_route(token);
       whole.prepare(token, token + 1);
     });
     const int64_t most = ceil_div(layer_.width(), whole.least_piece(threads_));
     pass_.team.for_chunks(2 * most, 1, [&](int64_t begin, int64_t end) {
-      if (blocks_.empty()) make_single_block();
+      if (blocks_.empty()) make_single_block(whole);
       for (int64_t p = begin; p < end; ++p) run_block(blocks_[0], p, most);
     });
   }
 
   // Its products read the inputs that those of the whole matrices have prepared: their form does not depend on how many
   // rows a matrix has.
-  void make_single_block() {
-    int32_t widest = 0;
-    for (int64_t token = 0; token < tokens_; ++token) widest = int32_t(max_of(widest, buffers_.experts[token]));
+  void make_single_block(const ProductPair& whole) {
+    int64_t widest = 0;
+    for (int64_t token = 0; token < tokens_; ++token) widest = max_of(widest, buffers_.experts[token]);
+    if (widest + 1 == layer_.experts()) return blocks_.push_back({tokens_, whole});
     blocks_.push_back({tokens_, gate_and_up(0, width_of(widest), given_.x, tokens_)});
     blocks_[0].products.bind(pass_.prepared());
   }
