@@ -81,8 +81,10 @@ def convert(
     """
     options = _options(dtype, quantize, dequantize, keep if seedlm is None else None)
     options = dataclasses.replace(options, ignored=tuple(ignore_keys), export_dense=export_dense)
-    if seedlm is None and (data_free or calibrate or calibration_tokens or (keep is not None and not quantize)):
-        raise MlxeffError("convert: keep, data_free, calibrate, calibration_tokens: wanted with seedlm, got none")
+    if keep is not None and seedlm is None and not quantize:
+        raise MlxeffError("convert: keep: wanted with quantize or seedlm (--quantize or --seedlm), got neither")
+    if seedlm is None and (data_free or calibrate or calibration_tokens):
+        raise MlxeffError("convert: data_free, calibrate, calibration_tokens: wanted with seedlm, got none")
     text = None
     if seedlm is not None:
         text, seeds = _seed_options(str(seedlm), keep, data_free, calibrate, calibration_tokens, options)

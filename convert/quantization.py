@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 RECIPES = {"mixed_2_6": (2, 6), "mixed_3_4": (3, 4), "mixed_3_6": (3, 6), "mixed_4_6": (4, 6)}
 
 
+TIED = "lm_head"  # the name of an output head, which a model that uses its embedding as the head does not have
+
+
 def check(options: "Options") -> None:
     """Raises MlxeffError for bits and group sizes that MLX does not support."""
     if options.bits and (options.bits not in BITS or options.group_size not in GROUPS):
@@ -34,7 +37,7 @@ def check(options: "Options") -> None:
 
 def schemes(model: nn.Module, weights: list["Weight"], options: "Options") -> dict[str, dict]:
     """Module name → scheme, for each matrix to quantise. Warns of matrices that stay dense because the group size does
-    not divide their number of columns. Raises MlxeffError for a name in `keep` that no matrix has."""
+    not divide their number of columns. Raises MlxeffError for a name in `keep` that no matrix can have."""
     matrices = {name for name, module in model.named_modules() if hasattr(module, "to_quantized")}
     found, dense, used = {}, {}, set()
     for weight in weights:
@@ -49,7 +52,7 @@ def schemes(model: nn.Module, weights: list["Weight"], options: "Options") -> di
             dense[weight.module] = weight.shape[-1]
         else:
             found[weight.module] = {"group_size": options.group_size, "bits": bits, "mode": "affine"}
-    if unknown := sorted({name for name, _ in options.keep} - used):
+    if unknown := sorted({name for name, _ in options.keep if name not in TIED} - used):
         raise MlxeffError(f"convert: keep: {', '.join(unknown)}: wanted parts of names of linear layers, got others")
     if dense:
         fitting = next(

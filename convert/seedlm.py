@@ -32,6 +32,7 @@ from ..seedlm.encode import Inputs, encode
 from ..seedlm.format import BlockFormat, block_format
 from ..seedlm.linear import SeedLinear
 from .plan import Weight
+from .quantization import TIED
 from .store import Store
 
 KEEP = (("embed", 8), ("lm_head", 8))
@@ -142,7 +143,7 @@ def _choose(model: nn.Module, weights: list[Weight], config: dict, options: Seed
             choice.kept[weight.module] = scheme
             if scheme != (stored := _stored_scheme(weight, config)):
                 choice.requantised[weight.module] = stored
-    if unknown := sorted({name for name, _ in options.keep} - used - {name for name, _ in KEEP}):
+    if unknown := sorted({name for name, _ in options.keep if name not in TIED} - used - {name for name, _ in KEEP}):
         raise MlxeffError(f"convert: keep: {', '.join(unknown)}: wanted parts of names of linear layers, got others")
     return choice
 

@@ -108,7 +108,8 @@ def stream_generate(
 
     draft_model               a smaller model of the same vocabulary, which drafts tokens that `model` verifies
     num_draft_tokens          tokens of each draft; None: as many as pay by measurement
-    kv_bits                   8 or 4: as options with the KV cache int8 or int4
+    kv_bits                   8 or 4: as options with the KV cache int8 or int4; an empty cache in a list for
+                              `prompt_cache` is replaced there by one of that kind
 
     These exist only for mlx-lm's signature. max_kv_size, input_embeddings and a stream of another device are refused;
     kv_group_size and quantized_kv_start have no effect.
@@ -135,7 +136,7 @@ def stream_generate(
     _check_ids(ids, model.vocab_size, tokenizer)
     cache = _one_cache(model, prompt_cache) if prompt_cache is not None else model.new_cache(options.kv)
     if options.kv not in (None, cache.kind):
-        raise MlxeffError(f"prompt_cache: wanted a KV cache of the kind {options.kv}, got one of {cache.kind}")
+        cache = _of_kind(model, options.kv, cache, prompt_cache)
     limit = context_limit or model.context_length
     ids = fit_context(ids, cache.length, limit, max_tokens, truncate)
     budget = max_tokens
@@ -218,6 +219,17 @@ def _one_cache(model: Model, given: Cache | list) -> Cache:
         return given
     got = type(given[0] if isinstance(given, list | tuple) and given else given).__name__
     raise MlxeffError(f"prompt_cache: wanted one of mlxeff.make_prompt_cache(model), got a list or an object of {got}")
+
+
+def _of_kind(model: Model, kind: str, cache: Cache, given: Cache | list) -> Cache:
+    """An empty cache of `kind`, which takes the place of `cache` in the list `given`, as mlx-lm quantises the caches of
+    a list. Raises MlxeffError for a cache that holds tokens, and for one that is not in a list."""
+    if not cache.length and cache.kind is None and isinstance(given, list):
+        given[:] = [model.new_cache(kind)]
+        return given[0]
+    got = f"one of {cache.kind or cache.stored_as or 'the type that the model computes'}"
+    how = f'an empty list of mlxeff.make_prompt_cache(model) becomes one, and model.new_cache("{kind}") makes one'
+    raise MlxeffError(f"prompt_cache: wanted a KV cache of the kind {kind}, got {got}: {how}")
 
 
 def _respond(

@@ -296,6 +296,17 @@ def test_quantize_keeps_some_layers(tmp_path, rng):
     assert source.config["mlxeff"]["options"]["keep"] == "lm_head:8,layers.0.mlp:16"
     with pytest.raises(MlxeffError, match="keep: nothing: wanted parts of names of linear layers"):
         convert(folder, tmp_path / "no", quantize=(4, 32), keep=(("nothing", 8),))
+    with pytest.raises(MlxeffError, match=r"keep: wanted with quantize or seedlm \(--quantize or --seedlm\), got"):
+        convert(folder, tmp_path / "no", keep=(("lm_head", 8),))
+
+
+def test_quantize_keeps_a_head_that_a_tied_model_does_not_have(tmp_path):
+    """The same names serve every model of a family, as with SeedLM."""
+    folder = write_tiny_model(tmp_path / "tied", {"tie_word_embeddings": True})
+    convert(folder, tmp_path / "out", quantize=(4, 32), keep=(("embed", 8), ("lm_head", 8)))
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["quantization"]["model.embed_tokens"]["bits"] == 8
+    assert "lm_head" not in config["quantization"]
 
 
 def test_matrices_that_the_group_does_not_divide_are_named(tmp_path, rng, caplog):

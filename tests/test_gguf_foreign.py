@@ -4,6 +4,7 @@ two of them to import mlx-lm."""
 
 import json
 import logging
+import re
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -146,6 +147,7 @@ def test_an_architecture_that_nothing_here_computes(tmp_path):
     with pytest.raises(MlxeffError, match=r"architecture: wanted one of .*gemma3.*, got 'olmo'") as caught:
         gguf_foreign.config_from_gguf(open_source(files.write(header, tmp_path / "x.gguf")))
     assert "\n" not in str(caught.value)
+    assert set(ARCHITECTURES) <= set(re.split(r"[ ,]+", str(caught.value)))
 
 
 def test_windows_of_other_periods(tmp_path, caplog):

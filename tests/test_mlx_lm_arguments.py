@@ -9,7 +9,7 @@ import mlx.core as mx
 import pytest
 
 from mlxeff import MlxeffError, generate, load, make_prompt_cache, stream_generate
-from tiny_model import GEMMA, MAMBA, write_foreign
+from tiny_model import GEMMA, MAMBA, write_foreign, write_tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +112,28 @@ def test_what_changes_nothing_is_accepted(tiny):
     }
     assert tokens(*tiny, [256, 72], 5, None, mx.default_stream(mx.default_device()), **more) == want
     assert tokens(*tiny, mx.array([256, 72]), max_tokens=5) == want
+
+
+def test_kv_bits_with_a_cache(tiny_folder_64):
+    """An empty cache in a list becomes one of that kind; others are refused with what to do."""
+    model, tokenizer = load(str(tiny_folder_64))
+    want = tokens(model, tokenizer, [256, 72], max_tokens=5, kv_bits=8)
+    caches = make_prompt_cache(model)
+    assert tokens(model, tokenizer, [256, 72], max_tokens=5, kv_bits=8, prompt_cache=caches) == want
+    assert (caches[0].kind, caches[0].length) == ("int8", 6)
+    assert tokens(model, tokenizer, [72], max_tokens=5, kv_bits=8, prompt_cache=caches)
+    for given in (model.new_cache(), model.make_cache()):
+        if isinstance(given, list):
+            tokens(model, tokenizer, [256, 72], max_tokens=1, prompt_cache=given)
+        message = r"wanted a KV cache of the kind int8, got one of .*: an empty list .*\(\"int8\"\) makes"
+        with pytest.raises(MlxeffError, match=message):
+            tokens(model, tokenizer, [72], kv_bits=8, prompt_cache=given)
+
+
+@pytest.fixture
+def tiny_folder_64(tmp_path):
+    """A tiny model whose heads have a size that the small caches take."""
+    return write_tiny_model(tmp_path / "tiny", {"head_dim": 64})
 
 
 def test_models_and_tokenizers_of_others_are_one_line(tiny, tiny_folder):

@@ -178,7 +178,7 @@ def test_a_cache_of_another_kind_goes_to_a_file_and_back(model, blocks, tmp_path
 
 
 def test_a_prompt_cache_of_another_kind_than_the_options_is_refused(model, blocks):
-    with pytest.raises(MlxeffError, match="wanted a KV cache of the kind blocks, got one of None"):
+    with pytest.raises(MlxeffError, match="wanted a KV cache of the kind blocks, got one of the type"):
         next(
             stream_generate(model, Tokenizer(), [1, 2], prompt_cache=model.new_cache(), options=RunOptions(kv="blocks"))
         )

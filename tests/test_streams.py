@@ -338,3 +338,22 @@ def test_text_beside_a_panic_stays():
             os.write(2, b"\\nthree")"""
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, env=environment())
     assert run.stderr == b"one\nthread '<unnamed>' panicked at x.rs:1:2:\nwhy\nnote: run\ntwo\nthree"
+
+
+def test_a_tilde_stands_for_the_home_folder(tmp_path):
+    """In every path of an option, as in the names of models."""
+    home = tmp_path / "home"
+    write_tiny_model(home / "tiny")
+    (home / "question.txt").write_text("Hello")
+    how = {"HOME": str(home), "cwd": tmp_path}
+    options = ("--model", "~/tiny", "--max-tokens", 2, "--raw")
+    mlxeff("generate", "--file", "~/question.txt", "--prompt-cache", "~/kept.cache", *options, **how)
+    assert (home / "kept.cache").exists()
+    mlxeff("convert", "~/tiny", "~/out", "--tokenizer", "~/tiny", "--quiet", **how)
+    assert (home / "out" / "tokenizer.json").exists()
+    small = ("--prompt-lengths", 4, "--rounds", 1, "--steps", 0, "--warmup", 0, "--quiet")
+    mlxeff("bench", "ttft", "~/tiny", "--out", "~/samples.jsonl", *small, **how)
+    assert (home / "samples.jsonl").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["home"]
+    line = fails("generate", "--file", "~nosuchuser/question.txt", *options, **how)
+    assert "~nosuchuser: no such user" in line

@@ -500,6 +500,13 @@ def test_a_panic_of_the_library_is_our_error(json_folder, monkeypatch):
         tokenizer.encode("a")
 
 
+def test_get_vocab(json_folder):
+    tokenizer = from_folder(json_folder)
+    vocabulary = tokenizer.get_vocab()
+    assert vocabulary == tokenizer._backend.tokenizer.get_vocab(with_added_tokens=True)
+    assert all(tokenizer.token_to_id(spelling) == token for spelling, token in vocabulary.items())
+
+
 def test_messages_are_short(tmp_path, json_folder):
     write_config(json_folder, chat_template="{{ raise_exception('x\ny' * 9999) }}")
     with pytest.raises(MlxeffError, match=r"^/.*: chat template: x yx y.*…") as error:

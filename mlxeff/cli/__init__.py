@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from .. import __version__, limits, panics
 from ..errors import MlxeffError
+from ..names import expand
 from . import arguments, streams
 
 VERBS = {  # verb → summary for the help
@@ -61,6 +62,9 @@ def _run(argv: Sequence[str] | None, options: argparse.Namespace) -> int:
     except SystemExit:  # of --help, --version and wrong usage
         sys.stdout.flush()
         raise
+    for name in arguments.PATHS:
+        if getattr(options, name, None):
+            setattr(options, name, str(expand(getattr(options, name))))
     streams.check(options.verb)
     panics.enable()
     if options.verb != "models":

@@ -12,6 +12,8 @@ from ..bench.selection import condition
 from ..hub.catalog import DEFAULT_MODEL
 
 MAX_TOKENS = 1024  # default of --max-tokens
+# Options that name a file or a folder, in which "~" stands for a home folder; names of models are resolved elsewhere.
+PATHS = ("file", "prompt_cache", "dst", "out", "text", "train_text", "calibrate", "tokenizer")
 DEVICE_HELP = "where to compute (default: auto, the GPU if there is one)"
 
 

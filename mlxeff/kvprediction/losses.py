@@ -22,6 +22,7 @@ share. This module draws no batches and updates no weights (see `train`).
 Shapes: B batch, N tokens, C tokens of the continuation, V vocabulary, H query heads, G KV heads, E head size.
 """
 
+import sys
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -71,6 +72,7 @@ class PredictedCache:
         windows = [base.window(i) for i in range(len(base.layers))]
         self.layers = [PredictedLayer(*pair, window, grows) for pair, window in zip(placed, windows, strict=True)]
         self.length, self.tally = self.layers[0].length, Tally()
+        self.checked = sys.maxsize  # no memory is asked for: what it holds is there already
 
 
 def predicted_logits(predictor: Predictor, read: Reading, base, tokens: mx.array) -> tuple[mx.array, Pairs]:

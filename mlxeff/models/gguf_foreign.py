@@ -83,7 +83,8 @@ def _architecture(source: Source) -> Architecture | None:
         return None
     if not isinstance(name, str) or name not in ARCHITECTURES:
         known = ", ".join(sorted({*gguf.FAMILIES, *ARCHITECTURES}))
-        raise MlxeffError(f"{source.path.name}: architecture: wanted one of {known}, got {name!r:.40}")
+        text = f"{source.path.name}: architecture: wanted one of {known}, got {name!r:.40}"
+        raise MlxeffError(text, len(text))  # the whole list
     return ARCHITECTURES[name]
 
 

@@ -108,6 +108,11 @@ class Tokenizer:
         """The spelling of a token in the vocabulary; None where there is no such id."""
         return self._backend.id_to_token(token)
 
+    def get_vocab(self) -> dict[str, int]:
+        """The spelling of each token in the vocabulary → its id, added tokens included."""
+        spellings = ((self._backend.id_to_token(token), token) for token in range(self.vocab_size))
+        return {spelling: token for spelling, token in spellings if spelling is not None}
+
     def encode(self, text: str, add_special_tokens: bool = True, special_in_text: bool = True) -> list[int]:
         """Token ids of `text`. Control tokens in the text become their ids, or with `special_in_text` false those of
         their letters. With `add_special_tokens`, BOS and EOS are added where the vocabulary's rules or `force_bos` say
