@@ -148,7 +148,8 @@ def test_json_is_one_document(tiny_folder):
     )
     assert set(got["timings"]) == set(
         "prompt_tokens reused_tokens generated_tokens load_s ttft_s prefill_tps decode_tps peak_memory_gb device "
-        "dtype backend compute kv_dtype kv_bytes kv_prediction quantspec draft_model prompt_lookup".split()
+        "dtype backend compute kv_dtype kv_bytes kv_prediction quantspec draft_model prompt_lookup dynamoe_draft "
+        "dynamoe".split()
     )
     assert got["timings"]["prompt_tokens"] == len(got["prompt_token_ids"])
     assert got["timings"]["generated_tokens"] == len(got["token_ids"])

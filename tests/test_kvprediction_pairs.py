@@ -164,7 +164,7 @@ def test_two_identical_trainings_at_once(base_folder, text, tmp_path):
     fit = ("fit", "kv-predictor", base_folder, "--aux", "lp:0.5", "--text", text, "--tokens", 600, "--length", 60)
     command = [sys.executable, "-m", "mlxeff", *map(str, fit), "--steps", "30", "--out", str(tmp_path / "out")]
     both = [subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, text=True) for _ in range(2)]
-    errors = [process.communicate(timeout=120)[1].splitlines()[-1] for process in both]
+    errors = [(process.communicate(timeout=120)[1].splitlines() or [""])[-1] for process in both]
     codes = [process.returncode for process in both]
     assert sorted(codes) == [0, 1]
     assert errors[codes.index(1)].endswith("out: another process is making it")

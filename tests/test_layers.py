@@ -16,6 +16,7 @@ LAYERS = {
     "_native": -1,
     "names": -1,
     "limits": -1,
+    "panics": -1,
     **dict.fromkeys(("errors", "kernels", "memory", "ops", "running", "sampling", "checkpoint", "tokenizer", "hub"), 0),
     "small_matmul": 0,
     **dict.fromkeys(("cache", "decode", "speculation", "modules", "tuning", "training", "calibration"), 1),

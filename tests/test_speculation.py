@@ -477,7 +477,10 @@ def test_a_draft_model_through_the_command(folder):
     [
         (("--quantspec", "--kv-cache", "float16"), "--quantspec: wanted --kv-cache int8, whose upper plane drafts, "),
         (("--quantspec", "--draft-model", "x"), "--quantspec: the model drafts itself, so --draft-model has no place"),
-        (("--num-draft-tokens", 3), "--num-draft-tokens: wanted --quantspec, --draft-model or --prompt-lookup with it"),
+        (
+            ("--num-draft-tokens", 3),
+            "--num-draft-tokens: wanted --quantspec, --draft-model, --draft or --prompt-lookup with it",
+        ),
         (("--draft-weights", "q4"), "--draft-weights: wanted --quantspec with it, got none"),
         (("--draft-model", "no/such-model.gguf", "--offline"), "no/such-model.gguf"),
     ],
