@@ -20,8 +20,8 @@ def command() -> str:
 
 
 def result_path(cpu: str, name: str) -> Path:
-    """The path `results/<cpu>-<name>`; <cpu> keeps the letters and digits of the processor's name, and has no full stop,
-    which would begin a suffix."""
+    """The path `results/<cpu>-<name>`; <cpu> keeps the letters and digits of the processor's name, and has no full
+    stop, which would begin a suffix."""
     chip = re.sub(r"[^A-Za-z0-9]+", "-", cpu.replace("(R)", "")).strip("-")
     return RESULTS / f"{chip}-{name}"
 
