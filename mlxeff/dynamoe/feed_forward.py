@@ -150,9 +150,8 @@ class DynamicFeedForward(nn.Module):
         self.widths, self.fractions = tuple(widths), fractions
         self._counts, self._pending = [0] * len(self.widths), []
         self._recorded: list[mx.array] | None = None
-        self._kernel: tuple[list[mx.array], metal.Parts | None] | None = (
-            None  # (arrays, what `_described` made of them)
-        )
+        # What `_described` made of these arrays, None before it was called.
+        self._kernel: tuple[list[mx.array], metal.Parts | None] | None = None
 
     @property
     def smaller(self) -> list[nn.Module | None]:
