@@ -22,6 +22,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_unflatten
 
+from ..assembly import quantization
 from ..assembly.model import build_model
 from ..calibration import LayerStream
 from ..errors import MlxeffError
@@ -101,10 +102,8 @@ class Choice:
         """The entries of config.json: `seedlm` describes the encoded modules; `quantization` has the commonest scheme
         of the kept modules, and an entry for each module with another scheme."""
         described = {"seedlm": install.entry(self.seeded)} if self.seeded else {}
-        if schemes := list(self.kept.values()):
-            default = max(schemes, key=schemes.count)
-            others = {module: scheme for module, scheme in self.kept.items() if scheme != default}
-            described["quantization"] = default | others
+        if self.kept:
+            described["quantization"] = quantization.entry(self.kept)
         return described
 
     def report(self, errors: dict[str, float], encoder: str | None) -> dict:

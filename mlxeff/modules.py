@@ -50,6 +50,20 @@ def dequantized(matrix: ops.Quantized) -> mx.array:
     return mx.dequantize(matrix.weight, *parts, matrix.group_size, matrix.bits, matrix.mode).astype(mx.float32)
 
 
+def parameter_bytes(module: nn.Module) -> int:
+    """Bytes of all parameters of a module and of those below it."""
+    return sum(array.nbytes for _, array in tree_flatten(module.parameters()))
+
+
+def plain_linear(weight: mx.array, bias: mx.array | None = None) -> "Linear":
+    """A `Linear` with this matrix (N, K) and bias (N)."""
+    layer = Linear(1, 1, bias=False)
+    layer.weight = weight
+    if bias is not None:
+        layer.bias = bias
+    return layer
+
+
 def linear_of(weight: mx.array, bias: mx.array | None = None) -> nn.Linear:
     """MLX's linear layer with this matrix (N, K) and bias (N)."""
     linear = nn.Linear(1, 1, bias=False)

@@ -20,7 +20,7 @@ import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
 from .errors import MlxeffError
-from .modules import Linear, QuantizedLinear, RMSNorm, dense, is_matrix
+from .modules import Linear, QuantizedLinear, RMSNorm, dense, is_matrix, plain_linear
 from .ops import GROUPS, linear
 
 METHODS = ("lora", "full")
@@ -160,11 +160,7 @@ def _trainable(module: nn.Module) -> nn.Module:
 
 
 def _dense_linear(weight: mx.array, bias: mx.array | None) -> Linear:
-    layer = Linear(1, 1, bias=False)
-    layer.weight = weight
-    if bias is not None:
-        layer.bias = bias.astype(mx.float32)
-    return layer
+    return plain_linear(weight, None if bias is None else bias.astype(mx.float32))
 
 
 def _children(module: nn.Module, path: str = "") -> Iterator[tuple[nn.Module, str, str]]:

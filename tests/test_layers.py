@@ -37,6 +37,7 @@ SAME_LAYER = {
     ("decode", "cache"),
     ("speculation", "cache"),
     ("speculation", "decode"),
+    ("speculation", "modules"),
     ("tuning", "modules"),
 }
 SLOW_TO_IMPORT = {

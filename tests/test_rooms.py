@@ -18,7 +18,7 @@ from mlxeff import MlxeffError, RunOptions, cache, cli, stream_generate
 from mlxeff.assembly import techniques
 from mlxeff.assembly.model import load_path
 from mlxeff.assembly.options import option, positive
-from mlxeff.assembly.techniques import Fitted, Stored, Switched
+from mlxeff.assembly.techniques import Stored, Subcommand, Switched
 from mlxeff.cache import KVCache
 from mlxeff.decode import PlainReading, Setup, decode, prefill
 from mlxeff.generation import Session
@@ -306,7 +306,7 @@ def test_a_new_fit_is_a_verb(monkeypatch, tmp_path, capsys):
         return {"out": out, "sum": sum(range(count))}
 
     options = (option("out", metavar="OUT"), option("--count", type=positive, default=4))
-    entry = Fitted("sum", "a sum", options, fit, lambda report: [f"the sum is {report['sum']}"])
+    entry = Subcommand("sum", "a sum", options, fit, lambda report: [f"the sum is {report['sum']}"])
     monkeypatch.setattr(techniques, "FITTED", (*techniques.FITTED, entry))
     with pytest.raises(TypeError, match="offline"):
         run(capsys, "fit", "sum", "x")  # every fit is told whether it may use the network

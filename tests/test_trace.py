@@ -120,6 +120,11 @@ def test_bad_input_is_one_line(fitted, tmp_path, arguments, message):  # noqa: F
     assert not list(tmp_path.iterdir())
 
 
+def test_a_text_that_begins_like_a_home_folder_stays_as_it_is(fitted, tmp_path):  # noqa: F811
+    found, _ = mlxeff("trace", "dynamoe", fitted[0], "~root is a name", "--out", tmp_path / "page.html", "--json")
+    assert "".join(token["text"] for token in json.loads(found)["tokens"]).endswith("~root is a name")
+
+
 def test_a_dense_model_is_refused(source, tmp_path):  # noqa: F811
     line = fails("trace", "dynamoe", source, "x", "--out", tmp_path / "page.html")
     assert "trace dynamoe: wanted a DynaMoE model" in line

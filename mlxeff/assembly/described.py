@@ -3,8 +3,6 @@
 It is the way back from `model.load_path`: a model whose modules were replaced is written as a folder that loads again.
 """
 
-from collections import Counter
-
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
@@ -12,6 +10,7 @@ from mlx.utils import tree_flatten
 from ..checkpoint import Piece
 from ..checkpoint.tensor import NAMES
 from ..seedlm import install as seedlm
+from .quantization import entry
 
 
 def storage(model: nn.Module) -> dict:
@@ -26,9 +25,7 @@ def storage(model: nn.Module) -> dict:
             schemes[name] = scheme | ({"mode": module.mode} if module.mode != "affine" else {})
     found = {"seedlm": seedlm.entry(seeded)} if seeded else {}
     if schemes:
-        counted = Counter(tuple(scheme.items()) for scheme in schemes.values())
-        default = dict(counted.most_common(1)[0][0])
-        quantization = default | {name: scheme for name, scheme in schemes.items() if scheme != default}
+        quantization = entry(schemes)
         found |= {"quantization": quantization, "quantization_config": quantization}
     return found
 

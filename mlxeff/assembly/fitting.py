@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import TypeVar
 
 from .. import hub
 from ..checkpoint import check_new, claim
@@ -35,6 +36,7 @@ SEARCH_PIECES = 4  # pieces of the text on which choices of layers are compared
 # paths.
 NOT_KEPT = ("base", "aux", "out", "text", "train_text", "tokens", "map_bits", "offline")
 
+Settings = TypeVar("Settings")
 # (title, unit) → a context manager that gives a callback for (done, total), or None where no progress is shown.
 Progress = Callable[[str, str], AbstractContextManager[Callable[[int, int], None] | None]]
 
@@ -151,11 +153,20 @@ def fit_kv_predictor(base: str, aux: str, out: str | Path, *, progress: Progress
     settings, models and texts; `out` does not exist then. Where only writing failed, it raises NotWrittenError, which
     has the report.
     """
+    with settled(KvPredictorSettings, "fit_kv_predictor", base, aux, out=out, **settings) as checked:
+        return _fit_kv_predictor(checked, progress)
+
+
+@contextlib.contextmanager
+def settled(kind: type[Settings], function: str, *names: str, out: str | Path, **settings) -> Iterator[Settings]:
+    """The settings of a fit, of the dataclass `kind`, whose first fields are `names`. The new path `out` is this
+    process's inside the block, so that no two write one unfinished fit. Raises MlxeffError for options that `function`
+    does not have, for invalid ones, and where `out` exists or another process makes it."""
     check_new(Path(out))
-    if unknown := sorted(set(settings) - {field.name for field in fields(KvPredictorSettings)}):
-        raise MlxeffError(f"fit_kv_predictor: unknown options {unknown}")
-    with claim(Path(out)):  # so that no two processes write one unfinished training
-        return _fit_kv_predictor(KvPredictorSettings(base, aux, out, **settings), progress)
+    if unknown := sorted(set(settings) - {field.name for field in fields(kind)}):
+        raise MlxeffError(f"{function}: unknown options {unknown}")
+    with claim(Path(out)):
+        yield kind(*names, out=out, **settings)
 
 
 def _fit_kv_predictor(settings: KvPredictorSettings, progress: Progress) -> dict:

@@ -8,7 +8,7 @@ import hashlib
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import mlx.core as mx
@@ -17,7 +17,7 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
 from .. import __version__, calibration, hub
-from ..checkpoint import WorkFolder, check_new, claim, open_source, write_folder
+from ..checkpoint import WorkFolder, open_source, write_folder
 from ..decode import require_seam
 from ..dynamoe import calibrate, fisher, fit
 from ..dynamoe.feed_forward import DynamicFeedForward
@@ -25,16 +25,15 @@ from ..dynamoe.install import DOWNS, KEY, MOST_EXPERTS, Entry, gated_layers, pri
 from ..errors import MlxeffError, notices
 from ..models.decoder import DecoderModel
 from ..models.parts import GatedParts
-from ..modules import settle_random_state
+from ..modules import parameter_bytes, settle_random_state
 from . import described, folder
-from .fitting import NotWrittenError, Progress, no_progress
+from .fitting import NotWrittenError, Progress, no_progress, settled
 from .model import Loaded, load_path
 
 RULES = {"regression": "lagrangian", "paper": "cumulative"}  # value of --router → the rule of the routers
 SHARES = (1 / 3, 2 / 3)  # of the neurons, of the smaller experts by default
 ALIGNED = (512, 256, 128, 64, 32)  # widths are multiples of the first of these that leaves them apart
 RANK = 64
-TOKENS = 32768
 REPLACED = ("quantization", "quantization_config", "seedlm", KEY)  # entries of the source's config.json
 
 
@@ -51,7 +50,7 @@ class DynamoeSettings:
     router: str = "regression"
     threshold: float | None = None
     text: str | Path | None = None
-    tokens: int = TOKENS
+    tokens: int = calibration.TOKENS
     seed: int = 0
     ignore_keys: Sequence[str] = ()
     offline: bool = False
@@ -82,11 +81,8 @@ def fit_dynamoe(model: str, out: str | Path, *, progress: Progress = no_progress
     settings, models and texts; `out` does not exist then. Where only writing failed, it raises NotWrittenError, which
     has the report.
     """
-    check_new(Path(out))
-    if unknown := sorted(set(settings) - {field.name for field in fields(DynamoeSettings)}):
-        raise MlxeffError(f"fit_dynamoe: unknown options {unknown}")
-    with claim(Path(out)):  # so that no two processes write one work folder
-        return _fit(DynamoeSettings(model, out, **settings), progress)
+    with settled(DynamoeSettings, "fit_dynamoe", model, out=out, **settings) as checked:
+        return _fit(checked, progress)
 
 
 def _fit(settings: DynamoeSettings, progress: Progress) -> dict:
@@ -241,11 +237,7 @@ def _write(
 
 def _report(settings: DynamoeSettings, entry: Entry, found: Found, windows: np.ndarray, name: str) -> dict:
     """The report without its times."""
-    sizes = [sum(array.nbytes for _, array in tree_flatten(module.parameters())) for module in found.modules]
-    more = [
-        sum(array.nbytes for _, array in tree_flatten([module.router.parameters(), module.get("experts") or []]))
-        for module in found.modules
-    ]
+    added = [part for module in found.modules for part in (module.router, *(module.get("experts") or ()))]
     return {
         "model": settings.model,
         "out": str(settings.out),
@@ -257,6 +249,6 @@ def _report(settings: DynamoeSettings, entry: Entry, found: Found, windows: np.n
         "router": settings.router,
         "explained": found.explained,
         "table": [list(row) for row in entry.fractions.table],
-        "bytes": sum(sizes),
-        "added_bytes": sum(more),
+        "bytes": sum(map(parameter_bytes, found.modules)),
+        "added_bytes": sum(map(parameter_bytes, added)),
     }

@@ -1,6 +1,6 @@
 """MLX's quantisation: which modules of a model are quantised, by the entry `quantization` of its config.json."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 import mlx.nn as nn
 
@@ -25,6 +25,14 @@ def check_sizes(config: dict) -> None:
         for name, size, wanted in zip(("bits", "group_size"), sizes, MODES[mode], strict=True):
             if name in entry and (type(size) is not int or size not in wanted):
                 raise MlxeffError(f"config: quantization: {short(entry)}: wanted {name} of {wanted} in mode {mode}")
+
+
+def entry(schemes: Mapping[str, dict]) -> dict:
+    """The entry `quantization` of a config.json for these modules, of which there is one at least: name → scheme. The
+    commonest scheme is the default, and every module with another one has an entry of its own."""
+    listed = list(schemes.values())
+    default = max(listed, key=listed.count)
+    return default | {name: scheme for name, scheme in schemes.items() if scheme != default}
 
 
 def install(model: nn.Module, quantization: dict, tensors: Collection[str] | None) -> None:

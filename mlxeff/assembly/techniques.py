@@ -1,5 +1,5 @@
 """The tables of techniques: STORED (named in a checkpoint's config.json), SWITCHED (switched on by an option of the
-command line) and FITTED (fitted by `mlxeff fit`).
+command line), FITTED (fitted by `mlxeff fit`) and TRACED (shown by `mlxeff trace`).
 
 A new technique is added by an entry in one or more tables. No other module asks for a technique by name. The packages
 of the techniques are imported inside of functions only, because the command line reads these tables for its help.
@@ -123,33 +123,15 @@ def switch_on(setup: "Setup", base: "Loaded", values: argparse.Namespace) -> "Se
 
 
 @dataclass(frozen=True)
-class Fitted:
-    """Something that `mlxeff fit NAME` fits to a model.
+class Subcommand:
+    """Something that `mlxeff VERB NAME` does for a technique, where the verb is `fit` or `trace`.
 
     name                     NAME
     summary                  one line for the help
     options                  its options
-    run(progress, **values)  fits it; `values` are the parsed values of the options. Returns the report for `--json`
+    run(progress, **values)  does it; `values` are the parsed values of the options, of `trace` also the `text`. Returns
+                             the report for `--json`
     lines(report)            the report as lines for people
-    """
-
-    name: str
-    summary: str
-    options: tuple[Option, ...]
-    run: Callable[..., dict]
-    lines: Callable[[dict], list[str]]
-
-
-@dataclass(frozen=True)
-class Traced:
-    """Something that `mlxeff trace NAME` shows of a text.
-
-    name                           NAME
-    summary                        one line for the help
-    options                        its options
-    run(progress, text, **values)  traces the text; `values` are the parsed values of the options. Returns the report
-                                   for `--json`
-    lines(report)                  the report as lines for people
     """
 
     name: str
@@ -514,8 +496,8 @@ SWITCHED: Sequence[Switched] = (
         identity=lambda value: f"{value.value:g}",
     ),
 )
-FITTED: Sequence[Fitted] = (
-    Fitted(
+FITTED: Sequence[Subcommand] = (
+    Subcommand(
         name="kv-predictor",
         summary="a pair for `generate --kv-predict`: linear maps from the states of a small model to the keys and "
         "values of a base model",
@@ -523,7 +505,7 @@ FITTED: Sequence[Fitted] = (
         run=_fit_kv_predictor,
         lines=fit_options.kv_predictor_lines,
     ),
-    Fitted(
+    Subcommand(
         name="dynamoe",
         summary="a DynaMoE model for `generate --sensitivity`: each token computes as much of the feed-forward "
         "networks as it needs",
@@ -532,13 +514,13 @@ FITTED: Sequence[Fitted] = (
         lines=fit_options.dynamoe_lines,
     ),
 )
-TRACED: Sequence[Traced] = (
-    Traced(
+TRACED: Sequence[Subcommand] = (
+    Subcommand(
         name="dynamoe",
         summary="which tokens of a text take how much of a DynaMoE model: a page of HTML, and a picture",
         options=(
             option("model", metavar="DYN", help="the DynaMoE model: a folder or hub id"),
-            option("text", nargs="?", help="the text; or name a --file"),
+            option("prompt", nargs="?", metavar="TEXT", help="the text; or name a --file"),
             option("--file", metavar="FILE", help="read the text from a UTF-8 file"),
             option("--out", metavar="PAGE.html", required=True, help="the new page; the picture lies beside it"),
             option(

@@ -46,24 +46,19 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
 
 
 def add_fit(parser: argparse.ArgumentParser) -> None:
-    what = parser.add_subparsers(dest="what", metavar="WHAT", required=True)
-    for fitted in techniques.FITTED:
-        summary = fitted.summary
-        sub = what.add_parser(fitted.name, help=summary, description=sentence(summary), allow_abbrev=False)
-        _add(sub, fitted.options)
-        sub.add_argument("--device", choices=("auto", "cpu", "gpu"), default="auto", help=DEVICE_HELP)
-        sub.add_argument("--offline", action="store_true", help="never touch the network")
-        sub.add_argument("--json", action="store_true", help="print one JSON document")
-        sub.add_argument("--quiet", action="store_true", help="no progress bar, no report; warnings still show")
+    _add_subcommands(parser, techniques.FITTED)
 
 
 def add_trace(parser: argparse.ArgumentParser) -> None:
+    _add_subcommands(parser, techniques.TRACED)
+
+
+def _add_subcommands(parser: argparse.ArgumentParser, entries: Iterable[techniques.Subcommand]) -> None:
+    """Add what a verb does for each technique, with the options that all of them have."""
     what = parser.add_subparsers(dest="what", metavar="WHAT", required=True)
-    for traced in techniques.TRACED:
-        sub = what.add_parser(
-            traced.name, help=traced.summary, description=sentence(traced.summary), allow_abbrev=False
-        )
-        _add(sub, traced.options)
+    for entry in entries:
+        sub = what.add_parser(entry.name, help=entry.summary, description=sentence(entry.summary), allow_abbrev=False)
+        _add(sub, entry.options)
         sub.add_argument("--device", choices=("auto", "cpu", "gpu"), default="auto", help=DEVICE_HELP)
         sub.add_argument("--offline", action="store_true", help="never touch the network")
         sub.add_argument("--json", action="store_true", help="print one JSON document")

@@ -101,11 +101,7 @@ def _prompt(options: argparse.Namespace) -> str:
             raise MlxeffError("generate: wanted a prompt or --file, got both")
         return _not_empty(streams.require_text(options.prompt, "prompt"), "prompt")
     if options.file:
-        try:
-            data = Path(options.file).read_bytes()
-        except OSError as error:
-            raise MlxeffError(f"{options.file}: cannot be read: {error.strerror or error}") from error
-        return _not_empty(streams.decode(data, options.file), options.file)
+        return _not_empty(streams.read_text(options.file), options.file)
     if options.prompt is None and sys.stdin.isatty():
         raise MlxeffError('generate: wanted a prompt, got none: mlxeff generate "…", --file FILE or text on stdin')
     return _not_empty(streams.decode(streams.read_input(), "standard input"), "standard input")

@@ -9,6 +9,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TextIO
 
 from ..errors import MlxeffError
@@ -189,6 +190,14 @@ def decode(data: bytes, origin: str) -> str:
     except UnicodeDecodeError as error:
         byte, at = data[error.start], error.start
         raise MlxeffError(f"{origin}: wanted UTF-8 text, got byte 0x{byte:02x} at position {at}") from None
+
+
+def read_text(path: str) -> str:
+    """The text of a UTF-8 file. Raises MlxeffError where it cannot be read."""
+    try:
+        return decode(Path(path).read_bytes(), path)
+    except OSError as error:
+        raise MlxeffError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
 def require_text(text: str, origin: str) -> str:

@@ -3,13 +3,12 @@ WHATs."""
 
 import argparse
 import functools
-from pathlib import Path
 
 from ..assembly import techniques
 from ..errors import MlxeffError
 from . import output, streams
 
-OWN = ("verb", "what", "device", "json", "quiet", "text", "file")  # options of the verb; all others are of the trace
+OWN = ("verb", "what", "device", "json", "quiet", "prompt", "file")  # options of the verb; all others are of the trace
 
 
 def run(options: argparse.Namespace) -> int:
@@ -31,11 +30,6 @@ def run(options: argparse.Namespace) -> int:
 
 def _text(options: argparse.Namespace) -> str:
     """The text: from the argument or a file. Raises MlxeffError where there is none, or both."""
-    if (options.text is None) == (options.file is None):
-        raise MlxeffError("trace: wanted a text or --file, got " + ("none" if options.text is None else "both"))
-    if options.text is not None:
-        return streams.require_text(options.text, "text")
-    try:
-        return streams.decode(Path(options.file).read_bytes(), options.file)
-    except OSError as error:
-        raise MlxeffError(f"{options.file}: cannot be read: {error.strerror or error}") from error
+    if (options.prompt is None) == (options.file is None):
+        raise MlxeffError("trace: wanted a text or --file, got " + ("none" if options.file is None else "both"))
+    return streams.read_text(options.file) if options.prompt is None else streams.require_text(options.prompt, "text")

@@ -16,28 +16,42 @@ STEPS = 60  # of the bisection
 
 def experts(scores: np.ndarray, prices: Sequence[float], rule: str, dial: float) -> np.ndarray:
     """The number of each token's expert in one layer, (T), for scores (T, R); see `feed_forward.Router.choose`."""
-    last = len(prices) - 1
+    return _cheapest(_weighed(scores, rule), prices, rule, dial)
+
+
+def _weighed(scores: np.ndarray, rule: str) -> np.ndarray:
+    """What does not depend on the dial, (T, E): the predicted errors, or the probabilities summed up."""
     if rule == "lagrangian":
         with np.errstate(over="ignore"):
-            errors = np.concatenate([np.exp(scores), np.zeros((len(scores), 1))], axis=1)
-        return last - np.argmin((errors + dial * np.asarray(prices))[:, ::-1], axis=1)
+            return np.concatenate([np.exp(scores), np.zeros((len(scores), 1))], axis=1)
     shifted = np.exp(scores - scores.max(axis=1, keepdims=True))
-    reached = np.cumsum(shifted / shifted.sum(axis=1, keepdims=True), axis=1) >= dial
+    return np.cumsum(shifted / shifted.sum(axis=1, keepdims=True), axis=1)
+
+
+def _cheapest(weighed: np.ndarray, prices: Sequence[float], rule: str, dial: float) -> np.ndarray:
+    """The number of each token's expert, (T), for the result of `_weighed`."""
+    last = len(prices) - 1
+    if rule == "lagrangian":
+        return last - np.argmin((weighed + dial * np.asarray(prices))[:, ::-1], axis=1)
+    reached = weighed >= dial
     return np.where(reached.any(axis=1), reached.argmax(axis=1), last)
 
 
 def mean_fraction(scores: Sequence[np.ndarray], prices: Sequence[Sequence[float]], rule: str, dial: float) -> float:
     """The mean share of all neurons that the tokens compute."""
-    taken = [
-        np.asarray(price)[experts(each, price, rule, dial)].mean() for each, price in zip(scores, prices, strict=True)
-    ]
-    return float(np.mean(taken))
+    return _mean([_weighed(each, rule) for each in scores], prices, rule, dial)
+
+
+def _mean(weighed: Sequence[np.ndarray], prices: Sequence[Sequence[float]], rule: str, dial: float) -> float:
+    """`mean_fraction` for the results of `_weighed`."""
+    pairs = zip(weighed, prices, strict=True)
+    return float(np.mean([np.asarray(price)[_cheapest(each, price, rule, dial)].mean() for each, price in pairs]))
 
 
 def table(scores: Sequence[np.ndarray], prices: Sequence[Sequence[float]], rule: str) -> Fractions:
     """The dials for the mean fractions in FRACTIONS that the routers can reach, and for the smallest one, by bisection.
     `scores` (T, R) and `prices` (E) are those of each layer."""
-    lagrangian = rule == "lagrangian"
+    lagrangian, weighed = rule == "lagrangian", [_weighed(each, rule) for each in scores]
     smallest = float(np.mean([price[0] for price in prices]))
     rows = [(smallest, LARGEST_PRICE if lagrangian else 0.0)]
     for wanted in FRACTIONS:
@@ -46,7 +60,7 @@ def table(scores: Sequence[np.ndarray], prices: Sequence[Sequence[float]], rule:
         low, high = (1e-12, 1e12) if lagrangian else (0.0, 1.0)
         for _ in range(STEPS):
             dial = (low * high) ** 0.5 if lagrangian else (low + high) / 2
-            above = mean_fraction(scores, prices, rule, dial) > wanted
+            above = _mean(weighed, prices, rule, dial) > wanted
             low, high = (dial, high) if above == lagrangian else (low, dial)
         rows.append((wanted, high if lagrangian else low))
     return Fractions(rule, tuple(rows))

@@ -19,7 +19,7 @@ from mlx.utils import tree_flatten
 
 from .. import kernels
 from ..models.parts import Rows
-from ..modules import Linear, QuantizedLinear, quantized_matrix
+from ..modules import Linear, QuantizedLinear, parameter_bytes, quantized_matrix
 from ..ops import FLOATS, Quantized, linear, quantized_linear, swiglu
 from ..running import EXACT, RunOptions
 from . import metal
@@ -150,6 +150,7 @@ class DynamicFeedForward(nn.Module):
         self.widths, self.fractions = tuple(widths), fractions
         self._counts, self._pending = [0] * len(self.widths), []
         self._recorded: list[mx.array] | None = None
+        self._places: tuple[mx.array, mx.array] | None = None  # `order`, and the neuron that belongs to each column
         # What `_described` made of these arrays, None before it was called.
         self._kernel: tuple[list[mx.array], metal.Parts | None] | None = None
 
@@ -235,7 +236,11 @@ class DynamicFeedForward(nn.Module):
 
     def _whole(self, hidden: mx.array) -> mx.array:
         """The whole down-projection of the values of all neurons (…, F)."""
-        return self.down_proj(hidden[..., mx.argsort(self.order)] if "order" in self else hidden)
+        if "order" not in self:
+            return self.down_proj(hidden)
+        if self._places is None or self._places[0] is not self.order:
+            self._places = self.order, mx.argsort(self.order)
+        return self.down_proj(hidden[..., self._places[1]])
 
     def _with_bias(self, y: mx.array) -> mx.array:
         """The bias of the down-projection, which smaller experts share, added to y (T, D)."""
@@ -276,7 +281,7 @@ class DynamicFeedForward(nn.Module):
     def read_bytes(self, fraction: float) -> int:
         """Bytes of its parameters that it reads for a token of which it computes a `fraction` of the neurons on
         average."""
-        whole = sum(_bytes(module) for module in (self.gate_proj, self.up_proj, self.down_proj))
+        whole = sum(parameter_bytes(module) for module in (self.gate_proj, self.up_proj, self.down_proj))
         return int(whole * max(fraction, self.widths[0] / self.widths[-1]))
 
     def record(self, chosen: list[mx.array] | None) -> None:
@@ -321,11 +326,6 @@ def _matrix(module: nn.Module) -> metal.Matrix | None:
     if type(module) is Linear:
         return module.weight
     return quantized_matrix(module) if type(module) is QuantizedLinear else None
-
-
-def _bytes(module: nn.Module) -> int:
-    """Bytes of all parameters of a module."""
-    return sum(array.nbytes for _, array in tree_flatten(module.parameters()))
 
 
 def _first_rows(module: nn.Module, count: int, x: mx.array) -> mx.array:

@@ -16,8 +16,8 @@ import mlx.nn as nn
 import numpy as np
 
 from ..models.parts import GatedParts, Rows
-from ..modules import Linear, QuantizedLinear, dense
-from ..ops import linear, swiglu
+from ..modules import Linear, QuantizedLinear, dense, plain_linear
+from ..ops import fitting_group, linear, swiglu
 from . import gptq
 from .feed_forward import DynamicFeedForward, LowRank
 from .fractions import Fractions
@@ -111,27 +111,22 @@ def rows_taken(rows: Rows, order: np.ndarray) -> nn.Module:
             else:
                 taken.pop(name, None)
     else:
-        taken = _plain(module.weight[index])
+        taken = plain_linear(module.weight[index])
     if bias is not None:
         taken.bias = bias
     return taken
-
-
-def _plain(weight: mx.array) -> Linear:
-    layer = Linear(1, 1, bias=False)
-    layer.weight = weight
-    return layer
 
 
 def stored(matrix: np.ndarray, like: nn.Module, gram: np.ndarray | None = None) -> nn.Module:
     """A linear layer without bias with this matrix (N, K), stored as `like` is: quantised in groups of the same size
     with the same bits, so that what it makes of vectors with the Gram matrix `gram` changes the least; or dense in the
     same type. Seed-encoded matrices become affine ones of 8 bits, since their blocks cannot be cut."""
-    affine = isinstance(like, nn.QuantizedLinear) and like.mode == "affine"
-    if not affine and not isinstance(like, nn.QuantizedLinear) and not hasattr(like, "block_format"):
-        return _plain(mx.array(matrix, mx.float32).astype(like.weight.dtype))
-    bits, dtype = (like.bits, like.scales.dtype) if affine else (8, mx.float16)
-    group = like.group_size if affine else 64 if matrix.shape[1] % 64 == 0 else 32
+    if isinstance(like, nn.Linear):
+        return plain_linear(mx.array(matrix, mx.float32).astype(like.weight.dtype))
+    if isinstance(like, nn.QuantizedLinear) and like.mode == "affine":
+        bits, group, dtype = like.bits, like.group_size, like.scales.dtype
+    else:
+        bits, group, dtype = 8, fitting_group(matrix.shape[1]), mx.float16
     gram = np.eye(matrix.shape[1]) if gram is None else gram
     return gptq.quantised(np.asarray(matrix, np.float64), gram, bits, group, dtype)
 
@@ -198,7 +193,7 @@ def fit_layer(
             rank = expert.left.weight.shape[1]
             left, right = low_rank(gram[:width, :width], matrix - whole[:, :width], rank)
             expert.left, expert.right = (
-                _plain(mx.array(each, mx.float32).astype(mx.float16)) for each in (left, right)
+                plain_linear(mx.array(each, mx.float32).astype(mx.float16)) for each in (left, right)
             )
         else:
             module.experts[number] = stored(matrix, like, gram[:width, :width])

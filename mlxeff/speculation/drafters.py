@@ -5,13 +5,12 @@ from dataclasses import replace
 from typing import Protocol
 
 import mlx.core as mx
-import mlx.nn as nn
-from mlx.utils import tree_flatten
 
 from ..cache import Cache, common_prefix
 from ..decode import Model, prefill
 from ..errors import MlxeffError
 from ..kernels import PREFILL_STEP, device
+from ..modules import parameter_bytes
 from ..running import DRAFT_VIEW, EXACT, RunOptions
 from ..sampling import LogitsProcessor, Sampler
 from .verify import Drafted, is_greedy, processed, verify
@@ -212,10 +211,5 @@ def weight_bytes(model: Model, fraction: float = 1.0) -> int:
         for layer in getattr(model, "layers", ())
         if hasattr(layer, "feed_forward") and hasattr(layer.feed_forward, "fractions")
     ]
-    whole = _bytes(model) - sum(_bytes(each) for each in dynamic)
+    whole = parameter_bytes(model) - sum(parameter_bytes(each) for each in dynamic)
     return whole + sum(each.read_bytes(fraction) for each in dynamic)
-
-
-def _bytes(module: nn.Module) -> int:
-    """Bytes of all parameters of a module."""
-    return sum(array.nbytes for _, array in tree_flatten(module.parameters()))
