@@ -4,6 +4,8 @@ The names of the tensors need no change. Matrices that MLX quantised or SeedLM e
 Sources for names and keys: the published checkpoints. This module writes nothing.
 """
 
+from dataclasses import replace
+
 import mlx.core as mx
 
 from ..checkpoint import Source, Tensor
@@ -12,6 +14,7 @@ from ..models.rope import flat_entries
 from ..seedlm.format import BlockFormat, check_arrays, check_bias
 from ..seedlm.install import read_entry
 from ..seedlm.linear import decode
+from . import dynamoe
 from .plan import Family, Weight
 
 
@@ -33,7 +36,11 @@ def read(source: Source) -> Family:
     method = (source.config.get("quantization_config") or {}).get("quant_method")
     if method and "quantization" not in config:
         raise MlxeffError(f"{source.path}: wanted plain weights or MLX's quantization, got quant_method {method!r}")
-    return Family(config["model_type"], config, weights(source, config))
+    if not dynamoe.by_columns(config):
+        return Family(config["model_type"], config, weights(source, config))
+    rows, taken, config = dynamoe.dense_rows(source, config)
+    rest = replace(source, tensors={name: each for name, each in source.tensors.items() if name not in taken})
+    return Family(config["model_type"], config, rows + weights(rest, config))
 
 
 def weights(source: Source, config: dict) -> list[Weight]:

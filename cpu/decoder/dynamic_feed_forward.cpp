@@ -450,7 +450,7 @@ void DynamicFeedForward::run_widest(PassTeam& pass, const FeedForwardRows& rows,
 
 std::optional<FeedForward::Usage> DynamicFeedForward::usage() const {
   Usage usage = {{}, bytes_.load(std::memory_order_relaxed)};
-  for (const std::atomic<int64_t>& each : tokens_) usage.tokens.push_back(each.load(std::memory_order_relaxed));
+  for (const std::atomic<int64_t>& each : tokens_) usage.counts.push_back(each.load(std::memory_order_relaxed));
   return usage;
 }
 

@@ -37,13 +37,13 @@ class FeedForward {
   };
   virtual Needs needs(int64_t rows, const RunOptions& options) const = 0;
 
-  // What a feed-forward with experts has computed since it was made: the tokens that took each expert, and the bytes of
-  // the weights that its products have read.
+  // What a feed-forward that leaves out work has computed since it was made: counts whose meaning is its own, such as
+  // the tokens that took each expert, and the bytes of the weights that its products have read.
   struct Usage {
-    std::vector<int64_t> tokens;
+    std::vector<int64_t> counts;
     int64_t bytes;
   };
-  // Empty for a feed-forward without experts. May be called while a pass runs.
+  // Empty for a feed-forward that always computes all. May be called while a pass runs.
   virtual std::optional<Usage> usage() const { return std::nullopt; }
 
   // Computes out = feed_forward(x) without `bias`.

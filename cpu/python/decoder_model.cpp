@@ -71,7 +71,7 @@ static nb::list list_of(const std::vector<std::optional<FeedForward::Usage>>& us
       continue;
     }
     nb::dict named;
-    named["tokens"] = nb::cast(layer->tokens);
+    named["counts"] = nb::cast(layer->counts);
     named["bytes"] = layer->bytes;
     layers.append(named);
   }
@@ -100,9 +100,9 @@ void bind_decoder(nb::module_& m) {
           nb::arg("feed_forward"))
       .def(
           "usage", [](const DecoderHandle& self) { return list_of(self.model->usage()); },
-          "Of each layer, what its feed-forward has computed so far: None for a gated one, else {'tokens': [tokens "
-          "that "
-          "took each expert], 'bytes': bytes of weights that its products have read}.");
+          "Of each layer, what its feed-forward has computed so far: None for a gated one, else {'counts': [...], "
+          "'bytes': bytes of weights that its products have read}. The counts are the tokens that took each expert, or "
+          "the tokens, and the inputs of gate and up and those of down that they kept.");
 }
 
 }  // namespace mlxeff

@@ -2,7 +2,7 @@
 
 namespace mlxeff {
 
-static const FeedForwardKind* const known_kinds[] = {&gated_kind, &dynamic_kind};
+static const FeedForwardKind* const known_kinds[] = {&gated_kind, &dynamic_kind, &sparse_kind};
 
 std::vector<std::string> feed_forward_kinds() {
   std::vector<std::string> names;

@@ -17,7 +17,7 @@ struct FeedForwardKind {
   std::unique_ptr<FeedForward> (*make)(const Named& given, Weights& weights, int64_t dim);
 };
 
-extern const FeedForwardKind gated_kind, dynamic_kind;
+extern const FeedForwardKind gated_kind, dynamic_kind, sparse_kind;
 
 // The names of all kinds.
 std::vector<std::string> feed_forward_kinds();

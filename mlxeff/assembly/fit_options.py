@@ -132,6 +132,14 @@ DYNAMOE: tuple[Option, ...] = (
     option("--out", metavar="DYN", required=True, help="the new folder for the DynaMoE model"),
     IGNORE_KEYS,
     option(
+        "--by",
+        choices=("experts", "inputs"),
+        default="experts",
+        help="experts, each token takes one of several nested experts; inputs, each token leaves out those inputs of "
+        "the matrices that matter least for it, which loses less and needs weights of 4, 8 or 16 bits "
+        "(default %(default)s)",
+    ),
+    option(
         "--widths",
         metavar="W,…",
         type=numbers,
@@ -176,13 +184,16 @@ DYNAMOE: tuple[Option, ...] = (
 
 def dynamoe_lines(report: dict) -> list[str]:
     """The report of `fit_dynamoe` as lines for people."""
+    fitted = f"fitted on {report['tokens']} tokens in {report['seconds']:.0f} s"
+    runs = "mlxeff generate --model DYN --sensitivity S runs it: S is the mean share of the neurons that tokens compute"
+    if report["by"] == "inputs":
+        return [f"{report['out']}: {fitted}", runs]
     explained = [value for layer in report["explained"] for value in layer]
     what = "variance of the errors" if report["router"] == "regression" else "labels"
     widths = ", ".join(str(width) for width in report["widths"][0])
-    fitted = f"fitted on {report['tokens']} tokens in {report['seconds']:.0f} s"
     predicted = f"the routers predict {sum(explained) / len(explained):.0%} of the {what}"
     more = f"{report['added_bytes'] / 1e6:.1f} MB more than the dense model"
     return [
         f"{report['out']}: {fitted}; experts of {widths} neurons in the first layer; {predicted}; {more}",
-        "mlxeff generate --model DYN --sensitivity S runs it: S is the mean share of the neurons that tokens compute",
+        runs,
     ]

@@ -8,7 +8,7 @@ import hashlib
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import mlx.core as mx
@@ -22,11 +22,12 @@ from ..decode import require_seam
 from ..dynamoe import calibrate, fisher, fit
 from ..dynamoe.feed_forward import DynamicFeedForward
 from ..dynamoe.install import DOWNS, KEY, MOST_EXPERTS, Entry, gated_layers, prices, rows_of
+from ..dynamoe.sparse_install import SparseEntry
 from ..errors import MlxeffError, notices
 from ..models.decoder import DecoderModel
 from ..models.parts import GatedParts
 from ..modules import parameter_bytes, settle_random_state
-from . import described, folder
+from . import described, fitting_sparse, folder
 from .fitting import NotWrittenError, Progress, no_progress, settled
 from .model import Loaded, load_path
 
@@ -34,6 +35,7 @@ RULES = {"regression": "lagrangian", "paper": "cumulative"}  # value of --router
 SHARES = (1 / 3, 2 / 3)  # of the neurons, of the smaller experts by default
 ALIGNED = (512, 256, 128, 64, 32)  # widths are multiples of the first of these that leaves them apart
 RANK = 64
+BY = ("experts", "inputs")
 REPLACED = ("quantization", "quantization_config", "seedlm", KEY)  # entries of the source's config.json
 
 
@@ -44,6 +46,7 @@ class DynamoeSettings:
 
     model: str
     out: str | Path
+    by: str = "experts"
     widths: Sequence[float] = SHARES
     down: str = "own"
     rank: int | None = None
@@ -56,6 +59,10 @@ class DynamoeSettings:
     offline: bool = False
 
     def __post_init__(self):
+        if self.by not in BY:
+            raise MlxeffError(f"--by: wanted one of {', '.join(BY)}, got {self.by!r}")
+        if self.by == "inputs":
+            self._check_inputs()
         if self.down not in DOWNS:
             raise MlxeffError(f"--down: wanted one of {', '.join(DOWNS)}, got {self.down!r}")
         if self.router not in RULES:
@@ -71,6 +78,14 @@ class DynamoeSettings:
         if not 1 <= len(widths) < MOST_EXPERTS or sorted(set(widths)) != widths or widths[0] <= 0:
             got = ",".join(f"{width:g}" for width in widths)
             raise MlxeffError(f"--widths: wanted 1 to {MOST_EXPERTS - 1} rising numbers above 0, got {got or 'none'}")
+
+    def _check_inputs(self) -> None:
+        """Raises MlxeffError for options that only nested experts have."""
+        defaults = {each.name: each.default for each in fields(self)}
+        for name in ("widths", "down", "rank", "router", "threshold"):
+            value = getattr(self, name)
+            if (tuple(value) if isinstance(value, list) else value) != defaults[name]:
+                raise MlxeffError(f"--{name}: of nested experts only, got --by inputs")
 
 
 def fit_dynamoe(model: str, out: str | Path, *, progress: Progress = no_progress, **settings) -> dict:
@@ -92,32 +107,69 @@ def _fit(settings: DynamoeSettings, progress: Progress) -> dict:
     loaded, began = load_path(path, dict.fromkeys(settings.ignore_keys)), time.perf_counter()
     require_seam(loaded.model, "feed-forward", "DynaMoE")
     layers = gated_layers(loaded.model, str(path))
-    if any(hasattr(parts.down.module, "block_format") for _, parts in layers):
+    if settings.by == "inputs":
+        fitting_sparse.check(layers, str(path))
+    elif any(hasattr(parts.down.module, "block_format") for _, parts in layers):
         text = "the blocks of seed-encoded matrices cannot be cut: the down-projections become affine with 8 bits"
         notices.warning("%s: %s (fit the dense model, then convert --seedlm the result)", path, text)
-    widths = [_widths(settings.widths, parts, number) for number, (_, parts) in enumerate(layers)]
     text, name = calibration.read_text(settings.text)
     windows = calibration.windows(text, loaded.tokenizer, settings.tokens, str(path), loaded.model.vocab_size)
     work = WorkFolder(Path(settings.out), "dynamoe", _fingerprint(settings, loaded, windows))
+    fit_one = _by_inputs if settings.by == "inputs" else _by_experts
     try:
-        found = _layers(settings, loaded.model, layers, widths, windows, work, progress)
+        entry, modules, report = fit_one(settings, loaded.model, layers, windows, work, progress)
     except BaseException:
         if any(work.path.glob("*.safetensors")):
             notices.info(f"{work.path}: finished layers are kept: the same command goes on from there")
         raise
-    fractions = calibrate.table(found.scores, prices(widths), RULES[settings.router])
-    entry = Entry(tuple(map(tuple, widths)), settings.down, fractions, settings.rank)
-    for (layer, _), module in zip(layers, found.modules, strict=True):
-        module.fractions = fractions
+    for (layer, _), module in zip(layers, modules, strict=True):
         layer[layer.FEED_FORWARD] = module
     loaded.model.native = None
-    report = _report(settings, entry, found, windows, name) | {"seconds": time.perf_counter() - began}
+    report = _report(settings, windows, name) | report | {"seconds": time.perf_counter() - began}
     try:
         _write(settings, loaded, path, entry, report, progress)
     except MlxeffError as error:
         raise NotWrittenError(str(error), report) from error
     work.remove()
     return report
+
+
+Layers = list[tuple[nn.Module, GatedParts]]
+# (The entry `dynamoe` of config.json, the module of each layer, what the report says of the fit)
+Fit = tuple[Entry | SparseEntry, list[nn.Module], dict]
+
+
+def _by_experts(
+    settings: DynamoeSettings,
+    model: DecoderModel,
+    layers: Layers,
+    windows: np.ndarray,
+    work: WorkFolder,
+    progress: Progress,
+) -> Fit:
+    """Nested experts, fitted to the windows."""
+    widths = [_widths(settings.widths, parts, number) for number, (_, parts) in enumerate(layers)]
+    found = _layers(settings, model, layers, widths, windows, work, progress)
+    fractions = calibrate.table(found.scores, prices(widths), RULES[settings.router])
+    entry = Entry(tuple(map(tuple, widths)), settings.down, fractions, settings.rank)
+    for module in found.modules:
+        module.fractions = fractions
+    return entry, found.modules, _expert_report(settings, entry, found)
+
+
+def _by_inputs(
+    settings: DynamoeSettings,
+    model: DecoderModel,
+    layers: Layers,
+    windows: np.ndarray,
+    work: WorkFolder,
+    progress: Progress,
+) -> Fit:
+    """Networks that leave out inputs, fitted to the windows."""
+    weights = _output_weights(settings, model, windows, work, progress)
+    modules = fitting_sparse.fit_layers(model, layers, weights, windows, work, progress)
+    settle_random_state()
+    return fitting_sparse.entry(modules), modules, fitting_sparse.report(modules)
 
 
 def _fingerprint(settings: DynamoeSettings, loaded: Loaded, windows: np.ndarray) -> str:
@@ -214,7 +266,7 @@ def _output_weights(
 
 
 def _write(
-    settings: DynamoeSettings, loaded: Loaded, path: Path, entry: Entry, report: dict, progress: Progress
+    settings: DynamoeSettings, loaded: Loaded, path: Path, entry: Entry | SparseEntry, report: dict, progress: Progress
 ) -> None:
     """Write the new folder."""
     source = open_source(path)
@@ -235,14 +287,21 @@ def _write(
         )
 
 
-def _report(settings: DynamoeSettings, entry: Entry, found: Found, windows: np.ndarray, name: str) -> dict:
-    """The report without its times."""
-    added = [part for module in found.modules for part in (module.router, *(module.get("experts") or ()))]
+def _report(settings: DynamoeSettings, windows: np.ndarray, name: str) -> dict:
+    """The part of the report that all fits have, without its times."""
     return {
         "model": settings.model,
         "out": str(settings.out),
+        "by": settings.by,
         "text": name,
         "tokens": int(windows.size),
+    }
+
+
+def _expert_report(settings: DynamoeSettings, entry: Entry, found: Found) -> dict:
+    """What the report says of nested experts."""
+    added = [part for module in found.modules for part in (module.router, *(module.get("experts") or ()))]
+    return {
         "widths": [list(each) for each in entry.widths],
         "down": entry.down,
         "rank": entry.rank,

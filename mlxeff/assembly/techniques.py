@@ -201,15 +201,17 @@ def _check_dynamoe(source: "Source") -> None:
 
 
 def _install_dynamoe(model: "nn.Module", config: dict, _: Collection[str] | None) -> None:
-    from ..dynamoe.install import install
+    from ..dynamoe import install, sparse_install
 
-    install(model, config["dynamoe"])
+    entry = config["dynamoe"]
+    (sparse_install if sparse_install.is_sparse(entry) else install).install(model, entry)
 
 
 def _finish_dynamoe(model: "nn.Module", origin: str) -> None:
-    from ..dynamoe.install import finish
+    from ..dynamoe import install, sparse_install
 
-    finish(model, origin)
+    install.finish(model, origin)
+    sparse_install.finish(model, origin)
 
 
 class Sensitivity(NamedTuple):

@@ -164,7 +164,7 @@ class DynamicFeedForward(nn.Module):
         if dial is None:
             self._count(len(self.widths) - 1, x.size // x.shape[-1])
             if self._recorded is not None:
-                self._recorded.append(mx.full((x.size // x.shape[-1],), len(self.widths) - 1, mx.uint32))
+                self._recorded.append(mx.ones((x.size // x.shape[-1],)))
             return self._whole(swiglu(self.gate_proj(x), self.up_proj(x)))
         tokens = x.reshape(-1, x.shape[-1])
         chosen = self._choose(tokens, dial)
@@ -284,9 +284,10 @@ class DynamicFeedForward(nn.Module):
         whole = sum(parameter_bytes(module) for module in (self.gate_proj, self.up_proj, self.down_proj))
         return int(whole * max(fraction, self.widths[0] / self.widths[-1]))
 
-    def record(self, chosen: list[mx.array] | None) -> None:
-        """Append the numbers of the chosen experts, uint32 (T) at each call, to a list from now on; None: no longer."""
-        self._recorded = chosen
+    def record(self, shares: list[mx.array] | None) -> None:
+        """Append the share of the neurons that each token computed, float32 (T) at each call, to a list from now on;
+        None: no longer."""
+        self._recorded = shares
 
     @property
     def counts(self) -> list[int]:
@@ -298,6 +299,21 @@ class DynamicFeedForward(nn.Module):
                 self._counts[number] += int(mx.sum(chosen == number).item())
         return list(self._counts)
 
+    def computed(self, counts: list[int]) -> tuple[int, int, int]:
+        """(Tokens, neurons that they computed, neurons that the widest expert has for so many tokens) for counts as
+        those of `counts`."""
+        part = sum(count * width for count, width in zip(counts, self.widths, strict=True))
+        return sum(counts), part, sum(counts) * self.widths[-1]
+
+    @staticmethod
+    def details(counts: list[list[int]], _networks: "list[DynamicFeedForward]") -> dict:
+        """What a report says beside the shares, for the counts of each layer."""
+        return {"experts": [sum(column) for column in zip(*counts, strict=True)]}
+
+    def shares(self, chosen: mx.array) -> mx.array:
+        """The share of the neurons that tokens compute, (T), for the numbers of their experts."""
+        return mx.array(self.widths)[chosen] / self.widths[-1]
+
     def _count(self, number: int, tokens: int) -> None:
         """Count tokens that took the expert of this number."""
         if not self.training:
@@ -306,7 +322,7 @@ class DynamicFeedForward(nn.Module):
     def _note(self, chosen: mx.array) -> None:
         """Keep a choice, to be counted when it has been computed."""
         if self._recorded is not None:
-            self._recorded.append(chosen)
+            self._recorded.append(self.shares(chosen))
         if self.training:
             return
         self._pending.append(chosen)

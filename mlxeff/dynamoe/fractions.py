@@ -1,17 +1,19 @@
 """The table by which a checkpoint maps the mean share of the neurons that a user asks for to the dial of its routers.
 
-A router has one of two rules, and each has one number, the dial, by which it takes smaller or larger experts:
+A router has one of two rules, and networks that leave out inputs have a third. Each has one number, the dial, by which
+more or less is computed:
 
 lagrangian  the price of computing all neurons. A token takes the expert with the least sum of predicted error and price
 cumulative  the least probability that the expert suffices (the rule of the paper, arXiv 2502.12325, as far as its
             public summaries tell)
+threshold   the least size times weight of an input that counts
 """
 
 import math
 from dataclasses import dataclass
 from itertools import pairwise
 
-RULES = ("lagrangian", "cumulative")
+RULES = ("lagrangian", "cumulative")  # of routers
 LARGEST_PRICE = 1e30  # at which every token takes the smallest expert
 
 
@@ -24,17 +26,21 @@ class Fractions:
     table: tuple[tuple[float, float], ...]
 
     def dial(self, fraction: float) -> float | None:
-        """The dial for a mean fraction of 0 to 1. None: every token takes the widest expert, without a router. Below
-        the table's smallest fraction every token takes the smallest expert."""
+        """The dial for a mean fraction of 0 to 1. None: all is computed. Below the table's smallest fraction every
+        token takes the smallest expert, and the threshold no longer rises."""
         if fraction >= 1:
             return None
-        smallest, widest = (LARGEST_PRICE, 0.0) if self.rule == "lagrangian" else (0.0, 1.0)
+        smallest, widest = {
+            "lagrangian": (LARGEST_PRICE, 0.0),
+            "cumulative": (0.0, 1.0),
+            "threshold": (self.table[0][1], 0.0),
+        }[self.rule]
         if fraction < self.table[0][0]:
             return smallest
         for (low, at_low), (high, at_high) in pairwise((*self.table, (1.0, widest))):
             if fraction <= high:
                 share = (fraction - low) / (high - low) if high > low else 1.0
-                return _between(at_low, at_high, share, self.rule == "lagrangian")
+                return _between(at_low, at_high, share, self.rule != "cumulative")
         return widest
 
 

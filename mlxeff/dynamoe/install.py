@@ -87,7 +87,7 @@ def read_entry(value: object, origin: str) -> Entry:
         raise wanted("rule", f"one of {', '.join(RULES)}", rule)
     if (down == "low-rank") != (type(rank) is int and rank > 0):
         raise wanted("rank", "a whole number above 0 with down low-rank, and none without", rank)
-    return Entry(_widths(value.get("widths"), wanted), down, Fractions(rule, _table(value.get("table"), wanted)), rank)
+    return Entry(_widths(value.get("widths"), wanted), down, Fractions(rule, read_table(value.get("table"), wanted)), rank)
 
 
 def _widths(value: object, wanted) -> tuple[tuple[int, ...], ...]:
@@ -103,7 +103,8 @@ def _widths(value: object, wanted) -> tuple[tuple[int, ...], ...]:
     return tuple(tuple(layer) for layer in value)
 
 
-def _table(value: object, wanted) -> tuple[tuple[float, float], ...]:
+def read_table(value: object, wanted) -> tuple[tuple[float, float], ...]:
+    """The pairs of the entry `table`; `wanted(what, text, got)` makes the error for others."""
     rows = value if isinstance(value, list) else []
     numbers = all(isinstance(row, list) and len(row) == 2 and all(map(_number, row)) for row in rows)
     if not rows or not numbers:
@@ -192,8 +193,9 @@ def finish(model: nn.Module, origin: str) -> None:
                 raise MlxeffError(f"{origin}: {name}.order: wanted each column once, got others: damaged")
 
 
-def of(model: nn.Module) -> list[DynamicFeedForward]:
-    """The dynamic feed-forward networks of a model, first layer to last; [] for another model."""
+def of(model: nn.Module) -> list[nn.Module]:
+    """The feed-forward networks of a model, first layer to last, that leave out neurons or inputs (`DynamicFeedForward`
+    or `sparse.SparseFeedForward`); [] for another model."""
     layers = getattr(model, "layers", ())
     found = [getattr(layer, "feed_forward", None) for layer in layers]
-    return found if found and all(isinstance(each, DynamicFeedForward) for each in found) else []
+    return found if found and all(hasattr(each, "fractions") for each in found) else []

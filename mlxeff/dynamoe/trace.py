@@ -1,4 +1,4 @@
-"""Which expert each token of a text takes in each layer, as numbers and as two pictures: a page of HTML, and a PNG.
+"""How much of each layer's feed-forward network each token of a text computes, as numbers and as two pictures: a page of HTML, and a PNG.
 
 Shapes: L layers, T tokens.
 """
@@ -13,7 +13,6 @@ import mlx.core as mx
 import numpy as np
 
 from ..running import RunOptions
-from .feed_forward import DynamicFeedForward
 
 STEP = 512  # tokens that are computed at once
 HUES = ("#1b7f79", "#f2efe4", "#b5452c")  # of the least, the middle and the most
@@ -100,21 +99,18 @@ def trace(model, ids: Sequence[int], pieces: list[str], sensitivity: float) -> T
     networks = [layer.feed_forward for layer in model.layers]
     cache, options, columns = model.new_cache(), RunOptions(fraction=sensitivity), []
     for start in range(0, len(ids), STEP):
-        with recorded(networks) as chosen:
+        with recorded(networks) as shares:
             mx.eval(model.plain.hidden(mx.array([list(ids[start : start + STEP])]), cache, options))
-        rows = [np.array(each[0]) for each in chosen]
-        columns.append(
-            np.stack([np.array(n.widths)[row] / n.widths[-1] for n, row in zip(networks, rows, strict=True)])
-        )
+        columns.append(np.stack([np.array(each[0]) for each in shares]))
     return Trace(pieces, np.concatenate(columns, axis=1), sensitivity)
 
 
 @contextmanager
-def recorded(networks: Sequence[DynamicFeedForward]) -> Iterator[list[list[mx.array]]]:
-    """Within the block the numbers of the chosen experts are kept: for each network an array (T) a call."""
+def recorded(networks: Sequence) -> Iterator[list[list[mx.array]]]:
+    """Within the block the shares that tokens compute are kept: for each network an array (T) a call."""
     found: list[list[mx.array]] = [[] for _ in networks]
-    for network, chosen in zip(networks, found, strict=True):
-        network.record(chosen)
+    for network, shares in zip(networks, found, strict=True):
+        network.record(shares)
     try:
         yield found
     finally:

@@ -7,13 +7,12 @@ import mlx.core as mx
 from ..cache import Cache
 from ..decode import Model, Reading, Step
 from ..running import EXACT, RunOptions
-from .feed_forward import DynamicFeedForward
 
 
 class CountedReading:
-    """Reads a prompt as `inner` does, and counts from then on which experts its tokens and those of the answer take.
+    """Reads a prompt as `inner` does, and counts from then on how much its tokens and those of the answer compute.
 
-    networks     the dynamic feed-forward networks of the model, first layer to last
+    networks     the feed-forward networks of the model that leave out work, first layer to last
     sensitivity  as the user gave it
     native       gives the counters of the native decoder, as its `usage`; None where it does not compute the model
     """
@@ -21,7 +20,7 @@ class CountedReading:
     def __init__(
         self,
         inner: Reading,
-        networks: Sequence[DynamicFeedForward],
+        networks: Sequence,
         sensitivity: float,
         native: Callable[[], list[dict] | None],
     ):
@@ -46,12 +45,12 @@ class CountedReading:
         return self.inner.accompany(steps, prompt)
 
     def _now(self) -> list[tuple[list[int], int]]:
-        """For each layer the tokens that took each expert so far, and the bytes of weights that the native decoder has
-        multiplied by."""
+        """For each layer its counts so far, whose meaning is the network's own, and the bytes of weights that the native
+        decoder has multiplied by."""
         own = [(network.counts, 0) for network in self.networks]
         for place, counted in enumerate(self._native() or ()):
-            tokens, read = own[place]
-            own[place] = [a + b for a, b in zip(tokens, counted["tokens"], strict=True)], read + counted["bytes"]
+            counts, read = own[place]
+            own[place] = [a + b for a, b in zip(counts, counted["counts"], strict=True)], read + counted["bytes"]
         return own
 
     def _since(self) -> list[tuple[list[int], int]]:
@@ -65,23 +64,19 @@ class CountedReading:
     def report(self) -> dict:
         """See `Part.report`."""
         counted = self._since()
-        passes = sum(counted[0][0]) if counted else 0
+        counts = [each for each, _ in counted]
+        computed = [network.computed(each) for network, each in zip(self.networks, counts, strict=True)]
+        passes = computed[0][0] if computed else 0
         if not passes:
             return self.inner.report()
-        layers = [
-            sum(count * width for count, width in zip(tokens, network.widths, strict=True))
-            / (max(1, sum(tokens)) * network.widths[-1])
-            for (tokens, _), network in zip(counted, self.networks, strict=True)
-        ]
-        visits = [sum(tokens) * network.widths[-1] for (tokens, _), network in zip(counted, self.networks, strict=True)]
         read = sum(each for _, each in counted)
         return self.inner.report() | {
             "dynamoe": {
                 "sensitivity": self.sensitivity,
                 "tokens": passes,
-                "mean_fraction": round(sum(f * n for f, n in zip(layers, visits, strict=True)) / sum(visits), 4),
-                "layer_fractions": [round(fraction, 4) for fraction in layers],
-                "experts": [sum(column) for column in zip(*(tokens for tokens, _ in counted), strict=True)],
+                "mean_fraction": round(sum(part for _, part, _ in computed) / sum(whole for *_, whole in computed), 4),
+                "layer_fractions": [round(part / max(1, whole), 4) for _, part, whole in computed],
+                **self.networks[0].details(counts, self.networks),
                 "feed_forward_bytes": read or None,
             }
         }
@@ -89,5 +84,5 @@ class CountedReading:
     def summary(self) -> str:
         """See `Part.summary`."""
         found = self.report().get("dynamoe")
-        own = [f"dynamoe: {found['mean_fraction']:.0%} of the feed-forward neurons"] if found else []
+        own = [f"dynamoe: {found['mean_fraction']:.0%} of the feed-forward weights"] if found else []
         return ", ".join(text for text in (self.inner.summary(), *own) if text)

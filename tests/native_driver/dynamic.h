@@ -161,7 +161,7 @@ inline void check_dynamic(DynamicCase& given, int64_t tokens, const std::vector<
     }
   });
   const mlxeff::FeedForward::Usage after = *given.dynamic->usage();
-  for (size_t e = 0; e < 3; ++e) CHECK(after.tokens[e] - before.tokens[e] == passes * counts[e]);
+  for (size_t e = 0; e < 3; ++e) CHECK(after.counts[e] - before.counts[e] == passes * counts[e]);
   CHECK(after.bytes - before.bytes == passes * given.bytes(experts));
 }
 
@@ -196,7 +196,7 @@ inline void check_dynamic_widest(DynamicCase& given, int64_t tokens) {
       CHECK(same_bits(run_feed_forward(*given.dynamic, input, 0, tokens, {mode}), want));
       const mlxeff::FeedForward::Usage between = *given.dynamic->usage();
       CHECK(between.bytes - before.bytes == given.bytes({2}) - 2 * DynamicCase::dim * 4);
-      CHECK(between.tokens[2] - before.tokens[2] == tokens && between.tokens[0] == before.tokens[0]);
+      CHECK(between.counts[2] - before.counts[2] == tokens && between.counts[0] == before.counts[0]);
       if (tokens <= 8) CHECK(same_bits(run_feed_forward(*given.dynamic, input, 0, tokens, {mode, true, 1}), want));
     }
   });

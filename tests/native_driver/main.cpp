@@ -20,6 +20,7 @@
 #include "products.h"
 #include "rows.h"
 #include "seedlm.h"
+#include "sparse.h"
 
 namespace {
 
@@ -65,5 +66,6 @@ int main(int count, char** arguments) {
   run("stores of 4-bit planes", check_plane_stores);
   run("feed-forwards", check_feed_forwards);
   run("dynamic feed-forwards", check_dynamic_feed_forwards);
+  run("sparse feed-forward", check_sparse);
   run("decoder passes", check_decoder_pass);
 }
