@@ -48,9 +48,10 @@ def dense_rows(source: Source, config: dict) -> tuple[list[Weight], set[str], di
     weights, taken, schemes = [], set(), {}
     for network, number in zip(networks, numbers, strict=True):
         forms = {GATE: entry.gate_up[number], UP: entry.gate_up[number], DOWN: entry.down[number]}
+        size = tuple(source.tensors[f"{network}.{name}_weights"].shape[0] for name in ("input", "neuron"))
         for own, (bits, group) in forms.items():
             stored = f"{network}.down" if own == DOWN else f"{network}.gate_up"
-            weights.append(_from_columns(source, f"{network}.{own}", stored, own, (bits, group)))
+            weights.append(_from_columns(source, f"{network}.{own}", stored, own, (bits, group), size))
             taken |= {name for name in source.tensors if name.rpartition(".")[0] == stored and not name.endswith(".bias")}
             if bits:
                 schemes[f"{network}.{own}"] = {"group_size": group, "bits": bits}
@@ -63,14 +64,14 @@ def dense_rows(source: Source, config: dict) -> tuple[list[Weight], set[str], di
     return weights, taken, config
 
 
-def _from_columns(source: Source, module: str, stored: str, own: str, form: Form) -> Weight:
-    """The weight of `module`, one of the rows of which the tensors of `stored` have the columns."""
+def _from_columns(source: Source, module: str, stored: str, own: str, form: Form, size: tuple[int, int]) -> Weight:
+    """The weight of `module`, some of the rows of which the tensors of `stored` have the columns. `size`: (D, F)."""
     bits, group = form
     names = [f"{stored}.{part}" for part in (("weight", "scales", "biases") if bits else ("weight",))]
     if missing := [name for name in names if name not in source.tensors]:
         raise MlxeffError(f"{source.path}: missing {', '.join(missing)}")
     tensors = [source.tensors[name] for name in names]
-    outputs, inputs = tensors[-1].shape[1], tensors[0].shape[0]
+    outputs, inputs = size if own == DOWN else (2 * size[1], size[0])
     rows = outputs if own == DOWN else outputs // 2
 
     def layer() -> nn.Module:
@@ -79,7 +80,7 @@ def _from_columns(source: Source, module: str, stored: str, own: str, form: Form
             columns[name] = tensor.read()
         made = columns.rows()
         if own != DOWN:
-            places = np.argsort(interleaved(rows, bits))
+            places = np.argsort(interleaved(rows))
             chosen = mx.array(places[:rows] if own == GATE else places[rows:])
             for name in ("weight", "scales", "biases")[: len(tensors)]:
                 made[name] = made[name][chosen]

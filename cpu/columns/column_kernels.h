@@ -11,8 +11,8 @@ struct ColumnKernels {
   // at most kept.unit of the K inputs. Returns how many count.
   int64_t (*keep)(const float* x, const float* weights, float threshold, int64_t K, int64_t block,
                   const KeptInputs& kept);
-  // y [width_of(tile)] = the product of the kept inputs with the outputs of a tile.
-  void (*tile)(const ColumnMatrix& w, int64_t tile, const KeptInputs& kept, float* y);
+  // y [width_of(piece)] = the product of the kept inputs with the outputs of a piece.
+  void (*piece)(const ColumnMatrix& w, int64_t number, const KeptInputs& kept, float* y);
   // y [rows][n_begin, n_end) = the product of all inputs of many rows. n_begin and n_end are multiples of 64. Returns an
   // MLXEFF_* code.
   int (*all_inputs)(const ColumnMatrix& w, const float* x, int64_t ldx, int64_t rows, int64_t n_begin, int64_t n_end,

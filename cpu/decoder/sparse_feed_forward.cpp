@@ -1,8 +1,8 @@
 // A pass over few rows, in three steps of the team (PassTeam):
 //
 //   1. rows are made, and the inputs that count are listed
-//   2. tiles of gate and up; of the neurons of each, the activations that count are listed
-//   3. tiles of down
+//   2. pieces of gate and up; of the neurons of each, the activations that count are listed
+//   3. pieces of down
 #include "decoder/sparse_feed_forward.h"
 
 #include "columns/column_kernels.h"
@@ -11,14 +11,14 @@
 namespace mlxeff {
 namespace {
 
-constexpr int64_t widest_tile = 128;
+constexpr int64_t turn = 32;        // neurons of which gate and up take turns; a block of the inputs of down
 constexpr int64_t padding = 16;  // floats between rows, so that their distance is no multiple of 4 KiB
 
 }  // namespace
 
 FeedForward::Needs SparseFeedForward::needs(int64_t rows, const RunOptions&) const {
   const int64_t dim = gate_up_.K, width = down_.K;
-  const int64_t few = KeptInputs::floats(dim, input_unit()) + KeptInputs::floats(width, neuron_unit());
+  const int64_t few = KeptInputs::floats(dim, input_unit()) + KeptInputs::floats(width, turn);
   const int64_t many = round_up(dim + padding, 16) + round_up(2 * width + padding, 16);
   return {rows * (rows > few_tokens ? many : few) * int64_t(sizeof(float)), 0};
 }
@@ -33,11 +33,11 @@ void SparseFeedForward::run_few(PassTeam& pass, const FeedForwardRows& rows, flo
   const SwigluKernels& swiglu = MLXEFF_DISPATCH(swiglu_kernels);
   const int64_t dim = gate_up_.K, width = down_.K;
   const int64_t input_floats = KeptInputs::floats(dim, input_unit());
-  const int64_t row_floats = input_floats + KeptInputs::floats(width, neuron_unit());
+  const int64_t row_floats = input_floats + KeptInputs::floats(width, turn);
   const float threshold = pass.options.routed ? pass.options.dial : 0;
   const auto inputs_of = [&](int64_t r) { return KeptInputs::at(workspace + r * row_floats, dim, input_unit()); };
   const auto neurons_of_row = [&](int64_t r) {
-    return KeptInputs::at(workspace + r * row_floats + input_floats, width, neuron_unit());
+    return KeptInputs::at(workspace + r * row_floats + input_floats, width, turn);
   };
 
   int64_t kept_inputs = 0, kept_neurons = 0, made = 0, bytes = 0;
@@ -50,25 +50,25 @@ void SparseFeedForward::run_few(PassTeam& pass, const FeedForwardRows& rows, flo
     ++made;
   });
   bytes += kept_inputs * gate_up_.input_bytes(gate_up_.N) + made * gate_up_.scale_bytes(gate_up_.N);
-  pass.team.for_chunks(gate_up_.tiles(), 1, [&](int64_t begin, int64_t end) {
-    for (int64_t tile = begin; tile < end; ++tile)
+  pass.team.for_chunks(gate_up_.pieces(), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t piece = begin; piece < end; ++piece)
       for (int64_t r = 0; r < rows.rows; ++r) {
-        float both[widest_tile];
-        columns.tile(gate_up_, tile, inputs_of(r), both);
-        const int64_t neurons = neurons_of(tile), first = tile * gate_up_.tile_width() / 2;
-        swiglu.forward(both, both + neurons, both, neurons, MLXEFF_F32);
+        float both[ColumnMatrix::widest_piece];
         const KeptInputs kept = neurons_of_row(r);
-        for (int64_t i = 0; i < neurons; i += kept.unit)
-          kept_neurons += columns.keep(both + i, neuron_weights_ + first + i, threshold, width, (first + i) / kept.unit,
-                                       kept);
+        columns.piece(gate_up_, piece, inputs_of(r), both);
+        for (int64_t i = 0; i < gate_up_.width_of(piece); i += 2 * turn) {
+          const int64_t neuron = (piece * gate_up_.piece() + i) / 2;
+          swiglu.forward(both + i, both + i + turn, both + i, turn, MLXEFF_F32);
+          kept_neurons += columns.keep(both + i, neuron_weights_ + neuron, threshold, width, neuron / turn, kept);
+        }
       }
   });
   bytes += kept_neurons * down_.input_bytes(down_.N);
-  pass.team.for_chunks(down_.tiles(), 1, [&](int64_t begin, int64_t end) {
-    for (int64_t tile = begin; tile < end; ++tile)
+  pass.team.for_chunks(down_.pieces(), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t piece = begin; piece < end; ++piece)
       for (int64_t r = 0; r < rows.rows; ++r) {
-        columns.tile(down_, tile, neurons_of_row(r), rows.out + r * down_.N + tile * down_.tile_width());
-        bytes += down_.scale_bytes(down_.width_of(tile));
+        columns.piece(down_, piece, neurons_of_row(r), rows.out + r * down_.N + piece * down_.piece());
+        bytes += down_.scale_bytes(down_.width_of(piece));
       }
   });
   count(made, kept_inputs, kept_neurons, bytes);
@@ -93,14 +93,11 @@ void SparseFeedForward::run_many(PassTeam& pass, const FeedForwardRows& rows, fl
     ++made;
   });
   multiply(gate_up_, x, ldx, hidden, ldh);
-  // The activations of a row move to its front, each tile's to where earlier tiles have been read.
+  // The activations of a row move to its front, where what they are made of has been read.
   pass.team.for_rows(rows.rows, [&](int64_t r) {
     float* const row = hidden + r * ldh;
-    for (int64_t tile = 0; tile < gate_up_.tiles(); ++tile) {
-      const int64_t neurons = neurons_of(tile);
-      const float* const both = row + tile * gate_up_.tile_width();
-      swiglu.forward(both, both + neurons, row + tile * gate_up_.tile_width() / 2, neurons, MLXEFF_F32);
-    }
+    for (int64_t n = 0; n < width; n += turn)
+      swiglu.forward(row + 2 * n, row + 2 * n + turn, row + n, turn, MLXEFF_F32);
   });
   multiply(down_, hidden, ldh, rows.out, down_.N);
   count(made, made * dim, made * width, 0);

@@ -13,8 +13,7 @@ class SparseFeedForward : public FeedForward {
  public:
   static constexpr int64_t few_tokens = 8;  // the most rows of a pass whose rows leave out inputs
 
-  // `gate_up` (2 * width, dim) has gate and up in turns: each of its tiles of t outputs holds gate, then up, of t / 2
-  // neurons. `down` is (dim, width). The weights of the inputs are (dim) and (width); `bias` is that of down or null.
+  // `gate_up` (2 * width, dim) has gate and up in turns of 32 outputs, those of the same neurons. `down` is (dim, width). The weights of the inputs are (dim) and (width); `bias` is that of down or null.
   SparseFeedForward(const ColumnMatrix& gate_up, const ColumnMatrix& down, const float* input_weights,
                     const float* neuron_weights, const float* bias)
       : FeedForward(bias), gate_up_(gate_up), down_(down), input_weights_(input_weights),
@@ -31,10 +30,7 @@ class SparseFeedForward : public FeedForward {
  private:
   void run_few(PassTeam& pass, const FeedForwardRows& rows, float* workspace);
   void run_many(PassTeam& pass, const FeedForwardRows& rows, float* workspace);
-  int64_t neurons_of(int64_t tile) const { return gate_up_.width_of(tile) / 2; }
   int64_t input_unit() const { return min_of(gate_up_.group, 64); }
-  // The neurons of a tile make up whole blocks of the inputs of down.
-  int64_t neuron_unit() const { return min_of(min_of(down_.group, 64), gate_up_.tile_width() / 2); }
   void count(int64_t rows, int64_t inputs, int64_t neurons, int64_t bytes);
 
   ColumnMatrix gate_up_, down_;

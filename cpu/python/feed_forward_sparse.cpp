@@ -5,7 +5,7 @@
 //    "input_weights": (dim), "neuron_weights": (F)}
 //
 // where columns are {"kind": "columns", "bias": array or None} and
-//   affine  "weight": uint32 (inputs, outputs * bits / 32), "scales", "biases": (inputs / group, outputs),
+//   affine  "weight": uint32 (inputs * outputs * bits / 32), "scales", "biases": (inputs / group * outputs),
 //           "group_size", "bits": 4 or 8
 //   dense   "weight": (inputs, outputs)
 // columns/column_matrix.h says how the weights of an input lie, decoder/sparse_feed_forward.h how gate and up do.
@@ -26,25 +26,24 @@ ColumnMatrix columns(Named given, Weights& weights, int64_t N, int64_t K) {
   given.expect({"weight"}, {"scales", "biases", "group_size", "bits", "bias"});
   const mx::array& weight = given.array("weight");
   ColumnMatrix made = {K, N, nullptr, 0, MLXEFF_F32, K, nullptr, nullptr};
-  int words = int(N);
   if (given.has("bits")) {
     given.expect({"weight", "scales", "biases", "group_size", "bits"}, {"bias"});
     made.bits = int(given.integer("bits")), made.group = given.integer("group_size");
     if (made.bits != 4 && made.bits != 8) given.refuse("bits: wanted 4 or 8, got " + std::to_string(made.bits));
     if (made.group != 32 && made.group != 64 && made.group != 128) given.refuse("group_size: wanted 32, 64 or 128");
     if (K % made.group) given.refuse("wanted whole groups of inputs, got " + std::to_string(K) + " inputs");
-    const mx::Shape groups = {int(K / made.group), int(N)};
+    const mx::Shape groups = {int(K / made.group * N)};
     const mx::array &scales = given.array("scales", groups), &biases = given.array("biases", groups);
     if (scales.dtype() != biases.dtype()) given.refuse("biases: wanted the type of scales");
     made.scales = weights.keep(scales).data<void>(), made.biases = weights.keep(biases).data<void>();
     made.dtype = dtype_of(scales);
-    words = int(N * made.bits / 32);
     if (weight.dtype() != mx::uint32) given.refuse("weight: wanted uint32");
   } else {
     made.dtype = dtype_of(weight);
   }
-  if (weight.shape() != mx::Shape{int(K), words})
-    given.refuse("weight: wanted shape " + text_of({int(K), words}) + ", got " + text_of(weight.shape()));
+  const mx::Shape shape = made.bits ? mx::Shape{int(K * N * made.bits / 32)} : mx::Shape{int(K), int(N)};
+  if (weight.shape() != shape)
+    given.refuse("weight: wanted shape " + text_of(shape) + ", got " + text_of(weight.shape()));
   if (N % 64 || K % 32)
     given.refuse("wanted multiples of 64 outputs and of 32 inputs, got " + text_of({int(N), int(K)}));
   made.weight = weights.keep(weight).data<void>();
@@ -55,9 +54,6 @@ std::unique_ptr<FeedForward> make_sparse(const Named& given, Weights& weights, i
   given.expect({"gate_up", "down", "input_weights", "neuron_weights"});
   const int64_t width = int64_t(given.array("neuron_weights").size());
   const ColumnMatrix gate_up = columns(given.dict("gate_up"), weights, 2 * width, dim);
-  if (width % (gate_up.tile_width() / 2))
-    given.refuse("neuron_weights: wanted a multiple of " + std::to_string(gate_up.tile_width() / 2) + " neurons, got " +
-                 std::to_string(width));
   if (given.dict("gate_up").has("bias") && given.dict("gate_up").array_or_none("bias"))
     given.refuse("gate_up: wanted no bias");
   const ColumnMatrix down = columns(given.dict("down"), weights, dim, width);

@@ -8,6 +8,9 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <cstdlib>
+#include <cstring>
+
 #include "mlx/version.h"
 #include "python/decoder_model.h"
 #include "python/feed_forwards.h"
@@ -17,10 +20,22 @@
 namespace nb = nanobind;
 namespace mx = mlx::core;
 
+// A copy of an array that begins at a cache line, so that lines of 64 bytes hold whole tiles of a matrix. MLX's own
+// arrays begin anywhere on a CPU.
+static mx::array aligned(mx::array given) {
+  given = mx::contiguous(given);
+  given.eval();
+  void* const memory = std::aligned_alloc(64, (given.nbytes() + 127) / 64 * 64);
+  if (!memory) throw std::bad_alloc();
+  std::memcpy(memory, given.data<char>(), given.nbytes());
+  return mx::array(memory, given.shape(), given.dtype(), [](void* p) { std::free(p); });
+}
+
 NB_MODULE(_native, m) {
   using mlxeff::check;
   m.attr("mlx_version") = std::to_string(MLX_VERSION_MAJOR) + "." + std::to_string(MLX_VERSION_MINOR) + "." +
                           std::to_string(MLX_VERSION_PATCH);
+  m.def("aligned", &aligned, nb::arg("array"), "A copy of an array that begins at a cache line.");
   m.def("accepts", [](const mx::array&) {}, "Fails where arrays of this MLX are unknown here.");
   m.attr("EXACT") = int(MLXEFF_EXACT);
   m.attr("COMPUTE_BF16") = int(MLXEFF_COMPUTE_BF16);

@@ -3,10 +3,11 @@
 A product that leaves out some of its inputs then reads nothing of their columns. `cpu/columns/column_matrix.h` is the
 same format in the native kernels. Of N outputs and K inputs:
 
-affine  the codes, scales and biases are those of the matrix in MLX's rows. `weight`, uint32 (K, N · bits / 32), has a
-        column in each row, in tiles of 128 outputs (4 bits, the last may have 64) or 64 (8 bits). With W words in a
-        tile, word i holds the codes of the outputs i, W + i, 2 W + i, … of the tile, lowest bits first. `scales` and
-        `biases` are (K / group, N)
+affine  the codes, scales and biases are those of the matrix in MLX's rows. Outputs are cut into strips of 256 (4 bits) or
+        128 (8 bits), the last one perhaps less, and a strip has the codes of its outputs for the first input, for the
+        second, …: `weight`, uint32 (K · N · bits / 32), is one strip after the other. For each input a strip has a tile
+        of W = 2 · bits words for every 64 outputs: word i holds the codes of the outputs i, W + i, 2 W + i, … of the
+        tile, lowest bits first. `scales` and `biases`, (K / group · N), lie in the same strips
 dense   `weight` is (K, N)
 """
 
@@ -14,17 +15,13 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from .. import kernels
 from ..modules import Linear, QuantizedLinear, quantized_matrix
 from ..ops import linear
 
 BITS = (4, 8)  # of affine weights
-OUTPUTS, INPUTS = 64, 32  # numbers of outputs and inputs are multiples of these
-WORDS = 16  # of a tile
-
-
-def tile_width(bits: int | None) -> int:
-    """The outputs of a tile; `bits` is None for dense weights."""
-    return 32 // bits * WORDS if bits else 64
+OUTPUTS, INPUTS = 64, 32  # numbers of outputs and inputs are multiples of these; a tile has 64 outputs
+STRIP = 1024  # bits of an input in a strip
 
 
 class Columns(nn.Module):
@@ -33,10 +30,12 @@ class Columns(nn.Module):
     def __init__(self, outputs: int, inputs: int, bits: int | None, group_size: int | None, bias: bool = False):
         super().__init__()
         self.outputs, self.inputs, self.bits, self.group_size = outputs, inputs, bits, group_size
-        self.weight = mx.zeros((inputs, outputs * bits // 32 if bits else outputs), mx.uint32 if bits else mx.float32)
         if bits:
-            self.scales = mx.zeros((inputs // group_size, outputs))
-            self.biases = mx.zeros((inputs // group_size, outputs))
+            self.weight = mx.zeros((inputs * outputs * bits // 32,), mx.uint32)
+            self.scales = mx.zeros((inputs // group_size * outputs,))
+            self.biases = mx.zeros((inputs // group_size * outputs,))
+        else:
+            self.weight = mx.zeros((inputs, outputs))
         if bias:
             self.bias = mx.zeros((outputs,))
         self.freeze()
@@ -49,17 +48,32 @@ class Columns(nn.Module):
         """The columns (K, N) in float32, or in their own type where they are dense."""
         if not self.bits:
             return self.weight
-        codes = mx.concatenate([_codes(words, self.bits) for words in self._tiles()], axis=1).astype(mx.float32)
         scales, biases = (
-            mx.repeat(each.astype(mx.float32), self.group_size, axis=0) for each in (self.scales, self.biases)
+            mx.repeat(self._joined_strips(each, 1).astype(mx.float32), self.group_size, axis=0)
+            for each in (self.scales, self.biases)
         )
-        return codes * scales + biases
+        return self._codes().astype(mx.float32) * scales + biases
 
-    def _tiles(self) -> list[mx.array]:
-        """The words of the whole tiles (K, tiles, 16), and of a half tile (K, 1, 8) where there is one."""
-        whole = self.weight.shape[1] // WORDS * WORDS
-        parts = [self.weight[:, :whole].reshape(self.inputs, -1, WORDS)] if whole else []
-        return parts + ([self.weight[:, None, whole:]] if whole < self.weight.shape[1] else [])
+    def _codes(self) -> mx.array:
+        """The codes of affine weights, uint32 (K, N)."""
+        words = self._joined_strips(self.weight, 32 // self.bits).reshape(self.inputs, -1, 1, 2 * self.bits)
+        shifts = mx.arange(32 // self.bits, dtype=mx.uint32)[:, None] * self.bits
+        return ((words >> shifts) & ((1 << self.bits) - 1)).reshape(self.inputs, self.outputs)
+
+    def _joined_strips(self, flat: mx.array, outputs: int) -> mx.array:
+        """An array in strips → (rows, columns), where a column is for so many `outputs`."""
+        rows, whole = flat.size * outputs // self.outputs, STRIP // self.bits // outputs
+        parts, end = [], self.outputs // outputs
+        for start in range(0, end, whole):
+            width = min(whole, end - start)
+            parts.append(flat[rows * start : rows * (start + width)].reshape(rows, width))
+        return mx.concatenate(parts, axis=1)
+
+    def align(self) -> None:
+        """Move the weights to where cache lines hold whole tiles, for the native kernels; elsewhere nothing changes."""
+        native, _ = kernels.native()
+        if native is not None and kernels.device() == "cpu":
+            self.weight = native.aligned(self.weight)
 
     @property
     def column_bytes(self) -> int:
@@ -86,20 +100,15 @@ class Columns(nn.Module):
             layer = Linear(1, 1, bias=False)
             layer.weight = mx.contiguous(self.weight.T)
         else:
-            codes = np.concatenate([np.array(_codes(words, self.bits)) for words in self._tiles()], axis=1)
+            codes = np.array(self._codes())
             layer = QuantizedLinear(32, 1, False, 32, self.bits)
             layer.group_size = self.group_size
             layer.weight = mx.array(_joined(np.ascontiguousarray(codes.T), self.bits, 1))
-            layer.scales, layer.biases = (mx.contiguous(each.T) for each in (self.scales, self.biases))
+            for name in ("scales", "biases"):
+                layer[name] = mx.contiguous(self._joined_strips(self[name], 1).T)
         if "bias" in self:
             layer.bias = self.bias
         return layer
-
-
-def _codes(words: mx.array, bits: int) -> mx.array:
-    """Words (K, tiles, W) → codes, uint32 (K, outputs)."""
-    shifts = mx.arange(32 // bits, dtype=mx.uint32)[:, None] * bits
-    return ((words[:, :, None, :] >> shifts) & ((1 << bits) - 1)).reshape(len(words), -1)
 
 
 def _joined(codes: np.ndarray, bits: int, words: int) -> np.ndarray:
@@ -108,6 +117,12 @@ def _joined(codes: np.ndarray, bits: int, words: int) -> np.ndarray:
     parts = codes.astype(np.uint32).reshape(len(codes), -1, 32 // bits, words)
     shifts = np.arange(32 // bits, dtype=np.uint32)[:, None] * np.uint32(bits)
     return np.bitwise_or.reduce(parts << shifts, axis=2).reshape(len(codes), -1)
+
+
+def _in_strips(matrix: mx.array, width: int) -> mx.array:
+    """A matrix (R, C) as strips of `width` columns, one after the other: (R · C)."""
+    parts = [matrix[:, start : start + width].reshape(-1) for start in range(0, matrix.shape[1], width)]
+    return mx.concatenate(parts)
 
 
 def refusal(module: nn.Module) -> str | None:
@@ -145,11 +160,8 @@ def stored_by_columns(module: nn.Module, order: np.ndarray | None = None) -> Col
         made = Columns(outputs, inputs, bits, group, "bias" in module)
         per_word = np.array(module.weight[rows])[:, :, None] >> (np.arange(32 // bits, dtype=np.uint32) * bits)
         codes = np.ascontiguousarray((per_word & np.uint32((1 << bits) - 1)).reshape(outputs, inputs).T)
-        whole = outputs // tile_width(bits) * tile_width(bits)
-        parts = [_joined(codes[:, :whole], bits, WORDS)] if whole else []
-        parts += [_joined(codes[:, whole:], bits, WORDS // 2)] if whole < outputs else []
-        made.weight = mx.array(np.concatenate(parts, axis=1))
-        made.scales, made.biases = (mx.contiguous(each[rows].T) for each in (module.scales, module.biases))
+        made.weight = _in_strips(mx.array(_joined(codes, bits, 2 * bits)), STRIP // 32)
+        made.scales, made.biases = (_in_strips(each[rows].T, STRIP // bits) for each in (module.scales, module.biases))
     if "bias" in module:
         made.bias = module.bias[rows]
     return made

@@ -22,7 +22,7 @@ from .columns import form, refusal, stored_by_columns
 from .fit import product, rows_taken
 from .fractions import Fractions
 from .install import rows_of
-from .sparse import SparseFeedForward, interleaved, misfit
+from .sparse import SparseFeedForward, interleaved
 
 LOWEST, HIGHEST, STEPS = -80, 40, 64  # of the histograms: powers of two, and steps between two of them
 
@@ -60,7 +60,7 @@ def refused(parts: GatedParts) -> str | None:
         return f"wanted gate and up stored alike, got {gate} and {up} (bits, group size)"
     if any("bias" in rows.module for rows in (parts.gate, parts.up)):
         return "wanted gate and up without biases"
-    return misfit(rows_of(parts), gate[0])
+    return None
 
 
 def network(parts: GatedParts) -> SparseFeedForward:
@@ -68,7 +68,7 @@ def network(parts: GatedParts) -> SparseFeedForward:
     neurons = rows_of(parts)
     whole = np.arange(neurons)
     gate, up = rows_taken(parts.gate, whole), rows_taken(parts.up, whole)
-    order = interleaved(neurons, form(gate)[0])
+    order = interleaved(neurons)
     return SparseFeedForward(
         stored_by_columns(_stacked(gate, up), order),
         stored_by_columns(parts.down.module),

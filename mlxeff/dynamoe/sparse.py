@@ -21,25 +21,19 @@ import numpy as np
 from ..models.parts import Rows
 from ..ops import swiglu
 from ..running import EXACT, RunOptions
-from .columns import Columns, tile_width
+from .columns import OUTPUTS, Columns
 from .fractions import Fractions
 
+HALF = OUTPUTS // 2  # neurons of a tile of gate and up
 FEW_TOKENS = 8  # as SparseFeedForward::few_tokens in cpu/decoder/sparse_feed_forward.h
 HELD_COUNTS = 256  # calls whose counts are added up together
 
 
-def interleaved(neurons: int, bits: int | None) -> np.ndarray:
+def interleaved(neurons: int) -> np.ndarray:
     """The order in which the rows of gate, 0 to F - 1, and of up, F to 2 F - 1, become outputs: gate and up of half a
     tile of neurons in turns, so that the activations of a tile depend on nothing else. int (2 F)."""
-    half = tile_width(bits) // 2
-    gate = np.arange(neurons).reshape(-1, 1, half)
+    gate = np.arange(neurons).reshape(-1, 1, HALF)
     return np.concatenate([gate, gate + neurons], axis=1).reshape(-1)
-
-
-def misfit(neurons: int, bits: int | None) -> str | None:
-    """Why gate and up of so many neurons cannot take turns; None where they can."""
-    half = tile_width(bits) // 2
-    return f"wanted a multiple of {half} neurons, got {neurons}" if neurons % half else None
 
 
 @dataclass(frozen=True)
@@ -102,8 +96,7 @@ class SparseFeedForward(nn.Module):
 
     def neurons(self, tokens: mx.array) -> mx.array:
         """The values of the neurons, silu(gate(x)) · up(x): x (T, D) → (T, F)."""
-        half = tile_width(self.gate_up.bits) // 2
-        both = self.gate_up(tokens).reshape(len(tokens), -1, 2, half)
+        both = self.gate_up(tokens).reshape(len(tokens), -1, 2, HALF)
         return swiglu(both[:, :, 0], both[:, :, 1]).reshape(len(tokens), -1)
 
     def parts(self) -> SparseParts:

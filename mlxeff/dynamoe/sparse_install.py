@@ -19,10 +19,10 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..errors import MlxeffError
-from .columns import BITS, OUTPUTS, Columns
+from .columns import BITS, INPUTS, OUTPUTS, Columns
 from .fractions import Fractions
 from .install import KEY, VERSION, gated_layers, read_table, rows_of
-from .sparse import SparseFeedForward, misfit
+from .sparse import SparseFeedForward
 
 KEYS = {"version", "by", "gate_up", "down", "table"}
 Form = tuple[int | None, int | None]  # bits and group size; None for dense weights
@@ -86,10 +86,8 @@ def install(model: nn.Module, value: dict, origin: str = "config") -> None:
     size = model.hidden_size
     for number, (layer, parts) in enumerate(layers):
         neurons = rows_of(parts)
-        text = misfit(neurons, entry.gate_up[number][0])
-        if size % OUTPUTS:
-            text = f"wanted a multiple of {OUTPUTS} hidden units, got {size}"
-        if text:
+        if size % OUTPUTS or neurons % INPUTS:
+            text = f"wanted multiples of {OUTPUTS} hidden units and of {INPUTS} neurons, got {size} and {neurons}"
             raise MlxeffError(f"{origin}: {KEY}: layer {number}: {text}")
         layer[layer.FEED_FORWARD] = SparseFeedForward(
             Columns(2 * neurons, size, *entry.gate_up[number]),
@@ -99,10 +97,12 @@ def install(model: nn.Module, value: dict, origin: str = "config") -> None:
 
 
 def finish(model: nn.Module, origin: str) -> None:
-    """To be called when the weights are loaded: raises MlxeffError for weights of inputs that are negative or no
-    numbers."""
+    """To be called when the weights are loaded: puts them in their place in memory. Raises MlxeffError for weights of
+    inputs that are negative or no numbers."""
     for name, module in model.named_modules():
         if isinstance(module, SparseFeedForward):
+            module.gate_up.align()
+            module.down.align()
             for part in ("input_weights", "neuron_weights"):
                 if not mx.all(mx.isfinite(module[part]) & (module[part] >= 0)).item():
                     raise MlxeffError(f"{origin}: {name}.{part}: wanted numbers of 0 or more, got others: damaged")

@@ -26,10 +26,12 @@ struct Columns {
   }
   double at(int64_t n, int64_t k) const {
     if (!c.bits) return arrays[0].at(k, n);
-    const int64_t tile = n / c.tile_width(), place = n % c.tile_width(), words = c.width_of(tile) * c.bits / 32;
-    const uint32_t word = packed[size_t(k * N * c.bits / 32 + tile * 16 + place % words)];
-    const uint32_t q = word >> (place / words * c.bits) & ((1u << c.bits) - 1);
-    return q * arrays[0].at(k / c.group, n) + arrays[1].at(k / c.group, n);
+    const int64_t before = n / c.piece() * c.piece();  // outputs of earlier strips
+    const int64_t width = std::min(c.piece(), N - before), place = n - before, words = 2 * c.bits;
+    const int64_t word = (K * before + k * width) * c.bits / 32 + place / 64 * words + place % 64 % words;
+    const uint32_t q = packed[size_t(word)] >> (place % 64 / words * c.bits) & ((1u << c.bits) - 1);
+    const int64_t scale = K / c.group * before + k / c.group * width + place;
+    return q * arrays[0].at(scale / N, scale % N) + arrays[1].at(scale / N, scale % N);
   }
 };
 
@@ -53,12 +55,12 @@ struct SparseCase {
 
   // The output for a row, and how many inputs and neurons it keeps.
   std::vector<double> want(const Matrix& input, int64_t row, double threshold, int64_t* inputs, int64_t* neurons) const {
-    const int64_t tile = gate_up.c.tile_width(), half = tile / 2;
+    const int64_t half = 32;
     std::vector<double> out(size_t(dim), 0);
     for (int64_t k = 0; k < dim; ++k) *inputs += counts(input.at(row, k), input_weights.at(0, k), threshold);
     for (int64_t n = 0; n < width; ++n) {
       double g = 0, u = 0;
-      const int64_t place = n / half * tile + n % half;
+      const int64_t place = n / half * 2 * half + n % half;
       for (int64_t k = 0; k < dim; ++k) {
         const double x = counts(input.at(row, k), input_weights.at(0, k), threshold) ? input.at(row, k) : 0;
         g += gate_up.at(place, k) * x, u += gate_up.at(place + half, k) * x;
