@@ -54,6 +54,7 @@ FITS = {
     "low-rank 64": {"down": "low-rank"},
     "no refit": {"down": "shared"},
     "paper's router": {"router": "paper"},
+    "tuned": {"tune": 32768},
 }
 STATIC = "static widths"
 NAMES = [*FITS, STATIC, *ffn_rivals.RIVALS]

@@ -1,7 +1,9 @@
 """`mlxeff fit dynamoe` as a Python call: a dense model → a folder with the model as DynaMoE, fitted on a text.
 
 The text's windows run through the layers one after the other. Finished layers are kept in a work folder, from which an
-interrupted fit goes on. The same model, text and settings give the same folder to the bit.
+interrupted fit goes on. With `tune`, the smaller experts are trained then (see `tuning_dynamoe`), and all layers are
+fitted once more, which stores what was trained and fits the routers to it. The same model, text and settings give the
+same folder to the bit.
 """
 
 import hashlib
@@ -21,6 +23,7 @@ from ..checkpoint import WorkFolder, open_source, write_folder
 from ..decode import require_seam
 from ..dynamoe import calibrate, fisher, fit
 from ..dynamoe.feed_forward import DynamicFeedForward
+from ..dynamoe.fractions import Fractions
 from ..dynamoe.install import DOWNS, KEY, MOST_EXPERTS, Entry, gated_layers, prices, rows_of
 from ..errors import MlxeffError, notices
 from ..models.decoder import DecoderModel
@@ -29,6 +32,7 @@ from ..modules import parameter_bytes, settle_random_state
 from . import described, folder
 from .fitting import NotWrittenError, Progress, no_progress, settled
 from .model import Loaded, load_path
+from .tuning_dynamoe import TuningPass, tuning_text
 
 RULES = {"regression": "lagrangian", "paper": "cumulative"}  # value of --router → the rule of the routers
 SHARES = (1 / 3, 2 / 3)  # of the neurons, of the smaller experts by default
@@ -51,6 +55,7 @@ class DynamoeSettings:
     threshold: float | None = None
     text: str | Path | None = None
     tokens: int = calibration.TOKENS
+    tune: int | None = None
     seed: int = 0
     ignore_keys: Sequence[str] = ()
     offline: bool = False
@@ -67,6 +72,10 @@ class DynamoeSettings:
         if self.threshold is not None and self.router != "paper":
             raise MlxeffError(f"--threshold {self.threshold}: wanted --router paper with it, got {self.router}")
         self.threshold = fit.THRESHOLD if self.threshold is None else self.threshold
+        if self.tune is not None and (type(self.tune) is not int or self.tune < calibration.WINDOW):
+            raise MlxeffError(f"--tune: wanted {calibration.WINDOW} tokens, a window, or more, got {self.tune!r}")
+        if self.tune is not None and self.down == "shared":
+            raise MlxeffError(f"--tune {self.tune}: wanted --down own or low-rank with it, got shared: nothing to tune")
         widths = list(self.widths)
         if not 1 <= len(widths) < MOST_EXPERTS or sorted(set(widths)) != widths or widths[0] <= 0:
             got = ",".join(f"{width:g}" for width in widths)
@@ -98,26 +107,43 @@ def _fit(settings: DynamoeSettings, progress: Progress) -> dict:
     widths = [_widths(settings.widths, parts, number) for number, (_, parts) in enumerate(layers)]
     text, name = calibration.read_text(settings.text)
     windows = calibration.windows(text, loaded.tokenizer, settings.tokens, str(path), loaded.model.vocab_size)
+    tuning = None
+    if settings.tune:
+        chosen = tuning_text(text, loaded.tokenizer, settings.tune, str(path), loaded.model.vocab_size)
+        tuning = TuningPass(loaded.model, chosen, progress)
     work = WorkFolder(Path(settings.out), "dynamoe", _fingerprint(settings, loaded, windows))
     try:
         found = _layers(settings, loaded.model, layers, widths, windows, work, progress)
+        fractions = _dialled(settings, found, widths)
+        if tuning:
+            tuned = tuning.run(found.modules, settings.tune, settings.seed, work)
+            found = _layers(settings, loaded.model, layers, widths, windows, work, progress, tuned)
+            fractions = _dialled(settings, found, widths)
+        measured = tuning.report(found.modules) if tuning else None
     except BaseException:
         if any(work.path.glob("*.safetensors")):
             notices.info(f"{work.path}: finished layers are kept: the same command goes on from there")
         raise
-    fractions = calibrate.table(found.scores, prices(widths), RULES[settings.router])
     entry = Entry(tuple(map(tuple, widths)), settings.down, fractions, settings.rank)
     for (layer, _), module in zip(layers, found.modules, strict=True):
-        module.fractions = fractions
         layer[layer.FEED_FORWARD] = module
     loaded.model.native = None
-    report = _report(settings, entry, found, windows, name) | {"seconds": time.perf_counter() - began}
+    report = _report(settings, entry, found, windows, name)
+    report |= {"tuning": measured, "seconds": time.perf_counter() - began}
     try:
         _write(settings, loaded, path, entry, report, progress)
     except MlxeffError as error:
         raise NotWrittenError(str(error), report) from error
     work.remove()
     return report
+
+
+def _dialled(settings: DynamoeSettings, found: "Found", widths: list[list[int]]) -> Fractions:
+    """The table of fractions of the fitted layers, which it is given to."""
+    fractions = calibrate.table(found.scores, prices(widths), RULES[settings.router])
+    for module in found.modules:
+        module.fractions = fractions
+    return fractions
 
 
 def _fingerprint(settings: DynamoeSettings, loaded: Loaded, windows: np.ndarray) -> str:
@@ -169,20 +195,23 @@ def _layers(
     windows: np.ndarray,
     work: WorkFolder,
     progress: Progress,
+    tuned: Sequence[Sequence[nn.Module]] = (),
 ) -> Found:
-    """Fit all layers, or take those that are finished from the work folder."""
+    """Fit all layers, or take those that are finished from the work folder. `tuned`: what `TuningPass.run` gave."""
     weights = _output_weights(settings, model, windows, work, progress)
     stream = calibration.LayerStream(model, windows)
     found, each_price, rule = Found([], [], []), prices(widths), RULES[settings.router]
-    with progress("fitting", "layer") as bar:
+    title, name = ("fitting again", "tuned") if tuned else ("fitting", "layer")
+    with progress(title, "layer") as bar:
         for number, (layer, parts) in enumerate(layers):
-            unit, own = f"layer-{number:04d}", widths[number]
+            unit, own = f"{name}-{number:04d}", widths[number]
             module = fit.empty(parts, own, settings.down, settings.rank, rule, each_price[number])
             kept = work.read(unit)
             if kept is None:
                 seen = fit.Statistics.empty(own[-1])
                 stream.next_layer([layer.FEED_FORWARD], lambda _, x, seen=seen, parts=parts: seen.add(parts, x))
-                scores, explained = fit.fit_layer(module, parts, seen, weights[number], settings.threshold)
+                terms = tuned[number] if tuned else ()
+                scores, explained = fit.fit_layer(module, parts, seen, weights[number], settings.threshold, terms)
                 arrays = {"scores": mx.array(scores), **dict(tree_flatten(module.parameters()))}
                 work.write(unit, arrays, {"explained": json.dumps(explained)})
             else:

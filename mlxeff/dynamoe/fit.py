@@ -18,7 +18,7 @@ import numpy as np
 from ..models.parts import GatedParts, Rows
 from ..modules import Linear, QuantizedLinear, dense, plain_linear
 from ..ops import fitting_group, linear, swiglu
-from . import gptq
+from . import gptq, tune
 from .feed_forward import DynamicFeedForward, LowRank
 from .fractions import Fractions
 
@@ -170,10 +170,16 @@ def _with_bias(down: nn.Module, like: nn.Module) -> nn.Module:
 
 
 def fit_layer(
-    module: DynamicFeedForward, parts: GatedParts, seen: Statistics, weights: np.ndarray, threshold: float = THRESHOLD
+    module: DynamicFeedForward,
+    parts: GatedParts,
+    seen: Statistics,
+    weights: np.ndarray,
+    threshold: float = THRESHOLD,
+    tuned: Sequence[nn.Module] = (),
 ) -> tuple[np.ndarray, list[float]]:
     """Fit `module`, which `empty` made for the network `parts`, to what the network has `seen`. `weights` (D): how much
-    squared errors of the output matter, see `fisher`. `threshold`: of the labels of the paper's rule.
+    squared errors of the output matter, see `fisher`. `threshold`: of the labels of the paper's rule. `tuned`: what
+    `tune.tune` trained for the smaller experts, after a fit to the same.
 
     Returns (what the router says of the tokens that it was fitted on, float32 (T, R); the shares of the variance, or of
     the labels, that it predicts on tokens that it was not fitted on).
@@ -188,7 +194,10 @@ def fit_layer(
     else:
         module.down_proj = _with_bias(stored(whole, like, gram), like)
     for number, (expert, width) in enumerate(zip(module.get("experts") or (), module.widths, strict=False)):
-        matrix = refitted(gram, whole, width)
+        if tuned and isinstance(expert, LowRank):
+            module.experts[number] = tune.halved(tuned[number])
+            continue
+        matrix = tune.matrix(tuned[number]) if tuned else refitted(gram, whole, width)
         if isinstance(expert, LowRank):
             rank = expert.left.weight.shape[1]
             left, right = low_rank(gram[:width, :width], matrix - whole[:, :width], rank)
