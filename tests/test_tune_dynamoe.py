@@ -15,7 +15,7 @@ from helpers import assert_close
 from mlxeff.assembly.fitting_dynamoe import fit_dynamoe
 from mlxeff.assembly.model import load_path
 from mlxeff.assembly.tuning_dynamoe import tuning_text
-from mlxeff.dynamoe import tune
+from mlxeff.dynamoe import distil, tune
 from mlxeff.dynamoe.feed_forward import LowRank
 from mlxeff.dynamoe.install import of
 from mlxeff.errors import MlxeffError
@@ -57,12 +57,12 @@ def test_the_divergence_falls(tuned):
     assert changes[3] < 1.05
 
 
-def test_only_the_smaller_experts_and_routers_change(tuned, untuned):
+def test_only_the_smaller_experts_change(tuned, untuned):
     """So the widest expert keeps the bits of the dense network, and nothing takes more bytes."""
     got, want = ({**mx.load(str(folder / "model.safetensors"))} for folder in (tuned[0], untuned))
     assert got.keys() == want.keys()
     changed = {name for name in want if not mx.array_equal(got[name], want[name])}
-    assert changed == {name for name in want if ".experts." in name or ".router." in name}
+    assert changed == {name for name in want if ".experts." in name}
     assert sum(array.nbytes for array in got.values()) == sum(array.nbytes for array in want.values())
 
 
@@ -100,7 +100,7 @@ def test_low_rank_terms_are_tuned(tmp_path, source, text):  # noqa: F811
     experts = [expert for network in of(load_path(tmp_path / "dyn").model) for expert in network.experts]
     assert all(isinstance(expert, LowRank) and expert.left.weight.dtype == mx.float16 for expert in experts)
     tuning = report["tuning"]
-    assert sum(tuning["kl_after"]) < sum(tuning["kl_before"])
+    assert sum(tuning["kl_after"]) < 0.95 * sum(tuning["kl_before"])
 
 
 def test_terms_compute_nothing_at_first(untuned):
@@ -124,22 +124,22 @@ def test_experts_are_fitted_on_the_tokens_that_take_them(source, text, untuned):
     """Each is nearer to what it should add to the hidden states of its own tokens than it was."""
     model, networks = load_path(source).model, of(load_path(untuned).model)
     windows = tuning_text(text.read_text(), load_path(source).tokenizer, 4096, "here", 261).read
-    distillation = tune.Distillation(model, windows)
+    distillation = distil.Distillation(model, windows)
     distillation.fit(networks[0])
     distillation.next_layer(networks[0])
     network = networks[1]
-    reads = distillation._batches()
-    targets = [whole - after for whole, (_, after) in zip(distillation._dense.hidden, reads, strict=True)]
+    batches = distillation.read()
+    assert {each for number in range(len(batches)) for each in distillation.sensitivities(number)} == {
+        *tune.SENSITIVITIES
+    }
 
     def errors():
         """The squared error of each smaller expert on its own tokens."""
         total = np.zeros(2)
-        for number, ((read, _), target) in enumerate(zip(reads, targets, strict=True)):
-            for place, x in enumerate(read):
-                chosen = np.array(network.choose(x, tune._sensitivity(number * len(reads[0][0]) + place)))
-                for expert, output in enumerate(network.outputs(x)[1:]):
-                    rest = np.array(output - target[place])[chosen == expert]
-                    total[expert] += np.square(rest).sum()
+        for number, (read, wanted) in enumerate(batches):
+            chosen = distillation.chosen(network, number)
+            for expert, output in enumerate(network.outputs(read.reshape(-1, 64))[1:]):
+                total[expert] += np.square(np.array(output - wanted.reshape(-1, 64))[chosen == expert]).sum()
         return total
 
     before = errors()

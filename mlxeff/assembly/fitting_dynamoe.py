@@ -1,9 +1,8 @@
 """`mlxeff fit dynamoe` as a Python call: a dense model → a folder with the model as DynaMoE, fitted on a text.
 
 The text's windows run through the layers one after the other. Finished layers are kept in a work folder, from which an
-interrupted fit goes on. With `tune`, the smaller experts are trained then (see `tuning_dynamoe`), and all layers are
-fitted once more, which stores what was trained and fits the routers to it. The same model, text and settings give the
-same folder to the bit.
+interrupted fit goes on. With `tune`, the smaller experts are tuned then (see `tuning_dynamoe`). The same model, text
+and settings give the same folder to the bit.
 """
 
 import hashlib
@@ -23,7 +22,6 @@ from ..checkpoint import WorkFolder, open_source, write_folder
 from ..decode import require_seam
 from ..dynamoe import calibrate, fisher, fit
 from ..dynamoe.feed_forward import DynamicFeedForward
-from ..dynamoe.fractions import Fractions
 from ..dynamoe.install import DOWNS, KEY, MOST_EXPERTS, Entry, gated_layers, prices, rows_of
 from ..errors import MlxeffError, notices
 from ..models.decoder import DecoderModel
@@ -114,12 +112,11 @@ def _fit(settings: DynamoeSettings, progress: Progress) -> dict:
     work = WorkFolder(Path(settings.out), "dynamoe", _fingerprint(settings, loaded, windows))
     try:
         found = _layers(settings, loaded.model, layers, widths, windows, work, progress)
-        fractions = _dialled(settings, found, widths)
+        fractions = calibrate.table(found.scores, prices(widths), RULES[settings.router])
+        for module in found.modules:
+            module.fractions = fractions
         if tuning:
-            tuned = tuning.run(found.modules, settings.tune, settings.seed, work)
-            found = _layers(settings, loaded.model, layers, widths, windows, work, progress, tuned)
-            fractions = _dialled(settings, found, widths)
-        measured = tuning.report(found.modules) if tuning else None
+            tuning.run(found.modules, settings.tune, settings.seed, work)
     except BaseException:
         if any(work.path.glob("*.safetensors")):
             notices.info(f"{work.path}: finished layers are kept: the same command goes on from there")
@@ -129,21 +126,13 @@ def _fit(settings: DynamoeSettings, progress: Progress) -> dict:
         layer[layer.FEED_FORWARD] = module
     loaded.model.native = None
     report = _report(settings, entry, found, windows, name)
-    report |= {"tuning": measured, "seconds": time.perf_counter() - began}
+    report |= {"tuning": tuning.report if tuning else None, "seconds": time.perf_counter() - began}
     try:
         _write(settings, loaded, path, entry, report, progress)
     except MlxeffError as error:
         raise NotWrittenError(str(error), report) from error
     work.remove()
     return report
-
-
-def _dialled(settings: DynamoeSettings, found: "Found", widths: list[list[int]]) -> Fractions:
-    """The table of fractions of the fitted layers, which it is given to."""
-    fractions = calibrate.table(found.scores, prices(widths), RULES[settings.router])
-    for module in found.modules:
-        module.fractions = fractions
-    return fractions
 
 
 def _fingerprint(settings: DynamoeSettings, loaded: Loaded, windows: np.ndarray) -> str:
@@ -195,23 +184,20 @@ def _layers(
     windows: np.ndarray,
     work: WorkFolder,
     progress: Progress,
-    tuned: Sequence[Sequence[nn.Module]] = (),
 ) -> Found:
-    """Fit all layers, or take those that are finished from the work folder. `tuned`: what `TuningPass.run` gave."""
+    """Fit all layers, or take those that are finished from the work folder."""
     weights = _output_weights(settings, model, windows, work, progress)
     stream = calibration.LayerStream(model, windows)
     found, each_price, rule = Found([], [], []), prices(widths), RULES[settings.router]
-    title, name = ("fitting again", "tuned") if tuned else ("fitting", "layer")
-    with progress(title, "layer") as bar:
+    with progress("fitting", "layer") as bar:
         for number, (layer, parts) in enumerate(layers):
-            unit, own = f"{name}-{number:04d}", widths[number]
+            unit, own = f"layer-{number:04d}", widths[number]
             module = fit.empty(parts, own, settings.down, settings.rank, rule, each_price[number])
             kept = work.read(unit)
             if kept is None:
                 seen = fit.Statistics.empty(own[-1])
                 stream.next_layer([layer.FEED_FORWARD], lambda _, x, seen=seen, parts=parts: seen.add(parts, x))
-                terms = tuned[number] if tuned else ()
-                scores, explained = fit.fit_layer(module, parts, seen, weights[number], settings.threshold, terms)
+                scores, explained = fit.fit_layer(module, parts, seen, weights[number], settings.threshold)
                 arrays = {"scores": mx.array(scores), **dict(tree_flatten(module.parameters()))}
                 work.write(unit, arrays, {"explained": json.dumps(explained)})
             else:

@@ -18,7 +18,7 @@ import numpy as np
 from ..models.parts import GatedParts, Rows
 from ..modules import Linear, QuantizedLinear, dense, plain_linear
 from ..ops import fitting_group, linear, swiglu
-from . import gptq, tune
+from . import gptq
 from .feed_forward import DynamicFeedForward, LowRank
 from .fractions import Fractions
 
@@ -170,16 +170,10 @@ def _with_bias(down: nn.Module, like: nn.Module) -> nn.Module:
 
 
 def fit_layer(
-    module: DynamicFeedForward,
-    parts: GatedParts,
-    seen: Statistics,
-    weights: np.ndarray,
-    threshold: float = THRESHOLD,
-    tuned: Sequence[nn.Module] = (),
+    module: DynamicFeedForward, parts: GatedParts, seen: Statistics, weights: np.ndarray, threshold: float = THRESHOLD
 ) -> tuple[np.ndarray, list[float]]:
     """Fit `module`, which `empty` made for the network `parts`, to what the network has `seen`. `weights` (D): how much
-    squared errors of the output matter, see `fisher`. `threshold`: of the labels of the paper's rule. `tuned`: what
-    `tune.tune` trained for the smaller experts, after a fit to the same.
+    squared errors of the output matter, see `fisher`. `threshold`: of the labels of the paper's rule.
 
     Returns (what the router says of the tokens that it was fitted on, float32 (T, R); the shares of the variance, or of
     the labels, that it predicts on tokens that it was not fitted on).
@@ -194,10 +188,7 @@ def fit_layer(
     else:
         module.down_proj = _with_bias(stored(whole, like, gram), like)
     for number, (expert, width) in enumerate(zip(module.get("experts") or (), module.widths, strict=False)):
-        if tuned and isinstance(expert, LowRank):
-            module.experts[number] = tune.halved(tuned[number])
-            continue
-        matrix = tune.matrix(tuned[number]) if tuned else refitted(gram, whole, width)
+        matrix = refitted(gram, whole, width)
         if isinstance(expert, LowRank):
             rank = expert.left.weight.shape[1]
             left, right = low_rank(gram[:width, :width], matrix - whole[:, :width], rank)
