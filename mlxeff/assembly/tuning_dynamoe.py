@@ -1,7 +1,7 @@
 """The tuning pass of `mlxeff fit dynamoe --tune`: which windows of the text it reads, what it measures, and its state.
 
-They are those of `dynamoe.distil` and `dynamoe.tune`. What is finished is kept in the fit's work folder, from which an
-interrupted pass goes on. Shapes: W windows, T tokens of a window.
+The computation is that of `dynamoe.distil` and `dynamoe.tune`. What is finished is kept in the fit's work folder, from
+which an interrupted pass goes on. Shapes: W windows, T tokens of a window.
 """
 
 import time

@@ -1,7 +1,7 @@
 """Knowledge distillation of the whole model into its smaller experts (Hinton et al., arXiv 1503.02531).
 
 At each step the model reads a window of the text at a sensitivity of SENSITIVITIES, and its predictions are drawn to
-those of the dense model: the loss is their KL divergence, as a share of what it was at this sensitivity before, so that
+those of the dense model: the loss is their KL divergence, as a share of what the fit gave at this sensitivity, so that
 low sensitivities do not outweigh high ones. Routers, attention, gate, up and the whole down-projection are frozen, so
 that the widest expert stays the dense network. What is trained: with own down-projections a low-rank term (LoRA, arXiv
 2106.09685) for each, which is added to the matrix before that is stored; with low-rank terms their factors, in float32.
@@ -120,7 +120,7 @@ def tune(
 
     model     a dense decoder of `mlxeff.models`, which is left as it was
     windows   token ids (W, T); the steps read one each, in an order that `seed` gives, `tokens` ≥ T in all
-    before    the result of `divergences` for these networks
+    before    the result of `divergences` for these networks as they were fitted, by which losses are divided
     checkpoint, progress  as in `training.train`
 
     Raises MlxeffError as `training.train` does.
