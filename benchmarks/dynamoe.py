@@ -5,8 +5,9 @@
 
 quality  windows of 512 tokens of `data/jargon-validation.txt`. "all": every token at the share. "after": the first
          256 tokens are read with all neurons, and the others at the share, as GRIFFIN needs it. The reference is the
-         dense model. "share" of our own arms is what their tokens really computed; that of the rivals is the share of
-         the bytes of the feed-forward weights that their kernels would read
+         dense model. "share" is that of the feed-forward weights which tokens compute, of our own arms as it was
+         counted; "bytes" is the share of the bytes that kernels read for it: who leaves out inputs of quantised weights
+         still reads all scales
 speed    the native decoder at each sensitivity and the dense model, taking turns: tokens a second in decoding after a
          short prompt, bytes of feed-forward weights a token as the kernels counted them, and how much of the time is
          saved that the bytes predict: those of all weights that a token reads
@@ -27,6 +28,7 @@ from pathlib import Path
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from mlx.utils import tree_flatten
 from mlxeff.convert import convert
 
 import ffn_rivals
@@ -37,6 +39,7 @@ from mlxeff.assembly.model import build_model, load_path
 from mlxeff.bench.tables import table
 from mlxeff.decode import PlainReading, prefill
 from mlxeff.dynamoe.install import of
+from mlxeff.dynamoe.sparse import SparseFeedForward
 from mlxeff.dynamoe.usage import CountedReading
 from mlxeff.models.decoder import DecoderModel
 from mlxeff.ops import log_softmax
@@ -51,9 +54,11 @@ SHARES = (0.95, 0.9, 0.8, 0.65, 0.5)
 # Name of an arm → options of its fit.
 FITS = {
     "DynaMoE": {},
+    "by inputs": {"by": "inputs"},
     "low-rank 64": {"down": "low-rank"},
     "no refit": {"down": "shared"},
     "paper's router": {"router": "paper"},
+    "tuned": {"tune": 32768},
 }
 STATIC = "static widths"
 NAMES = [*FITS, STATIC, *ffn_rivals.RIVALS]
@@ -145,12 +150,20 @@ class Share:
 
 def own_rows(truth: Truth, model: DecoderModel, shares: tuple[float, ...]) -> Iterator[dict]:
     """The measurements of a fitted model."""
+    networks = of(model)
+    if any(isinstance(network, SparseFeedForward) for network in networks):
+        model.native = None  # which leaves out inputs of few tokens only
+        for network in networks:
+            network.most_sparse = WINDOW
     for share in shares:
         options = RunOptions(fraction=share)
         for mode, start in (("all", 0), ("after", PROMPT)):
             counted = Share(model, options)
             found = truth.compared(log_probabilities(model, truth.windows, options, start, counted.switch), start)
-            yield {"wanted": share, "share": round(counted.mean(), 4), "mode": mode, **found}
+            taken_share = counted.mean()
+            read = [sum(each.read_bytes(part) for each in networks) for part in (taken_share, 1.0)]
+            shares_of = {"share": round(taken_share, 4), "bytes": round(read[0] / read[1], 4)}
+            yield {"wanted": share, **shares_of, "mode": mode, **found}
 
 
 @contextmanager
@@ -183,19 +196,28 @@ def static_rows(truth: Truth, model: DecoderModel) -> Iterator[dict]:
         with always(model, number):
             for mode, start in (("all", 0), ("after", PROMPT)):
                 found = truth.compared(log_probabilities(model, truth.windows, RunOptions(fraction=0.9), start), start)
-                yield {"wanted": round(share, 4), "share": round(share, 4), "mode": mode, **found}
+                shares_of = dict.fromkeys(("wanted", "share", "bytes"), round(share, 4))
+                yield {**shares_of, "mode": mode, **found}
+
+
+def scale_share(model: DecoderModel) -> float:
+    """The share of the bytes of the feed-forward weights that are scales and biases of quantised groups."""
+    names = [(name, array.nbytes) for layer in model.layers for name, array in tree_flatten(layer.feed_forward.parameters())]
+    return sum(size for name, size in names if name.endswith((".scales", ".biases"))) / sum(size for _, size in names)
 
 
 def rival_rows(truth: Truth, source: Path, kind: str, shares: tuple[float, ...]) -> Iterator[dict]:
     """The measurements of a rival."""
     model = load_path(source).model
     networks = ffn_rivals.replace_all(model, kind)
+    scales = scale_share(load_path(source).model) if issubclass(ffn_rivals.RIVALS[kind], ffn_rivals.Teal) else 0.0
     modes = [("after", PROMPT)] + ([] if kind == "griffin" else [("all", 0)])
     for share in shares:
         set_share = lambda follows, share=share: ffn_rivals.keep(networks, share if follows else 1.0)  # noqa: E731
         for mode, start in modes:
             found = truth.compared(log_probabilities(model, truth.windows, EXACT, start, set_share), start)
-            yield {"wanted": share, "share": share, "mode": mode, **found}
+            read = {"share": share, "bytes": round(scales + (1 - scales) * share, 4)}
+            yield {"wanted": share, **read, "mode": mode, **found}
 
 
 def quality(options: argparse.Namespace, source: Path, document: dict, save: Callable[[], None]) -> None:
@@ -365,15 +387,15 @@ def speed(options: argparse.Namespace, source: Path, document: dict, save: Calla
 
 def quality_table(document: dict, mode: str) -> str:
     dense = document["dense"][mode]
-    rows = [["dense", "1.000", f"{dense['perplexity']:.2f}", "", "0", "100 %"]]
+    rows = [["dense", "1.000", "1.000", f"{dense['perplexity']:.2f}", "", "0", "100 %"]]
     for name, measured in document["arms"].items():
         for row in measured:
             if row["mode"] != mode:
                 continue
             worse = row["perplexity"] / dense["perplexity"] - 1
             numbers = [f"{row['perplexity']:.2f}", f"{worse:+.1%}", f"{row['kl']:.4f}", f"{row['agreement']:.1%}"]
-            rows.append([name, f"{row['share']:.3f}", *numbers])
-    return table(["", "share", "perplexity", "", "KL", "same first choice"], rows)
+            rows.append([name, f"{row['share']:.3f}", f"{row.get('bytes', row['share']):.3f}", *numbers])
+    return table(["", "share", "bytes", "perplexity", "", "KL", "same first choice"], rows)
 
 
 def speed_table(rows: list[dict]) -> str:

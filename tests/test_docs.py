@@ -158,8 +158,9 @@ def fitted(folder, tmp_path_factory):
 @pytest.fixture(scope="module")
 def dynamoe(folder, tmp_path_factory):
     place = tmp_path_factory.mktemp("docs-dynamoe")
-    (place / "text").write_text("The quick brown fox jumps over the lazy dog. " * 8)
-    found, code = run("fit", "dynamoe", folder, "--out", place / "dyn", "--text", place / "text", "--tokens", 300)
+    (place / "text").write_text("The quick brown fox jumps over the lazy dog. " * 16)
+    options = ["--text", place / "text", "--tokens", 300, "--tune", 256]
+    found, code = run("fit", "dynamoe", folder, "--out", place / "dyn", *options)
     assert code == 0
     return place / "dyn", found
 
@@ -203,7 +204,7 @@ def test_every_key_of_fit_is_explained(fitted):
 
 
 def test_every_key_of_a_fit_of_dynamoe_is_explained(dynamoe):
-    assert set(dynamoe[1]) == tables("`mlxeff fit dynamoe --json`")[0]
+    assert set(dynamoe[1]) | set(dynamoe[1]["tuning"]) == tables("`mlxeff fit dynamoe --json`")[0]
 
 
 def test_every_key_of_convert_is_explained(folder, tmp_path):

@@ -8,7 +8,6 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
-#include <cstdlib>
 #include <cstring>
 
 #include "mlx/version.h"
@@ -24,11 +23,14 @@ namespace mx = mlx::core;
 // arrays begin anywhere on a CPU.
 static mx::array aligned(mx::array given) {
   given = mx::contiguous(given);
-  given.eval();
-  void* const memory = std::aligned_alloc(64, (given.nbytes() + 127) / 64 * 64);
-  if (!memory) throw std::bad_alloc();
-  std::memcpy(memory, given.data<char>(), given.nbytes());
-  return mx::array(memory, given.shape(), given.dtype(), [](void* p) { std::free(p); });
+  mx::array bytes = mx::zeros({int(given.nbytes()) + 64}, mx::uint8);
+  mx::eval(given, bytes);
+  const int first = int((64 - reinterpret_cast<uintptr_t>(bytes.data<uint8_t>()) % 64) % 64);
+  std::memcpy(bytes.data<uint8_t>() + first, given.data<char>(), given.nbytes());
+  const mx::array part = mx::slice(bytes, {first}, {first + int(given.nbytes())});
+  mx::array made = mx::reshape(mx::view(part, given.dtype()), given.shape());
+  mx::eval(made);
+  return made;
 }
 
 NB_MODULE(_native, m) {

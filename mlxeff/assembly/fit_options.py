@@ -173,11 +173,18 @@ DYNAMOE: tuple[Option, ...] = (
     option("--text", metavar="FILE", help="UTF-8 text to fit on (default: a text that comes with the package)"),
     option("--tokens", metavar="N", type=positive, default=32768, help="tokens to fit on (default %(default)s)"),
     option(
+        "--tune",
+        metavar="TOKENS",
+        type=positive,
+        help="train the smaller experts after that on so many tokens of the text, towards the dense model's "
+        "predictions; not with --down shared (default: no training)",
+    ),
+    option(
         "--seed",
         metavar="N",
         type=natural,
         default=0,
-        help="seed of the tokens that are drawn to weigh errors (default %(default)s)",
+        help="seed of the tokens that are drawn to weigh errors, and of the tuning (default %(default)s)",
     ),
 )
 
@@ -193,7 +200,14 @@ def dynamoe_lines(report: dict) -> list[str]:
     widths = ", ".join(str(width) for width in report["widths"][0])
     predicted = f"the routers predict {sum(explained) / len(explained):.0%} of the {what}"
     more = f"{report['added_bytes'] / 1e6:.1f} MB more than the dense model"
+    tuned = []
+    if (tuning := report["tuning"]) is not None:
+        rows = zip(tuning["sensitivities"], tuning["kl_before"], tuning["kl_after"], strict=True)
+        changes = ", ".join(f"{before:.3g} → {after:.3g} at {sensitivity:g}" for sensitivity, before, after in rows)
+        spent = f"{tuning['tokens']} tokens in {tuning['seconds']:.0f} s"
+        tuned = [f"tuning: {spent}; divergence from the dense model on {tuning['held_out']} others: {changes}"]
     return [
+        *tuned,
         f"{report['out']}: {fitted}; experts of {widths} neurons in the first layer; {predicted}; {more}",
         runs,
     ]

@@ -1,7 +1,8 @@
 """`mlxeff fit dynamoe` as a Python call: a dense model → a folder with the model as DynaMoE, fitted on a text.
 
 The text's windows run through the layers one after the other. Finished layers are kept in a work folder, from which an
-interrupted fit goes on. The same model, text and settings give the same folder to the bit.
+interrupted fit goes on. With `tune`, the smaller experts are tuned then (see `tuning_dynamoe`). The same model, text
+and settings give the same folder to the bit.
 """
 
 import hashlib
@@ -30,6 +31,7 @@ from ..modules import parameter_bytes, settle_random_state
 from . import described, fitting_sparse, folder
 from .fitting import NotWrittenError, Progress, no_progress, settled
 from .model import Loaded, load_path
+from .tuning_dynamoe import TuningPass, tuning_text
 
 RULES = {"regression": "lagrangian", "paper": "cumulative"}  # value of --router → the rule of the routers
 SHARES = (1 / 3, 2 / 3)  # of the neurons, of the smaller experts by default
@@ -54,6 +56,7 @@ class DynamoeSettings:
     threshold: float | None = None
     text: str | Path | None = None
     tokens: int = calibration.TOKENS
+    tune: int | None = None
     seed: int = 0
     ignore_keys: Sequence[str] = ()
     offline: bool = False
@@ -74,6 +77,10 @@ class DynamoeSettings:
         if self.threshold is not None and self.router != "paper":
             raise MlxeffError(f"--threshold {self.threshold}: wanted --router paper with it, got {self.router}")
         self.threshold = fit.THRESHOLD if self.threshold is None else self.threshold
+        if self.tune is not None and (type(self.tune) is not int or self.tune < calibration.WINDOW):
+            raise MlxeffError(f"--tune: wanted {calibration.WINDOW} tokens, a window, or more, got {self.tune!r}")
+        if self.tune is not None and self.down == "shared":
+            raise MlxeffError(f"--tune {self.tune}: wanted --down own or low-rank with it, got shared: nothing to tune")
         widths = list(self.widths)
         if not 1 <= len(widths) < MOST_EXPERTS or sorted(set(widths)) != widths or widths[0] <= 0:
             got = ",".join(f"{width:g}" for width in widths)
@@ -82,7 +89,7 @@ class DynamoeSettings:
     def _check_inputs(self) -> None:
         """Raises MlxeffError for options that only nested experts have."""
         defaults = {each.name: each.default for each in fields(self)}
-        for name in ("widths", "down", "rank", "router", "threshold"):
+        for name in ("widths", "down", "rank", "router", "threshold", "tune"):
             value = getattr(self, name)
             if (tuple(value) if isinstance(value, list) else value) != defaults[name]:
                 raise MlxeffError(f"--{name}: of nested experts only, got --by inputs")
@@ -114,10 +121,14 @@ def _fit(settings: DynamoeSettings, progress: Progress) -> dict:
         notices.warning("%s: %s (fit the dense model, then convert --seedlm the result)", path, text)
     text, name = calibration.read_text(settings.text)
     windows = calibration.windows(text, loaded.tokenizer, settings.tokens, str(path), loaded.model.vocab_size)
+    tuning = None
+    if settings.tune:
+        chosen = tuning_text(text, loaded.tokenizer, settings.tune, str(path), loaded.model.vocab_size)
+        tuning = TuningPass(loaded.model, chosen, progress)
     work = WorkFolder(Path(settings.out), "dynamoe", _fingerprint(settings, loaded, windows))
     fit_one = _by_inputs if settings.by == "inputs" else _by_experts
     try:
-        entry, modules, report = fit_one(settings, loaded.model, layers, windows, work, progress)
+        entry, modules, report = fit_one(settings, loaded.model, layers, windows, work, tuning, progress)
     except BaseException:
         if any(work.path.glob("*.safetensors")):
             notices.info(f"{work.path}: finished layers are kept: the same command goes on from there")
@@ -145,6 +156,7 @@ def _by_experts(
     layers: Layers,
     windows: np.ndarray,
     work: WorkFolder,
+    tuning: TuningPass | None,
     progress: Progress,
 ) -> Fit:
     """Nested experts, fitted to the windows."""
@@ -154,7 +166,10 @@ def _by_experts(
     entry = Entry(tuple(map(tuple, widths)), settings.down, fractions, settings.rank)
     for module in found.modules:
         module.fractions = fractions
-    return entry, found.modules, _expert_report(settings, entry, found)
+    if tuning:
+        tuning.run(found.modules, settings.tune, settings.seed, work)
+    report = _expert_report(settings, entry, found) | {"tuning": tuning.report if tuning else None}
+    return entry, found.modules, report
 
 
 def _by_inputs(
@@ -163,6 +178,7 @@ def _by_inputs(
     layers: Layers,
     windows: np.ndarray,
     work: WorkFolder,
+    _: TuningPass | None,
     progress: Progress,
 ) -> Fit:
     """Networks that leave out inputs, fitted to the windows."""

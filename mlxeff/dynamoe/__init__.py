@@ -4,6 +4,8 @@ fractions      the mean share of the neurons that a user asks for → the dial o
 feed_forward   the feed-forward network with nested experts, and its router
 install        the entry `dynamoe` of a config.json ↔ these modules in a model
 fit            a dense feed-forward network → one with nested experts, in closed form
+distil         the smaller experts, fitted again in closed form where they are used
+tune           gradient steps after that, for sensitivities below 1
 fisher         how much an error of a layer's output matters to the model's predictions
 gptq           affine quantisation of the fitted matrices
 calibrate      what routers say of a text → the table of dials

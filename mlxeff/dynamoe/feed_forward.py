@@ -174,6 +174,11 @@ class DynamicFeedForward(nn.Module):
         whole = len(tokens) < SORTED_TOKENS or self.training
         return (self._masked if whole else self._sorted)(tokens, chosen).reshape(x.shape)
 
+    def choose(self, tokens: mx.array, fraction: float) -> mx.array:
+        """The number of each token's expert at a sensitivity, uint32 (T), for tokens (T, D)."""
+        dial = self.fractions.dial(fraction)
+        return mx.full((len(tokens),), len(self.widths) - 1, mx.uint32) if dial is None else self._choose(tokens, dial)
+
     def _choose(self, tokens: mx.array, dial: float) -> mx.array:
         """The number of each token's expert, uint32 (T)."""
         router = self.router
@@ -240,7 +245,8 @@ class DynamicFeedForward(nn.Module):
             return self.down_proj(hidden)
         if self._places is None or self._places[0] is not self.order:
             self._places = self.order, mx.argsort(self.order)
-        return self.down_proj(hidden[..., self._places[1]])
+        places = mx.broadcast_to(self._places[1], hidden.shape)  # an index alone is many times slower on a CPU
+        return self.down_proj(mx.take_along_axis(hidden, places, axis=-1))
 
     def _with_bias(self, y: mx.array) -> mx.array:
         """The bias of the down-projection, which smaller experts share, added to y (T, D)."""
