@@ -125,7 +125,7 @@ def test_ends_that_do_not_fit(path, value, message):
 
 
 def test_the_kinds_that_python_asks_for():
-    assert native.feed_forward_kinds == ["gated", "dynamic"]
+    assert native.feed_forward_kinds == ["gated", "dynamic", "sparse"]
     assert native.store_kinds == ["dense", "planes"]
 
 
@@ -154,7 +154,7 @@ def test_planes_of_two_shapes_are_refused():
         (("attention", "value", "blocks"), ..., "attention: value: missing seeds, coefficients, exponents"),
         (("attention", "value", "states"), 5, "attention: value: seedlm: the blocks are of no known format"),
         (("heads",), 3, "wanted heads, groups that divide them, and a window of 0 or more"),
-        (("feed_forward", "kind"), "sparse", "feed_forward: unknown kind 'sparse', known are gated, dynamic"),
+        (("feed_forward", "kind"), "mixed", "feed_forward: unknown kind 'mixed', known are gated, dynamic, sparse"),
         (("feed_forward", "gate"), ..., "feed_forward: missing gate"),
         (("feed_forward", "router"), dense(4, 32), "feed_forward: unknown router"),
         (("feed_forward", "down"), dense(32, 63), "feed_forward: down: wanted a matrix (32, 64), got (32, 63)"),

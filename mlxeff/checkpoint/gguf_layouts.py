@@ -21,8 +21,13 @@ def _half(blocks: np.ndarray, column: int) -> np.ndarray:
 def _fields(data: np.ndarray, width: int, bits: int) -> np.ndarray:
     """Bytes (n, m · width) → the fields of `bits` bits of each, uint8 (n, m · 8 / bits · width): for each run of
     `width` bytes first the lowest fields of all of them, then the next ones."""
-    shifts = np.arange(0, 8, bits, dtype=np.uint8)[:, None]
-    return (data.reshape(len(data), -1, 1, width) >> shifts & np.uint8((1 << bits) - 1)).reshape(len(data), -1)
+    size = next(size for size in (8, 4, 1) if width % size == 0)  # bytes that are shifted together
+    words = np.ascontiguousarray(data).view(f"<u{size}").reshape(-1, width // size)
+    mask = int.from_bytes(bytes([(1 << bits) - 1]) * size, "little")
+    found = np.empty((len(words), 8 // bits, width // size), words.dtype)
+    for place in range(8 // bits):
+        np.bitwise_and(words >> words.dtype.type(place * bits), words.dtype.type(mask), out=found[:, place])
+    return found.view(np.uint8).reshape(len(data), -1)
 
 
 def simple(low: int, middle: int | None, high: bool = False) -> Callable[[np.ndarray], Unpacked]:

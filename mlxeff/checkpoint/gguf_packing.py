@@ -84,6 +84,9 @@ def pack_codes(codes: np.ndarray, bits: int) -> np.ndarray:
     which code k is in the bits from k · bits on, lowest first."""
     if bits == 8:
         return codes
+    if bits == 4:
+        pairs = np.ascontiguousarray(codes).view("<u2")
+        return (pairs | pairs >> np.uint16(4)).astype(np.uint8)
     eight = np.ascontiguousarray(codes).view("<u8")  # eight codes, a byte each, are moved together in three steps
     for width, kept in ((8, 0x00FF), (16, 0x0000FFFF), (32, 0x00000000FFFFFFFF)):
         low = np.uint64(sum(kept << shift for shift in range(0, 64, 2 * width)))
@@ -98,6 +101,8 @@ def _narrow(scales: np.ndarray, biases: np.ndarray, tolerance: float) -> tuple[n
     the largest number is large enough; with 0 nothing but numbers that float16 has."""
     halves = [each.astype(np.float16) for each in (scales, biases)]
     for half, each in zip(halves, (scales, biases), strict=True):
+        if np.array_equal(half, each):
+            continue
         finite = np.where(np.isfinite(each), each, 0)
         error = np.abs(np.where(np.isfinite(each), half, 0) - finite).max(initial=0)
         if error > tolerance * np.abs(finite).max(initial=0):
