@@ -202,7 +202,9 @@ def static_rows(truth: Truth, model: DecoderModel) -> Iterator[dict]:
 
 def scale_share(model: DecoderModel) -> float:
     """The share of the bytes of the feed-forward weights that are scales and biases of quantised groups."""
-    names = [(name, array.nbytes) for layer in model.layers for name, array in tree_flatten(layer.feed_forward.parameters())]
+    names = [
+        (name, array.nbytes) for layer in model.layers for name, array in tree_flatten(layer.feed_forward.parameters())
+    ]
     return sum(size for name, size in names if name.endswith((".scales", ".biases"))) / sum(size for _, size in names)
 
 

@@ -103,7 +103,9 @@ def convert(
     if export_dense:
         found = dynamoe.dense(found)
     elif dynamoe.by_columns(found.config):
-        raise MlxeffError(f"{source.path}: matrices stored by columns: wanted --export-dense, or the dense model they are of")
+        raise MlxeffError(
+            f"{source.path}: matrices stored by columns: wanted --export-dense, or the dense model they are of"
+        )
     conversion = plan(found, options, lambda module: held["store"].read(module))
     tokens = folder.find_tokenizer(source, tokenizer)
     report = _report(source, destination, conversion, tokens, dry_run)

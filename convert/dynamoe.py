@@ -38,10 +38,12 @@ def by_columns(config: dict) -> bool:
 
 
 def dense_rows(source: Source, config: dict) -> tuple[list[Weight], set[str], dict]:
-    """(The feed-forward matrices of a DynaMoE that stores them by columns, as those of the dense model; the names of the
-    tensors that hold them; the config with their entries in `quantization`)."""
+    """(The feed-forward matrices of a DynaMoE that stores them by columns, as those of the dense model; the names of
+    the tensors that hold them; the config with their entries in `quantization`)."""
     entry = read_entry(config["dynamoe"], str(source.path))
-    networks = sorted(name.removesuffix(".gate_up.weight") for name in source.tensors if name.endswith(".gate_up.weight"))
+    networks = sorted(
+        name.removesuffix(".gate_up.weight") for name in source.tensors if name.endswith(".gate_up.weight")
+    )
     numbers = [next(int(part) for part in network.split(".") if part.isdigit()) for network in networks]
     if sorted(numbers) != list(range(len(entry.down))):
         raise MlxeffError(f"{source.path}: wanted the columns of {len(entry.down)} layers, got {len(networks)}")
@@ -52,7 +54,9 @@ def dense_rows(source: Source, config: dict) -> tuple[list[Weight], set[str], di
         for own, (bits, group) in forms.items():
             stored = f"{network}.down" if own == DOWN else f"{network}.gate_up"
             weights.append(_from_columns(source, f"{network}.{own}", stored, own, (bits, group), size))
-            taken |= {name for name in source.tensors if name.rpartition(".")[0] == stored and not name.endswith(".bias")}
+            taken |= {
+                name for name in source.tensors if name.rpartition(".")[0] == stored and not name.endswith(".bias")
+            }
             if bits:
                 schemes[f"{network}.{own}"] = {"group_size": group, "bits": bits}
         if bias := source.tensors.get(f"{network}.down.bias"):
@@ -100,7 +104,9 @@ def _from_columns(source: Source, module: str, stored: str, own: str, form: Form
         for name, shape in zip(("weight", "scales", "biases"), shapes, strict=True)
     )
     whole = lambda: dense_matrix(layer())  # noqa: E731
-    return Weight(f"{module}.weight", tensors[1].dtype, (rows, inputs), nbytes, read, specs, whole, f"affine {bits} bits")
+    return Weight(
+        f"{module}.weight", tensors[1].dtype, (rows, inputs), nbytes, read, specs, whole, f"affine {bits} bits"
+    )
 
 
 def dense(family: Family) -> Family:

@@ -162,7 +162,10 @@ def dynamoe(folder, tmp_path_factory):
     options = ["--text", place / "text", "--tokens", 300, "--tune", 256]
     found, code = run("fit", "dynamoe", folder, "--out", place / "dyn", *options)
     assert code == 0
-    return place / "dyn", found
+    wide = write_tiny_model(place / "wide", {"intermediate_size": 128})
+    by_inputs, code = run("fit", "dynamoe", wide, "--out", place / "sparse", "--by", "inputs", *options[:4])
+    assert code == 0
+    return place / "dyn", found, place / "sparse", by_inputs
 
 
 def test_every_key_of_an_error_is_explained():
@@ -179,6 +182,8 @@ def test_every_key_of_generate_is_explained(folder, fitted, dynamoe, tmp_path):
     dynamic, _ = run("generate", "--model", dynamoe[0], "--max-tokens", 9, "--sensitivity", 0.7, "Hi")
     draft = ("--draft", "dynamoe:0", "--num-draft-tokens", 2)
     drafted, _ = run("generate", "--model", dynamoe[0], "--max-tokens", 9, *draft, "Hi")
+    sparse, _ = run("generate", "--model", dynamoe[2], "--max-tokens", 9, "--sensitivity", 0.7, "Hi")
+    dynamic["timings"]["dynamoe"] |= sparse["timings"]["dynamoe"]
     inner = set(found["timings"]["kv_prediction"]) | set(drafting["timings"]["quantspec"])
     inner |= set(dynamic["timings"]["dynamoe"]) | set(drafted["timings"]["dynamoe_draft"])
     assert set(found) | set(found["timings"]) | inner == keys
@@ -204,7 +209,9 @@ def test_every_key_of_fit_is_explained(fitted):
 
 
 def test_every_key_of_a_fit_of_dynamoe_is_explained(dynamoe):
-    assert set(dynamoe[1]) | set(dynamoe[1]["tuning"]) == tables("`mlxeff fit dynamoe --json`")[0]
+    keys = tables("`mlxeff fit dynamoe --json`")[0]
+    assert set(dynamoe[1]) | set(dynamoe[1]["tuning"]) == keys
+    assert set(dynamoe[3]) <= keys
 
 
 def test_every_key_of_convert_is_explained(folder, tmp_path):

@@ -1,5 +1,5 @@
-"""Feed-forward networks that leave out inputs: matrices by columns, the fit, the native decoder and the command, on tiny
-models. Costs about 20 s."""
+"""Feed-forward networks that leave out inputs: matrices by columns, the fit, the native decoder and the command, on
+tiny models. Costs about 20 s."""
 
 import hashlib
 import json
@@ -295,7 +295,9 @@ def test_export_dense_gives_the_dense_model_back(fitted, tmp_path):
 
 
 def test_trace_shows_shares(fitted, tmp_path):
-    out, _ = mlxeff("trace", "dynamoe", fitted[1], "some words", "--out", tmp_path / "t.html", "--sensitivity", "0.6", "--json")
+    out, _ = mlxeff(
+        "trace", "dynamoe", fitted[1], "some words", "--out", tmp_path / "t.html", "--sensitivity", "0.6", "--json"
+    )
     report = json.loads(out)
     assert 0.2 < report["mean_fraction"] < 0.95
     assert len({token["fraction"] for token in report["tokens"]}) > 2

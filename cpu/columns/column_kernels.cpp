@@ -1,7 +1,7 @@
 // Products with matrices in columns, see column_kernels.h.
 //
-// A tile's outputs are in registers, and the columns of a block's kept inputs are added to them one after the other. Codes
-// of quantised weights are summed as they are; their scales are applied where a block of inputs ends.
+// A tile's outputs are in registers, and the columns of a block's kept inputs are added to them one after the other.
+// Codes of quantised weights are summed as they are; their scales are applied where a block of inputs ends.
 #include "columns/column_kernels.h"
 
 #include "products/panel_product.h"

@@ -13,8 +13,8 @@ struct ColumnKernels {
                   const KeptInputs& kept);
   // y [width_of(piece)] = the product of the kept inputs with the outputs of a piece.
   void (*piece)(const ColumnMatrix& w, int64_t number, const KeptInputs& kept, float* y);
-  // y [rows][n_begin, n_end) = the product of all inputs of many rows. n_begin and n_end are multiples of 64. Returns an
-  // MLXEFF_* code.
+  // y [rows][n_begin, n_end) = the product of all inputs of many rows. n_begin and n_end are multiples of 64. Returns
+  // an MLXEFF_* code.
   int (*all_inputs)(const ColumnMatrix& w, const float* x, int64_t ldx, int64_t rows, int64_t n_begin, int64_t n_end,
                     float* y, int64_t ldy);
 };

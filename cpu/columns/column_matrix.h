@@ -1,5 +1,5 @@
-// ColumnMatrix: a weight matrix that is stored by its columns, so that the weights of one input are next to each other. A
-// product that leaves out some of the inputs then reads nothing of their columns.
+// ColumnMatrix: a weight matrix that is stored by its columns, so that the weights of one input are next to each other.
+// A product that leaves out some of the inputs then reads nothing of their columns.
 #pragma once
 #include "base/common.h"
 
@@ -8,11 +8,12 @@ namespace mlxeff {
 // W (N, K) in strips of outputs, one after the other. A strip has some of the outputs of every input: those of input 0,
 // then those of input 1, ... It is made of tiles of 64 outputs. N is a multiple of 64, and K of 32.
 //
-//   bits 4, 8  affine-quantised: w = q * scale + bias, with one scale and one bias for each output and `group` inputs. A
-//              strip has 4 or 2 tiles, 128 bytes of each input; the last one may have fewer. A tile has W = 2 * bits words
-//              of 32 bits; word i holds the outputs i, W + i, 2 W + i, ... of the tile, lowest bits first. Scales and
-//              biases, of type `dtype`, lie in the same strips: those of its outputs for the first group of inputs, then
-//              for the second, ...
+//   bits 4, 8  affine-quantised: w = q * scale + bias, with one scale and one bias for each output and `group` inputs.
+//   A
+//              strip has 4 or 2 tiles, 128 bytes of each input; the last one may have fewer. A tile has W = 2 * bits
+//              words of 32 bits; word i holds the outputs i, W + i, 2 W + i, ... of the tile, lowest bits first. Scales
+//              and biases, of type `dtype`, lie in the same strips: those of its outputs for the first group of inputs,
+//              then for the second, ...
 //   bits 0     dense values of type `dtype`, in the order of the outputs, all in one strip
 struct ColumnMatrix {
   static constexpr int64_t tile = 64, widest_piece = 8 * tile;
@@ -23,8 +24,8 @@ struct ColumnMatrix {
   int64_t group;  // inputs with a common scale; K for a dense matrix
   const void *scales, *biases;
 
-  // What a thread should compute at a time, in outputs: a strip, or as much of a dense matrix as leaves six pieces, up to
-  // 8 tiles, which are read in runs of up to 1 KiB.
+  // What a thread should compute at a time, in outputs: a strip, or as much of a dense matrix as leaves six pieces, up
+  // to 8 tiles, which are read in runs of up to 1 KiB.
   int64_t piece() const {
     if (bits) return bits == 4 ? 4 * tile : 2 * tile;
     return max_of(2, min_of(8, N / tile / 6)) * tile;

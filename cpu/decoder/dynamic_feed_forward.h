@@ -30,8 +30,8 @@ class DynamicFeedForward : public FeedForward {
 
   Needs needs(int64_t rows, const RunOptions& options) const override;
   void run(PassTeam& pass, const FeedForwardRows& rows, void* workspace) override;
-  // Counts the tokens of each expert; matrices once for each product that reads them, however many rows it has, and the router's weight once for
-  // each routed pass. Biases are not counted.
+  // Counts the tokens of each expert; matrices once for each product that reads them, however many rows it has, and the
+  // router's weight once for each routed pass. Biases are not counted.
   std::optional<Usage> usage() const override;
 
  private:

@@ -11,7 +11,7 @@
 namespace mlxeff {
 namespace {
 
-constexpr int64_t turn = 32;        // neurons of which gate and up take turns; a block of the inputs of down
+constexpr int64_t turn = 32;     // neurons of which gate and up take turns; a block of the inputs of down
 constexpr int64_t padding = 16;  // floats between rows, so that their distance is no multiple of 4 KiB
 
 }  // namespace

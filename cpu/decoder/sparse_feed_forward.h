@@ -13,7 +13,8 @@ class SparseFeedForward : public FeedForward {
  public:
   static constexpr int64_t few_tokens = 8;  // the most rows of a pass whose rows leave out inputs
 
-  // `gate_up` (2 * width, dim) has gate and up in turns of 32 outputs, those of the same neurons. `down` is (dim, width). The weights of the inputs are (dim) and (width); `bias` is that of down or null.
+  // `gate_up` (2 * width, dim) has gate and up in turns of 32 outputs, those of the same neurons. `down` is (dim,
+  // width). The weights of the inputs are (dim) and (width); `bias` is that of down or null.
   SparseFeedForward(const ColumnMatrix& gate_up, const ColumnMatrix& down, const float* input_weights,
                     const float* neuron_weights, const float* bias)
       : FeedForward(bias), gate_up_(gate_up), down_(down), input_weights_(input_weights),

@@ -57,10 +57,9 @@ std::unique_ptr<FeedForward> make_sparse(const Named& given, Weights& weights, i
   if (given.dict("gate_up").has("bias") && given.dict("gate_up").array_or_none("bias"))
     given.refuse("gate_up: wanted no bias");
   const ColumnMatrix down = columns(given.dict("down"), weights, dim, width);
-  return std::make_unique<SparseFeedForward>(
-      gate_up, down, weights.floats(given.array("input_weights", {int(dim)})),
-      weights.floats(given.array("neuron_weights", {int(width)})),
-      weights.floats(given.dict("down").array_or_none("bias", {int(dim)})));
+  return std::make_unique<SparseFeedForward>(gate_up, down, weights.floats(given.array("input_weights", {int(dim)})),
+                                             weights.floats(given.array("neuron_weights", {int(width)})),
+                                             weights.floats(given.dict("down").array_or_none("bias", {int(dim)})));
 }
 
 }  // namespace

@@ -455,9 +455,9 @@ SWITCHED: Sequence[Switched] = (
             "--draft",
             metavar="dynamoe:S",
             type=parse_draft,
-            help="speculative decoding with drafts of a DynaMoE model's own smaller experts: they compute a share S of "
-            "the feed-forward neurons (as --sensitivity), with the same weights and KV cache; with --quantspec on top "
-            "of its draft",
+            help="speculative decoding in which a DynaMoE model drafts for itself: drafts compute a share S of the "
+            "feed-forward networks (as --sensitivity), with the same weights and KV cache; with --quantspec on top of "
+            "its draft",
         ),
         verbs=("generate", "chat"),
         apply=_apply_dynamoe_draft,
@@ -489,8 +489,8 @@ SWITCHED: Sequence[Switched] = (
             "--sensitivity",
             metavar="S",
             type=parse_sensitivity,
-            help="of a DynaMoE model: the mean share of the neurons of its feed-forward networks that tokens compute, "
-            "from 0 (the smallest expert everywhere) to 1 (all, the default); easy tokens take smaller experts",
+            help="of a DynaMoE model: the mean share of its feed-forward networks that tokens compute, from 0 (as "
+            "little as it can) to 1 (all, the default); easy tokens compute less",
         ),
         verbs=("generate", "chat", "bench ttft"),
         apply=_apply_sensitivity,

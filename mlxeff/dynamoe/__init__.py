@@ -9,6 +9,13 @@ tune           gradient steps after that, for sensitivities below 1
 fisher         how much an error of a layer's output matters to the model's predictions
 gptq           affine quantisation of the fitted matrices
 calibrate      what routers say of a text → the table of dials
-usage          which experts the tokens of an answer took
+usage          how much the tokens of an answer computed
 metal          the Metal kernels of a decoding step
+
+The same by leaving out inputs:
+
+columns         matrices that are stored by their columns
+sparse          the feed-forward network whose tokens leave out inputs
+sparse_install  its entry `dynamoe` of a config.json ↔ these modules in a model
+fit_sparse      a dense feed-forward network → one that leaves out inputs, in closed form
 """

@@ -3,11 +3,11 @@
 A product that leaves out some of its inputs then reads nothing of their columns. `cpu/columns/column_matrix.h` is the
 same format in the native kernels. Of N outputs and K inputs:
 
-affine  the codes, scales and biases are those of the matrix in MLX's rows. Outputs are cut into strips of 256 (4 bits) or
-        128 (8 bits), the last one perhaps less, and a strip has the codes of its outputs for the first input, for the
-        second, …: `weight`, uint32 (K · N · bits / 32), is one strip after the other. For each input a strip has a tile
-        of W = 2 · bits words for every 64 outputs: word i holds the codes of the outputs i, W + i, 2 W + i, … of the
-        tile, lowest bits first. `scales` and `biases`, (K / group · N), lie in the same strips
+affine  the codes, scales and biases are those of the matrix in MLX's rows. Outputs are cut into strips of 256 (4 bits)
+        or 128 (8 bits), the last one perhaps less, and a strip has the codes of its outputs for the first input, for
+        the second, …: `weight`, uint32 (K · N · bits / 32), is one strip after the other. For each input a strip has a
+        tile of W = 2 · bits words for every 64 outputs: word i holds the codes of the outputs i, W + i, 2 W + i, … of
+        the tile, lowest bits first. `scales` and `biases`, (K / group · N), lie in the same strips
 dense   `weight` is (K, N)
 """
 

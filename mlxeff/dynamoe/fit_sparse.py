@@ -44,7 +44,9 @@ class Moments:
         open_ = mx.sigmoid(gate)
         slope = open_ * (1 + gate * (1 - open_)) * up
         sums = mx.sum(mx.square(slope), axis=0), mx.sum(mx.square(gate * open_), axis=0)
-        self.gate, self.up = (old + np.array(new, np.float64) for old, new in zip((self.gate, self.up), sums, strict=True))
+        self.gate, self.up = (
+            old + np.array(new, np.float64) for old, new in zip((self.gate, self.up), sums, strict=True)
+        )
         self.tokens += len(x)
         self.inputs.append(mx.contiguous(x[::2]))
         mx.eval(self.inputs[-1])

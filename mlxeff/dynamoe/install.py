@@ -87,7 +87,9 @@ def read_entry(value: object, origin: str) -> Entry:
         raise wanted("rule", f"one of {', '.join(RULES)}", rule)
     if (down == "low-rank") != (type(rank) is int and rank > 0):
         raise wanted("rank", "a whole number above 0 with down low-rank, and none without", rank)
-    return Entry(_widths(value.get("widths"), wanted), down, Fractions(rule, read_table(value.get("table"), wanted)), rank)
+    return Entry(
+        _widths(value.get("widths"), wanted), down, Fractions(rule, read_table(value.get("table"), wanted)), rank
+    )
 
 
 def _widths(value: object, wanted) -> tuple[tuple[int, ...], ...]:

@@ -62,8 +62,8 @@ class SparseFeedForward(nn.Module):
     (B, S, D) that is added to the hidden states.
 
     `gate_up` has the outputs of gate and up as `interleaved` says. `input_weights` (D) and `neuron_weights` (F) are the
-    weights of the inputs of gate and up, and of those of down. Calls of more than FEW_TOKENS tokens use all inputs: such
-    tokens would leave out different ones, and each column would be read for some of them.
+    weights of the inputs of gate and up, and of those of down. Calls of more than FEW_TOKENS tokens use all inputs:
+    such tokens would leave out different ones, and each column would be read for some of them.
     """
 
     def __init__(self, gate_up: Columns, down: Columns, fractions: Fractions):

@@ -40,7 +40,13 @@ class SparseEntry:
         """The entry as config.json has it."""
         forms = lambda of: [None if bits is None else [bits, group] for bits, group in of]  # noqa: E731
         table = [list(row) for row in self.fractions.table]
-        return {"version": VERSION, "by": "inputs", "gate_up": forms(self.gate_up), "down": forms(self.down), "table": table}
+        return {
+            "version": VERSION,
+            "by": "inputs",
+            "gate_up": forms(self.gate_up),
+            "down": forms(self.down),
+            "table": table,
+        }
 
 
 def is_sparse(value: object) -> bool:

@@ -1,4 +1,5 @@
-"""How much of each layer's feed-forward network each token of a text computes, as numbers and as two pictures: a page of HTML, and a PNG.
+"""How much of each layer's feed-forward network each token of a text computes, as numbers and as two pictures: a page
+of HTML, and a PNG.
 
 Shapes: L layers, T tokens.
 """

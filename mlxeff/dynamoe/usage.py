@@ -45,8 +45,8 @@ class CountedReading:
         return self.inner.accompany(steps, prompt)
 
     def _now(self) -> list[tuple[list[int], int]]:
-        """For each layer its counts so far, whose meaning is the network's own, and the bytes of weights that the native
-        decoder has multiplied by."""
+        """For each layer its counts so far, whose meaning is the network's own, and the bytes of weights that the
+        native decoder has multiplied by."""
         own = [(network.counts, 0) for network in self.networks]
         for place, counted in enumerate(self._native() or ()):
             counts, read = own[place]

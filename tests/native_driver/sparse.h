@@ -21,7 +21,8 @@ struct Columns {
       return;
     }
     for (int64_t i = 0; i < K * N * bits / 32; ++i) packed.push_back(uint32_t(int32_t(uniform() * 0x1p31f)));
-    for (int i = 0; i < 2; ++i) arrays.push_back(Matrix::random(K / group, N, dtype, 0, i ? 0.3f : 0.6f / float(1 << bits)));
+    for (int i = 0; i < 2; ++i)
+      arrays.push_back(Matrix::random(K / group, N, dtype, 0, i ? 0.3f : 0.6f / float(1 << bits)));
     c = {K, N, packed.data(), bits, dtype, group, arrays[0].data(), arrays[1].data()};
   }
   double at(int64_t n, int64_t k) const {
@@ -54,7 +55,8 @@ struct SparseCase {
   static bool counts(double x, double weight, double threshold) { return !(std::fabs(x) * weight < threshold); }
 
   // The output for a row, and how many inputs and neurons it keeps.
-  std::vector<double> want(const Matrix& input, int64_t row, double threshold, int64_t* inputs, int64_t* neurons) const {
+  std::vector<double> want(const Matrix& input, int64_t row, double threshold, int64_t* inputs,
+                           int64_t* neurons) const {
     const int64_t half = 32;
     std::vector<double> out(size_t(dim), 0);
     for (int64_t k = 0; k < dim; ++k) *inputs += counts(input.at(row, k), input_weights.at(0, k), threshold);
@@ -131,7 +133,9 @@ inline void check_sparse() {
       if (index++ % shape_step) continue;
       const int64_t group = index % 3 == 0 ? 128 : index % 3 == 1 ? 32 : 64;
       SparseCase given(kind, other, index % 2 ? 128 : 64 * (group == 128 ? 2 : 3), 256, group,
-                       index % 2 ? MLXEFF_F16 : index % 4 ? MLXEFF_BF16 : MLXEFF_F32);
+                       index % 2   ? MLXEFF_F16
+                       : index % 4 ? MLXEFF_BF16
+                                   : MLXEFF_F32);
       for (int64_t rows : {1, 3, 8, 9, 21})
         for (float threshold : {0.0f, 0.6f, 1e30f}) check_sparse_rows(given, rows, threshold);
       check_sparse_alone(given);
