@@ -32,10 +32,11 @@ from mlx.utils import tree_flatten
 from mlxeff.convert import convert
 
 import ffn_rivals
+import plan_ahead
 import saving
 from distributions import compare, means
-from mlxeff import fit_dynamoe, hub
-from mlxeff.assembly.model import build_model, load_path
+from mlxeff import calibration, fit_dynamoe, hub
+from mlxeff.assembly.model import Loaded, build_model, load_path
 from mlxeff.bench.tables import table
 from mlxeff.decode import PlainReading, prefill
 from mlxeff.dynamoe.install import of
@@ -60,9 +61,11 @@ FITS = {
     "paper's router": {"router": "paper"},
     "tuned": {"tune": 32768},
 }
-STATIC = "static widths"
-NAMES = [*FITS, STATIC, *ffn_rivals.RIVALS]
+STATIC, PLANNED = "static widths", "plan-ahead router"
+NAMES = [*FITS, STATIC, PLANNED, *ffn_rivals.RIVALS]
+PLAN_TOKENS = 16384  # that the plan-ahead router is fitted on
 SENSITIVITIES = (1.0, 0.9, 0.8, 0.65, 0.5, 0.0)
+NORMAL = statistics.NormalDist()
 CLEAR = 0.1  # share of the bytes that must be saved, so that the time tells more than its noise
 WORDS = "The history of the computer begins with"  # of the speed
 SHAPES = {  # of models with random weights
@@ -200,6 +203,29 @@ def static_rows(truth: Truth, model: DecoderModel) -> Iterator[dict]:
                 yield {**shares_of, "mode": mode, **found}
 
 
+def planned_rows(truth: Truth, dense: Loaded, folder: Path, shares: tuple[float, ...]) -> Iterator[dict]:
+    """The measurements of the fitted model with a plan-ahead router in place of its own."""
+    model = load_path(folder).model
+    model.native = None
+    text, _ = calibration.read_text(None)
+    ids = calibration.windows(text, dense.tokenizer, PLAN_TOKENS, "text", dense.model.vocab_size)
+    planner = plan_ahead.Planner(model, dense.model, ids)
+    print(f"the router predicts {np.mean(planner.explained):.1%} of the errors' variance", file=sys.stderr)
+    for share in shares:
+        for mode, start in (("all", 0), ("after", PROMPT)):
+            taken_shares: list[float] = []
+            planned = plan_ahead.plans(planner, dense.model, truth.windows, share)
+
+            def follow(follows: bool, planned=planned, start=start, taken_shares=taken_shares) -> None:
+                if follows:
+                    taken_shares.append(planner.follow(next(planned), start))
+
+            options = RunOptions(fraction=share)
+            found = truth.compared(log_probabilities(model, truth.windows, options, start, follow), start)
+            read = dict.fromkeys(("share", "bytes"), round(float(np.mean(taken_shares)), 4))
+            yield {"wanted": share, **read, "mode": mode, **found}
+
+
 def scale_share(model: DecoderModel) -> float:
     """The share of the bytes of the feed-forward weights that are scales and biases of quantised groups."""
     names = [
@@ -241,6 +267,8 @@ def quality(options: argparse.Namespace, source: Path, document: dict, save: Cal
         print(name, file=sys.stderr)
         if name in ffn_rivals.RIVALS:
             rows = rival_rows(truth, source, name, SHARES)
+        elif name == PLANNED:
+            rows = planned_rows(truth, dense, fitted("DynaMoE", source, options.work), SHARES)
         else:
             model = load_path(fitted(name if name in FITS else "DynaMoE", source, options.work)).model
             rows = static_rows(truth, model) if name == STATIC else own_rows(truth, model, SHARES)
@@ -332,6 +360,15 @@ def prefill_rows(
     return [{"arm": name, "tps": len(ids) / statistics.median(each)} for name, each in seconds.items()]
 
 
+def randomise(model: DecoderModel) -> None:
+    """Give the quantised layers random codes, with scales that keep the sums small."""
+    for module in model.modules():
+        if isinstance(module, nn.QuantizedLinear | nn.QuantizedEmbedding):
+            module.weight = mx.random.randint(0, 1 << 31, module.weight.shape).astype(mx.uint32)
+            module.scales = mx.full(module.scales.shape, 1e-3, mx.float16)
+            module.biases = mx.full(module.biases.shape, -8e-3, mx.float16)
+
+
 def shaped(config: dict, shares: tuple[float, ...]) -> tuple[DecoderModel, DecoderModel]:
     """(A dense model, a dynamic one) of random weights in 4 bits with the sizes of `config`."""
     full = config["intermediate_size"]
@@ -340,16 +377,36 @@ def shaped(config: dict, shares: tuple[float, ...]) -> tuple[DecoderModel, Decod
     models = []
     for more in ({}, {"dynamoe": entry | {"table": [[0.4, 1.0]]}}):
         model = build_model(config | more)
-        for module in model.modules():
-            if isinstance(module, nn.QuantizedLinear | nn.QuantizedEmbedding):
-                module.weight = mx.random.randint(0, 1 << 31, module.weight.shape).astype(mx.uint32)
-                module.scales = mx.full(module.scales.shape, 1e-3, mx.float16)
-                module.biases = mx.full(module.biases.shape, -8e-3, mx.float16)
+        randomise(model)
         mx.eval(model.parameters())
         model.eval()
         model.use_native()
         models.append(model)
     return tuple(models)
+
+
+def shaped_by_inputs(config: dict) -> DecoderModel:
+    """A model of random weights in 4 bits with the sizes of `config`, which leaves out inputs. The values of its
+    neurons are scaled so that about the same share of them counts as of the inputs of gate and up, which are those of
+    a normal distribution."""
+    form = [[config["quantization"]["bits"], config["quantization"]["group_size"]]] * config["num_hidden_layers"]
+    table = [[share, NORMAL.inv_cdf(1 - share / 2)] for share in sorted(SENSITIVITIES[1:-1])]
+    entry = {"version": 1, "by": "inputs", "gate_up": form, "down": form, "table": table}
+    model = build_model(config | {"dynamoe": entry})
+    randomise(model)
+    for network in of(model):
+        for part in (network.gate_up, network.down):
+            part.weight = mx.random.randint(0, 1 << 31, part.weight.shape).astype(mx.uint32)
+            part.scales = mx.full(part.scales.shape, 1e-3, mx.float16)
+            part.biases = mx.full(part.biases.shape, -8e-3, mx.float16)
+            part.align()
+        sizes = mx.abs(network.neurons(mx.random.normal((8, network.gate_up.inputs))))
+        middle = mx.sort(sizes.reshape(-1))[sizes.size // 2]
+        network.neuron_weights = mx.full(network.neuron_weights.shape, NORMAL.inv_cdf(0.75) / middle.item())
+    mx.eval(model.parameters())
+    model.eval()
+    model.use_native()
+    return model
 
 
 def forced(dense: DecoderModel, dynamic: DecoderModel, ids: list[int], rounds: int, steps: int) -> list[dict]:
@@ -371,16 +428,24 @@ def speed(options: argparse.Namespace, source: Path, document: dict, save: Calla
     found = document.setdefault("speed", {})
     found["weights of 4 bits"] = speed_rows(loaded.model, dynamic, ids, SENSITIVITIES, options.rounds, options.steps)
     document["prefill"] = prefill_rows(loaded.model, dynamic, long, SENSITIVITIES, max(2, options.rounds // 2))
+    by_inputs = load_path(fitted("by inputs", source, options.work)).model
+    few = SENSITIVITIES[:-1]
+    found["weights of 4 bits, by inputs"] = speed_rows(loaded.model, by_inputs, ids, few, options.rounds, options.steps)
     save()
     half = options.work / "float16"
     if not half.exists():
         convert(source, half, dequantize=True, dtype="float16")
     wide, dynamic = load_path(half).model, load_path(fitted("float16-DynaMoE", half, options.work, tokens=4096)).model
     found["weights of 16 bits"] = speed_rows(wide, dynamic, ids, SENSITIVITIES, options.rounds, options.steps)
+    by_inputs = load_path(fitted("float16-by-inputs", half, options.work, tokens=4096, by="inputs")).model
+    found["weights of 16 bits, by inputs"] = speed_rows(wide, by_inputs, ids, few, options.rounds, options.steps)
     save()
     for name, config in SHAPES.items():
         models = shaped(config, (1 / 3, 2 / 3))
-        found[name] = forced(*models, ids, options.rounds, max(4, options.steps // 8))
+        steps = max(4, options.steps // 8)
+        found[name] = forced(*models, ids, options.rounds, steps)
+        by_inputs = shaped_by_inputs(config)
+        found[f"{name}, by inputs"] = speed_rows(models[0], by_inputs, ids, few, options.rounds, steps)
         save()
 
 
