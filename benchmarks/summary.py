@@ -24,6 +24,9 @@ from peers.table import COLD_START, EXACT, FAST, FOUR
 
 MACHINE = "Intel-Xeon-Processor"
 CACHE_MACHINE = "AMD-EPYC"  # measured the kinds of KV cache
+DYNAMOE_MACHINE = "Intel-Xeon-Processor-2-80GHz"  # measured DynaMoE
+DYNAMOE_SHARE = 0.8  # of the feed-forward weights, at which the README shows it
+DYNAMOE_RIVALS = {"WINA": "wina", "TEAL": "teal", "nested experts": "DynaMoE"}  # name → arm
 SUMMARY = "summary"  # of the README
 SEED_PEERS = {  # bits a weight of SeedLM → a peer's name and its arm; all peers of a row have the same bits
     "4.5": {"MLX affine": "affine 4 g64", "mlx-lm AWQ": "mlx-lm AWQ 4 g64", "llama.cpp IQ4_NL": "llama.cpp IQ4_NL"},
@@ -85,6 +88,7 @@ def summary(machine: str) -> str:
     rows = [*_speeds(results), *_seeds(load(machine, "seedlm-quality.json")["arms"])]
     rows += _predictions(load(machine, "kvp-quality.json")["arms"])
     rows += _caches(load(CACHE_MACHINE, "kv-cache.json"))
+    rows += _dynamoe(load(DYNAMOE_MACHINE, "dynamoe.json"))
     rows.append(_training(load(machine, "cpu-training-mlx-*.json")["samples"]))
     where = f"{card['cpu']}, {max(results.threads)} threads, {card['native']} kernels, MLX {card['mlx']}"
     return "\n\n".join([table(["what", "mlxeff", "compared with"], rows), f"Measured on: {where}."])
@@ -145,6 +149,22 @@ def _caches(result: dict) -> Iterable[list[str]]:
         cost = f"{share:.2f} of float32's bytes, KL divergence {quality[kind]['kl']:.1e}"
         what = f"KV cache `{kind}`, decoding after {depth} tokens, tokens/s ({result['card']['cpu']})"
         yield [what, f"**{speed(kind):.0f}**", f"{others}; {cost}"]
+
+
+def _dynamoe(result: dict) -> Iterable[list[str]]:
+    """Divergence and time at one share, which another machine measured."""
+
+    def divergence(arm: str) -> float:
+        rows = [row for row in result["arms"][arm] if (row["wanted"], row["mode"]) == (DYNAMOE_SHARE, "all")]
+        return rows[0]["kl"]
+
+    others = ", ".join(f"{name} {divergence(arm):.3f}" for name, arm in DYNAMOE_RIVALS.items())
+    what = f"DynaMoE by inputs, {DYNAMOE_SHARE:.0%} of the feed-forward weights: KL divergence from the dense model"
+    yield [what, f"**{divergence('by inputs'):.3f}**", others]
+    dense, *rows = result["speed"]["weights of 16 bits, by inputs"]
+    row = next(row for row in rows if row["arm"] == f"sensitivity {DYNAMOE_SHARE:g}")
+    what = f"the same, decoding with weights of 16 bits, tokens/s ({result['card']['cpu']})"
+    yield [what, f"**{row['tps']:.0f}**", f"dense {dense['tps']:.0f}"]
 
 
 def _training(samples: list[dict]) -> list[str]:
