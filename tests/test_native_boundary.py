@@ -165,6 +165,41 @@ def test_layers_that_do_not_fit(path, value, message):
     refuses(lambda: made.add_layer(**changed(layer(), path, value)), f"decoder: layer 1: {message}")
 
 
+def sparse():
+    """A feed-forward that leaves out inputs. Its down has DIM outputs, which are too few."""
+    scale = mx.ones(DIM // 32 * 2 * WIDTH)
+    gate_up = {"kind": "columns", "weight": mx.zeros(DIM * 2 * WIDTH // 8, mx.uint32), "scales": scale, "biases": scale}
+    return {
+        "kind": "sparse",
+        "gate_up": {**gate_up, "group_size": 32, "bits": 4, "bias": None},
+        "down": {"kind": "columns", "weight": mx.zeros((WIDTH, DIM)), "bias": None},
+        "input_weights": mx.ones(DIM),
+        "neuron_weights": mx.ones(WIDTH),
+    }
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (("gate_up", "kind"), "affine", "gate_up: unknown kind 'affine', known are columns"),
+        (("gate_up", "biases"), ..., "gate_up: missing biases"),
+        (("gate_up", "bits"), 5, "gate_up: bits: wanted 4 or 8, got 5"),
+        (("gate_up", "group_size"), 16, "gate_up: group_size: wanted 32, 64 or 128"),
+        (("gate_up", "group_size"), 64, "gate_up: wanted whole groups of inputs, got 32 inputs"),
+        (("gate_up", "scales"), mx.ones(3), "gate_up: scales: wanted floats of shape (128,), got float32 (3,)"),
+        (("gate_up", "biases"), mx.ones(128, mx.float16), "gate_up: biases: wanted the type of scales"),
+        (("gate_up", "weight"), mx.zeros(512), "gate_up: weight: wanted uint32"),
+        (("gate_up", "weight"), mx.zeros(9, mx.uint32), "gate_up: weight: wanted shape (512,), got (9,)"),
+        (("gate_up", "bias"), mx.ones(128), "gate_up: wanted no bias"),
+        (("down", "weight"), mx.ones((DIM, WIDTH)), "down: weight: wanted shape (64, 32), got (32, 64)"),
+        ((), ..., "down: wanted multiples of 64 outputs and of 32 inputs, got (32, 64)"),
+    ],
+)
+def test_columns_that_do_not_fit(path, value, message):
+    made, given = decoder(1), changed(sparse(), path, value) if path else sparse()
+    refuses(lambda: made.add_layer(**layer() | {"feed_forward": given}), f"decoder: layer 1: feed_forward: {message}")
+
+
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
