@@ -11,4 +11,5 @@ gptq           affine quantisation of the fitted matrices
 calibrate      what routers say of a text → the table of dials
 usage          which experts the tokens of an answer took
 metal          the Metal kernels of a decoding step
+sparse_metal   those of a network that leaves out inputs (`sparse`)
 """
