@@ -100,6 +100,23 @@ def mlx_only():
         yield
 
 
+@pytest.fixture
+def ending(monkeypatch):
+    """A function that ends the memory of an array after so many bytes where Metal kernels are emulated: what a kernel
+    reads after them, the address sanitizer finds."""
+    from metal_on_cpu import host
+
+    ends, real = [], host.input_buffers
+
+    def input_buffers(array, info, launch):
+        (data, origin), *rest = real(array, info, launch)
+        kept = next((kept for each, kept in ends if each is array), len(data))
+        return [(data[:kept], origin), *rest]
+
+    monkeypatch.setattr(host, "input_buffers", input_buffers)
+    return lambda array, kept: ends.append((array, kept))
+
+
 @pytest.fixture(scope="session")
 def smollm2_gguf():
     """The built-in model's GGUF file, fetched into the user's cache the first time."""

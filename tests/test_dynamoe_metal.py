@@ -12,7 +12,7 @@ import pytest
 
 import metal_on_cpu
 from helpers import dtype_name, to_numpy
-from metal_on_cpu import MetalError, host
+from metal_on_cpu import MetalError
 from mlxeff import kernels
 from mlxeff.dynamoe import feed_forward, metal
 from mlxeff.ops import Quantized
@@ -354,21 +354,6 @@ def arrays_of(weight):
 
 def with_arrays(weight, arrays):
     return Quantized(*arrays, weight.group_size, weight.bits) if isinstance(weight, Quantized) else arrays[0]
-
-
-@pytest.fixture
-def ending(monkeypatch):
-    """A function that ends the memory of an array after so many bytes: what a kernel reads after them, the address
-    sanitizer finds."""
-    ends, real = [], host.input_buffers
-
-    def input_buffers(array, info, launch):
-        (data, origin), *rest = real(array, info, launch)
-        kept = next((kept for each, kept in ends if each is array), len(data))
-        return [(data[:kept], origin), *rest]
-
-    monkeypatch.setattr(host, "input_buffers", input_buffers)
-    return lambda array, kept: ends.append((array, kept))
 
 
 def cut(ending, weight, rows):

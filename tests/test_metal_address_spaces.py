@@ -17,6 +17,8 @@ import metal_on_cpu
 from metal_on_cpu import MetalError, address_spaces
 from mlxeff import kernels, small_matmul
 from mlxeff.dynamoe import metal as dynamoe
+from mlxeff.dynamoe import sparse_metal
+from mlxeff.dynamoe.columns import Columns
 from mlxeff.ops import Quantized
 from mlxeff.quantspec import metal as quantspec
 from mlxeff.quantspec.planes import HEAD_SIZES
@@ -98,6 +100,16 @@ def launch_dynamoe():
             dynamoe.down(h, [whole], several, chosen, None, lefts, rights)
 
 
+def launch_sparse():
+    """A step of every type and packing, with and without a bias of down."""
+    kinds = [(None, None), *itertools.product((4, 8), (32, 64, 128))]
+    for dtype, (bits, group), bias in itertools.product(DTYPES.values(), kinds, (False, True)):
+        gate_up, down = Columns(256, 128, bits, group), Columns(128, 128, bits, group, bias)
+        for each in (gate_up, down):
+            each.update({name: array.astype(dtype) for name, array in each.items() if array.dtype != mx.uint32})
+        sparse_metal.decode(mx.zeros((3, 128), dtype), sparse_metal.Parts(gate_up, down, *[mx.ones(128)] * 2), 0.5)
+
+
 # Of each file of metal/: all its launches.
 FAMILIES = {
     "seedlm": launch_seedlm,
@@ -106,6 +118,7 @@ FAMILIES = {
     "quantspec_store": launch_quantspec_store,
     "small_matmul": launch_small_matmul,
     "dynamoe": launch_dynamoe,
+    "sparse": launch_sparse,
 }
 
 
@@ -149,6 +162,10 @@ def test_every_kernel_keeps_to_its_address_spaces(family):
         ("dynamoe", "threadgroup float* memory, uint simdgroup,", "thread float* memory, uint simdgroup,"),
         ("dynamoe", "uint tokens, device T* out) const", "uint tokens, thread T* out) const"),
         ("dynamoe", "static float add(thread const Chunk& loaded", "static float add(const Chunk& loaded"),
+        ("sparse", "(const threadgroup float* memory, uint output)", "(const device float* memory, uint output)"),
+        ("sparse", "threadgroup float* memory, threadgroup uint* counts", "threadgroup float* memory, uint* counts"),
+        ("sparse", "device float* hidden,", "thread float* hidden,"),
+        ("sparse", "float value, thread uint& mask,", "float value, uint& mask,"),
         ("quantspec_store", "  device uint* out;", "  const device uint* out;"),
         (
             "quantspec_store",

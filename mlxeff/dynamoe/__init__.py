@@ -18,4 +18,5 @@ columns         matrices that are stored by their columns
 sparse          the feed-forward network whose tokens leave out inputs
 sparse_install  its entry `dynamoe` of a config.json ↔ these modules in a model
 fit_sparse      a dense feed-forward network → one that leaves out inputs, in closed form
+sparse_metal    its Metal kernels
 """

@@ -19,9 +19,11 @@ import mlx.nn as nn
 import numpy as np
 
 from ..models.parts import Rows
-from ..ops import swiglu
+from ..ops import FLOATS, swiglu
 from ..running import EXACT, RunOptions
+from . import sparse_metal
 from .columns import OUTPUTS, Columns
+from .feed_forward import on_gpu
 from .fractions import Fractions
 
 HALF = OUTPUTS // 2  # neurons of a tile of gate and up
@@ -75,6 +77,8 @@ class SparseFeedForward(nn.Module):
         self.fractions = fractions
         self._counts, self._pending = [0, 0, 0], []
         self._recorded: list[mx.array] | None = None
+        # The arrays for which `_kernel_parts` was called last, and what it made of them.
+        self._kernel: tuple[list[mx.array], sparse_metal.Parts] | None = None
         self.most_sparse: float = FEW_TOKENS  # the most tokens of a call that leaves out inputs
 
     def __call__(self, x: mx.array, options: RunOptions = EXACT) -> mx.array:
@@ -82,12 +86,29 @@ class SparseFeedForward(nn.Module):
         threshold = self.fractions.dial(options.fraction) or 0.0
         if len(tokens) > self.most_sparse:
             threshold = 0.0
+        if parts := self._kernel_parts(tokens):
+            y, inputs, neurons = sparse_metal.decode(tokens, parts, threshold)
+            self._note(inputs, neurons)
+            return y.reshape(x.shape)
         kept_inputs = self.counts_of(tokens, self.input_weights, threshold)
         hidden = self.neurons(mx.where(kept_inputs, tokens, 0) if threshold else tokens)
         kept_neurons = self.counts_of(hidden, self.neuron_weights, threshold)
         y = self.down(mx.where(kept_neurons, hidden, 0) if threshold else hidden)
         self._note(mx.sum(kept_inputs, axis=1), mx.sum(kept_neurons, axis=1))
         return y.reshape(x.shape)
+
+    def _kernel_parts(self, tokens: mx.array) -> sparse_metal.Parts | None:
+        """The network for the Metal kernels; None where these do not compute this many tokens of this type here."""
+        few = len(tokens) <= min(FEW_TOKENS, sparse_metal.MOST_TOKENS)
+        if self.training or not few or tokens.dtype not in FLOATS or not on_gpu():
+            return None
+        arrays = [*self.gate_up.values(), *self.down.values(), self.input_weights, self.neuron_weights]
+        known = self._kernel and len(self._kernel[0]) == len(arrays)
+        if not known or any(a is not b for a, b in zip(self._kernel[0], arrays, strict=True)):
+            parts = sparse_metal.Parts(self.gate_up, self.down, self.input_weights, self.neuron_weights)
+            self._kernel = arrays, parts
+        parts = self._kernel[1]
+        return parts if sparse_metal.supported(parts, len(tokens)) else None
 
     @staticmethod
     def counts_of(x: mx.array, weights: mx.array, threshold: float) -> mx.array:
