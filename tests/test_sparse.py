@@ -1,5 +1,5 @@
 """Feed-forward networks that leave out inputs: matrices by columns, the fit, the native decoder and the command, on
-tiny models. Costs about 20 s."""
+tiny models. Costs about 12 s."""
 
 import hashlib
 import json
@@ -27,6 +27,7 @@ from test_cli import fails, mlxeff
 from test_models import OPENELM
 from tiny_model import CONFIG, random_model, write_random_model, write_tiny_model
 
+ONE_FORM = pytest.mark.parametrize("fitted", ["4 bits"], indirect=True)
 PROMPT = mx.array([[72, 101, 108, 108, 111, 32, 119, 111, 114, 108, 100]])
 ENTRY = {"version": 1, "by": "inputs", "gate_up": [None] * 2, "down": [None] * 2, "table": [[0.3, 0.5], [0.9, 0.1]]}
 
@@ -228,6 +229,7 @@ def test_dials_of_thresholds():
     assert 0 < fractions.dial(0.99) < 0.1
 
 
+@ONE_FORM
 def test_the_fit_is_deterministic_and_goes_on(sources, text, fitted, tmp_path, monkeypatch):
     source, folder, _ = fitted
     again = tmp_path / "again"
@@ -257,6 +259,7 @@ def answer(folder, *options):
     return json.loads(mlxeff(*arguments)[0])
 
 
+@ONE_FORM
 def test_generate_reports_what_was_kept(fitted):
     report = answer(fitted[1], "--sensitivity", "0.6")["timings"]["dynamoe"]
     assert set(report["kept_inputs"]) == {"gate_up", "down"}
@@ -267,6 +270,7 @@ def test_generate_reports_what_was_kept(fitted):
     assert len(report["layer_fractions"]) == 2
 
 
+@ONE_FORM
 @pytest.mark.parametrize("width", [1, 7])
 def test_drafts_that_leave_out_inputs_do_not_change_the_answer(fitted, width):
     plain = answer(fitted[1])
@@ -275,6 +279,7 @@ def test_drafts_that_leave_out_inputs_do_not_change_the_answer(fitted, width):
     assert drafted["timings"]["dynamoe_draft"]["rounds"] > 0
 
 
+@ONE_FORM
 def test_with_quantspec_and_a_prompt_cache(fitted, tmp_path):
     plain = answer(fitted[1], "--sensitivity", "0.6", "--kv-cache", "int8")
     options = ("--sensitivity", "0.6", "--quantspec", "--draft-weights", "shared", "--num-draft-tokens", 4)
@@ -294,6 +299,7 @@ def test_export_dense_gives_the_dense_model_back(fitted, tmp_path):
     assert mx.array_equal(got(PROMPT, got.new_cache()), want(PROMPT, want.new_cache()))
 
 
+@ONE_FORM
 def test_trace_shows_shares(fitted, tmp_path):
     out, _ = mlxeff(
         "trace", "dynamoe", fitted[1], "some words", "--out", tmp_path / "t.html", "--sensitivity", "0.6", "--json"
@@ -332,6 +338,7 @@ def test_models_that_the_entry_does_not_fit():
         build_model(CONFIG | {"intermediate_size": 80, "dynamoe": ENTRY})
 
 
+@ONE_FORM
 def test_damaged_weights_of_inputs(fitted, tmp_path):
     damaged = shutil.copytree(fitted[1], tmp_path / "damaged")
     file = next(damaged.glob("*.safetensors"))
