@@ -194,7 +194,7 @@ def bytes_read(given, experts):
 
 def usage(made):
     (only,) = made.usage()
-    return np.array(only["tokens"]), only["bytes"]
+    return np.array(only["counts"]), only["bytes"]
 
 
 def clear_tokens(given, dial, count):
@@ -319,19 +319,19 @@ def test_counters_of_several_passes_and_layers():
     given, other = feed_forward(), feed_forward()
     gated = {"kind": "gated", **{name: given[name] for name in ("gate", "up", "down")}}
     made = decoder(given, gated, other)
-    assert made.usage() == [{"tokens": [0, 0, 0], "bytes": 0}, None, {"tokens": [0, 0, 0], "bytes": 0}]
+    assert made.usage() == [{"counts": [0, 0, 0], "bytes": 0}, None, {"counts": [0, 0, 0], "bytes": 0}]
     tokens = mx.array([[1, 2, 3], [4, 5, 6]])
     run(made, tokens, 2.0, last=True, layers=3)
     first, none, last = made.usage()
-    assert (sum(first["tokens"]), none, sum(last["tokens"])) == (6, None, 2)  # the last layer has the last tokens only
+    assert (sum(first["counts"]), none, sum(last["counts"])) == (6, None, 2)  # the last layer has the last tokens only
     run(made, tokens, 2.0, layers=3)
-    assert [sum(made.usage()[i]["tokens"]) for i in (0, 2)] == [12, 8]
+    assert [sum(made.usage()[i]["counts"]) for i in (0, 2)] == [12, 8]
     assert made.usage()[0]["bytes"] == 2 * first["bytes"] > 0
     stores = [{"kind": "dense", **{name: mx.zeros((2, 1, 3, HEAD_DIM)) for name in ("keys", "values")}}] * 2
     inputs, *_ = native.read(made, tokens, stores, 0, [2], [], native.EXACT, dial=2.0)
     wide, *_ = native.read(made, tokens, stores, 0, [2], [], native.EXACT)
     assert not mx.array_equal(inputs[0], wide[0]).item()
-    assert [sum(made.usage()[i]["tokens"]) for i in (0, 2)] == [24, 8]
+    assert [sum(made.usage()[i]["counts"]) for i in (0, 2)] == [24, 8]
 
 
 @pytest.mark.parametrize(

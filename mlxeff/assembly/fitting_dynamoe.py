@@ -119,6 +119,9 @@ def _fit(settings: DynamoeSettings, progress: Progress) -> dict:
     elif any(hasattr(parts.down.module, "block_format") for _, parts in layers):
         text = "the blocks of seed-encoded matrices cannot be cut: the down-projections become affine with 8 bits"
         notices.warning("%s: %s (fit the dense model, then convert --seedlm the result)", path, text)
+    if settings.by == "experts":  # before anything is written
+        for number, (_, parts) in enumerate(layers):
+            _widths(settings.widths, parts, number)
     text, name = calibration.read_text(settings.text)
     windows = calibration.windows(text, loaded.tokenizer, settings.tokens, str(path), loaded.model.vocab_size)
     tuning = None

@@ -128,6 +128,8 @@ class DynamicFeedForward(nn.Module):
     down-projections the parameter `order`, int32 (F), has for each neuron the column of `down` that belongs to it.
     """
 
+    PARTS = "neurons"  # of what a share is reported
+
     def __init__(
         self,
         gate: nn.Module,

@@ -68,6 +68,8 @@ class SparseFeedForward(nn.Module):
     such tokens would leave out different ones, and each column would be read for some of them.
     """
 
+    PARTS = "weights"  # of what a share is reported
+
     def __init__(self, gate_up: Columns, down: Columns, fractions: Fractions):
         super().__init__()
         self.gate_up, self.down = gate_up, down

@@ -84,5 +84,5 @@ class CountedReading:
     def summary(self) -> str:
         """See `Part.summary`."""
         found = self.report().get("dynamoe")
-        own = [f"dynamoe: {found['mean_fraction']:.0%} of the feed-forward weights"] if found else []
+        own = [f"dynamoe: {found['mean_fraction']:.0%} of the feed-forward {self.networks[0].PARTS}"] if found else []
         return ", ".join(text for text in (self.inner.summary(), *own) if text)
