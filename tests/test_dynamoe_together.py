@@ -4,7 +4,6 @@ by the command on a tiny model. Costs about 25 s."""
 import json
 
 import mlx.core as mx
-import numpy as np
 import pytest
 from mlxeff.convert import convert
 
@@ -14,7 +13,7 @@ from mlxeff.dynamoe.install import of
 from mlxeff.running import RunOptions
 from test_cli import fails, mlxeff
 from test_models import OPENELM
-from tiny_model import write_random_model, write_tiny_model
+from tiny_model import write_random_model, write_tiny_model, write_words
 
 PROMPT = "the auxiliary reads the prompt, the base answers: "
 TOKENS = 24
@@ -22,11 +21,7 @@ TOKENS = 24
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    generator = np.random.default_rng(5)
-    words = ["".join(map(chr, generator.integers(97, 123, generator.integers(2, 9)))) for _ in range(60)]
-    path.write_text(" ".join(generator.choice(words, 1500)))
-    return path
+    return write_words(tmp_path_factory.mktemp("text") / "text.txt", 1500)
 
 
 @pytest.fixture(scope="module")

@@ -28,7 +28,7 @@ from mlxeff.ops import swiglu
 from mlxeff.running import RunOptions
 from test_cli import environment, fails, mlxeff
 from test_models import OPENELM
-from tiny_model import write_random_model, write_tiny_model
+from tiny_model import write_random_model, write_tiny_model, write_words
 
 TOKENS = 2048
 PROMPT = mx.array([[72, 101, 108, 108, 111, 32, 119, 111, 114, 108, 100]])
@@ -36,12 +36,7 @@ PROMPT = mx.array([[72, 101, 108, 108, 111, 32, 119, 111, 114, 108, 100]])
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
-    """Words of a small vocabulary, so that tokens differ in what the networks make of them."""
-    generator = np.random.default_rng(5)
-    words = ["".join(map(chr, generator.integers(97, 123, generator.integers(2, 9)))) for _ in range(60)]
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text(" ".join(generator.choice(words, 4000)))
-    return path
+    return write_words(tmp_path_factory.mktemp("text") / "text.txt", 4000)
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,7 @@ from mlxeff.modules import Linear, QuantizedLinear, dense
 from mlxeff.running import RunOptions
 from test_cli import fails, mlxeff
 from test_models import OPENELM
-from tiny_model import CONFIG, random_model, write_random_model, write_tiny_model
+from tiny_model import CONFIG, random_model, write_random_model, write_tiny_model, write_words
 
 ONE_FORM = pytest.mark.parametrize("fitted", ["4 bits"], indirect=True)
 PROMPT = mx.array([[72, 101, 108, 108, 111, 32, 119, 111, 114, 108, 100]])
@@ -34,11 +34,7 @@ ENTRY = {"version": 1, "by": "inputs", "gate_up": [None] * 2, "down": [None] * 2
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
-    generator = np.random.default_rng(5)
-    words = ["".join(map(chr, generator.integers(97, 123, generator.integers(2, 9)))) for _ in range(60)]
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text(" ".join(generator.choice(words, 2000)))
-    return path
+    return write_words(tmp_path_factory.mktemp("text") / "text.txt", 2000)
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import mlx.core as mx
+import numpy as np
 from mlx.utils import tree_flatten
 
 CONTEXT = 256
@@ -153,3 +154,11 @@ def quantise_folder(folder):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"quantization": {"group_size": 32, "bits": 8}}))
     return folder
+
+
+def write_words(path: Path, count: int) -> Path:
+    """Write a text of so many words of a small vocabulary, so that tokens differ in what networks make of them."""
+    generator = np.random.default_rng(5)
+    words = ["".join(map(chr, generator.integers(97, 123, generator.integers(2, 9)))) for _ in range(60)]
+    path.write_text(" ".join(generator.choice(words, count)))
+    return path

@@ -10,6 +10,7 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
@@ -119,9 +120,9 @@ def _fit(settings: DynamoeSettings, progress: Progress) -> dict:
     elif any(hasattr(parts.down.module, "block_format") for _, parts in layers):
         text = "the blocks of seed-encoded matrices cannot be cut: the down-projections become affine with 8 bits"
         notices.warning("%s: %s (fit the dense model, then convert --seedlm the result)", path, text)
-    if settings.by == "experts":  # before anything is written
-        for number, (_, parts) in enumerate(layers):
-            _widths(settings.widths, parts, number)
+    widths = []
+    if settings.by == "experts":
+        widths = [_widths(settings.widths, parts, number) for number, (_, parts) in enumerate(layers)]
     text, name = calibration.read_text(settings.text)
     windows = calibration.windows(text, loaded.tokenizer, settings.tokens, str(path), loaded.model.vocab_size)
     tuning = None
@@ -129,9 +130,9 @@ def _fit(settings: DynamoeSettings, progress: Progress) -> dict:
         chosen = tuning_text(text, loaded.tokenizer, settings.tune, str(path), loaded.model.vocab_size)
         tuning = TuningPass(loaded.model, chosen, progress)
     work = WorkFolder(Path(settings.out), "dynamoe", _fingerprint(settings, loaded, windows))
-    fit_one = _by_inputs if settings.by == "inputs" else _by_experts
+    fit_one = _by_inputs if settings.by == "inputs" else partial(_by_experts, widths, tuning)
     try:
-        entry, modules, report = fit_one(settings, loaded.model, layers, windows, work, tuning, progress)
+        entry, modules, report = fit_one(settings, loaded.model, layers, windows, work, progress)
     except BaseException:
         if any(work.path.glob("*.safetensors")):
             notices.info(f"{work.path}: finished layers are kept: the same command goes on from there")
@@ -154,16 +155,16 @@ Fit = tuple[Entry | SparseEntry, list[nn.Module], dict]
 
 
 def _by_experts(
+    widths: list[list[int]],
+    tuning: TuningPass | None,
     settings: DynamoeSettings,
     model: DecoderModel,
     layers: Layers,
     windows: np.ndarray,
     work: WorkFolder,
-    tuning: TuningPass | None,
     progress: Progress,
 ) -> Fit:
-    """Nested experts, fitted to the windows."""
-    widths = [_widths(settings.widths, parts, number) for number, (_, parts) in enumerate(layers)]
+    """Nested experts of these widths, fitted to the windows and perhaps tuned."""
     found = _layers(settings, model, layers, widths, windows, work, progress)
     fractions = calibrate.table(found.scores, prices(widths), RULES[settings.router])
     entry = Entry(tuple(map(tuple, widths)), settings.down, fractions, settings.rank)
@@ -181,7 +182,6 @@ def _by_inputs(
     layers: Layers,
     windows: np.ndarray,
     work: WorkFolder,
-    _: TuningPass | None,
     progress: Progress,
 ) -> Fit:
     """Networks that leave out inputs, fitted to the windows."""
