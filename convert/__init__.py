@@ -5,7 +5,7 @@ openelm, llama, gguf  one module for each source family: reads the config, and t
 plan                  compares the weights with the model, and plans how each is cast and quantised
 quantization          which matrices are quantised, and with how many bits
 seedlm, store         the SeedLM encoding, and the folder that keeps its finished layers
-dynamoe               the dense model of a DynaMoE
+dynamoe               the dense model of a DynaMoE; dynamoe_columns reads one that leaves out inputs
 kv_pair               CoreNet's checkpoints of KV Prediction, which hold two models and a predictor
 report                the report for the user
 """
@@ -25,7 +25,7 @@ from ..checkpoint import Source, check_new, claim, open_source, plan_shards, wri
 from ..errors import MlxeffError, notices, some
 from ..seedlm.encode import search_backend
 from ..seedlm.install import metadata
-from . import dynamoe, gguf, kv_pair, llama, openelm
+from . import dynamoe, dynamoe_columns, gguf, kv_pair, llama, openelm
 from .plan import DTYPES, Conversion, Family, Options, plan
 from .quantization import RECIPES, check
 from .report import Report
@@ -102,7 +102,7 @@ def convert(
         found = dataclasses.replace(found, config=without(found.config, options.ignored, source.path))
     if export_dense:
         found = dynamoe.dense(found)
-    elif dynamoe.by_columns(found.config):
+    elif dynamoe_columns.recognises(found.config):
         raise MlxeffError(
             f"{source.path}: matrices stored by columns: wanted --export-dense, or the dense model they are of"
         )

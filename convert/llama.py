@@ -14,7 +14,7 @@ from ..models.rope import flat_entries
 from ..seedlm.format import BlockFormat, check_arrays, check_bias
 from ..seedlm.install import read_entry
 from ..seedlm.linear import decode
-from . import dynamoe
+from . import dynamoe_columns
 from .plan import Family, Weight
 
 
@@ -36,9 +36,9 @@ def read(source: Source) -> Family:
     method = (source.config.get("quantization_config") or {}).get("quant_method")
     if method and "quantization" not in config:
         raise MlxeffError(f"{source.path}: wanted plain weights or MLX's quantization, got quant_method {method!r}")
-    if not dynamoe.by_columns(config):
+    if not dynamoe_columns.recognises(config):
         return Family(config["model_type"], config, weights(source, config))
-    rows, taken, config = dynamoe.dense_rows(source, config)
+    rows, taken, config = dynamoe_columns.dense_rows(source, config)
     rest = replace(source, tensors={name: each for name, each in source.tensors.items() if name not in taken})
     return Family(config["model_type"], config, rows + weights(rest, config))
 

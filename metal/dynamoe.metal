@@ -180,11 +180,11 @@ inline uint cheapest(thread const float* scores, Prices prices, float dial) {
   return known ? best : R;
 }
 
-// The first of R experts at which the sum of the experts' probabilities reaches `dial`; the widest one where none does,
-// or where a score is NaN, since all probabilities are NaN then.
+// The first of R experts for which the sum of the wider experts' probabilities is at most `dial`; the widest one where a
+// score is NaN, since all probabilities are NaN then.
 template <int R>
-inline uint first_reaching(thread const float* scores, float dial) {
-  float powers[R], largest = scores[0], total = 0, reached = 0;
+inline uint least_tail(thread const float* scores, float dial) {
+  float powers[R], largest = scores[0], total = 0, tail = 0;
 #pragma unroll
   for (int e = 1; e < R; e++) largest = max(largest, scores[e]);
 #pragma unroll
@@ -193,14 +193,10 @@ inline uint first_reaching(thread const float* scores, float dial) {
     total += powers[e];
   }
   uint found = R - 1;
-  bool searching = true;
 #pragma unroll
-  for (int e = 0; e < R; e++) {
-    reached += powers[e] / total;
-    if (searching && reached >= dial) {
-      found = e;
-      searching = false;
-    }
+  for (int e = R - 1; e > 0; e--) {
+    tail += powers[e] / total;
+    if (tail <= dial) found = e - 1;
   }
   return found;
 }

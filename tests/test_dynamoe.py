@@ -13,7 +13,7 @@ from mlxeff import ops
 from mlxeff.assembly.model import build_model, load_path
 from mlxeff.dynamoe.calibrate import experts, mean_fraction, table
 from mlxeff.dynamoe.feed_forward import DynamicFeedForward, LowRank, Router
-from mlxeff.dynamoe.fractions import LARGEST_PRICE, Fractions
+from mlxeff.dynamoe.fractions import LARGEST, Fractions
 from mlxeff.dynamoe.install import gated_layers, of, read_entry
 from mlxeff.errors import MlxeffError
 from mlxeff.modules import Linear, QuantizedLinear
@@ -83,9 +83,7 @@ def reference(module, x, chosen):
 
 @pytest.mark.parametrize("mlx_alone", [False, True])
 @pytest.mark.parametrize("tokens", [1, 7, 100])
-@pytest.mark.parametrize(
-    ("down", "rule"), [("own", "lagrangian"), ("low-rank", "cumulative"), ("shared", "lagrangian")]
-)
+@pytest.mark.parametrize(("down", "rule"), [("own", "lagrangian"), ("low-rank", "tail"), ("shared", "lagrangian")])
 def test_each_token_gets_the_output_of_its_expert(down, rule, tokens, mlx_alone):
     module = network(down, rule, biases=True)
     x = mx.random.normal((tokens, SIZE))
@@ -123,7 +121,7 @@ def test_the_expert_of_the_least_cost():
     router = Router(2, "lagrangian", [0.25, 0.5, 1.0])
     errors = mx.log(mx.array([[0.1, 0.0001], [0.9, 0.6], [0.5, 0.2]]))
     assert router.choose(errors, 1.0).tolist() == [0, 2, 1]
-    assert router.choose(errors, LARGEST_PRICE).tolist() == [0, 0, 0]
+    assert router.choose(errors, LARGEST["lagrangian"]).tolist() == [0, 0, 0]
     assert router.choose(errors, 1e-9).tolist() == [2, 2, 2]
 
 
@@ -133,25 +131,27 @@ def test_of_equal_costs_the_wider_expert_wins():
     assert router.choose(mx.log(mx.array([[0.5, 0.25]])), 1.0).tolist() == [1]
 
 
-def test_the_first_expert_that_is_probable_enough():
-    router = Router(2, "cumulative", [0.25, 0.5, 1.0])
+def test_the_first_expert_after_which_little_probability_lies():
+    router = Router(2, "tail", [0.25, 0.5, 1.0])
     scores = mx.log(mx.array([[0.5, 0.25, 0.25], [0.1, 0.1, 0.8]]))
-    assert router.choose(scores, 0.4).tolist() == [0, 2]
-    assert router.choose(scores, 0.7).tolist() == [1, 2]
-    assert router.choose(scores, 0.0).tolist() == [0, 0]
-    assert router.choose(scores, 1.1).tolist() == [2, 2], "more than certain: the widest"
+    assert router.choose(scores, 0.6).tolist() == [0, 2]
+    assert router.choose(scores, 0.3).tolist() == [1, 2]
+    assert router.choose(scores, 0.0).tolist() == [2, 2]
+    assert router.choose(scores, LARGEST["tail"]).tolist() == [0, 0]
+    sure = mx.array([[40.0, 0.0, 0.0], [60.0, 0.0, 0.0]])  # 8e-18 and 2e-26 lie after the first expert: 0 in 1 - p
+    assert router.choose(sure, 1e-20).tolist() == [2, 0]
 
 
-@pytest.mark.parametrize("rule", ["lagrangian", "cumulative"])
+@pytest.mark.parametrize("rule", ["lagrangian", "tail"])
 def test_a_token_of_nan_takes_the_widest_expert(rule):
     router = Router(2, rule, [0.25, 0.5, 1.0])
     rows = 2 if rule == "lagrangian" else 3
     assert router.choose(mx.full((2, rows), math.nan), 0.5).tolist() == [2, 2]
 
 
-@pytest.mark.parametrize("rule", ["lagrangian", "cumulative"])
+@pytest.mark.parametrize("rule", ["lagrangian", "tail"])
 def test_numpy_and_mlx_choose_the_same(rule):
-    router, scores = Router(4, rule, PRICES), np.random.default_rng(1).normal(size=(500, 2 + (rule == "cumulative")))
+    router, scores = Router(4, rule, PRICES), np.random.default_rng(1).normal(size=(500, 2 + (rule == "tail")))
     for dial in (0.01, 0.3, 0.6, 0.9, 3.0):
         got = np.array(router.choose(mx.array(scores, mx.float32), dial))
         assert (got != experts(scores, PRICES, rule, dial)).mean() <= 0.002, "but for ties of rounding"
@@ -163,19 +163,19 @@ def test_dials_between_the_rows_of_the_table():
     assert fractions.dial(0.5) == pytest.approx(10)
     assert fractions.dial(0.4) == pytest.approx(math.sqrt(1000))
     assert fractions.dial(0.95) == pytest.approx(0.5), "towards 0, the price at which all take the widest"
-    assert fractions.dial(0.1) == LARGEST_PRICE
+    assert fractions.dial(0.1) == LARGEST["lagrangian"]
     dials = [fractions.dial(f / 100) for f in range(100)]
     assert dials == sorted(dials, reverse=True)
-    cumulative = Fractions("cumulative", ((0.4, 0.2), (0.8, 0.6)))
-    assert cumulative.dial(0.1) == 0.0
-    assert cumulative.dial(0.6) == pytest.approx(0.4)
-    assert cumulative.dial(0.9) == pytest.approx(0.8)
+    tail = Fractions("tail", ((0.4, 1e-2), (0.8, 1e-6)))
+    assert tail.dial(0.1) == LARGEST["tail"] > 1
+    assert tail.dial(0.6) == pytest.approx(1e-4)
+    assert tail.dial(0.9) == pytest.approx(5e-7)
 
 
-@pytest.mark.parametrize("rule", ["lagrangian", "cumulative"])
+@pytest.mark.parametrize("rule", ["lagrangian", "tail"])
 def test_the_table_reaches_its_fractions(rule):
     generator = np.random.default_rng(2)
-    scores = [generator.normal(size=(2000, 2 + (rule == "cumulative"))) * 2 for _ in range(3)]
+    scores = [generator.normal(size=(2000, 2 + (rule == "tail"))) * 2 for _ in range(3)]
     prices = [PRICES] * 3
     fractions = table(scores, prices, rule)
     assert [fraction for fraction, _ in fractions.table] == sorted(fraction for fraction, _ in fractions.table)
@@ -233,7 +233,7 @@ def test_a_config_makes_a_model_with_dynamic_networks():
         ({"down": "half"}, "dynamoe: down: wanted one of own, low-rank, shared, got 'half'"),
         ({"down": "low-rank"}, "dynamoe: rank: wanted a whole number above 0 with down low-rank, and none without"),
         ({"rank": 4}, "dynamoe: rank: wanted"),
-        ({"rule": "best"}, "dynamoe: rule: wanted one of lagrangian, cumulative, got 'best'"),
+        ({"rule": "best"}, "dynamoe: rule: wanted one of lagrangian, tail, got 'best'"),
         ({"widths": [[32, 64, 96]]}, "dynamoe: widths: wanted a list for each of the model's 2 layers, got 1"),
         ({"widths": [[64, 32, 96]] * 2}, "each expert within the next, got [64, 32, 96]"),
         ({"widths": [[32, 64, 95]] * 2}, "wanted a last one of 96, the model's own, got 95"),

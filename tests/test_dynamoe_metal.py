@@ -145,9 +145,8 @@ def chosen_by(rule, scores, prices, dial):
         best = max(np.flatnonzero(costs == costs.min()))
         return best, np.delete(costs, best).min() - costs[best]
     powers = np.exp(scores - scores.max())
-    reached = np.cumsum(powers / powers.sum())
-    distances = np.abs(reached - dial)[:-1]
-    return min([*np.flatnonzero(reached >= dial), len(scores) - 1]), distances.min()
+    tails = np.append(np.cumsum((powers / powers.sum())[:0:-1])[::-1], 0.0)
+    return int(np.argmax(tails <= dial)), np.abs(tails - dial)[:-1].min()
 
 
 @pytest.mark.parametrize(
@@ -155,8 +154,8 @@ def chosen_by(rule, scores, prices, dial):
     [
         ("lagrangian", 3, mx.float32, 203),
         ("lagrangian", 2, mx.float16, 2100),
-        ("cumulative", 3, mx.float32, 2100),
-        ("cumulative", 4, mx.float32, 64),
+        ("tail", 3, mx.float32, 2100),
+        ("tail", 4, mx.float32, 64),
     ],
 )
 def test_the_router_chooses_by_its_scores(rule, count, dtype, columns):
@@ -203,17 +202,20 @@ def test_ties_and_scores_that_are_not_finite():
         assert routed("lagrangian", scores, prices, dial) == want, (scores, prices, dial)
     cases = [
         ([0, 0, -inf], 0.5, 0),
-        ([0, 0, -inf], 1.0, 1),
-        ([0, 0, 0], 2.0, 2),
-        ([0, 0, 0], 0.0, 0),
-        ([200, 0, 0], 0.5, 0),
-        ([nan, 0, 0], 0.1, 2),
-        ([9, 9, nan], 0.0, 2),
+        ([0, 0, -inf], 0.0, 1),
+        ([0, 0, 0], 0.0, 2),
+        ([0, 0, 0], 2.0, 0),
+        ([200, 0, 0], 0.0, 0),
+        ([40, 0, 0], 1e-15, 0),  # after the first lie 8e-18, though its own probability is 1 in float32
+        ([40, 0, 0], 6e-18, 1),
+        ([40, 0, 0], 1e-19, 2),
+        ([nan, 0, 0], 0.9, 2),
+        ([9, 9, nan], 1.0, 2),
         ([inf, 0, 0], 0.5, 2),
         ([0, 0, 0], nan, 2),
     ]
     for scores, dial, want in cases:
-        assert routed("cumulative", scores, None, dial) == want, (scores, dial)
+        assert routed("tail", scores, None, dial) == want, (scores, dial)
 
 
 # ---- Gate and up ----------------------------------------------------------------------------------------------------
@@ -430,14 +432,14 @@ def decode_ops(x, parts, dial):
         costs = mx.concatenate([mx.exp(scores), mx.zeros((x.shape[0], 1))], axis=1) + dial * parts.prices
         chosen = costs.shape[1] - 1 - mx.argmin(costs[:, ::-1], axis=1)
     else:
-        reached = mx.cumsum(mx.softmax(scores, axis=1), axis=1) >= dial
-        chosen = mx.where(reached.any(axis=1), mx.argmax(reached, axis=1), scores.shape[1] - 1)
+        tails = mx.cumsum(mx.softmax(scores, axis=1)[:, :0:-1], axis=1)
+        chosen = scores.shape[1] - 1 - mx.sum(tails <= dial, axis=1)
     h = nn.silu(linear(x, parts.gate)) * linear(x, parts.up)
     outputs = [linear(h[:, :width], down) for width, down in zip(parts.widths.tolist(), parts.downs, strict=True)]
     return mx.take_along_axis(mx.stack(outputs), chosen[None, :, None], axis=0)[0], chosen
 
 
-@pytest.mark.parametrize(("rule", "packing"), [("lagrangian", None), ("cumulative", (4, 32))])
+@pytest.mark.parametrize(("rule", "packing"), [("lagrangian", None), ("tail", (4, 32))])
 def test_a_step_gives_what_mlx_gives(rule, packing):
     parts, x = layer(rule, packing), normal(4, 64)
     assert metal.supported(parts, 4)
@@ -501,7 +503,7 @@ def test_what_the_kernels_do_not_compute_is_refused():
         {"lefts": (matrix(64, 2),), "rights": (matrix(3, 32),)},
         {"lefts": (matrix(64, 2),), "rights": (matrix(2, 64),)},
         {"rule": "nearest"},
-        {"rule": "cumulative"},
+        {"rule": "tail"},
         {"prices": None},
     ):
         changed = dataclasses.replace(parts, **change)

@@ -137,7 +137,7 @@ def test_every_kind_of_expert_and_router_generates(tmp_path, source, text, down,
     options = ["--text", text, "--tokens", 512, "--down", down, "--router", router, "--widths", "64,160"]
     mlxeff("fit", "dynamoe", source, "--out", out, *options, *more, "--quiet")
     config = json.loads((out / "config.json").read_text())
-    assert config["dynamoe"]["rule"] == {"regression": "lagrangian", "paper": "cumulative"}[router]
+    assert config["dynamoe"]["rule"] == {"regression": "lagrangian", "paper": "tail"}[router]
     assert config["dynamoe"]["widths"] == [[64, 160, 192]] * 2
     arguments = ("generate", "--model", out, "--max-tokens", 8, "--sensitivity", 0.6, "--json", "words")
     found = json.loads(mlxeff(*arguments)[0])

@@ -92,7 +92,7 @@ def launch_dynamoe():
         lefts, rights = [mx.zeros((size, 2), dtype)] * 2, [mx.zeros((2, width), dtype) for width in widths[:2]]
         for tokens in (3,) if packing else (1, 8):
             x, chosen, several = mx.zeros((tokens, size), dtype), mx.zeros(tokens, mx.uint32), mx.array(widths)
-            for rule, rows in (("lagrangian", 2), ("cumulative", 3)):
+            for rule, rows in (("lagrangian", 2), ("tail", 3)):
                 dynamoe.route(x, mx.zeros((rows, size)), mx.zeros(rows), mx.zeros(3), rule, 0.5)
             h = dynamoe.gate_up(x, gate, gate, several, chosen)
             dynamoe.gate_up(x, gate, gate, several, chosen, mx.zeros(widths[-1]), mx.zeros(widths[-1]))

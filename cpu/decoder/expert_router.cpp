@@ -20,16 +20,13 @@ int64_t least_cost(const float* scores, const std::vector<float>& prices, float 
   return best;
 }
 
-int64_t first_probable(const float* scores, int64_t experts, float dial) {
+int64_t least_tail(const float* scores, int64_t experts, float dial) {
   float most = scores[0], total = 0, powers[ExpertRouter::most_experts];
   for (int64_t e = 1; e < experts; ++e) most = scores[e] > most ? scores[e] : most;
   for (int64_t e = 0; e < experts; ++e) total += powers[e] = expf(scores[e] - most);
-  float sum = 0;
-  for (int64_t e = 0; e < experts; ++e) {
-    sum += powers[e] / total;
-    if (sum >= dial) return e;
-  }
-  return experts - 1;
+  int64_t best = experts - 1;
+  for (float sum = powers[best] / total; best > 0 && sum <= dial; sum += powers[best] / total) --best;
+  return best;
 }
 
 }  // namespace
@@ -38,7 +35,7 @@ int64_t ExpertRouter::pick(const float* x, float dial) const {
   const DecoderKernels& kernels = MLXEFF_DISPATCH(decoder_kernels);
   float values[most_experts];
   for (int64_t s = 0; s < scores(); ++s) values[s] = kernels.dot(weight + s * dim, x, dim) + bias[s];
-  return rule == Rule::lagrangian ? least_cost(values, prices, dial) : first_probable(values, experts(), dial);
+  return rule == Rule::lagrangian ? least_cost(values, prices, dial) : least_tail(values, experts(), dial);
 }
 
 }  // namespace mlxeff

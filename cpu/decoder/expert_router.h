@@ -11,10 +11,10 @@ namespace mlxeff {
 // lagrangian  score e of a narrower expert is the logarithm of the error that it would make. Its cost is exp(score) +
 //             dial * price, that of the widest expert dial * price. The expert with the least cost is picked, of equal
 //             ones the wider.
-// cumulative  the softmax of the scores of all experts is summed from the narrowest on. The first expert at which the
-//             sum is at least `dial` is picked, and if there is none, the widest.
+// tail        the softmax of the scores of all experts is summed from the widest on. The narrowest expert is picked for
+//             which the sum of the wider ones is at most `dial`.
 struct ExpertRouter {
-  enum class Rule { lagrangian, cumulative };
+  enum class Rule { lagrangian, tail };
 
   Rule rule;
   const float *weight, *bias;  // (scores, dim), (scores)

@@ -4,7 +4,7 @@
 //    "gate": matrix (F, dim), "up": matrix (F, dim), "down": matrix (dim, F),    of the widest expert
 //    "experts": [{"width": k, "down": matrix (dim, k) or None,
 //                 "left": matrix (dim, rank) or None, "right": matrix (rank, k) or None}, ...],   the others, rising
-//    "router": {"rule": "lagrangian" or "cumulative", "weight": (scores, dim), "bias": (scores)},
+//    "router": {"rule": "lagrangian" or "tail", "weight": (scores, dim), "bias": (scores)},
 //    "prices": (experts),                                                        by rising width, the widest last
 //    "order": int32 (F) or None}     of the column of the widest down that belongs to each neuron; None: in their order
 //
@@ -59,9 +59,9 @@ const float* finite(const Named& given, const char* name, const mx::Shape& shape
 ExpertRouter router(const Named& given, const Named& prices_of, Weights& weights, int64_t dim, int64_t experts) {
   given.expect({"rule", "weight", "bias"});
   const std::string rule = given.text("rule");
-  if (rule != "lagrangian" && rule != "cumulative")
-    given.refuse("unknown rule '" + rule + "', known are lagrangian, cumulative");
-  ExpertRouter made = {rule == "lagrangian" ? ExpertRouter::Rule::lagrangian : ExpertRouter::Rule::cumulative,
+  if (rule != "lagrangian" && rule != "tail")
+    given.refuse("unknown rule '" + rule + "', known are lagrangian, tail");
+  ExpertRouter made = {rule == "lagrangian" ? ExpertRouter::Rule::lagrangian : ExpertRouter::Rule::tail,
                        nullptr,
                        nullptr,
                        dim,

@@ -34,7 +34,7 @@ from .fitting import NotWrittenError, Progress, no_progress, settled
 from .model import Loaded, load_path
 from .tuning_dynamoe import TuningPass, tuning_text
 
-RULES = {"regression": "lagrangian", "paper": "cumulative"}  # value of --router → the rule of the routers
+RULES = {"regression": "lagrangian", "paper": "tail"}  # value of --router → the rule of the routers
 SHARES = (1 / 3, 2 / 3)  # of the neurons, of the smaller experts by default
 ALIGNED = (512, 256, 128, 64, 32)  # widths are multiples of the first of these that leaves them apart
 RANK = 64

@@ -31,7 +31,7 @@ HELD_CHOICES = 256  # calls whose choices are counted together
 
 class Router(nn.Module):
     """A linear map of a token's normalised hidden state to one number an expert: with the rule "lagrangian" to the
-    logarithm of the predicted error of each smaller expert, R = E - 1; with "cumulative" to the logits of the smallest
+    logarithm of the predicted error of each smaller expert, R = E - 1; with "tail" to the logits of the smallest
     expert that suffices, R = E. `prices` (E) are the shares of the mean number of neurons that the experts compute."""
 
     def __init__(self, size: int, rule: str, prices: Sequence[float]):
@@ -57,8 +57,9 @@ class Router(nn.Module):
             errors = mx.concatenate([errors, mx.zeros((len(scores), 1))], axis=1)
             costs = errors + dial * self._prices
             return last - mx.argmin(costs[:, ::-1], axis=1)  # of equal costs that of the wider expert
-        reached = mx.cumsum(mx.softmax(scores, axis=1), axis=1) >= dial
-        return mx.where(mx.any(reached, axis=1), mx.argmax(reached, axis=1), last).astype(mx.uint32)
+        shares = mx.softmax(scores, axis=1)
+        tails = mx.cumsum(shares[:, :0:-1], axis=1)[:, ::-1]  # of each smaller expert: that a wider one is needed
+        return (last - mx.sum(tails <= dial, axis=1)).astype(mx.uint32)
 
 
 class LowRank(nn.Module):

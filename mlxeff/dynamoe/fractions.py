@@ -4,8 +4,9 @@ A router has one of two rules, and networks that leave out inputs have a third. 
 more or less is computed:
 
 lagrangian  the price of computing all neurons. A token takes the expert with the least sum of predicted error and price
-cumulative  the least probability that the expert suffices (the rule of the paper, arXiv 2502.12325, as far as its
-            public summaries tell)
+tail        the largest probability that a wider expert is needed, at which the narrower one is taken. The paper
+            (arXiv 2502.12325), as far as its public summaries tell, has one minus this number: the least probability
+            that the expert suffices. In float32 that number is 1 where this one still tells tokens apart
 threshold   the least size times weight of an input that counts
 """
 
@@ -13,14 +14,14 @@ import math
 from dataclasses import dataclass
 from itertools import pairwise
 
-RULES = ("lagrangian", "cumulative")  # of routers
-LARGEST_PRICE = 1e30  # at which every token takes the smallest expert
+RULES = ("lagrangian", "tail")  # of routers
+LARGEST = {"lagrangian": 1e30, "tail": 2.0}  # the dials at which every token takes the smallest expert
 
 
 @dataclass(frozen=True)
 class Fractions:
     """The dials of a checkpoint: `table` has pairs (mean fraction of the neurons, dial), the fractions rising, as they
-    were measured when the checkpoint was fitted. Above the last one the dial goes to that of the widest expert."""
+    were measured when the checkpoint was fitted. Above the last one the dial goes to 0, that of the widest expert."""
 
     rule: str
     table: tuple[tuple[float, float], ...]
@@ -30,22 +31,16 @@ class Fractions:
         token takes the smallest expert, and the threshold no longer rises."""
         if fraction >= 1:
             return None
-        smallest, widest = {
-            "lagrangian": (LARGEST_PRICE, 0.0),
-            "cumulative": (0.0, 1.0),
-            "threshold": (self.table[0][1], 0.0),
-        }[self.rule]
         if fraction < self.table[0][0]:
-            return smallest
-        for (low, at_low), (high, at_high) in pairwise((*self.table, (1.0, widest))):
+            return LARGEST.get(self.rule, self.table[0][1])
+        for (low, at_low), (high, at_high) in pairwise((*self.table, (1.0, 0.0))):
             if fraction <= high:
-                share = (fraction - low) / (high - low) if high > low else 1.0
-                return _between(at_low, at_high, share, self.rule != "cumulative")
-        return widest
+                return _between(at_low, at_high, (fraction - low) / (high - low) if high > low else 1.0)
+        return 0.0
 
 
-def _between(first: float, second: float, share: float, geometric: bool) -> float:
-    """The number at `share` of the way from `first` to `second`; `geometric` where both are above 0."""
-    if geometric and first > 0 and second > 0:
+def _between(first: float, second: float, share: float) -> float:
+    """The number at `share` of the way from `first` to `second`, by their logarithms where both are above 0."""
+    if first > 0 and second > 0:
         return math.exp(math.log(first) + share * (math.log(second) - math.log(first)))
     return first + share * (second - first)

@@ -19,7 +19,7 @@ experts.E.left.weight, .right.weight (D, r) and (r, k), with "low-rank"
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -67,19 +67,29 @@ def prices(widths: Sequence[Sequence[int]]) -> list[list[float]]:
     return [[width / mean for width in layer] for layer in widths]
 
 
+Wanted = Callable[[str, str, object], MlxeffError]  # the error for what an entry of the config has in place of `text`
+
+
+def checked(value: object, origin: str, keys: set[str]) -> Wanted:
+    """Checks an entry's version and that it has no other keys, and returns what makes the errors for its values. Raises
+    MlxeffError; `origin` names the config."""
+
+    def wanted(what: str, text: str, got: object) -> MlxeffError:
+        return MlxeffError(f"{origin}: {KEY}: {what}: wanted {text}, got {got!r:.80}")
+
+    if not isinstance(value, dict):
+        raise MlxeffError(f"{origin}: {KEY}: wanted a table of settings, got {value!r:.80}")
+    if value.get("version") != VERSION or isinstance(value.get("version"), bool):
+        raise wanted("version", str(VERSION), value.get("version"))
+    if unknown := sorted(set(value) - keys):
+        raise MlxeffError(f"{origin}: {KEY}: unknown keys {unknown}")
+    return wanted
+
+
 def read_entry(value: object, origin: str) -> Entry:
     """The entry of a config.json. Raises MlxeffError for another version, and for values that contradict each other;
     `origin` names the config."""
-
-    def wanted(what: str, text: str, got: object) -> MlxeffError:
-        return MlxeffError(f"{origin}: dynamoe: {what}: wanted {text}, got {got!r:.80}")
-
-    if not isinstance(value, dict):
-        raise MlxeffError(f"{origin}: dynamoe: wanted a table of settings, got {value!r:.80}")
-    if value.get("version") != VERSION or isinstance(value.get("version"), bool):
-        raise wanted("version", str(VERSION), value.get("version"))
-    if unknown := sorted(set(value) - KEYS):
-        raise MlxeffError(f"{origin}: dynamoe: unknown keys {unknown}")
+    wanted = checked(value, origin, KEYS)
     down, rule, rank = value.get("down"), value.get("rule"), value.get("rank")
     if down not in DOWNS:
         raise wanted("down", f"one of {', '.join(DOWNS)}", down)

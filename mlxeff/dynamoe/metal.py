@@ -26,7 +26,7 @@ Source = tuple[str, Names, str]  # of a kernel: its name, its inputs, its body
 
 MOST_TOKENS = 8
 MOST_EXPERTS = 4
-RULES = ("lagrangian", "cumulative")
+RULES = ("lagrangian", "tail")
 BITS, GROUPS = (4, 8), (32, 64, 128)
 # Tokens that a kernel has room for → rows of each matrix that a simdgroup computes: few for many tokens, whose sums
 # would not fit into the registers.
@@ -44,7 +44,7 @@ class Parts:
 
     router: mx.array  # (R, D) float32
     router_bias: mx.array  # (R) float32
-    prices: mx.array | None  # (E) float32; the rule "cumulative" needs none
+    prices: mx.array | None  # (E) float32; the rule "tail" needs none
     rule: str  # of RULES
     widths: mx.array  # (E) uint32, rising, the last one F
     gate: Matrix  # (F, D)
@@ -100,8 +100,8 @@ def route(
     """The number of each token's expert, uint32 (T), from x (T, D) and the scores s = weight x + bias.
 
     "lagrangian", R = E - 1: the expert that costs least, a smaller one exp(s) + dial · price, the widest one
-    dial · price; the wider one where costs are the same. "cumulative", R = E: the first one at which the sum of
-    softmax(s) reaches the dial, else the widest. A score that is NaN gives the widest.
+    dial · price; the wider one where costs are the same. "tail", R = E: the first one after which the sum of
+    softmax(s) is at most the dial. A score that is NaN gives the widest.
     """
     count = weight.shape[0] + (rule == "lagrangian")
     _check(x, weight.shape[-1], _router_refusal(weight, bias, prices, rule, count))
@@ -160,7 +160,7 @@ def _experts_refusal(x: mx.array, widths: mx.array, chosen: mx.array) -> str:
 
 def _router_refusal(weight: mx.array, bias: mx.array, prices: mx.array | None, rule: str, count: int) -> str:
     rows = count - (rule == "lagrangian")
-    priced = rule == "cumulative" or (prices is not None and prices.shape == (count,))
+    priced = rule == "tail" or (prices is not None and prices.shape == (count,))
     shaped = weight.ndim == 2 and weight.shape[0] == rows and bias.shape == (rows,)
     if rule in RULES and 2 <= count <= MOST_EXPERTS and shaped and priced:
         return ""
@@ -236,7 +236,7 @@ def _described(matrix: Matrix) -> str:
 
 
 def _route(x: mx.array, weight: mx.array, bias: mx.array, prices: mx.array | None, dial: mx.array | float) -> mx.array:
-    """The launch of `route`; without prices by the rule "cumulative"."""
+    """The launch of `route`; without prices by the rule "tail"."""
     dial = dial.astype(mx.float32).reshape(()) if isinstance(dial, mx.array) else mx.array(dial, mx.float32)
     inputs = {"x": x, "weight": weight, "bias": bias, "dial": dial}
     inputs |= {"prices": prices} if prices is not None else {}
@@ -340,7 +340,7 @@ def _named(what: str, body: str, names: Names) -> Source:
 
 @functools.cache
 def _route_source(rows: int, lagrangian: bool, names: Names) -> Source:
-    choice = f"cheapest<{rows}>(scores, prices, dial)" if lagrangian else f"first_reaching<{rows}>(scores, dial)"
+    choice = f"cheapest<{rows}>(scores, prices, dial)" if lagrangian else f"least_tail<{rows}>(scores, dial)"
     body = f"""
         threadgroup float memory[router_simdgroups * {rows}];
         float scores[{rows}];

@@ -21,7 +21,7 @@ import mlx.nn as nn
 from ..errors import MlxeffError
 from .columns import BITS, INPUTS, OUTPUTS, Columns
 from .fractions import Fractions
-from .install import KEY, VERSION, gated_layers, read_table, rows_of
+from .install import KEY, VERSION, checked, gated_layers, read_table, rows_of
 from .sparse import SparseFeedForward
 
 KEYS = {"version", "by", "gate_up", "down", "table"}
@@ -58,13 +58,7 @@ def read_entry(value: dict, origin: str) -> SparseEntry:
     """The entry of a config.json. Raises MlxeffError for another version, and for values that contradict each other;
     `origin` names the config."""
 
-    def wanted(what: str, text: str, got: object) -> MlxeffError:
-        return MlxeffError(f"{origin}: {KEY}: {what}: wanted {text}, got {got!r:.80}")
-
-    if value.get("version") != VERSION or isinstance(value.get("version"), bool):
-        raise wanted("version", str(VERSION), value.get("version"))
-    if unknown := sorted(set(value) - KEYS):
-        raise MlxeffError(f"{origin}: {KEY}: unknown keys {unknown}")
+    wanted = checked(value, origin, KEYS)
     forms = [_forms(value.get(name), name, wanted) for name in ("gate_up", "down")]
     if len(forms[0]) != len(forms[1]):
         raise wanted("down", f"{len(forms[0])} layers, as gate_up has", len(forms[1]))

@@ -247,9 +247,9 @@ inline void check_router() {
     const float x[] = {first, second};
     return ExpertRouter{ExpertRouter::Rule::lagrangian, weight, bias, 2, std::move(prices)}.pick(x, dial);
   };
-  const auto cumulative = [&](float first, float second, float dial) {
+  const auto tail = [&](float first, float second, float dial) {
     const float x[] = {first, second};
-    return ExpertRouter{ExpertRouter::Rule::cumulative, weight, bias, 2, {1, 2, 3}}.pick(x, dial);
+    return ExpertRouter{ExpertRouter::Rule::tail, weight, bias, 2, {1, 2, 3}}.pick(x, dial);
   };
   each_setting([&] {
     CHECK(lagrangian(0, 0, 1, {0, 2, 3}) == 0);    // costs 1, 3, 3
@@ -259,12 +259,14 @@ inline void check_router() {
     CHECK(lagrangian(-9, -9, 0, {0, 0, 0}) == 2);  // a dial of 0 never accepts an error
     CHECK(lagrangian(NAN, NAN, 1, {0, 1, 9}) == 2);
     CHECK(lagrangian(200, 200, 1, {0, 1, 9}) == 2);  // the exponential is infinite
-    CHECK(cumulative(2, 0, 0.5f) == 0);              // shares 0.74, 0.10, 0.16
-    CHECK(cumulative(2, 0, 0.8f) == 1);
-    CHECK(cumulative(2, 0, 0.9f) == 2);
-    CHECK(cumulative(-2, 3, 0.5f) == 1);
-    CHECK(cumulative(2, 0, 1.5f) == 2);
-    CHECK(cumulative(200, -200, 0.5f) == 0);
+    CHECK(tail(2, 0, 0.5f) == 0);  // 0.26 of the probability lies after the first, 0.16 after the second
+    CHECK(tail(2, 0, 0.2f) == 1);
+    CHECK(tail(2, 0, 0.1f) == 2);
+    CHECK(tail(-2, 3, 0.5f) == 1);
+    CHECK(tail(0, 40, 0) == 2);
+    CHECK(tail(40, 0, 1e-15f) == 0);  // the probability of the first is 1 in fp32, what lies after it is 4e-18
+    CHECK(tail(40, 0, 1e-19f) == 2);
+    CHECK(tail(NAN, 0, 1) == 2);
   });
 }
 

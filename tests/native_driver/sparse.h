@@ -1,6 +1,7 @@
 // Checks of the sparse feed-forward and of matrices in columns, called as a pass calls them: against plain loops in
 // double, and of few rows together against the same rows alone.
 #pragma once
+#include "columns/column_kernels.h"
 #include "decoder/sparse_feed_forward.h"
 #include "dynamic.h"
 
@@ -35,6 +36,37 @@ struct Columns {
     return q * arrays[0].at(scale / N, scale % N) + arrays[1].at(scale / N, scale % N);
   }
 };
+
+// The products of pieces, of all inputs, some and none, as exact as sums of floats are.
+inline void check_column_pieces() {
+  for (const char* kind : Columns::kinds)
+    for (const int64_t N : {64, 128, 448}) {
+      const Columns given(kind, N, 384, 128, MLXEFF_F32);
+      Matrix x = Matrix::random(1, given.K), weights = Matrix::random(1, given.K);
+      for (const float threshold : {-9.0f, 0.1f, 0.4f, 9.0f})
+        each_setting([&] {
+          using namespace mlxeff;
+          const ColumnKernels& kernels = MLXEFF_DISPATCH(column_kernels);
+          std::vector<float> memory(size_t(mlxeff::KeptInputs::floats(given.K, 64)), NAN);
+          const auto kept = mlxeff::KeptInputs::at(memory.data(), given.K, 64);
+          for (int64_t b = 0; b < given.K / 64; ++b)
+            kernels.keep(x.floats() + b * 64, weights.floats() + b * 64, threshold, given.K, b, kept);
+          for (int64_t piece = 0; piece < given.c.pieces(); ++piece) {
+            float y[mlxeff::ColumnMatrix::widest_piece];
+            kernels.piece(given.c, piece, kept, y);
+            for (int64_t n = 0; n < given.c.width_of(piece); ++n) {
+              double want = 0, size = 0;
+              for (int64_t k = 0; k < given.K; ++k) {
+                if (std::fabs(x.at(0, k)) * weights.at(0, k) < threshold) continue;
+                const double product = given.at(piece * given.c.piece() + n, k) * x.at(0, k);
+                want += product, size += std::fabs(product);
+              }
+              CHECK(std::fabs(y[n] - want) <= 0x1p-21 * size);
+            }
+          }
+        });
+    }
+}
 
 struct SparseCase {
   const int64_t dim, width;
@@ -128,6 +160,7 @@ inline void check_sparse_alone(SparseCase& given) {
 }
 
 inline void check_sparse() {
+  check_column_pieces();
   int index = 0;
   for (const char* kind : Columns::kinds)
     for (const char* other : Columns::kinds) {
