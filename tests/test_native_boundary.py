@@ -3,6 +3,7 @@
 import copy
 
 import mlx.core as mx
+import mlx.nn as nn
 import pytest
 
 from helpers import assert_close
@@ -270,3 +271,45 @@ def test_a_store_that_somebody_holds_is_copied():
             assert mx.all(mx.any(new[name][:, :, 3:5] != 0, axis=-1)).item()
     want, _ = native.forward(made, mx.array([[1, 2, 3, 4, 5]]), [store(), store()], 0, False, native.EXACT)
     assert_close(logits, want, "logits", rtol=2.0**-15)
+
+
+def test_objects_are_found_in_their_place():
+    one, other = mx.zeros(3), mx.zeros(3)
+    module = nn.Module()
+    module.weight = one
+    assert native.holds([])
+    assert native.holds([(module, "weight", one), ({"b": other}, "b", other)])
+    assert not native.holds([(module, "weight", one), (module, "weight", other)]), "an equal one is another one"
+    assert not native.holds([(module, "bias", one)])
+    for wrong in ([(module, "weight")], [([], "weight", one)], [3]):
+        with pytest.raises((TypeError, RuntimeError)):
+            native.holds(wrong)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_each_step_is_noted_with_its_threads(threads):
+    """Two layers of ten steps, and four around them; each has a thread that worked, and none began before it came."""
+    made, tokens = decoder(), mx.array([[1]])
+    native.set_num_threads(threads)
+    native.note_step_times(1000)
+    try:
+        for _ in range(3):
+            mx.eval(native.forward(made, tokens, [store(), store()], 0, False, native.EXACT)[0])
+        notes = native.step_times()
+    finally:
+        native.note_step_times(0)
+        native.set_num_threads(0)
+    assert {step for _, step, *_ in notes} == set(range(24))
+    worked = [note for note in notes if note[4]]
+    assert all(came <= done <= went for _, _, _, came, done, went in worked)
+    assert all(came <= went for _, _, _, came, _, went in notes)
+    assert len({(note[0], note[1]) for note in worked}) == (24 if threads == 1 else 72)
+    assert {note[2] for note in notes} <= set(range(threads)) >= {0}
+    assert native.step_times() == []
+
+
+def test_no_more_steps_are_noted_than_wanted():
+    native.note_step_times(5)
+    mx.eval(native.forward(decoder(), mx.array([[1]]), [store(), store()], 0, False, native.EXACT)[0])
+    assert len(native.step_times()) == 5
+    native.note_step_times(0)

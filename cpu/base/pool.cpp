@@ -34,6 +34,7 @@
 #include <thread>
 
 #include "base/cpu_count.h"
+#include "base/step_times.h"
 
 namespace mlxeff {
 namespace {
@@ -45,6 +46,40 @@ constexpr auto step_spin =
 constexpr int max_threads = 256;
 
 thread_local bool inside_region = false;
+thread_local int thread_number = 0;  // of a worker; the threads that call regions have 0
+
+// What `step_times` returns. A thread takes a place, and then writes it.
+struct Notes {
+  std::atomic<bool> wanted{false};
+  std::atomic<int64_t> taken{0};
+  std::vector<StepTime> all;
+};
+Notes notes;
+
+int64_t nanoseconds() {
+  return std::chrono::duration_cast<std::chrono::nanoseconds>(Clock::now().time_since_epoch()).count();
+}
+
+// Notes one call of for_chunks, from its construction to its end.
+class StepNote {
+ public:
+  StepNote(uint32_t region, uint32_t step) : on_(notes.wanted.load(std::memory_order_relaxed)) {
+    if (on_) time_ = {region, step, thread_number, nanoseconds(), 0, 0};
+  }
+  ~StepNote() {
+    if (!on_) return;
+    time_.end = nanoseconds();
+    const int64_t place = notes.taken.fetch_add(1);
+    if (place < int64_t(notes.all.size())) notes.all[size_t(place)] = time_;
+  }
+  void worked() {
+    if (on_) time_.worked = nanoseconds();
+  }
+
+ private:
+  const bool on_;
+  StepTime time_;
+};
 
 inline void relax() {
 #if defined(MLXEFF_X86)
@@ -153,7 +188,10 @@ void Pool::resize(int threads) {
     const uint32_t seen = generation(gate_.load());
     for (int i = 1; i < threads; ++i, ++threads_) {
       avoided_cpu_[i] = -1;
-      workers_[i] = std::thread([this, seen] { work(seen); });
+      workers_[i] = std::thread([this, seen, i] {
+        thread_number = i;
+        work(seen);
+      });
     }
   } catch (const std::system_error&) {  // continue with the threads that have been started
   }
@@ -215,6 +253,7 @@ void Pool::for_chunks(uint32_t phase, int64_t n, int64_t chunk, void (*body)(voi
   const uint64_t pieces = uint64_t(ceil_div(n, chunk)), mine = phase & phase_mask, before = (phase - ring) & phase_mask;
   std::atomic<uint64_t>& state = slots_[phase % ring].state;
   const auto number = [](uint64_t value) { return value >> 40; };
+  StepNote note(generation(gate_.load(std::memory_order_relaxed)), phase);
   uint64_t value = state.load();
   while (true) {
     if (number(value) == before) {
@@ -227,6 +266,7 @@ void Pool::for_chunks(uint32_t phase, int64_t n, int64_t chunk, void (*body)(voi
     if (!state.compare_exchange_weak(value, value + taken_one)) continue;
     body(context, int64_t(piece) * chunk, min_of(n, int64_t(piece + 1) * chunk));
     value = state.fetch_add(1) + 1;
+    note.worked();
     if ((value & finished_mask) == pieces) return progress_.wake();
   }
   progress_.wait([&] {
@@ -280,13 +320,28 @@ int num_threads() {
 
 void Team::for_chunks(int64_t n, int64_t chunk, void (*body)(void*, int64_t, int64_t), void* context) {
   if (pool_ && n > 0) return pool_->for_chunks(phase_++, n, chunk, body, context);
-  if (n > 0) body(context, 0, n);
+  if (n <= 0) return;
+  StepNote note(0, phase_++);
+  body(context, 0, n);
+  note.worked();
 }
 
 void parallel_for(int64_t n, int64_t chunk, void (*body)(void*, int64_t, int64_t), void* context) {
   if (n <= 0) return;
   if (n <= chunk || inside_region) return body(context, 0, n);
   team_run([&](Team& team) { team.for_chunks(n, chunk, body, context); });
+}
+
+void note_step_times(int64_t most) {
+  notes.wanted = false;
+  notes.all.assign(size_t(most), {});
+  notes.taken = 0;
+  notes.wanted = most > 0;
+}
+
+std::vector<StepTime> step_times() {
+  const auto end = notes.all.begin() + min_of(notes.taken.load(), int64_t(notes.all.size()));
+  return {notes.all.begin(), end};
 }
 
 void* scratch(Scratch slot, size_t bytes) {

@@ -1,8 +1,8 @@
 // Quantised matmul, one row of x, 4- and 8-bit weights, and with byte products 5- and 6-bit ones: the product of a
 // decoding step, limited by reading W.
 //
-// W is read in the order of its addresses, a row at a time, with the values of K in the lanes and a horizontal sum at
-// the end of each row. (The strips of qmatmul_strip.h would need the scales transposed, a third of the work here.)
+// W is read in the order of its addresses, some rows at a time, with the values of K in the lanes and a horizontal sum
+// at the end of each row. (The strips of qmatmul_strip.h would need the scales transposed, a third of the work here.)
 //
 //   EXACT  y[n] = sum over groups of scale * sum(q * x) + bias * sum(x). Where there are byte products, x is rounded to
 //   24 bits
@@ -38,88 +38,143 @@ MLXEFF_INLINE vf load_row_scales(const T* row_scales, const T* row_biases, int64
   return total;
 }
 
-template <int bits, int group>
-static float row_exact(const QmmArgs& args, const char* packed, int64_t distance, const float* scales, vf total) {
+// Rows of W that are multiplied together, as many as the registers have room for: each vector of x is loaded once for
+// all of them, and while one row waits for its sums another goes on. A row has the same bits in a block and alone.
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int rows_together = 4;
+#else
+constexpr int rows_together = 2;
+#endif
+constexpr int most_out = 16;  // rows of W whose products are stored together
+
+// Rows of W at `packed`, `stride` bytes apart, with their scales, `scale_step` apart. The lanes of `biases` are added.
+struct RowBlock {
+  const char* packed;
+  int64_t stride, distance;  // distance: bytes between what is read and what is asked for
+  const float* scales;
+  int64_t scale_step;
+  const vf* biases;
+};
+// out[i] = the product of row i of a block with x.
+typedef void BlockKernel(const QmmArgs& args, const RowBlock& block, float* out);
+
+template <int bits, int group, int count>
+static void block_exact(const QmmArgs& args, const RowBlock& block, float* out) {
   const int64_t words = args.w.K * bits / 32;
-  const float* x = args.x_f32;
-  for (int64_t i = 0; i < words; i += VL, x += exact_step<bits>) {
-    __builtin_prefetch(packed + i * 4 + distance, 0, 3);
-    const vu q = load_words_up_to<vu>(packed + i * 4, words - i);
-    vf even = word_value<bits>(q, 0) * load(x), odd = word_value<bits>(q, 1) * load(x + VL);
+  for (int row = 0; row < count; ++row) {
+    const char* const packed = block.packed + row * block.stride;
+    const float *x = args.x_f32, *const scales = block.scales + row * block.scale_step;
+    vf total = block.biases[row];
+    for (int64_t i = 0; i < words; i += VL, x += exact_step<bits>) {
+      __builtin_prefetch(packed + i * 4 + block.distance, 0, 3);
+      const vu q = load_words_up_to<vu>(packed + i * 4, words - i);
+      vf even = word_value<bits>(q, 0) * load(x), odd = word_value<bits>(q, 1) * load(x + VL);
 #pragma GCC unroll 8
-    for (int j = 2; j < 32 / bits; j += 2) {
-      even = fma(word_value<bits>(q, j), load(x + j * VL), even);
-      odd = fma(word_value<bits>(q, j + 1), load(x + (j + 1) * VL), odd);
+      for (int j = 2; j < 32 / bits; j += 2) {
+        even = fma(word_value<bits>(q, j), load(x + j * VL), even);
+        odd = fma(word_value<bits>(q, j + 1), load(x + (j + 1) * VL), odd);
+      }
+      total = fma(even + odd, spread_scales<bits * group / 32>(scales, i), total);
     }
-    total = fma(even + odd, spread_scales<bits * group / 32>(scales, i), total);
+    out[row] = sum(total);
   }
-  return sum(total);
 }
 
-template <int bits, int group>
-static float row_digits(const QmmArgs& args, const char* packed, int64_t distance, const float* scales, vf total) {
+template <int bits, int group, int count>
+static void block_digits(const QmmArgs& args, const RowBlock& block, float* out) {
   constexpr int held = held_bits<bits>;
   const int8_t* x = args.x_int8;
+  vf total[count];
+#pragma GCC unroll 4
+  for (int row = 0; row < count; ++row) total[row] = block.biases[row];
   for (int64_t k = 0; k < args.w.K; k += exact_step<bits>, x += digits * exact_step<bits>) {
-    __builtin_prefetch(packed + k * bits / 8 + distance, 0, 3);
-    const vf dot = dot_digits<bits>(split_codes<bits>(load_codes<bits>(packed, k, args.w.K)), x);
-    total = fma(dot, spread_scales<held * group / 32>(scales, k * held / 32), total);
+    vf dot[count];
+#pragma GCC unroll 4
+    for (int row = 0; row < count; ++row) {
+      const char* const packed = block.packed + row * block.stride;
+      __builtin_prefetch(packed + k * bits / 8 + block.distance, 0, 3);
+      dot[row] = dot_digits<bits>(split_codes<bits>(load_codes<bits>(packed, k, args.w.K)), x);
+    }
+#pragma GCC unroll 4
+    for (int row = 0; row < count; ++row) {
+      const float* const scales = block.scales + row * block.scale_step;
+      total[row] = fma(dot[row], spread_scales<held * group / 32>(scales, k * held / 32), total[row]);
+    }
   }
-  return sum(total);
+#pragma GCC unroll 4
+  for (int row = 0; row < count; ++row) out[row] = sum(total[row]);
 }
 
-template <int bits, int group>
-static float row_int8(const QmmArgs& args, const char* packed, int64_t distance, const float* scales, vf bias) {
+template <int bits, int group, int count>
+static void block_int8(const QmmArgs& args, const RowBlock& block, float* out) {
   constexpr int held = held_bits<bits>;
   const int8_t* x = args.x_int8;
-  bf total[2] = {};
+  bf total[count][2] = {};
   for (int64_t k = 0; k < args.w.K; k += 2 * int8_step<bits>, x += 2 * int8_step<bits>) {
-    __builtin_prefetch(packed + k * bits / 8 + distance, 0, 3);
+#pragma GCC unroll 4
+    for (int row = 0; row < count; ++row)
+      __builtin_prefetch(block.packed + row * block.stride + k * bits / 8 + block.distance, 0, 3);
 #pragma GCC unroll 2
     for (int half = 0; half < 2; ++half) {
       const int64_t at = k + half * int8_step<bits>;
       if (at >= args.w.K) break;
-      const bu q = load_codes_int8<bits>(packed, at, args.w.K);
-      total[half] +=
-          dot_int8<bits>(q, x + half * int8_step<bits>) * spread_scales_int8<held * group / 32>(scales, at * held / 32);
+#pragma GCC unroll 4
+      for (int row = 0; row < count; ++row) {
+        const bu q = load_codes_int8<bits>(block.packed + row * block.stride, at, args.w.K);
+        const float* const scales = block.scales + row * block.scale_step;
+        total[row][half] += dot_int8<bits>(q, x + half * int8_step<bits>) *
+                            spread_scales_int8<held * group / 32>(scales, at * held / 32);
+      }
     }
   }
-  return sum_lanes(total[0] + total[1]) + sum(bias);
+#pragma GCC unroll 4
+  for (int row = 0; row < count; ++row) out[row] = sum_lanes(total[row][0] + total[row][1]) + sum(block.biases[row]);
+}
+
+template <int bits, int group, int count>
+BlockKernel* block_kernel(int mode) {
+  if (mode == MLXEFF_COMPUTE_INT8) return block_int8<bits, group, count>;
+  if constexpr (by_digits<bits>) return block_digits<bits, group, count>;
+  else return block_exact<bits, group, count>;
 }
 
 template <int bits, int group, class T>
 static int run_one_row(const QmmArgs& args, int64_t n_begin, int64_t n_end) {
   const mlxeff_qweight& w = args.w;
-  const bool int8 = args.mode == MLXEFF_COMPUTE_INT8;
-  const bool integers = int8 || by_digits<bits>;
+  const bool integers = args.mode == MLXEFF_COMPUTE_INT8 || by_digits<bits>;
   const float shift = integers ? byte_offset<bits> : 0;
   const float* const factors = integers ? args.x_scale : nullptr;
-  constexpr auto exact_product = [] {
-    if constexpr (by_digits<bits>) return row_digits<bits, group>;
-    else return row_exact<bits, group>;
-  }();
-  const auto row_product = int8 ? row_int8<bits, group> : exact_product;
+  BlockKernel* const together = block_kernel<bits, group, rows_together>(args.mode);
+  BlockKernel* const alone = block_kernel<bits, group, 1>(args.mode);
   const int64_t groups = w.K / group, scale_step = w.ld / group, padded = round_up(groups, VL) + VL;
   const int64_t bytes = row_bytes(w), stride = row_stride(w), ahead = max_of(1, prefetch_distance / bytes);
   // Where rows have gaps: the same place of a later row.
   const int64_t distance = bytes == stride ? prefetch_distance : ceil_div(prefetch_distance, bytes) * stride;
-  float* const scales = static_cast<float*>(scratch(Scratch::strip, size_t(padded) * 4));
+  float* const scales = static_cast<float*>(scratch(Scratch::strip, size_t(rows_together * padded) * 4));
   if (!scales) return MLXEFF_NO_MEMORY;
-  memset(scales, 0, size_t(padded) * 4);
+  memset(scales, 0, size_t(rows_together * padded) * 4);
   const T* row_scales = static_cast<const T*>(w.scales) + n_begin * scale_step;
   const T* row_biases = static_cast<const T*>(w.biases) + n_begin * scale_step;
-  float out[16];
-  for (int64_t n = n_begin; n < n_end; ++n, row_scales += scale_step, row_biases += scale_step) {
-    for (int64_t g = ahead * scale_step; g < ahead * scale_step + groups; g += 64 / int64_t(sizeof(T))) {
-      __builtin_prefetch(row_scales + g, 0, 3);
-      __builtin_prefetch(row_biases + g, 0, 3);
+  vf biases[rows_together];
+  float out[most_out];
+  int64_t held = 0;  // products in `out`
+  for (int64_t n = n_begin, count; n < n_end; n += count) {
+    count = n + rows_together <= n_end ? rows_together : 1;
+    for (int64_t row = 0; row < count; ++row, row_scales += scale_step, row_biases += scale_step) {
+      for (int64_t g = ahead * scale_step; g < ahead * scale_step + groups; g += 64 / int64_t(sizeof(T))) {
+        __builtin_prefetch(row_scales + g, 0, 3);
+        __builtin_prefetch(row_biases + g, 0, 3);
+      }
+      biases[row] = load_row_scales(row_scales, row_biases, groups, args.x_sum, shift, factors, scales + row * padded);
     }
-    const vf bias = load_row_scales(row_scales, row_biases, groups, args.x_sum, shift, factors, scales);
     const char* const packed = reinterpret_cast<const char*>(w.packed) + n * stride;
     __builtin_prefetch(packed + page_distance, 0, 3);
-    const int64_t slot = (n - n_begin) % 16;
-    out[slot] = row_product(args, packed, distance, scales, bias);
-    if (slot == 15 || n + 1 == n_end) store_block(out, 0, 1, slot + 1, args.y, 0, n - slot);
+    (count == 1 ? alone : together)(args, {packed, stride, distance, scales, padded, biases}, out + held);
+    held += count;
+    if (held > most_out - rows_together || n + count == n_end) {
+      store_block(out, 0, 1, held, args.y, 0, n + count - held);
+      held = 0;
+    }
   }
   return MLXEFF_OK;
 }

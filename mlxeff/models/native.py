@@ -80,7 +80,7 @@ class Native:
     def _current(self) -> bool:
         """Whether the model still has the arrays that the native decoder refers to. An optimiser's update and
         `mx.value_and_grad` put others in their place."""
-        current = all(module.get(name) is array for module, name, array in self._weights)
+        current = self._native.holds(self._weights)
         if not current and not self._warned:
             notices.warning("weights have changed since the model was loaded: it computes operator by operator, slower")
             self._warned = True
