@@ -140,6 +140,7 @@ def test_the_first_expert_that_is_probable_enough():
     assert router.choose(scores, 0.7).tolist() == [1, 2]
     assert router.choose(scores, 0.0).tolist() == [0, 0]
     assert router.choose(scores, 1.1).tolist() == [2, 2], "more than certain: the widest"
+    assert Router(2, "cumulative", [0.5, 1.0]).choose(mx.zeros((1, 2)), 0.5).tolist() == [0], "reached exactly"
 
 
 @pytest.mark.parametrize("rule", ["lagrangian", "cumulative"])
@@ -200,6 +201,12 @@ def test_tokens_are_counted_by_expert():
     for _ in range(300):  # more than are held
         module(x[:1, :1], RunOptions(fraction=0.0))
     assert module.counts[0] == want[0] + 300
+
+
+def test_bytes_follow_the_fraction_down_to_the_smallest_expert():
+    module = network()
+    whole = 4 * 3 * SIZE * WIDTHS[-1]
+    assert [module.read_bytes(fraction) for fraction in (1.0, 0.5, 0.1)] == [whole, whole // 2, whole // 3]
 
 
 # In a model

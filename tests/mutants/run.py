@@ -13,6 +13,8 @@ import sys
 import time
 from pathlib import Path
 
+from mlxeff.checkpoint import claim
+from mlxeff.errors import MlxeffError
 from mutants import faults
 from mutants.faults import HERE, ROOT
 
@@ -33,17 +35,25 @@ def main() -> int:
     if complaints := [text for fault in chosen if (text := fault.complaint())]:
         print("\n".join(complaints), file=sys.stderr)
         return 1
+    BUILD.mkdir(parents=True, exist_ok=True)
+    with claim(TREE):  # a second run at the same time would take the faults out of the copy
+        return try_all(chosen, options.save)
+
+
+def try_all(chosen, saves: bool) -> int:
+    """Try the faults one after the other; returns the exit code. `saves`: keep what is found after each of them."""
     copy_tree()
     python = make_environment()
     if any(fault.native for fault in chosen):
         run_driver()
-    if tests := sorted({test for fault in chosen for test in fault.tests}):
-        run_pytest(python, tests, first=False)
+    tests = {test for fault in chosen for test in fault.tests}
+    if alone := sorted(test for test in tests if "::" not in test or test.partition("::")[0] not in tests):
+        run_pytest(python, alone, first=False)
     found = {}
     for fault in chosen:
         found[fault.name] = result = attempt(fault, python)
         print(f"{fault.name:50} {result}", flush=True)
-        if options.save:
+        if saves:
             save(found)
     return report(chosen, found)
 
@@ -52,13 +62,15 @@ def arguments():
     """(the faults to try, all options)"""
     parser = argparse.ArgumentParser(prog="make mutants", description=__doc__.partition("\n")[0])
     parser.add_argument("--only", action="append", metavar="NAME", help="faults whose name begins so; several times")
+    parser.add_argument("--new", action="store_true", help="faults that have no saved result yet")
     parser.add_argument("--list", action="store_true", help="print the faults and try none")
     parser.add_argument("--save", action="store_true", help=f"write what was found into {RESULT.relative_to(ROOT)}")
     options = parser.parse_args()
-    listed = faults.read()
-    chosen = [each for each in listed if not options.only or each.name.startswith(tuple(options.only))]
+    known = saved() if options.new else {}
+    begins = tuple(options.only or [""])
+    chosen = [each for each in faults.read() if each.name.startswith(begins) and each.name not in known]
     if not chosen:
-        parser.error(f"--only: no fault has a name that begins with {' or '.join(options.only)}")
+        parser.error("no fault is chosen: --list prints all names")
     return chosen, options
 
 
@@ -112,7 +124,7 @@ def attempt(fault: faults.Fault, python: Path) -> str:
 def run_pytest(python: Path, tests, first: bool = True) -> str:
     """Run tests of TREE, with a fault in it up to the first that fails. Without one all have to pass."""
     command = [python, "-B", "-m", "pytest", "-q", "-rf", "--tb=no", "-p", "no:cacheprovider", *("-x",) * first]
-    code, out = run([*command, *(f"tests/{test}" for test in tests)])
+    code, out = run([*command, *(f"tests/{test}" for test in tests)], LIMIT if first else None)
     if code == 0:
         return "survived"
     failed = re.findall(r"^FAILED tests/([^\s\[]+)", out, re.MULTILINE)
@@ -128,7 +140,7 @@ def run_driver(name: str = "") -> str:
         code, out = run(command)
         if code != 0:
             raise SystemExit(f"{out}\nthe driver cannot be built" + (f" with the fault {name}" if name else ""))
-    code, out = run([DRIVER / "mlxeff_driver", "nofork", "quick"])
+    code, out = run([DRIVER / "mlxeff_driver", "nofork", "quick"], LIMIT)
     if code == 0:
         return "survived"
     if not name:
@@ -137,8 +149,8 @@ def run_driver(name: str = "") -> str:
     return f"noticed by the driver, after its section {sections[-1]}" if sections else "noticed by the driver"
 
 
-def run(command) -> tuple[int, str]:
-    """(exit code, what it printed) of a command in TREE. One that takes longer than LIMIT is ended and has HANGS."""
+def run(command, limit: float | None = None) -> tuple[int, str]:
+    """(exit code, what it printed) of a command in TREE. One that takes more seconds than the limit has HANGS."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     variables = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"PATH": path}
     command = [str(part) for part in command]
@@ -146,7 +158,7 @@ def run(command) -> tuple[int, str]:
         command, cwd=TREE, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
     ) as process:
         try:
-            out, _ = process.communicate(timeout=LIMIT)
+            out, _ = process.communicate(timeout=limit)
         except subprocess.TimeoutExpired as late:
             process.kill()
             return HANGS, str(late)
@@ -156,13 +168,18 @@ def run(command) -> tuple[int, str]:
     return process.returncode, out
 
 
+def saved() -> dict:
+    """Name of a fault → what was found, in RESULT."""
+    return json.loads(RESULT.read_text(encoding="utf-8"))["faults"] if RESULT.exists() else {}
+
+
 def save(found: dict) -> None:
     """Write what was found to RESULT, over what stood there for the same names, in the list's order."""
     from mlxeff.bench import machine
 
     names = [fault.name for fault in faults.read()]
-    old = json.loads(RESULT.read_text(encoding="utf-8"))["faults"] if RESULT.exists() else {}
-    known = {name: (old | found)[name] for name in names if name in old | found}
+    both = saved() | found
+    known = {name: both[name] for name in names if name in both}
     noticed = sum(each.startswith("noticed") for each in known.values())
     document = {"card": machine.card(), "noticed": noticed, "of": len(known), "faults": known}
     partial = RESULT.with_suffix(".partial")
@@ -182,6 +199,9 @@ def report(chosen, found: dict) -> int:
 
 if __name__ == "__main__":
     start = time.monotonic()
-    code = main()
+    try:
+        code = main()
+    except MlxeffError as error:
+        code = f"error: {error}"
     print(f"{time.monotonic() - start:.0f} s", file=sys.stderr)
     sys.exit(code)
