@@ -11,10 +11,12 @@ from mlx.utils import tree_flatten
 from helpers import assert_close
 from mlxeff import ops
 from mlxeff.assembly.model import build_model, load_path
+from mlxeff.decode import PlainReading
 from mlxeff.dynamoe.calibrate import experts, mean_fraction, table
 from mlxeff.dynamoe.feed_forward import DynamicFeedForward, LowRank, Router
 from mlxeff.dynamoe.fractions import LARGEST_PRICE, Fractions
 from mlxeff.dynamoe.install import gated_layers, of, read_entry
+from mlxeff.dynamoe.usage import CountedReading
 from mlxeff.errors import MlxeffError
 from mlxeff.modules import Linear, QuantizedLinear
 from mlxeff.running import EXACT, RunOptions
@@ -201,6 +203,36 @@ def test_tokens_are_counted_by_expert():
     for _ in range(300):  # more than are held
         module(x[:1, :1], RunOptions(fraction=0.0))
     assert module.counts[0] == want[0] + 300
+
+
+class Counting:
+    """A network of `size` units that has counted tokens and the units that these computed."""
+
+    def __init__(self, size):
+        self.size, self.counts = size, [5, 5]
+
+    def computed(self, counts):
+        return counts[0], counts[1], counts[0] * self.size
+
+    def details(self, counts, networks):
+        return {"layers": len(counts)}
+
+
+def test_a_report_is_of_all_layers_since_the_prompt_and_of_both_executors():
+    """Six tokens: the first layer computed 30 of 60 units, the second one 80 of 120."""
+    networks, native = [Counting(10), Counting(20)], [{"counts": [1, 1], "bytes": 100} for _ in range(2)]
+    reading = CountedReading(PlainReading(), networks, 0.5, lambda: native)
+    assert reading.report() == {}
+    networks[0].counts, networks[1].counts = [9, 25], [9, 45]
+    native[:] = [{"counts": [3, 11], "bytes": 107}, {"counts": [3, 41], "bytes": 109}]
+    assert reading.report()["dynamoe"] == {
+        "sensitivity": 0.5,
+        "tokens": 6,
+        "mean_fraction": round(110 / 180, 4),
+        "layer_fractions": [0.5, round(80 / 120, 4)],
+        "layers": 2,
+        "feed_forward_bytes": 16,
+    }
 
 
 def test_bytes_follow_the_fraction_down_to_the_smallest_expert():

@@ -275,7 +275,7 @@ def test_neurons_are_ordered_by_what_they_contribute():
 
 def test_the_router_predicts_what_depends_on_its_input():
     generator = np.random.default_rng(6)
-    inputs = generator.normal(size=(500, 8))
+    inputs = generator.normal(size=(500, 8)) + 3
     targets = inputs @ generator.normal(size=(8, 2)) + [1.0, -2.0]
     weight, bias, explained = fit.regression(inputs, targets)
     assert min(explained) > 0.99
@@ -310,7 +310,8 @@ def test_the_weights_of_errors_are_squared_gradients(source):
             divergences.append(mx.mean(mx.sum(mx.exp(whole) * (whole - other), axis=-1)).item())
             wanted.append(0.5 * float(weights[1] @ np.square(np.array(error))))
         layer.mlp = network
-    assert np.mean(divergences) == pytest.approx(np.mean(wanted), rel=0.4), "an estimate from few tokens"
+    # An estimate from few tokens; with the most probable tokens in place of drawn ones it is a sixth less.
+    assert np.mean(divergences) == pytest.approx(np.mean(wanted), rel=0.1)
 
 
 # Bad input
