@@ -4,8 +4,9 @@ name        unique; words joined by hyphens
 file        the source file, from the project's root
 old, new    a text that stands in the file exactly once, and what replaces it
 breaks      what a user would meet, in plain words
-tests       the tests that should notice, as "test_file.py" or "test_file.py::test_function". A fault of a C++ file
-            names none: the test driver of the native kernels runs.
+tests       the tests that should notice, as "test_file.py" or "test_file.py::test_function". For a fault of a C++
+            file without tests the test driver of the native kernels runs; tests of such a file are those that take
+            the library that MLXEFF_CPU_LIBRARY names.
 equivalent  optional: why no test can notice
 """
 
@@ -36,7 +37,7 @@ class Fault:
 
     @property
     def native(self) -> bool:
-        """Whether the test driver of the native kernels runs, in place of pytest."""
+        """Whether it is one of the C++ kernels, which are built with it."""
         return self.file.startswith("cpu/")
 
     def complaint(self) -> str:
@@ -48,8 +49,8 @@ class Fault:
             return f"{self.name}: wanted the old text once in {self.file}, found it {count} times"
         if self.old == self.new:
             return f"{self.name}: the new text is the old one"
-        if self.native == bool(self.tests):
-            return f"{self.name}: wanted tests for a Python or Metal file and none for a C++ file"
+        if not (self.native or self.tests):
+            return f"{self.name}: wanted tests for a Python or Metal file, got none"
         missing = [test for test in self.tests if not _exists(test)]
         return f"{self.name}: there is no test {', '.join(missing)}" if missing else ""
 

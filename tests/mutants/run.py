@@ -116,15 +116,22 @@ def attempt(fault: faults.Fault, python: Path) -> str:
     sound = path.read_text(encoding="utf-8")
     try:
         path.write_text(sound.replace(fault.old, fault.new), encoding="utf-8")
-        return run_driver(fault.name) if fault.native else run_pytest(python, fault.tests)
+        if not fault.native:
+            return run_pytest(python, fault.tests)
+        if not fault.tests:
+            return run_driver(fault.name)
+        build("mlxeff_cpu", fault.name)
+        [library] = DRIVER.glob("libmlxeff_cpu.*")  # .so or .dylib
+        return run_pytest(python, fault.tests, MLXEFF_CPU_LIBRARY=str(library))
     finally:
         path.write_text(sound, encoding="utf-8")
 
 
-def run_pytest(python: Path, tests, first: bool = True) -> str:
-    """Run tests of TREE, with a fault in it up to the first that fails. Without one all have to pass."""
+def run_pytest(python: Path, tests, first: bool = True, **more: str) -> str:
+    """Run tests of TREE, with a fault in it up to the first that fails. Without one all have to pass. `more`: variables
+    of the environment."""
     command = [python, "-B", "-m", "pytest", "-q", "-rf", "--tb=no", "-p", "no:cacheprovider", *("-x",) * first]
-    code, out = run([*command, *(f"tests/{test}" for test in tests)], LIMIT if first else None)
+    code, out = run([*command, *(f"tests/{test}" for test in tests)], LIMIT if first else None, **more)
     if code == 0:
         return "survived"
     failed = re.findall(r"^FAILED tests/([^\s\[]+)", out, re.MULTILINE)
@@ -133,13 +140,18 @@ def run_pytest(python: Path, tests, first: bool = True) -> str:
     raise SystemExit(f"{out}\npytest ended with code {code}" + ("" if first else ", without any fault"))
 
 
-def run_driver(name: str = "") -> str:
-    """Build the test driver of TREE and run it. Without a fault, which has a name, it has to pass."""
+def build(target: str, name: str = "") -> None:
+    """Build the driver or the library of TREE's kernels; `name` of the fault that is in them."""
     configure = ["cmake", "-S", TREE / "cpu", "-B", DRIVER, "-G", "Ninja", "-DMLXEFF_BUILD_DRIVER=ON"]
-    for command in (configure, ["ninja", "-C", DRIVER, "mlxeff_driver"]):
+    for command in (configure, ["ninja", "-C", DRIVER, target]):
         code, out = run(command)
         if code != 0:
-            raise SystemExit(f"{out}\nthe driver cannot be built" + (f" with the fault {name}" if name else ""))
+            raise SystemExit(f"{out}\n{target} cannot be built" + (f" with the fault {name}" if name else ""))
+
+
+def run_driver(name: str = "") -> str:
+    """Build the test driver of TREE and run it. Without a fault, which has a name, it has to pass."""
+    build("mlxeff_driver", name)
     code, out = run([DRIVER / "mlxeff_driver", "nofork", "quick"], LIMIT)
     if code == 0:
         return "survived"
@@ -149,10 +161,10 @@ def run_driver(name: str = "") -> str:
     return f"noticed by the driver, after its section {sections[-1]}" if sections else "noticed by the driver"
 
 
-def run(command, limit: float | None = None) -> tuple[int, str]:
+def run(command, limit: float | None = None, **more: str) -> tuple[int, str]:
     """(exit code, what it printed) of a command in TREE. One that takes more seconds than the limit has HANGS."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    variables = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"PATH": path}
+    variables = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"PATH": path} | more
     command = [str(part) for part in command]
     with subprocess.Popen(
         command, cwd=TREE, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
