@@ -28,7 +28,7 @@ help:
 	@echo "make kvp-pair     train the smaller one of these pairs again, into build/kvp-trained (10 minutes on two cores)"
 	@echo "make test         install the test extras into .venv, run the tests (make test ARGS='-k cache' for some)"
 	@echo "make fuzz N=1000  each parser of files with N damaged ones (a million of them: N=100000)"
-	@echo "make mutants      put small faults into a copy of the sources, one at a time: do the tests notice? (ARGS='--only kv')"
+	@echo "make mutants      put small faults into a copy of the sources: do the tests notice? (ARGS='--only kvp')"
 	@echo "make lint         check style and formatting; make format corrects what it can"
 	@echo "make wheel-check  build the wheel, install it in a clean environment, try it from several folders"
 	@echo "make native-check run the C++ kernels under sanitizers"

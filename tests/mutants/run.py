@@ -23,7 +23,7 @@ TREE, ENVIRONMENT, DRIVER = BUILD / "tree", BUILD / "venv", BUILD / "driver"
 RESULT = HERE / "result.json"
 LIMIT = 400  # seconds; a test that hangs ends pytest after 300
 HANGS = 70  # pytest's exit code then, see conftest.py
-FAILED = 1  # pytest's exit code where a test failed, and the driver's is a signal
+FAILED = 1  # pytest's exit code where a test failed
 
 
 def main() -> int:
