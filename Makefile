@@ -18,7 +18,7 @@ CXX_SOURCES = $(wildcard cpu/*.h cpu/*/*.cpp cpu/*/*.h tests/native_driver/* tes
 PROMPT = Explain in two sentences why the sky is blue.
 
 .NOTPARALLEL:
-.PHONY: help demo demo-kvp demo-quantspec demo-dynamoe kvp-pair test fuzz lint format wheel-check native-check arm-check old-cpu-check clean
+.PHONY: help demo demo-kvp demo-quantspec demo-dynamoe kvp-pair test fuzz mutants lint format wheel-check native-check arm-check old-cpu-check clean
 
 help:
 	@echo "make demo         install into .venv, fetch the built-in model, stream an answer with its timings"
@@ -28,6 +28,7 @@ help:
 	@echo "make kvp-pair     train the smaller one of these pairs again, into build/kvp-trained (10 minutes on two cores)"
 	@echo "make test         install the test extras into .venv, run the tests (make test ARGS='-k cache' for some)"
 	@echo "make fuzz N=1000  each parser of files with N damaged ones (a million of them: N=100000)"
+	@echo "make mutants      put small faults into a copy of the sources: do the tests notice? (ARGS='--only kvp')"
 	@echo "make lint         check style and formatting; make format corrects what it can"
 	@echo "make wheel-check  build the wheel, install it in a clean environment, try it from several folders"
 	@echo "make native-check run the C++ kernels under sanitizers"
@@ -75,6 +76,10 @@ test: $(VENV)/.installed-test
 N = 1000
 fuzz: $(VENV)/.installed-test
 	MLXEFF_FUZZ=$(N) $(BIN)/python -m pytest tests/test_checkpoint_fuzz.py
+
+# The test driver of the C++ kernels is built for some of the faults.
+mutants: $(VENV)/.installed-dev $(VENV)/.installed-test
+	cd tests && ../$(BIN)/python -m mutants.run $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -3,6 +3,7 @@
 import argparse
 import json
 from statistics import median
+from types import SimpleNamespace
 
 import mlx.core as mx
 import pytest
@@ -226,6 +227,67 @@ def test_medians_and_spread():
     (found,) = report.medians(samples).values()
     assert (found["ttft_s"], found["spread_s"], found["passes"]) == (2, 3, 3)
     assert (found["prompt_tps"], found["decode_tps"]) == (10, 10)
+
+
+def test_the_first_token_and_the_steps_are_timed_apart(folder, monkeypatch):
+    """On a clock that shows how many arrays were evaluated: the prompt, its first token, then one token a step."""
+    model, evaluated = load_path(folder).model, []
+    eval_ = mx.eval
+    monkeypatch.setattr(mx, "eval", lambda *arrays: (evaluated.append(arrays), eval_(*arrays)))
+    monkeypatch.setattr(
+        ttft, "time", SimpleNamespace(perf_counter=lambda: sum(len(a[0].shape) == 1 for a in evaluated))
+    )
+    found = ttft.measure(arms.Arm("a", Setup(model)), ttft.Point(2, 8), 8, steps=4)
+    assert (found["ttft_s"], found["step_s"]) == (1, 1)
+    assert ttft.measure(arms.Arm("a", Setup(model)), ttft.Point(2, 8), 8, steps=0)["step_s"] is None
+
+
+def test_the_settings_of_a_measurement_are_used(folder, monkeypatch):
+    base, calls = load_path(folder).model, []
+
+    def measure(arm, point, step_size, steps):
+        calls.append((point, step_size, steps))
+        return {"ttft_s": float(len(calls)), "step_s": 1.0, "load_average": 0.0}
+
+    monkeypatch.setattr(ttft, "measure", measure)
+    results = ttft.Results(Samples(None, {}, ttft.KEYS))
+    group = ttft.Group(["a"], lambda names: [arms.Arm("a", Setup(base))], [ttft.Point(1, 8)])
+    ttft.run([group], ["cpu"], ttft.Settings(rounds=3, warmup=2, steps=5, step_size=4), [], results)
+    assert calls == [(ttft.Point(1, 8), 4, 5)] * 5
+    assert [sample["ttft_s"] for sample in results.samples.all] == [3, 4, 5]
+
+
+def test_comparisons_with_the_paper_have_known_answers():
+    """Made-up samples: the base takes 8 s at Table 5's point, and the pair 2.5 s; 0.25 s a decode step."""
+
+    def sample(arm, batch, tokens, seconds):
+        place = {"device": "cpu", "batch": batch, "tokens": tokens, "arm": arm, "round": 0, "load_average": 0}
+        return place | {"ttft_s": seconds, "step_s": 0.25}
+
+    pair = "OE1.1B-KVP-C-450M"
+    samples = Samples(None, {}, ttft.KEYS)
+    for each in (
+        *(("OE1.1B", 64, 59, 8.0), (pair, 64, 59, 2.5), ("OE3B", 1, 1024, 6.0)),
+        *((pair, 8, 128, 1.5), ("OE450M", 8, 128, 1.2), (pair, 8, 64, 1.0), ("OE450M", 8, 64, 1.0)),
+    ):
+        samples.add(sample(*each))
+    counted = {
+        "OE1.1B": {"base": 1100, "flops_512": 1000},
+        "OE450M": {"base": 440, "flops_512": 500},
+        pair: {"base": 1100, "auxiliary": 440, "predictor": 10, "flops_512": 625},
+    }
+    text = report.tables(ttft.Results(samples, counted), {"cpu": "x"}, suite=True)
+    lines = text.splitlines()
+    assert "| OE1.1B | 8.00 | 1.00 | 5.59 | 1.00 |" in lines
+    assert f"| {pair} | 2.50 | 3.20 | 3.17 | 1.76 |" in lines
+    assert f"| {pair} | 2.50 | 2.36 | 1.60 |" in lines
+    assert "| OE450M | 2.50 | 2.36 | 2.00 |" in lines
+    paper = "paper, M2 Pro CPU"
+    assert (
+        f"Figure 1, OE3B, batch 1 x 1024: cpu here 6.00 s, 24.0 decode steps; {paper}: 4.8 s, 12 decode steps" in lines
+    )
+    [figure] = [line for line in lines if line.startswith("Figure 5b")]
+    assert figure == f"Figure 5b, {pair} over OE450M, batch 8 x 128: cpu here +25%; {paper}: +10 to +20%"
 
 
 def test_samples_refuse_what_they_do_not_know(tmp_path):

@@ -202,6 +202,17 @@ def test_save_and_restore(tmp_path, model, dtype):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.cache", "b.cache", "c.cache"]
 
 
+def test_a_restored_cache_has_the_windows_of_its_model(tmp_path):
+    """More tokens than the window, before and after the file."""
+    model, tokens = random_model(CONFIG | {"model_type": "mistral", "sliding_window": 6}, seed=3), prompt(30)
+    cache, restored = filled(model, tokens[:, :20]), model.new_cache()
+    cache.save(tmp_path / "a.cache", tokens[0, :20].tolist(), "m")
+    restored.restore(tmp_path / "a.cache", "m")
+    assert [layer.window for layer in restored.layers] == [layer.window for layer in cache.layers] == [6, 6]
+    assert restored.tally == cache.tally != Tally()
+    assert_close(model(tokens[:, 20:], restored), model(tokens[:, 20:], cache), "going on", **EXACT)
+
+
 def test_save_replaces_an_older_file(tmp_path, model):
     path, tokens = tmp_path / "a.cache", prompt(20)
     filled(model, tokens).save(path, tokens[0].tolist(), "m")
@@ -349,6 +360,8 @@ def test_damaged_and_foreign_files_are_refused(tmp_path, model):
         lambda a: a | {"1.values": draw(2, 2, 5, 16)},
         lambda a: a | {"1.keys": mx.ones((1, 2, 5, 16), mx.int32), "1.values": mx.ones((1, 2, 5, 16), mx.int32)},
         lambda a: a | {"1.keys": a["1.keys"].astype(mx.float16)},
+        lambda a: a | {"tokens": mx.array([1, 2, 3, 4])},
+        lambda a: a | {"tokens": mx.array([1, 2, 3, 4, 5, 6])},
         lambda a: a | {"tokens": mx.array([1.0, 2, 3, 4, 5])},
         lambda a: a | {"tokens": mx.array([[1], [2], [3], [4], [5]])},
         lambda a: a | {"first.keys": draw(1, 2, 5, 16)},

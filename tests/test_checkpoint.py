@@ -275,6 +275,7 @@ def tensor_entry(shape=(32,), code=0, offset=0, name=b"t"):
         (header(tensors=1, rest=tensor_entry((31,), 2)), ["multiple of 32 for Q4_0, got 31"]),
         (header(tensors=1, rest=tensor_entry((1 << 30,))), ["incomplete", "wanted"]),
         (header(tensors=1, rest=tensor_entry(offset=(1 << 64) - 32)), ["incomplete"]),
+        (header(tensors=1, rest=tensor_entry() + bytes(7 + 127)), ["incomplete: wanted 192 bytes, got 191"]),
         (header(tensors=1, rest=tensor_entry(offset=3) + bytes(256)), ["an offset that 32 divides, got 3"]),
         (header(tensors=2, rest=tensor_entry() + tensor_entry(name=b"u") + bytes(256)), ["overlaps"]),
         (header(keys=1, rest=text(b"general.alignment") + struct.pack("<II", 4, 0)), ["general.alignment"]),
@@ -285,6 +286,13 @@ def test_gguf_damaged(tmp_path, data, words):
     path = tmp_path / "x.gguf"
     path.write_bytes(data)
     refused(path, "x.gguf", *words)
+
+
+def test_gguf_data_begins_where_the_alignment_says(tmp_path):
+    numbers = np.arange(32, dtype=np.float32)
+    start = header(keys=1, tensors=1, rest=text(b"general.alignment") + struct.pack("<II", 4, 128) + tensor_entry())
+    (tmp_path / "x.gguf").write_bytes(start + bytes(-len(start) % 128) + numbers.tobytes())
+    assert np.array_equal(open_source(tmp_path / "x.gguf").tensors["t"].read(), numbers)
 
 
 # PyTorch
@@ -422,6 +430,15 @@ def test_pickle_bomb_takes_no_time(tmp_path, tail):
 )
 def test_torch_tensor_outside_its_storage(tmp_path, view, word):
     refused(files.write_torch(tmp_path / "x.pt", {"w": view}), "x.pt", word)
+
+
+def test_a_torch_storage_that_is_longer_than_its_entry(tmp_path, rng):
+    """The next entry follows at once, so reading on would find bytes."""
+    whole_archive = files.write_torch(tmp_path / "x.pt", {"a": whole(values(rng, 8)), "b": whole(values(rng, 8))})
+    with zipfile.ZipFile(whole_archive) as old, zipfile.ZipFile(tmp_path / "y.pt", "w") as new:
+        for name in old.namelist():
+            new.writestr(name, old.read(name)[: 28 if name == "archive/data/0" else None])
+    refused(tmp_path / "y.pt", "y.pt: tensor 'a': incomplete: wanted a storage of 32 bytes, got 28")
 
 
 def test_torch_bad_archives(tmp_path, rng):

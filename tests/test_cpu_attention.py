@@ -13,6 +13,7 @@ from cpu_library import (
     F16,
     F32,
     NativeError,
+    assert_unbiased,
     cast,
     set_threads,
     widen,
@@ -120,7 +121,9 @@ def test_bf16_mode(shape, dtype, level):
     q, k, v, out = make(3, *sizes, dtype, dtype)
     attention(attention_args(q, k, v, out, sizes[-1] ** -0.5, window, mode=COMPUTE_BF16))
     tolerance = BF16_COMPUTE_TOLERANCE if level == "amx" else TOLERANCE[dtype]
-    assert_close(out, reference(q, k, v, sizes[-1] ** -0.5, window)[0], tolerance, shape)
+    want = reference(q, k, v, sizes[-1] ** -0.5, window)[0]
+    assert_close(out, want, tolerance, shape)
+    assert_unbiased(out, want, shape)
 
 
 @pytest.mark.parametrize("S", [1, 9, 70])

@@ -15,6 +15,7 @@ from cpu_library import (
     STORAGE_ERROR,
     address,
     assert_close,
+    assert_unbiased,
     cast,
     empty,
     lib,
@@ -73,6 +74,7 @@ def test_long_contraction(level):
         for sizes in ((1100, 40, 1100), (30, 1060, 40)):
             for name, got, want in all_products(rng, sizes, (F32, F32, F32), mode):
                 assert_close(got, want, tolerance, f"{level} {name} {sizes}")
+                assert_unbiased(got, want, f"{level} {name} {sizes}")
 
 
 def test_bf16_operands_are_exact_in_bf16_mode(level):

@@ -198,6 +198,12 @@ def test_ratios_use_the_better_setting_for_each_metric():
             sample("llama.cpp, plain attention", "ttft_s", [2.0]),
             sample("llama.cpp, plain attention", "decode_tps", [100.0]),
             sample("mlxeff exact", "ttft_s", [0.6]),
+            sample("mlx-lm", "ttft_s", [120.0]),
+            sample("mlxeff exact", "rss_mib", [300.0]),
+            sample("llama.cpp, flash attention", "rss_mib", [260.0]),
+            sample("llama.cpp, plain attention", "rss_mib", [240.0]),
+            sample("mlxeff exact", "rss_mib", [330.0], depth=2048),
+            sample("llama.cpp, flash attention", "rss_mib", [300.0], depth=2048),
             sample("mlxeff exact", "decode_tps", [90.0], number=0),
             sample("mlxeff exact", "decode_tps", [110.0], number=1),
             sample("mlxeff exact", "decode_tps", [16.0], model=LARGE, depth=16),
@@ -213,6 +219,9 @@ def test_ratios_use_the_better_setting_for_each_metric():
     assert rows["decode at 2048 / llama.cpp"] == "not measured"
     assert rows["share of read bandwidth, decode of 1B at 16"] == "0.8 met"
     assert rows["share of fp32 peak, whole prefill of 1B at 512"] == "0.64 met"  # 2 · 10⁹ · 512 / 10 s / 160 · 10⁹
+    assert rows["TTFT 512, mlx-lm / ours"] == "200 met"
+    assert rows["peak RSS - llama.cpp's, MiB"] == "60 met"
+    assert results.bandwidth_share(report.OURS[0], LARGE, 2, 16) == pytest.approx(0.8, rel=1e-6)
 
 
 def test_bandwidth_program_reads(tmp_path):

@@ -20,6 +20,7 @@ from cpu_library import (
     Quantized,
     address,
     assert_close,
+    assert_unbiased,
     call,
     cast,
     empty,
@@ -111,8 +112,9 @@ def test_bf16_mode(level):
         for m in ROWS:
             x = rng.standard_normal((m, k), np.float32)
             for y_dtype in (F32, BF16):
-                got = qmm(weight, x, y_dtype, COMPUTE_BF16)
-                assert_close(got, product(x, weight.dense()), 2e-2, f"{level} {bits} bit M={m} N={n} K={k}")
+                got, want = qmm(weight, x, y_dtype, COMPUTE_BF16), product(x, weight.dense())
+                assert_close(got, want, 2e-2, f"{level} {bits} bit M={m} N={n} K={k}")
+                assert_unbiased(got, want, f"{level} {bits} bit M={m} N={n} K={k}")
 
 
 @pytest.mark.parametrize("mode", [EXACT, COMPUTE_BF16, COMPUTE_INT8])

@@ -110,6 +110,9 @@ def test_a_step_is_what_it_says():
     assert step.from_draft is False
     assert_close(step.logprobs, (logits - mx.logsumexp(logits))[0], "log-probabilities")
     assert_close(mx.exp(step.logprobs).sum(), 1.0, "they sum to one")
+    model, cache, logits = start()
+    for step in decode(model, cache, logits, GREEDY, max_tokens=5):
+        assert step.logprobs.argmax().item() == step.token, "each has its own"
 
 
 def test_one_token_is_in_flight():

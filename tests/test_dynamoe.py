@@ -11,10 +11,12 @@ from mlx.utils import tree_flatten
 from helpers import assert_close
 from mlxeff import ops
 from mlxeff.assembly.model import build_model, load_path
+from mlxeff.decode import PlainReading
 from mlxeff.dynamoe.calibrate import experts, mean_fraction, table
 from mlxeff.dynamoe.feed_forward import DynamicFeedForward, LowRank, Router
 from mlxeff.dynamoe.fractions import LARGEST, Fractions
 from mlxeff.dynamoe.install import gated_layers, of, read_entry
+from mlxeff.dynamoe.usage import CountedReading
 from mlxeff.errors import MlxeffError
 from mlxeff.modules import Linear, QuantizedLinear
 from mlxeff.running import EXACT, RunOptions
@@ -140,6 +142,7 @@ def test_the_first_expert_after_which_little_probability_lies():
     assert router.choose(scores, LARGEST["tail"]).tolist() == [0, 0]
     sure = mx.array([[40.0, 0.0, 0.0], [60.0, 0.0, 0.0]])  # 8e-18 and 2e-26 lie after the first expert: 0 in 1 - p
     assert router.choose(sure, 1e-20).tolist() == [2, 0]
+    assert Router(2, "tail", [0.5, 1.0]).choose(mx.zeros((1, 2)), 0.5).tolist() == [0], "reached exactly"
 
 
 @pytest.mark.parametrize("rule", ["lagrangian", "tail"])
@@ -200,6 +203,42 @@ def test_tokens_are_counted_by_expert():
     for _ in range(300):  # more than are held
         module(x[:1, :1], RunOptions(fraction=0.0))
     assert module.counts[0] == want[0] + 300
+
+
+class Counting:
+    """A network of `size` units that has counted tokens and the units that these computed."""
+
+    def __init__(self, size):
+        self.size, self.counts = size, [5, 5]
+
+    def computed(self, counts):
+        return counts[0], counts[1], counts[0] * self.size
+
+    def details(self, counts, networks):
+        return {"layers": len(counts)}
+
+
+def test_a_report_is_of_all_layers_since_the_prompt_and_of_both_executors():
+    """Six tokens: the first layer computed 30 of 60 units, the second one 80 of 120."""
+    networks, native = [Counting(10), Counting(20)], [{"counts": [1, 1], "bytes": 100} for _ in range(2)]
+    reading = CountedReading(PlainReading(), networks, 0.5, lambda: native)
+    assert reading.report() == {}
+    networks[0].counts, networks[1].counts = [9, 25], [9, 45]
+    native[:] = [{"counts": [3, 11], "bytes": 107}, {"counts": [3, 41], "bytes": 109}]
+    assert reading.report()["dynamoe"] == {
+        "sensitivity": 0.5,
+        "tokens": 6,
+        "mean_fraction": round(110 / 180, 4),
+        "layer_fractions": [0.5, round(80 / 120, 4)],
+        "layers": 2,
+        "feed_forward_bytes": 16,
+    }
+
+
+def test_bytes_follow_the_fraction_down_to_the_smallest_expert():
+    module = network()
+    whole = 4 * 3 * SIZE * WIDTHS[-1]
+    assert [module.read_bytes(fraction) for fraction in (1.0, 0.5, 0.1)] == [whole, whole // 2, whole // 3]
 
 
 # In a model

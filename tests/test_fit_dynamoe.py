@@ -210,6 +210,22 @@ def test_the_statistics_are_those_of_the_neurons(source):
     assert_close(seen.inputs[0], np.array(x).reshape(66, 64)[::2], "inputs")
 
 
+def test_a_fitted_layer_is_better_than_its_first_columns_and_knows_its_errors(source):
+    """The router predicts the logarithms of the errors: those of all tokens have the same mean."""
+    model, x = load_path(source).model, mx.random.normal((2, 300, 64), key=mx.random.key(3))
+    parts, weights = gated(model), np.ones(64)
+    module = fit.empty(parts, (64, 128, 192), "own", None, "lagrangian", (0.4, 0.7, 1.0))
+    seen = seen_by(parts, x)
+    said, _ = fit.fit_layer(module, parts, seen, weights)
+    errors, _ = fit._measured(module, seen.inputs, weights)
+    assert_close(said.mean(0), np.log(errors + fit.LEAST_ERROR).mean(0), "what the router says")
+    hidden = fit.neurons(parts, seen.inputs[0])
+    down, order = np.array(dense(parts.down.module)), np.array(module.order)
+    for place, width in enumerate(module.widths[:-1]):
+        left_out = np.array(hidden)[:, order[width:]] @ down[:, order[width:]].T
+        assert errors[:, place].mean() < 0.9 * np.square(left_out).sum(1).mean()
+
+
 def test_the_refit_makes_the_least_error():
     """Against least squares over the tokens themselves; and it beats the columns as they are."""
     generator = np.random.default_rng(3)
@@ -259,7 +275,7 @@ def test_neurons_are_ordered_by_what_they_contribute():
 
 def test_the_router_predicts_what_depends_on_its_input():
     generator = np.random.default_rng(6)
-    inputs = generator.normal(size=(500, 8))
+    inputs = generator.normal(size=(500, 8)) + 3
     targets = inputs @ generator.normal(size=(8, 2)) + [1.0, -2.0]
     weight, bias, explained = fit.regression(inputs, targets)
     assert min(explained) > 0.99
@@ -294,7 +310,8 @@ def test_the_weights_of_errors_are_squared_gradients(source):
             divergences.append(mx.mean(mx.sum(mx.exp(whole) * (whole - other), axis=-1)).item())
             wanted.append(0.5 * float(weights[1] @ np.square(np.array(error))))
         layer.mlp = network
-    assert np.mean(divergences) == pytest.approx(np.mean(wanted), rel=0.4), "an estimate from few tokens"
+    # An estimate from few tokens; with the most probable tokens in place of drawn ones it is a sixth less.
+    assert np.mean(divergences) == pytest.approx(np.mean(wanted), rel=0.1)
 
 
 # Bad input

@@ -37,18 +37,21 @@ class ScriptedCache:
 
 
 class ScriptedModel:
-    """Answers a prompt of `prompt` tokens with the tokens of `answer`, then with the letter x for ever."""
+    """Answers a prompt of `prompt` tokens with the tokens of `answer`, then with the letter x for ever. `longest`: how
+    far its passes went."""
 
     vocab_size = 261
 
     def __init__(self, answer: list[int], prompt: int, letter: int = 87, context: int | None = None):
         self.answer, self.prompt, self.letter, self.context_length = answer, prompt, letter, context
+        self.longest = 0
 
     def new_cache(self, kind=None):
         return ScriptedCache()
 
     def last_logits(self, tokens, cache, options=EXACT):
         cache.length += tokens.shape[1]
+        self.longest = max(self.longest, cache.length)
         at = cache.length - self.prompt
         token = self.answer[at] if at < len(self.answer) else self.letter
         return (mx.arange(261)[None] == token).astype(mx.float32) * 20
@@ -184,6 +187,7 @@ def test_without_a_limit_up_to_the_context(tokenizer, caplog, length):
     model = ScriptedModel([], length, context=CONTEXT)
     responses = list(stream_generate(model, tokenizer, [65] * length, max_tokens=-1))
     assert len(responses) == CONTEXT - length + 1
+    assert model.longest == CONTEXT
     assert responses[-1].finish_reason == "length"
     assert "stopped: the context is full" in caplog.text
 
@@ -362,15 +366,19 @@ def test_an_interrupted_answer_keeps_the_session_right(tiny, taken):
     assert session.reused == len(ids) + taken - 1
 
 
-def test_a_session_does_not_reuse_another_arithmetic(tiny, caplog):
+@pytest.mark.parametrize("exact", [0, 20])
+def test_a_session_does_not_reuse_another_arithmetic(tiny, caplog, exact):
+    """Not even where most of the cache was computed in the wanted one."""
     model, tokenizer = tiny
     session, ids = Session(model, tokenizer), tokenizer.encode("The quick brown fox")
     list(session.stream(ids, max_tokens=5))
-    session.cache.tally = Tally({Ran("native", "int8"): session.cache.length})
+    computed = {Ran("native", "int8"): session.cache.length - exact, Ran("native", "exact"): exact}
+    session.cache.tally = Tally({ran: count for ran, count in computed.items() if count})
     with caplog.at_level(logging.WARNING, logger="mlxeff"):
         got = tokens_of(session.stream(ids, max_tokens=15))
     assert (session.reused, got) == (0, fresh(model, tokenizer, ids, max_tokens=15))
-    assert "KV cache: computed in int8 products, wanted exact ones: not reused, computed anew" in caplog.text
+    both = "exact + int8" if exact else "int8"
+    assert f"KV cache: computed in {both} products, wanted exact ones: not reused, computed anew" in caplog.text
 
 
 def test_an_interrupted_prefill_is_forgotten(tiny):

@@ -388,6 +388,18 @@ def test_compute_reaches_quantised_maps(rounded, fitted, base_folder):
             error = mx.abs(got - want).max() / mx.abs(want).max()
             assert 0 < error < 0.02  # 1/254 of a group's largest number, of 32 that differ in sign
             assert mx.abs(got - of_dense).max() > 0
+    asked = []
+
+    class Noted:
+        read = staticmethod(maps.read)
+
+        def __call__(self, reading, compute="exact"):
+            asked.append(compute)
+            return maps(reading, compute)
+
+    auxiliary.use_native()
+    mx.eval(predict(auxiliary, Noted(), base.model, mx.arange(40), base.model.new_cache(), options=options))
+    assert asked == ["int8"]
     arguments = ("generate", PROMPT, "--model", base_folder, "--raw", "--max-tokens", 4, "--compute", "int8")
     _, err = mlxeff(*arguments, "--kv-predict", rounded[8][0])
     assert "KV of 49 tokens predicted" in err

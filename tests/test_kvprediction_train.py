@@ -261,6 +261,26 @@ def test_tuning_lowers_the_loss_and_leaves_the_base_alone(method):
         assert_close(value, before[name], name, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("kind", LOSSES)
+@pytest.mark.parametrize("method", [None, METHODS[0]])
+@pytest.mark.parametrize("consistency", [None, 0.7])
+def test_every_weight_of_the_loss_is_the_one_of_the_settings(kind, method, consistency):
+    """The loss of the first step, which no step has changed anything before, by its definition."""
+    base = random_model(FAMILIES["openelm"])
+    auxiliary = base.pruned([0, 2])
+    predictor = fit(auxiliary, base, LAYER_MAP, SEQUENCES[:3]).predictor
+    tuned = Tuned(auxiliary, method, 2, seed=5) if method else None
+    more = {"loss": kind, "continuation": 8, "consistency": consistency, "auxiliary_loss": 0.4}
+    settings = Training(1, batch=2, seed=6, **more)
+    tokens, continuation = _batch(np.array(SEQUENCES, np.int32), settings, np.array([], np.int64), 0)
+    true = truth(base, tokens[:, :-1], kind, continuation)
+    usual = {"paper": 1 / 3, "distill": 0}[kind]
+    weights = usual if consistency is None else consistency, 0.4 if method else 0
+    want = loss(predictor, auxiliary, base, tokens, true, *weights).item()
+    [got] = train(predictor, auxiliary, base, SEQUENCES, settings, tuned=tuned)
+    assert got == pytest.approx(want, rel=1e-5)
+
+
 def test_the_prompts_of_every_other_step_end_where_they_shall():
     """Rows count their tokens from 0, so that a piece says where it comes from."""
     rows = np.arange(20 * 40).reshape(20, 40)

@@ -342,6 +342,15 @@ def test_split_files_open_as_one(tmp_path, rng):
         open_source(tmp_path / "x-00001-of-00002.gguf")
 
 
+def test_parts_of_a_split_file_in_another_order_are_refused(tmp_path, rng):
+    first, second, _ = split(tmp_path, tensors("llama", rng))
+    first.rename(tmp_path / "kept")
+    second.rename(first)
+    (tmp_path / "kept").rename(second)
+    with pytest.raises(MlxeffError, match=r"x-00001-of-00003\.gguf: wanted part 0 of 3, from 0, got part 1 of 3"):
+        open_source(first)
+
+
 def test_built_in_model(smollm2_gguf):
     """SmolLM2-135M: its config, its parameter count, and every parameter the model wants."""
     source = open_source(smollm2_gguf)

@@ -317,6 +317,44 @@ def test_a_file_keeps_the_planes(folder, tmp_path):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda a: a | {"upper": a["upper"][:, :, :-1]},
+        lambda a: a | {"lower_keys": a["lower_keys"][:, :, :-1]},
+        lambda a: a | {"lower_values": a["lower_values"][:, :, 1:]},
+        lambda a: a | {"lower_values": mx.concatenate([a["lower_values"]] * 9, axis=2)},
+        lambda a: {name: each[:, :1] for name, each in a.items()},
+        lambda a: {name: mx.concatenate([each, each]) for name, each in a.items()},
+        lambda a: a | {"upper": a["upper"][..., :-64]},
+        lambda a: a | {"upper": a["upper"].view(mx.int8)},
+        lambda a: {name: each for name, each in a.items() if name != "lower_values"},
+    ],
+)
+def test_planes_that_are_not_those_of_the_tokens_are_refused(change):
+    """Of 150 tokens 10 tiles, the lower plane of the values from tile 4 on."""
+    layer, shape = PlaneLayer(LayerShape(2, 64), "k8v4"), LayerShape(2, 64)
+    layer.append(*rows(140))
+    layer.append(*rows(10))
+    arrays = {name: mx.contiguous(each) for name, each in layer.saved().items()}
+    assert [arrays[name].shape[2] for name in ("upper", "lower_keys", "lower_values")] == [10, 10, 6]
+    PlaneLayer(shape, "k8v4").restore(arrays, 150)
+    with pytest.raises(ValueError, match="planes of"):
+        PlaneLayer(shape, "k8v4").restore(change(arrays), 150)
+    with pytest.raises(ValueError, match="planes of 144 tokens"):
+        PlaneLayer(shape, "k8v4").restore(arrays, 144)
+
+
+def test_what_a_layer_says_of_going_back_and_of_passes():
+    """int8 goes back to any token and takes any pass; the others end a pass where the next tokens become old."""
+    for kind in CACHES:
+        layer = PlaneLayer(LayerShape(2, 64), kind)
+        assert layer.rewinds_exactly == (kind == "int8")
+        for length, room in ((0, 64), (1, 63), (63, 1), (64, 64), (130, 62)):
+            layer.length = length
+            assert layer.together == (None if kind == "int8" else room)
+
+
 @pytest.mark.parametrize(("kind", "reused"), [("int8", 150), ("int4", 128)])
 def test_a_session_goes_on_and_goes_back(folder, caplog, kind, reused):
     """A second prompt that shares the whole first one is continued, and so is one that leaves it early. Where the lower

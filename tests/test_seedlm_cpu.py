@@ -18,6 +18,7 @@ from cpu_library import (
     STORAGE_ERROR,
     address,
     assert_close,
+    assert_unbiased,
     cast,
     lib,
     product,
@@ -98,6 +99,7 @@ def test_bf16_mode(level, name):
             x = rng.standard_normal((m, cols), np.float32)
             got = matmul(weight, x, mode=COMPUTE_BF16)
             assert_close(got, product(x, weight.dense()), 2e-2, f"{level} {name} M={m} {count}x{cols}")
+            assert_unbiased(got, product(x, weight.dense()), f"{level} {name} M={m} {count}x{cols}")
 
 
 def int8_product(weight, x):
@@ -129,6 +131,7 @@ def test_int8_mode(level, name):
             if m <= 8 and rounds_to_int8(level):
                 assert_close(got, int8_product(weight, x), 1e-4, what)
                 assert_close(got, product(x, weight.dense()), 5e-2, what)
+                assert_unbiased(got, product(x, weight.dense()), what)
             else:
                 np.testing.assert_array_equal(got, matmul(weight, x, mode=COMPUTE_BF16), what)
 

@@ -8,7 +8,7 @@ import pytest
 from cpu_library import BAD_ARGUMENT, LEVELS, OK, lib
 from mlxeff import MlxeffError
 from mlxeff.seedlm import codec, lfsr
-from mlxeff.seedlm.encode import Inputs, exponent_bias
+from mlxeff.seedlm.encode import Inputs, _diagonal, exponent_bias
 from mlxeff.seedlm.encode import encode as encode_matrix
 from mlxeff.seedlm.format import FORMATS
 from seedlm_calls import encode
@@ -265,10 +265,11 @@ def correlated_inputs(rng, count, cols):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_feedback_lowers_the_output_error(name):
-    """On the true covariance, not the one it was fitted to; columns that the blocks do not divide."""
+@pytest.mark.parametrize("cols", [100, 300])
+def test_feedback_lowers_the_output_error(name, cols):
+    """On the true covariance, not the one it was fitted to; columns that the blocks do not divide, of one batch and of
+    several. Measured: 0.43 to 0.49 of the error without it; 0.62 at 300 columns without the later batches' part."""
     rng = np.random.default_rng(11)
-    cols = 100
     x, covariance = correlated_inputs(rng, 2000, cols)
     weights = rng.standard_normal((32, cols)).astype(np.float32)
 
@@ -282,9 +283,21 @@ def test_feedback_lowers_the_output_error(name):
         arrays = result.arrays
         again = codec.decode(FORMATS[name], codec.unpack(FORMATS[name], 32, cols, arrays), cols)
         np.testing.assert_array_equal(again, result.decoded)
-    assert output_error(aware.decoded) < 0.9 * output_error(plain.decoded)
+    assert output_error(aware.decoded) < 0.5 * output_error(plain.decoded)
+    of_outputs = np.linalg.norm((weights - aware.decoded) @ x.T) / np.linalg.norm(weights @ x.T)
+    np.testing.assert_allclose(aware.error, of_outputs, rtol=1e-5)
     relative = np.linalg.norm(weights - plain.decoded) / np.linalg.norm(weights)
     np.testing.assert_allclose(plain.error, relative, rtol=1e-5)  # of float32 norms
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_columns_of_a_block_are_weighed_by_what_the_others_cannot_compensate(name):
+    """The diagonal of (UᵀU)⁻¹; a column beyond the matrix weighs a 64th of the mean."""
+    fmt = FORMATS[name]
+    factor = np.triu(np.random.default_rng(18).standard_normal((fmt.columns - 1, fmt.columns - 1)) + 3 * np.eye(1))
+    got = _diagonal(fmt, np.linalg.inv(factor))
+    want = np.diagonal(np.linalg.inv(factor.T @ factor))
+    np.testing.assert_allclose(got, [*want, want.mean() / 64], rtol=1e-5)
 
 
 def test_unrelated_inputs_need_no_feedback():

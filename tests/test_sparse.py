@@ -18,7 +18,7 @@ from mlxeff.dynamoe import fisher, fit_sparse
 from mlxeff.dynamoe.columns import Columns, refusal, stored_by_columns
 from mlxeff.dynamoe.fractions import Fractions
 from mlxeff.dynamoe.install import gated_layers, of
-from mlxeff.dynamoe.sparse import FEW_TOKENS, interleaved
+from mlxeff.dynamoe.sparse import FEW_TOKENS, SparseFeedForward, interleaved
 from mlxeff.dynamoe.sparse_install import read_entry
 from mlxeff.errors import MlxeffError
 from mlxeff.modules import Linear, QuantizedLinear, dense
@@ -128,6 +128,34 @@ def test_the_native_decoder_computes_what_the_operations_do(fitted):
         assert mx.abs(native - steps(model, 1.0)).max().item() > 1e-4
 
 
+def test_what_lies_on_the_threshold_counts_and_what_is_no_number():
+    x, weights = mx.array([[0.5, -0.5, 0.4, mx.nan, 0.0, 0.3]]), mx.array([1.0, 1, 1, 1, 1, 2])
+    assert SparseFeedForward.counts_of(x, weights, 0.5).tolist() == [[True, True, False, True, False, True]]
+    assert SparseFeedForward.counts_of(x, weights, 0.0).all()
+
+
+def test_prompts_use_all_inputs_unless_they_are_recorded(fitted):
+    model = load_path(fitted[1]).model
+
+    def logits(fraction):
+        return model.plain.forward(PROMPT, model.new_cache(), RunOptions(fraction=fraction), False)
+
+    assert PROMPT.size > FEW_TOKENS
+    assert mx.array_equal(logits(0.3), logits(1.0))
+    shares = [[] for _ in of(model)]
+    for network, own in zip(of(model), shares, strict=True):
+        network.record(own)
+    assert not mx.array_equal(logits(0.3), logits(1.0))
+    half, all_neurons = mx.array([of(model)[0].gate_up.inputs // 2]), mx.array([of(model)[0].down.inputs])
+    assert of(model)[0].shares(half, all_neurons).item() == pytest.approx(2 / 3), "gate and up count each"
+    for own in shares:
+        assert 0 < own[0].mean().item() < 0.7
+        assert own[1].tolist() == [1.0] * PROMPT.size
+    for network in of(model):
+        network.record(None)
+    assert mx.array_equal(logits(0.3), logits(1.0))
+
+
 def test_the_native_decoder_counts_what_it_reads(fitted):
     model = load_path(fitted[1]).model
     steps(model, 0.6, model.plain)
@@ -209,6 +237,7 @@ def test_weights_of_inputs_are_the_divergence_that_leaving_them_out_causes():
 def test_the_table_gives_the_shares_that_it_names():
     mx.random.seed(2)
     sizes = np.abs(np.random.default_rng(3).standard_normal((3, 2, 20000)))
+    sizes[:, 1] *= 3  # inputs of down are larger: what counts twice matters
     histograms = [np.stack([fit_sparse._histogram(each) for each in layer]) for layer in sizes]
     fractions = fit_sparse.table(histograms)
     for share in (0.3, 0.5, 0.9, 0.99):

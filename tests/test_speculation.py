@@ -5,7 +5,7 @@ import inspect
 import itertools
 import json
 import sys
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import mlx.core as mx
 import numpy as np
@@ -21,6 +21,7 @@ from mlxeff.assembly.model import load_path
 from mlxeff.decode import decode, prefill
 from mlxeff.generation import stream_generate
 from mlxeff.sampling import make_logits_processors, make_sampler
+from mlxeff.speculation import following as loop
 from mlxeff.speculation import verify as rules
 from mlxeff.speculation.control import LONGEST_REST, Controller
 from mlxeff.speculation.drafters import LookupDraft, ModelDraft, SelfDraft
@@ -142,9 +143,12 @@ def test_any_function_may_sample():
 
 
 def test_damaged_logits_are_refused():
-    rows = mx.array([[0.0, mx.nan], [0.0, 1.0]])
-    with pytest.raises(MlxeffError, match="wanted logits without NaN"):
-        verify(rows, Drafted(mx.array([0], mx.uint32)), make_sampler())
+    """Of an accepted token and of the one after it; what follows a refused token does not count."""
+    draft, bad, good = Drafted(mx.array([0], mx.uint32)), [0.0, mx.nan], [1.0, 0.0]
+    for rows in ([bad, good], [good, bad]):
+        with pytest.raises(MlxeffError, match="wanted logits without NaN"):
+            verify(mx.array(rows), draft, make_sampler())
+    assert verify(mx.array([[0.0, 1.0], bad]), draft, make_sampler()).tokens == [1]
 
 
 def test_lookup_proposes_what_followed():
@@ -258,14 +262,18 @@ def test_quantspec(model, lookup):
 
 
 def test_a_draft_model_keeps_its_cache(model):
-    """Its cache follows the text through accepted and refused drafts, and from one answer to the next."""
-    draft = model.pruned([0])
+    """Its cache follows the text through accepted and refused drafts, and from one answer to the next. It reads the
+    prompt once, and in a round what it drafts and what was committed."""
+    draft, read = model.pruned([0]), []
     draft.use_native()
-    drafter = ModelDraft(draft)
+    real, drafter = draft.last_logits, ModelDraft(draft)
+    draft.last_logits = lambda tokens, *more: (read.append(tokens.shape[1]), real(tokens, *more))[1]
     want = plainly(model, None, 80)
     for _ in range(2):
-        got, _, _ = speculated(model, None, 80, drafter, 3)
+        got, report, _ = speculated(model, None, 80, drafter, 3)
         assert got == want
+        assert sum(read) < len(PROMPT) + (3 + 4) * report["rounds"]
+        read[:] = [len(PROMPT)]
     assert drafter._held == [*PROMPT, *want][: len(drafter._held)]
     longer = [*PROMPT, *want, 5, 6]
     assert speculated(model, None, 20, drafter, 3, prompt=longer)[0] == plainly(model, None, 20, prompt=longer)
@@ -421,6 +429,45 @@ def test_the_share_of_a_draft(model):
     assert draft.share(model, held) == (own + drafted) / (other + full)
     assert ModelDraft(draft.model).share(model, held) == own / other
     assert ModelDraft(draft.model, lookup=LookupDraft()).share(model, held) == LookupDraft().share(model, held) == 0
+
+
+def test_drafting_that_rests_is_tried_again():
+    """Drafts that are never right at first, and always right from some round on, are drafted again in the end."""
+    control, found = Controller(MOST), []
+    for right, rounds in ((False, 60), (True, 300)):
+        for _ in range(rounds):
+            if width := control.width():
+                control.note(width, width, width if right else 0, 1 + 0.1 * width)
+            else:
+                control.note_plain(control.rest(), float(control.rest()))
+        found.append(control.off)
+    assert found == [True, False]
+
+
+def test_the_report_counts_what_was_drafted_and_accepted(model, monkeypatch):
+    """Of four drafted tokens two are right. On a clock that only drafting (1 s) and verifying (10 s) move on. The last
+    round drafts two, as one more token is all that it may add."""
+    whole, clock = [*PROMPT, *plainly(model, None, 31)], [0.0]
+
+    def propose(text, most):
+        clock[0] += 1
+        right = whole[len(text) : len(text) + most]
+        return [token if place < 2 else (token + 1) % 256 for place, token in enumerate(right)]
+
+    def slowly(*arguments):
+        clock[0] += 10
+        return verify(*arguments)
+
+    monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    monkeypatch.setattr(loop, "verify", slowly)
+    got, report, steps = speculated(model, None, 31, Scripted(propose), 4)
+    assert got == whole[len(PROMPT) :]
+    assert [step.from_draft for step in steps] == [False] + [True, True, False] * 10
+    wanted = {"rounds": 10, "drafted_tokens": 38, "accepted_tokens": 20, "plain_tokens": 1, "tokens_per_round": 3.0}
+    wanted |= {"acceptance": round(20 / 38, 4), "acceptance_per_token": round(20 / 29, 4)}
+    assert {name: report[name] for name in wanted} == wanted
+    assert report["seconds"] == {"draft": 10.0, "verify": 100.0, "plain": 0.0}
+    assert report["round_ms"]["4"] == 11000.0
 
 
 def test_a_fixed_width_stays():

@@ -177,6 +177,19 @@ def test_gguf_bos_is_added_when_the_file_says_so(small_metadata, tmp_path):
     assert from_folder(tmp_path).encode("the cat") == ids
 
 
+def test_a_chat_prompt_has_the_bos_of_its_template_and_no_other(small_metadata, tmp_path):
+    said = {"tokenizer.ggml.add_bos_token": True, "tokenizer.chat_template": "{{ bos_token }}{{ messages[0].content }}"}
+    tokenizer = from_gguf(small_metadata | said, "x")
+    tokenizer.save(tmp_path)
+    for each in (tokenizer, from_folder(tmp_path)):
+        plain = each.encode("the cat", add_special_tokens=False)
+        assert each.encode("the cat") == [0, *plain]
+        messages = [{"role": "user", "content": "the cat"}]
+        assert each.apply_chat_template(messages) == [0, *plain]
+        assert each.apply_chat_template(messages, special_in_text=True) == [0, *plain]
+        assert each.apply_chat_template(messages, chat_template="{{ messages[0].content }}") == plain
+
+
 def test_gguf_default_bos_follows_the_split(small_metadata):
     assert from_gguf(small_metadata | {"tokenizer.ggml.pre": "llama-bpe"}, "x").encode("a")[0] == 0
 

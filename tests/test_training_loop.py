@@ -94,6 +94,7 @@ def test_a_checkpoint_of_another_training_is_refused(tmp_path):
 
 def test_the_steps_are_those_of_adam_by_its_formulas():
     """A linear loss has the same gradient everywhere; here it changes from step to step, and some are clipped."""
+    assert (BETAS, CLIP, LAST_RATE) == ((0.9, 0.95), 1.0, 0.1)
     settings = Training(steps=30, rate=0.1, warmup=5)
     slopes = np.random.default_rng(0).standard_normal((30, 4)) * 10.0 ** np.arange(-2, 1).repeat(10)[:, None]
     norms = np.linalg.norm(slopes, axis=1)
