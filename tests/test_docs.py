@@ -201,6 +201,16 @@ def test_every_key_of_bench_is_explained(folder, fitted):
     assert {name for name in inner if f"`{name}`" not in section} == set()
 
 
+def test_every_key_of_eval_is_explained(folder, fitted):
+    reading = ["--context", 32, "--tokens", 64, "--prompt", 8, "--kv-predict", fitted[0]]
+    found, _ = run("eval", "ppl", folder, *reading)
+    keys = tables("`mlxeff eval ppl --json`")[0]
+    assert set(found) == keys
+    found, _ = run("eval", "kl", folder, *reading)
+    assert set(found) == keys | tables("`mlxeff eval kl --json`")[0]
+    assert set(found["against"]) <= keys
+
+
 def test_every_key_of_fit_is_explained(fitted):
     keys, section = tables("`mlxeff fit kv-predictor --json`")
     assert set(fitted[1]) == keys

@@ -12,7 +12,6 @@ import pytest
 
 import kvp_quality
 import saving
-from distributions import compare
 from helpers import assert_close
 from kvp import measures, pairs, questions, report, training_text
 from mlxeff import kernels
@@ -22,6 +21,7 @@ from mlxeff.bench import ttft
 from mlxeff.bench.arms import Arm
 from mlxeff.decode import Setup, prefill
 from mlxeff.errors import MlxeffError
+from mlxeff.eval.measures import compare
 from mlxeff.generation import stream_generate
 from test_cli import mlxeff
 from tiny_model import write_tiny_model

@@ -22,7 +22,7 @@ LAYERS = {
     **dict.fromkeys(("cache", "decode", "speculation", "modules", "tuning", "training", "calibration"), 1),
     **dict.fromkeys(("models", "kvprediction", "quantspec", "seedlm", "dynamoe", "vision", "alignment"), 2),
     **dict.fromkeys(("assembly", "generation"), 3),
-    **dict.fromkeys(("cli", "convert", "bench", "plan", "evaluation", "__main__"), 4),
+    **dict.fromkeys(("cli", "convert", "bench", "plan", "eval", "__main__"), 4),
 }
 # (importer, imported)
 SAME_LAYER = {

@@ -1,0 +1,11 @@
+"""What `mlxeff eval` does: it measures the quality of a model, with any techniques that are switched on.
+
+measures     log-probabilities → perplexity, KL divergence, equal first choices; knows no model
+windows      a text → windows of tokens
+scoring      reads given tokens as a setup reads a prompt and decodes an answer, and yields their log-probabilities
+subject      options of the command line → a model and how it is run
+perplexity, compare, retrieval, choices   the measures of the command; lm_eval, an adapter for lm-evaluation-harness
+verbs        the measures and their options as data, for the command line
+
+`measures` and `windows` are for other programs, too: the project's own benchmarks use them.
+"""
