@@ -17,7 +17,7 @@ from ..errors import MlxeffError, notices
 from ..tokenizer import Tokenizer
 from .measures import Values, divergences, finite, losses, perplexity, same_top
 from .scoring import SideBySide
-from .subject import Subject, load, require_context, run_as
+from .subject import Subject, how, load, require_context, run_as, statistics
 from .windows import Cut, Window, bos_of, cut_of, text_ids, windows
 
 CONTEXT = 1024  # tokens of a window, where nothing else is asked for and the model has room for them
@@ -184,7 +184,7 @@ def _token(tokenizer: Tokenizer, ids: Sequence[int], place: int) -> str:
 
 def ppl_lines(report: dict) -> list[str]:
     """The report of `eval_ppl` in words."""
-    return [_how(report), _perplexity(report), *_statistics(report)]
+    return [_how(report), _perplexity(report), *statistics(report)]
 
 
 def kl_lines(report: dict) -> list[str]:
@@ -199,8 +199,8 @@ def kl_lines(report: dict) -> list[str]:
         f"{_perplexity(other)}{ratio or ''}: the reference",
         f"KL divergence from the reference {mean} nats; median {median}, 99% below {p99}, largest {largest}",
         f"same first choice as the reference {report['same_top']:.2%}",
-        *_statistics(report),
-        *_statistics(other),
+        *statistics(report),
+        *statistics(other),
     ]
 
 
@@ -217,19 +217,10 @@ def _how(report: dict) -> str:
 
 
 def _perplexity(report: dict) -> str:
-    """The model, how it was run, and its perplexity."""
-    how = [f"{name} {label}" for name, label in report["techniques"].items()]
-    how += [report["backend"] or "", f"compute {report['compute']}", f"KV cache {report['kv_dtype'] or 'of mlx-lm'}"]
-    words = ", ".join(word for word in how if word)
+    """The perplexity, and the model that has it."""
     found = f"{_number(report['perplexity'], '.4f')} ± {_number(report['perplexity_error'], '.4f')}"
     bad = f" ({report['not_finite']} tokens NaN or infinite)" if report["not_finite"] else ""
-    return f"perplexity {found}{bad}: {report['model']}, {words}"
-
-
-def _statistics(report: dict) -> list[str]:
-    """The statistics of the techniques, a line for each."""
-    found = report["statistics"].items()
-    return [f"{name}: {', '.join(f'{key} {value}' for key, value in each.items())}" for name, each in found]
+    return f"perplexity {found}{bad}: {how(report)}"
 
 
 def _number(value: float | None, form: str) -> str:

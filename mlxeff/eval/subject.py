@@ -83,3 +83,16 @@ def require_context(subjects: Iterable[Subject], tokens: int, what: str) -> None
             raise MlxeffError(f"{what}: wanted at most the context of {subject.name}, {limit} tokens, got {tokens}")
         model, options = subject.setup.model, subject.setup.options
         require_memory(model, subject.setup.new_cache(), tokens, subject.step_size, options)
+
+
+def how(report: dict) -> str:
+    """The model of a report of `Subject.report`, and how it was run, in words."""
+    words = [f"{name} {label}" for name, label in report["techniques"].items()]
+    words += [report["backend"] or "", f"compute {report['compute']}", f"KV cache {report['kv_dtype'] or 'of mlx-lm'}"]
+    return f"{report['model']}, {', '.join(word for word in words if word)}"
+
+
+def statistics(report: dict) -> list[str]:
+    """The statistics of the techniques in a report of `Subject.report`, a line for each."""
+    found = report["statistics"].items()
+    return [f"{name}: {', '.join(f'{key} {value}' for key, value in each.items())}" for name, each in found]
