@@ -1,15 +1,18 @@
 """`mlxeff eval ppl` and `kl` on tiny models against plain numpy in float64, and their measures against distributions
-whose answer is known by hand. About 5 seconds.
+whose answer is known by hand. About 8 seconds.
 """
 
 import json
 import math
+import signal
+import subprocess
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
 from mlxeff import cli, kernels
+from mlxeff.assembly.fitting_dynamoe import fit_dynamoe
 from mlxeff.assembly.model import load_path
 from mlxeff.assembly.pair import load_pair
 from mlxeff.cache import KVCache, LayerCache
@@ -19,7 +22,8 @@ from mlxeff.eval.measures import Values, compare, divergences, exponential, mean
 from mlxeff.eval.scoring import SideBySide
 from mlxeff.eval.windows import Cut, cut_of, windows
 from mlxeff.generation import stream_generate
-from tiny_model import write_model, write_tiny_model
+from test_cli import COMMAND, environment
+from tiny_model import GEMMA, MAMBA, write_foreign, write_model, write_tiny_model, write_words
 
 TEXT = "".join(chr(c) for c in np.random.default_rng(8).integers(32, 127, 300))
 BOS = 256
@@ -227,6 +231,71 @@ def test_a_pass_has_no_more_tokens_than_the_cache_takes_together(base):
     run = SideBySide([Setup(base.model), narrow], list(range(20)), 4, 8, [512, 512])
     assert [len(targets) for _, targets in run] == [1, 3, 3, 3, 3, 3]
     assert [cache.length for cache in run.caches] == [19, 19]
+
+
+@pytest.fixture(scope="module")
+def dynamic(tmp_path_factory):
+    """A model of nested experts, and one that leaves out inputs."""
+    place = tmp_path_factory.mktemp("eval-dynamoe")
+    source = write_tiny_model(place / "wide", {"intermediate_size": 128, "num_hidden_layers": 2})
+    words = write_words(place / "words", 300)
+    for by in ("experts", "inputs"):
+        fit_dynamoe(str(source), place / by, by=by, text=words, tokens=512)
+    return place / "experts", place / "inputs"
+
+
+def test_what_a_dynamoe_leaves_out_is_counted_for_it_alone(dynamic, text, measure):
+    reading = ("--text", text, "--context", 64, "--no-bos")
+    found, _ = measure("kl", dynamic[0], *reading, "--sensitivity", 0.5)
+    alone, _ = measure("ppl", dynamic[0], *reading, "--sensitivity", 0.5)
+    assert found["techniques"] == {"dynamoe": "sensitivity 0.5"}
+    counted = found["statistics"]["dynamoe"]
+    assert counted == alone["statistics"]["dynamoe"]
+    assert counted["tokens"] == pytest.approx(299 / 5)  # inputs of the windows: 64, 64, 64, 64, 43
+    assert counted["mean_fraction"] < 0.9
+    assert found["against"]["statistics"] == {}
+    assert found["kl"] > 1e-6
+    full, _ = measure("kl", dynamic[0], *reading, "--sensitivity", 1, "--against-options", "--sensitivity 1")
+    assert full["kl"] == pytest.approx(0, abs=1e-6)
+
+
+def test_inputs_are_left_out_in_passes_of_few_tokens(dynamic, text, measure, capsys):
+    reading = ("--text", text, "--context", 64)
+    assert cli.main(["eval", "ppl", str(dynamic[1]), *map(str, reading), "--sensitivity", "0.5"]) == 1
+    assert "in passes of at most 8 tokens, as decoding has them: wanted --step 8" in capsys.readouterr().err
+    found = [measure("kl", dynamic[1], *reading, "--sensitivity", 0.5, "--step", n)[0] for n in (8, 1)]
+    assert all(each["statistics"]["dynamoe"]["mean_fraction"] < 0.9 for each in found)
+    assert found[0]["kl"] == pytest.approx(found[1]["kl"], rel=1e-3)
+    assert found[0]["kl"] > 1e-6
+
+
+@pytest.mark.parametrize("config", [GEMMA, MAMBA], ids=["gemma", "mamba"])
+def test_models_of_mlx_lm_are_measured(tmp_path, text, measure, config):
+    folder = write_foreign(tmp_path / "foreign", config)
+    loaded = load_path(folder)
+    reading = ("--text", text, "--tokens", 80, "--context", 40, "--step")
+    found = [measure("ppl", folder, *reading, n)[0] for n in (1, 16)]
+    ids = [BOS, *loaded.tokenizer.encode(TEXT, add_special_tokens=False)[:80]]
+    want = []
+    for start in (0, 40):
+        window = [BOS, *ids[start + 1 : start + 41]]
+        want += list(-log_probabilities(loaded.model, window[:-1])[range(40), window[1:]])
+    for each in found:
+        assert each["nll"] == pytest.approx(np.mean(want), rel=1e-4)
+        assert (each["kv_dtype"], each["backend"]) == (None, "mlx")
+
+
+def test_ctrl_c_ends_a_measurement(folder, tmp_path):
+    (tmp_path / "long").write_text(TEXT * 500)
+    command = [*COMMAND, "eval", "ppl", folder, "--text", tmp_path / "long", "--tokens", 100_000, "--step", 1]
+    process = subprocess.Popen(
+        [*map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()
+    )
+    note = process.stderr.readline()
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert "the first 100000 of its 150000 tokens are read" in note
+    assert (process.returncode, out, err) == (130, "", "\ninterrupted\n")
 
 
 def test_damaged_weights_are_not_hidden(folder, text, tmp_path, measure):

@@ -11,8 +11,8 @@ import numpy as np
 from mlxeff.cache import Cache
 from mlxeff.decode import Setup
 from mlxeff.errors import no_notices
+from mlxeff.eval.measures import log_probabilities as of_logits
 from mlxeff.kvprediction.predict import Refinement
-from mlxeff.ops import log_softmax
 
 STEP = 512  # prompt tokens a chunk
 
@@ -60,4 +60,4 @@ def windows(ids: list[int], count: int, prompt: int, continuation: int) -> np.nd
 def log_probabilities(setup: Setup, window: np.ndarray, prompt: int) -> mx.array:
     """Log-probabilities (C, V) of the window's continuation."""
     ids = mx.array(window)
-    return log_softmax(logits(setup, ids[:prompt], ids[prompt:]).astype(mx.float32))
+    return of_logits(logits(setup, ids[:prompt], ids[prompt:]))

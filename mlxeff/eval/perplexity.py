@@ -110,8 +110,9 @@ def _measure(subjects: Sequence[Subject], options: argparse.Namespace, progress:
         _require_same_tokens(subjects, text, ids)
     pieces = windows(ids, cut, origin)
     found = _score(subjects, pieces, options.step, progress)
-    if bad := found.model.not_finite:
-        notices.warning("%s: %d of %d losses are NaN or infinite", main.name, bad, len(found.model.all()))
+    for subject, values in zip(subjects, (found.model, found.against)):
+        if bad := values.not_finite:
+            notices.warning("%s: %d of %d losses are NaN or infinite", subject.name, bad, len(values.all()))
     return _described(origin, ids, pieces, cut, options.step), found
 
 
