@@ -307,6 +307,17 @@ def test_damaged_weights_are_not_hidden(folder, text, tmp_path, measure):
     assert "300 of 300 losses are NaN or infinite" in found["notices"][-1]
 
 
+def test_a_damaged_model_beside_a_sound_one(folder, text, tmp_path, measure):
+    weights = mx.load(str(folder / "model.safetensors"))
+    weights["model.norm.weight"] = weights["model.norm.weight"] * math.nan
+    damaged = write_model(tmp_path / "nan", json.loads((folder / "config.json").read_text()), weights)
+    found, code = measure("kl", folder, "--against", damaged, "--text", text, "--context", 64)
+    assert (code, found["kl"], found["kl_p99"], found["against"]["perplexity"]) == (1, None, None, None)
+    assert found["perplexity"] > 1
+    assert found["not_finite"] == 2 * found["tokens"]
+    assert f"{damaged}: 300 of 300 losses" in found["notices"][-1]
+
+
 def test_bad_input_is_one_line(folder, other, text, tmp_path, capsys):
     def fails(*arguments):
         assert cli.main(["eval", *map(str, arguments)]) == 1

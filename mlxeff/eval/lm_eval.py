@@ -11,6 +11,7 @@ arguments are options of `mlxeff generate` that say how a model is run, with "_"
 import argparse
 import contextlib
 import itertools
+import sys
 
 from tqdm import tqdm
 
@@ -179,4 +180,7 @@ def _parsed(options: dict[str, object]) -> argparse.Namespace:
 if __name__ == "__main__":
     from lm_eval.__main__ import cli_evaluate
 
-    cli_evaluate()
+    try:
+        cli_evaluate()
+    except MlxeffError as error:
+        sys.exit(f"mlxeff: error: {error}")

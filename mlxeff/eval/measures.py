@@ -90,13 +90,16 @@ class Values:
         return float(found.mean()) if len(found) else math.nan
 
     def error(self) -> float:
-        """The standard error of the mean, as of independent numbers; NaN for fewer than two."""
+        """The standard error of the mean, as of independent numbers; NaN for fewer than two, and where one is not
+        finite."""
         found = self.all()
-        return float(found.std(ddof=1) / math.sqrt(len(found))) if len(found) > 1 else math.nan
+        if len(found) < 2 or self.not_finite:
+            return math.nan
+        return float(found.std(ddof=1) / math.sqrt(len(found)))
 
     def quantile(self, share: float) -> float:
-        """The number that this share of them does not exceed."""
-        return float(np.quantile(self.all(), share))
+        """The number that this share of them does not exceed; NaN where one is not finite."""
+        return math.nan if self.not_finite else float(np.quantile(self.all(), share))
 
 
 def perplexity(values: Values) -> dict:

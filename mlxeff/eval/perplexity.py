@@ -42,8 +42,9 @@ def eval_ppl(progress: Progress, model: str, **values) -> dict:
     """Measure the perplexity of `model` on a text. `values` are the options of `mlxeff eval ppl`, see `verbs`. Returns
     the report that the command prints with `--json`, without the notices. Raises MlxeffError."""
     options, began = argparse.Namespace(**values), time.perf_counter()
+    text = read_text(options.text)
     subject = load(model, options, progress, _scored(options))
-    report, found = _measure([subject], options, progress)
+    report, found = _measure([subject], options, *text, progress)
     return {
         **subject.report(),
         **report,
@@ -57,6 +58,7 @@ def eval_kl(progress: Progress, model: str, **values) -> dict:
     options. `values` are the options of `mlxeff eval kl`, see `verbs`. Returns the report that the command prints with
     `--json`, without the notices. Raises MlxeffError, also for models with different tokenizers."""
     options, began = argparse.Namespace(**values), time.perf_counter()
+    text = read_text(options.text)
     name = options.against or model
     other = argparse.Namespace(**(vars(options) | vars(options.against_options)))
     scored = _scored(options)
@@ -68,7 +70,7 @@ def eval_kl(progress: Progress, model: str, **values) -> dict:
         reference = load(name, other, progress, scored)
     if name == model and _same_way(options, other):
         notices.warning("%s is compared with itself: --against names another model, --against-options changes it", name)
-    report, found = _measure([subject, reference], options, progress)
+    report, found = _measure([subject, reference], options, *text, progress)
     kl = found.kl
     return {
         **subject.report(),
@@ -94,10 +96,12 @@ def _scored(options: argparse.Namespace) -> Scored:
     return Scored(options.prompt or 1, options.step)
 
 
-def _measure(subjects: Sequence[Subject], options: argparse.Namespace, progress: Progress) -> tuple[dict, Found]:
-    """(What was read and how, for the report; what was found) for one subject, or for one and its reference."""
+def _measure(
+    subjects: Sequence[Subject], options: argparse.Namespace, text: str, origin: str, progress: Progress
+) -> tuple[dict, Found]:
+    """(What was read and how, for the report; what was found) for one subject, or for one and its reference, on a text
+    with its name and hash, `origin`."""
     main = subjects[0]
-    text, origin = read_text(options.text)
     if options.text is None:
         notices.info(OWN_TEXT)
     limits = [each.loaded.model.context_length for each in subjects]
