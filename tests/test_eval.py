@@ -285,6 +285,20 @@ def test_models_of_mlx_lm_are_measured(tmp_path, text, measure, config):
         assert (each["kv_dtype"], each["backend"]) == (None, "mlx")
 
 
+def test_a_notice_of_the_cache_comes_once(tmp_path, text, measure):
+    folder = write_tiny_model(tmp_path / "biased", {"model_type": "qwen2", "head_dim": 64, "hidden_size": 256})
+    found, _ = measure("ppl", folder, "--text", text, "--context", 64, "--kv-cache", "int4", "--no-bos")
+    assert found["windows"] == 5
+    assert found["kv_dtype"] == "k8v4"
+    assert sum("are stored as k8v4" in line for line in found["notices"]) == 1
+    questions = tmp_path / "questions"
+    questions.write_text(
+        '{"query": "q", "choices": ["a", "bb"], "gold": 0}\n{"query": "qqq", "choices": ["a", "b"], "gold": 0}'
+    )
+    found, _ = measure("choices", folder, questions, "--kv-cache", "int4")
+    assert sum("are stored as k8v4" in line for line in found["notices"]) == 1
+
+
 def test_ctrl_c_ends_a_measurement(folder, tmp_path):
     (tmp_path / "long").write_text(TEXT * 500)
     command = [*COMMAND, "eval", "ppl", folder, "--text", tmp_path / "long", "--tokens", 100_000, "--step", 1]

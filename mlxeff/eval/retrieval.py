@@ -131,9 +131,8 @@ def eval_retrieval(progress: Progress, model: str, **values) -> dict:
 def _answer(subject: Subject, asked: Asked) -> dict:
     """Ask once."""
     setup, tokenizer = subject.setup, subject.loaded.tokenizer
-    cache = setup.new_cache()
-    said = []
-    with no_notices():  # of predicted prompts and the like, which would come with each
+    with no_notices():  # they would come with each prompt
+        cache = setup.new_cache()
         answer = stream_generate(
             subject.loaded.model, tokenizer, asked.ids, ANSWER, prompt_cache=cache, stop="\n",
             prefill_step_size=subject.values.prefill_step, reading=setup.reading, following=setup.following,

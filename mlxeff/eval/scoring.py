@@ -26,9 +26,9 @@ class Forced:
 
     def __init__(self, setup: Setup, ids: Sequence[int], prompt: int, step_size: int):
         self.setup, self.ids, self.prompt = setup, list(ids), prompt
-        self.cache = setup.new_cache()
-        self.cache.reserve(len(self.ids))
-        with no_notices():  # they would come with each window
+        with no_notices():  # they would come with each text
+            self.cache = setup.new_cache()
+            self.cache.reserve(len(self.ids))
             self.first = setup.read(mx.array(self.ids[:prompt]), self.cache, step_size)
         mx.eval(self.first, self.cache.arrays())
 

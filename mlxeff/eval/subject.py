@@ -1,6 +1,7 @@
 """What is measured: a model, and how it is run, from the options of the command line."""
 
 import argparse
+import contextlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -10,7 +11,7 @@ from ..assembly.model import Loaded, load_path
 from ..assembly.techniques import Scored, check_scored, check_switched, run_options, switch_on, used
 from ..cache import Cache
 from ..decode import Setup
-from ..errors import MlxeffError
+from ..errors import MlxeffError, no_notices
 from ..generation import require_memory
 from ..running import Tally
 from .measures import mean_report
@@ -27,6 +28,7 @@ class Subject:
     reports: list[dict] = field(default_factory=list)
     ran: Tally = field(default_factory=Tally)
     stored_as: str | None = None
+    room: int = 0  # tokens for which there is memory
 
     @property
     def step_size(self) -> int:
@@ -76,13 +78,16 @@ def run_as(model: str, loaded: Loaded, values: argparse.Namespace, scored: Score
 
 def require_context(subjects: Iterable[Subject], tokens: int, what: str) -> None:
     """Raises MlxeffError where a text of `tokens` does not fit into a model's context, or its KV cache into memory.
-    `what` begins the message."""
+    `what` begins the message. The first call shows the notices of a new cache, which are hidden later."""
     for subject in subjects:
         limit = subject.loaded.model.context_length
         if limit and tokens > limit:
             raise MlxeffError(f"{what}: wanted at most the context of {subject.name}, {limit} tokens, got {tokens}")
-        model, options = subject.setup.model, subject.setup.options
-        require_memory(model, subject.setup.new_cache(), tokens, subject.step_size, options)
+        if tokens > subject.room:
+            with contextlib.nullcontext() if not subject.room else no_notices():
+                cache = subject.setup.new_cache()
+            require_memory(subject.setup.model, cache, tokens, subject.step_size, subject.setup.options)
+            subject.room = tokens
 
 
 def how(report: dict) -> str:
