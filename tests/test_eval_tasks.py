@@ -185,7 +185,7 @@ def test_the_heat_map_and_its_numbers(folder, text, tmp_path, measure, capsys):
     found, code = measure(*arguments, "--plot", plot, "--kv-cache", "int8", "--prompt-lookup")
     assert (code, found["plot"], found["kv_dtype"]) == (0, str(plot), "int8")
     assert plot.read_bytes().startswith(b"\x89PNG")
-    assert found["techniques"] == {"prompt_lookup": "True"}
+    assert found["techniques"] == {"prompt_lookup": "on"}
     assert [(each["length"], each["depth"], each["asked"]) for each in found["cells"]] == [
         (200, 0, 2), (200, 100, 2), (300, 0, 2), (300, 100, 2)
     ]  # fmt: skip

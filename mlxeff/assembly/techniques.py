@@ -486,6 +486,7 @@ SWITCHED: Sequence[Switched] = (
         ),
         verbs=("generate", "chat", "eval"),
         apply=_apply_quantspec,
+        label=lambda _: "on",
         check_scored=_no_drafts,
         dials=(
             option(
@@ -540,6 +541,7 @@ SWITCHED: Sequence[Switched] = (
         ),
         verbs=("generate", "chat", "eval"),
         apply=_apply_lookup,
+        label=lambda _: "on",
         check_scored=_no_drafts,
     ),
     Switched(  # after those that replace the reading of the prompt

@@ -215,7 +215,7 @@ def _how(report: dict) -> str:
     read = f"{prompt} of them read as a prompt" if prompt else "those not scored read as a prompt"
     scored = f"{report['tokens']} of {report['text_tokens']} tokens of {report['text']}"
     return (
-        f"{scored} scored in {report['windows']} windows: "
+        f"{scored} scored in {report['windows']} {'window' if report['windows'] == 1 else 'windows'}: "
         f"context {report['context']}, stride {report['stride']}, {read}, passes of {report['step']} at most"
         + (", each begins with BOS" if report["bos"] else "")
     )
