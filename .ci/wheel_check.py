@@ -33,6 +33,7 @@ kernels = [path for path in importlib.resources.files("mlxeff.metal").iterdir() 
 assert kernels and all(path.read_text(encoding="utf-8") for path in kernels), "no Metal kernels"
 print(f"   {len(names)} modules import, all from {place}, and {len(kernels)} files of Metal kernels")
 """
+NEED_AN_EXTRA = ("mlxeff/eval/lm_eval.py",)  # modules that cannot be imported without a library of an extra
 # The environment for all commands, without Python's variables.
 CLEAN = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
 CLEAN["PYTHONDONTWRITEBYTECODE"] = "1"
@@ -99,7 +100,8 @@ def build(folder: Path) -> Path:
 
 def module_names(wheel: Path) -> list[str]:
     """The names of all modules in a wheel."""
-    names = sorted(name for name in wheel_names(wheel) if name.endswith(".py") and not name.endswith("__main__.py"))
+    left_out = ("__main__.py", *NEED_AN_EXTRA)
+    names = sorted(name for name in wheel_names(wheel) if name.endswith(".py") and not name.endswith(left_out))
     return [name.removesuffix(".py").removesuffix("/__init__").replace("/", ".") for name in names]
 
 

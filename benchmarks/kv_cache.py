@@ -23,12 +23,12 @@ import mlx.core as mx
 import numpy as np
 
 import saving
-from distributions import compare, means
 from mlxeff import hub, kernels
 from mlxeff.assembly.model import load_path
 from mlxeff.bench.tables import card_lines, table
 from mlxeff.cache import common_prefix
 from mlxeff.decode import decode, prefill
+from mlxeff.eval.measures import compare, means
 from mlxeff.models.decoder import DecoderModel
 from mlxeff.ops import log_softmax
 from mlxeff.sampling import make_sampler
@@ -44,7 +44,7 @@ STEP_SIZE = 512  # of the prefill
 
 
 def quality(model, ids: list[int], windows: int) -> dict:
-    """Kind → `distributions.means` over all windows, and bytes of the cache at the end of a window."""
+    """Kind → `measures.means` over all windows, and bytes of the cache at the end of a window."""
     found = {kind: [] for kind in KINDS}
     for start in range(0, windows * WINDOW, WINDOW):
         window = ids[start : start + WINDOW]

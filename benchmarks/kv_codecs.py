@@ -29,11 +29,11 @@ from collections.abc import Callable
 import mlx.core as mx
 import numpy as np
 
-from distributions import compare, means
 from kv_cache import CHUNK, PROMPT, STEP_SIZE, WINDOW, run
 from mlxeff.bench.tables import table
 from mlxeff.cache import KVCache, LayerCache
 from mlxeff.decode import prefill
+from mlxeff.eval.measures import compare, means
 from mlxeff.ops import attention, log_softmax
 from mlxeff.quantspec.planes import MIDDLE, decode, encode
 from mlxeff.running import EXACT, RunOptions

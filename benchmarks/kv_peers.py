@@ -30,13 +30,13 @@ import numpy as np
 
 import kv_cache
 import saving
-from distributions import compare, means
 from mlxeff import kernels
 from mlxeff.assembly.model import load_path
 from mlxeff.bench.machine import cores
 from mlxeff.bench.samples import Samples, median_of
 from mlxeff.bench.tables import card_lines, table
 from mlxeff.errors import MlxeffError
+from mlxeff.eval.measures import compare, means
 from mlxeff.ops import log_softmax
 from peers import card, checkpoints
 from peers.install import Peer, install
@@ -140,7 +140,7 @@ def logits(kind: str, window: list[int], path: Path, engine: Engine, options: ar
 
 
 def differences(rows: dict[str, np.ndarray], window: list[int], truth: str) -> dict[str, list[dict]]:
-    """Kind → `distributions.compare` of each chunk of a window with the kind `truth`."""
+    """Kind → `measures.compare` of each chunk of a window with the kind `truth`."""
     found = {kind: [] for kind in rows}
     for at in range(0, len(rows[truth]), kv_cache.CHUNK):
         after = kv_cache.PROMPT + at + 1
@@ -152,7 +152,7 @@ def differences(rows: dict[str, np.ndarray], window: list[int], truth: str) -> d
 
 
 def quality(options: argparse.Namespace, files: checkpoints.Files, peer: Peer) -> dict:
-    """Arm → `distributions.means` over all windows: of ours, and of llama.cpp on the Q4_1 file."""
+    """Arm → `measures.means` over all windows: of ours, and of llama.cpp on the Q4_1 file."""
     loaded = load_path(files.gguf)
     ids = loaded.tokenizer.encode(TEXT.read_text(encoding="utf-8"), add_special_tokens=False)
     kinds = [*LLAMA, NOISE, *([UNROTATED] if rotates(peer) else [])]

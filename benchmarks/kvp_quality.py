@@ -23,7 +23,6 @@ import mlx.core as mx
 import numpy as np
 
 import saving
-from distributions import compare
 from kvp import measures, pairs, questions, report
 from mlxeff import hub
 from mlxeff.assembly.model import Loaded, load_path
@@ -35,6 +34,7 @@ from mlxeff.bench.selection import condition
 from mlxeff.cli.output import show_notices
 from mlxeff.decode import Setup
 from mlxeff.errors import MlxeffError
+from mlxeff.eval.measures import compare
 from mlxeff.kernels import use_device
 from mlxeff.kvprediction.files import digest
 from places import TEXT, work_folder

@@ -28,10 +28,10 @@ import mlx.core as mx
 import numpy as np
 
 import saving
-from distributions import compare, means
 from mlxeff import hub
 from mlxeff.assembly.model import load_path
 from mlxeff.errors import MlxeffError
+from mlxeff.eval.measures import compare, means
 from mlxeff.models.decoder import DecoderModel
 from mlxeff.ops import log_softmax
 from peers import card

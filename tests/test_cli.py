@@ -327,7 +327,7 @@ def test_version_and_help():
 
     assert mlxeff("--version")[0] == f"mlxeff {package.__version__}\n"
     usage = mlxeff("--help")[0]
-    for verb in ("generate", "chat", "models", "convert", "doctor"):
+    for verb in ("generate", "chat", "models", "convert", "eval", "doctor"):
         assert verb in usage
         assert "usage" in mlxeff(verb, "--help")[0]
 

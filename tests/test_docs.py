@@ -201,6 +201,30 @@ def test_every_key_of_bench_is_explained(folder, fitted):
     assert {name for name in inner if f"`{name}`" not in section} == set()
 
 
+def test_every_key_of_eval_is_explained(folder, fitted):
+    reading = ["--context", 32, "--tokens", 64, "--prompt", 8, "--kv-predict", fitted[0]]
+    found, _ = run("eval", "ppl", folder, *reading)
+    keys = tables("`mlxeff eval ppl --json`")[0]
+    assert set(found) == keys
+    found, _ = run("eval", "kl", folder, *reading)
+    assert set(found) == keys | tables("`mlxeff eval kl --json`")[0]
+    assert set(found["against"]) <= keys
+
+
+def test_every_key_of_eval_of_tasks_is_explained(tmp_path):
+    folder = write_tiny_model(tmp_path / "long", {"max_position_embeddings": 512})
+    of_ppl = tables("`mlxeff eval ppl --json`")[0]
+    found, _ = run("eval", "retrieval", folder, "--lengths", 300, "--depths", 50, "--needles", 1)
+    keys, section = tables("`mlxeff eval retrieval --json`")
+    assert set(found) - of_ppl <= keys <= set(found)
+    assert {key for each in ("cells", "answers") for key in found[each][0] if f"`{key}`" not in section} == set()
+    (tmp_path / "questions").write_text('{"query": "q", "choices": ["a", "b"], "gold": 0}')
+    found, _ = run("eval", "choices", folder, tmp_path / "questions")
+    keys, section = tables("`mlxeff eval choices --json`")
+    assert set(found) - of_ppl <= keys <= set(found)
+    assert {key for key in found["answers"][0] if f"`{key}`" not in section} == set()
+
+
 def test_every_key_of_fit_is_explained(fitted):
     keys, section = tables("`mlxeff fit kv-predictor --json`")
     assert set(fitted[1]) == keys

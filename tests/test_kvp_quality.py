@@ -12,7 +12,6 @@ import pytest
 
 import kvp_quality
 import saving
-from distributions import compare
 from helpers import assert_close
 from kvp import measures, pairs, questions, report, training_text
 from mlxeff import kernels
@@ -22,7 +21,9 @@ from mlxeff.bench import ttft
 from mlxeff.bench.arms import Arm
 from mlxeff.decode import Setup, prefill
 from mlxeff.errors import MlxeffError
+from mlxeff.eval.measures import compare
 from mlxeff.generation import stream_generate
+from mlxeff.ops import log_softmax
 from test_cli import mlxeff
 from tiny_model import write_tiny_model
 
@@ -124,16 +125,16 @@ def test_measures_are_those_of_the_formulas():
 
 
 def test_a_model_alone_is_scored_in_one_pass(base, window):
-    got = measures.logits(Setup(base.model), window[:100], window[100:])
-    want = base.model(window[None], base.model.new_cache())[0, 99:-1]
+    got = measures.log_probabilities(Setup(base.model), window, 100)
+    want = log_softmax(base.model(window[None], base.model.new_cache())[0, 99:-1])
     assert_close(got, want, "continuation")
 
 
 def test_everything_kept_is_the_base(base, pair, window):
-    want = measures.logits(Setup(base.model), window[:100], window[100:])
-    got = measures.logits(Setup(base.model, pair.dialled(100)), window[:100], window[100:])
+    want = measures.log_probabilities(Setup(base.model), window, 100)
+    got = measures.log_probabilities(Setup(base.model, pair.dialled(100)), window, 100)
     assert_close(got, want, "kept")
-    plain = measures.logits(Setup(base.model, pair), window[:100], window[100:])
+    plain = measures.log_probabilities(Setup(base.model, pair), window, 100)
     assert plain.shape == want.shape
     assert mx.abs(plain - want).max().item() > 1e-2
 
@@ -146,15 +147,14 @@ def test_scoring_is_what_generation_computes(base, pair, window, refine):
     steps = stream_generate(base.model, base.tokenizer, prompt, 12, reading=setup.reading)
     steps = [(step.token, step.logprobs) for step in steps]
     tokens, rows = [token for token, _ in steps], mx.stack([row for _, row in steps])
-    logits = measures.logits(setup, window, mx.array(tokens))
-    assert_close(logits - mx.logsumexp(logits, axis=-1, keepdims=True), rows, "log-probabilities")
+    scored = measures.log_probabilities(setup, mx.array([*prompt, *tokens]), len(prompt))
+    assert_close(scored, rows, "log-probabilities")
 
 
 def test_refined_ends_as_the_base(base, pair, window):
     """150 tokens are refined in chunks of 64 after three steps: the rows after that are the base's own."""
-    prompt, continuation = window[:140], window[140:]
-    want = measures.logits(Setup(base.model), prompt, continuation)
-    got = measures.logits(Setup(base.model, pair.dialled(refine=True)), prompt, continuation)
+    want = measures.log_probabilities(Setup(base.model), window, 140)
+    got = measures.log_probabilities(Setup(base.model, pair.dialled(refine=True)), window, 140)
     assert_close(got[4:], want[4:], "after the refinement")
     assert mx.abs(got[0] - want[0]).max().item() > 1e-2
 
@@ -274,7 +274,8 @@ def test_arms_of_the_times_are_those_of_the_quality(base, pair, window):
     one = Arm("a", Setup(base.model, pair.dialled(9)))
     cache = base.model.new_cache()
     got = one.setup.read(window[None], cache, 512)
-    assert_close(got, measures.logits(one.setup, window, window[:1]), "first logits")
+    scored = measures.log_probabilities(one.setup, mx.concatenate([window, window[:1]]), len(window))
+    assert_close(log_softmax(got), scored, "first log-probabilities")
     assert mx.abs(got - prefill(base.model, base.model.new_cache(), window, 512)).max().item() > 1e-2
 
 

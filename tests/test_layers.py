@@ -22,7 +22,7 @@ LAYERS = {
     **dict.fromkeys(("cache", "decode", "speculation", "modules", "tuning", "training", "calibration"), 1),
     **dict.fromkeys(("models", "kvprediction", "quantspec", "seedlm", "dynamoe", "vision", "alignment"), 2),
     **dict.fromkeys(("assembly", "generation"), 3),
-    **dict.fromkeys(("cli", "convert", "bench", "plan", "evaluation", "__main__"), 4),
+    **dict.fromkeys(("cli", "convert", "bench", "plan", "eval", "__main__"), 4),
 }
 # (importer, imported)
 SAME_LAYER = {
@@ -54,7 +54,7 @@ SLOW_TO_IMPORT = {
 WITHOUT_ROOMS = ("cli", "generation", "__main__")
 DESCRIPTION = "models.parts"  # the words in which a model describes itself, which every room may use
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
-ONLY_IN = {"mlx_lm": {"models/adapter.py"}, "transformers": set(), "torch": set()}
+ONLY_IN = {"mlx_lm": {"models/adapter.py"}, "transformers": set(), "torch": set(), "lm_eval": {"eval/lm_eval.py"}}
 
 
 def sources(root):

@@ -258,13 +258,13 @@ def backwards(monkeypatch):
     """The technique by its one entry."""
 
     def check(value, values):
-        if values.prompt_cache:
+        if getattr(values, "prompt_cache", None):
             raise MlxeffError("--backwards: not with --prompt-cache")
 
     technique = Switched(
         name="backwards",
         option=option("--backwards", metavar="N", type=positive, help="read the prompt backwards N times"),
-        verbs=("generate", "bench ttft"),
+        verbs=("generate", "bench ttft", "eval"),
         apply=lambda setup, base, value, offline: replace(setup, reading=Backwards(value)),
         label=lambda value: f"backwards {value}",
         identity=str,
@@ -297,6 +297,17 @@ def test_a_new_technique_is_an_arm_of_the_benchmark(backwards, tiny_folder, caps
     code, out, _ = run(capsys, "bench", "ttft", tiny_folder, "--backwards", 1, "--backwards", 3, *arguments)
     assert code == 0
     assert [each["arm"] for each in json.loads(out)["results"]] == [str(tiny_folder), "backwards 1", "backwards 3"]
+
+
+def test_a_new_technique_is_measured(backwards, tiny_folder, capsys):
+    arguments = ("--context", 32, "--prompt", 16, "--tokens", 100, "--json", "--quiet")
+    code, out, _ = run(capsys, "eval", "kl", tiny_folder, "--backwards", 1, *arguments)
+    found = json.loads(out)
+    assert (code, found["techniques"], found["against"]["techniques"]) == (0, {"backwards": "backwards 1"}, {})
+    assert found["statistics"] == {"backwards": {"times": 1, "tokens": 16}}
+    assert found["kl"] > 1e-6
+    _, out, _ = run(capsys, "eval", "kl", tiny_folder, "--against-options", "--backwards 2", *arguments)
+    assert json.loads(out)["kl"] == pytest.approx(0, abs=1e-6)
 
 
 def test_a_new_fit_is_a_verb(monkeypatch, tmp_path, capsys):

@@ -13,7 +13,6 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
-from distributions import compare, means
 from ffn import plan_ahead, rivals
 from ffn.fits import FITS, WINDOW, always, fitted, taken
 from mlxeff import calibration
@@ -21,6 +20,7 @@ from mlxeff.assembly.model import Loaded, load_path
 from mlxeff.decode import prefill
 from mlxeff.dynamoe.install import of
 from mlxeff.dynamoe.sparse import SparseFeedForward
+from mlxeff.eval.measures import compare, means
 from mlxeff.models.decoder import DecoderModel
 from mlxeff.ops import log_softmax
 from mlxeff.running import EXACT, RunOptions

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 
 import saving
-from distributions import means
 from mlxeff.bench.arms import Arm
 from mlxeff.bench.report import medians
 from mlxeff.bench.tables import card_lines, table
+from mlxeff.eval.measures import means
 
 from .pairs import pair_of
 

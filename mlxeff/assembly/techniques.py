@@ -77,6 +77,8 @@ class Switched:
                                        contradictions
     check_timed(value)                 called before the time to the first token is measured, to refuse values that
                                        cannot change it
+    check_scored(value, base, scored)  called with the loaded model before given tokens are scored, to refuse values
+                                       that cannot change what is predicted
 
     The functions raise MlxeffError.
     """
@@ -90,10 +92,30 @@ class Switched:
     dials: tuple[Option, ...] = ()
     check: Callable[[object, argparse.Namespace], None] = lambda *_: None
     check_timed: Callable[[object], None] = lambda _: None
+    check_scored: Callable[[object, "Loaded", "Scored"], None] = lambda *_: None
 
     def value(self, values: argparse.Namespace) -> object:
         """The value of the option; None where it was not given."""
         return getattr(values, self.option.key, None)
+
+
+class Scored(NamedTuple):
+    """How given tokens are read to measure quality."""
+
+    prompt: int | None  # tokens that are read as a prompt; None: their number differs from text to text
+    step: int  # tokens of a pass after them, at most
+
+
+def check_scored(values: argparse.Namespace, base: "Loaded", scored: Scored) -> None:
+    """Let each technique refuse values that cannot change a measure of quality. Raises MlxeffError."""
+    for technique in SWITCHED:
+        if value := technique.value(values):
+            technique.check_scored(value, base, scored)
+
+
+def used(values: argparse.Namespace) -> dict[str, str]:
+    """The techniques that the parsed values switch on: name → label of its value."""
+    return {each.name: each.label(each.value(values)) for each in SWITCHED if each.value(values)}
 
 
 def switch_options(verb: str) -> list[Option]:
@@ -239,6 +261,16 @@ def parse_draft(text: str) -> Sensitivity:
     return parse_sensitivity(rest)
 
 
+def _check_scored_sensitivity(_: Sensitivity, base: "Loaded", scored: Scored) -> None:
+    """Raises MlxeffError where the passes have more tokens than the networks leave out inputs for."""
+    from .dynamoe import networks
+
+    most = min(getattr(each, "most_sparse", scored.step) for each in networks(base, "--sensitivity"))
+    if scored.step > most:
+        text = f"this model leaves out work in passes of at most {most} tokens, as decoding has them"
+        raise MlxeffError(f"--sensitivity: {text}: wanted --step {most} or less, got {scored.step}")
+
+
 def _apply_sensitivity(setup: "Setup", base: "Loaded", value: Sensitivity, _: argparse.Namespace) -> "Setup":
     from .dynamoe import with_sensitivity
 
@@ -300,6 +332,21 @@ def _check_timed_pair(value: PairValue) -> None:
         raise MlxeffError("bench ttft: :refine changes nothing before the first token: leave it out")
 
 
+def _check_scored_pair(value: PairValue, _: "Loaded", scored: Scored) -> None:
+    """Raises MlxeffError for a prompt of which nothing is predicted, and for a refinement that has no decode steps."""
+    from ..kvprediction.predict import SINKS, predicted_range
+
+    name, keep, refine = value
+    computed = (1, 0) if keep is None else (keep, SINKS)
+    if scored.prompt is not None and len(range(*predicted_range(scored.prompt, *computed))) == 0:
+        text = f"wanted --prompt N above {sum(computed)}, of which tokens are predicted"
+        raise MlxeffError(f"--kv-predict {name}: {text}, got {scored.prompt}")
+    if refine and scored.step != 1:
+        raise MlxeffError(
+            f"--kv-predict: :refine works between the steps of decoding: wanted --step 1, got {scored.step}"
+        )
+
+
 def _apply_pair(setup: "Setup", base: "Loaded", value: PairValue, values: argparse.Namespace) -> "Setup":
     from .pair import load_pair
 
@@ -308,8 +355,8 @@ def _apply_pair(setup: "Setup", base: "Loaded", value: PairValue, values: argpar
 
 
 def _pair_label(value: PairValue) -> str:
-    name, keep, _ = value
-    return name if keep is None else f"{name}:keep={keep}"
+    name, keep, refine = value
+    return name + ("" if keep is None else f":keep={keep}") + (":refine" if refine else "")
 
 
 def _pair_identity(value: PairValue) -> str:
@@ -344,6 +391,12 @@ def _apply_lookup(setup: "Setup", base: "Loaded", _: object, values: argparse.Na
     from .speculation import prompt_lookup
 
     return prompt_lookup(setup, base, values.num_draft_tokens)
+
+
+def _no_drafts(*_: object) -> None:
+    """Raises MlxeffError: drafts are verified, so that they change the speed only."""
+    text = "drafts are verified: they change the speed and not what is predicted: leave them out"
+    raise MlxeffError(f"{text} (of QuantSpec, --kv-cache int8 measures the cache)")
 
 
 def _check_speculation(values: argparse.Namespace) -> None:
@@ -415,12 +468,13 @@ SWITCHED: Sequence[Switched] = (
             "itself computes the last prompt token; with keep=K the last K and the first four; with refine also the "
             "others, while it answers",
         ),
-        verbs=("generate", "bench ttft"),
+        verbs=("generate", "bench ttft", "eval"),
         apply=_apply_pair,
         label=_pair_label,
         identity=_pair_identity,
         check=_check_pair,
         check_timed=_check_timed_pair,
+        check_scored=_check_scored_pair,
     ),
     Switched(
         name="quantspec",
@@ -430,8 +484,10 @@ SWITCHED: Sequence[Switched] = (
             help="self-speculative decoding: the model drafts tokens on 4 bits of an 8-bit KV cache and verifies them "
             "on all 8, several in one pass; the same answers as with --kv-cache int8",
         ),
-        verbs=("generate", "chat"),
+        verbs=("generate", "chat", "eval"),
         apply=_apply_quantspec,
+        label=lambda _: "on",
+        check_scored=_no_drafts,
         dials=(
             option(
                 "--draft-weights",
@@ -459,8 +515,10 @@ SWITCHED: Sequence[Switched] = (
             "feed-forward networks (as --sensitivity), with the same weights and KV cache; with --quantspec on top of "
             "its draft",
         ),
-        verbs=("generate", "chat"),
+        verbs=("generate", "chat", "eval"),
         apply=_apply_dynamoe_draft,
+        label=lambda value: f"dynamoe:{value.value:g}",
+        check_scored=_no_drafts,
     ),
     Switched(
         name="draft_model",
@@ -469,8 +527,9 @@ SWITCHED: Sequence[Switched] = (
             metavar="MODEL",
             help="speculative decoding with drafts of a smaller model of the same vocabulary",
         ),
-        verbs=("generate", "chat"),
+        verbs=("generate", "chat", "eval"),
         apply=_apply_draft_model,
+        check_scored=_no_drafts,
     ),
     Switched(
         name="prompt_lookup",
@@ -480,8 +539,10 @@ SWITCHED: Sequence[Switched] = (
             help="speculative decoding with drafts that repeat what followed the same words before; together with "
             "--quantspec or --draft-model, these verify the repeated words first",
         ),
-        verbs=("generate", "chat"),
+        verbs=("generate", "chat", "eval"),
         apply=_apply_lookup,
+        label=lambda _: "on",
+        check_scored=_no_drafts,
     ),
     Switched(  # after those that replace the reading of the prompt
         name="dynamoe",
@@ -492,8 +553,9 @@ SWITCHED: Sequence[Switched] = (
             help="of a DynaMoE model: the mean share of its feed-forward networks that tokens compute, from 0 (as "
             "little as it can) to 1 (all, the default); easy tokens compute less",
         ),
-        verbs=("generate", "chat", "bench ttft"),
+        verbs=("generate", "chat", "bench ttft", "eval"),
         apply=_apply_sensitivity,
+        check_scored=_check_scored_sensitivity,
         label=lambda value: f"sensitivity {value.value:g}",
         identity=lambda value: f"{value.value:g}",
     ),

@@ -23,6 +23,7 @@ VERBS = {  # verb → summary for the help
     "fit": "fit the learned part of a technique to a model",
     "trace": "show what a technique does with a text",
     "bench": "measure speed on this machine",
+    "eval": "measure the quality of a model, with any techniques switched on",
     "doctor": "say which backends this machine has, and why it lacks the others",
 }
 

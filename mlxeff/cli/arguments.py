@@ -9,11 +9,12 @@ from collections.abc import Iterable
 from ..assembly import techniques
 from ..assembly.options import IGNORE_KEYS, Option, integer, natural, positive
 from ..bench.selection import condition
+from ..eval import verbs as measures
 from ..hub.catalog import DEFAULT_MODEL
 
 MAX_TOKENS = 1024  # default of --max-tokens
 # Options that name a file or a folder, in which "~" stands for a home folder; names of models are resolved elsewhere.
-PATHS = ("file", "prompt_cache", "dst", "out", "text", "train_text", "calibrate", "tokenizer")
+PATHS = ("file", "prompt_cache", "dst", "out", "text", "train_text", "calibrate", "tokenizer", "plot", "questions")
 DEVICE_HELP = "where to compute (default: auto, the GPU if there is one)"
 
 
@@ -53,9 +54,16 @@ def add_trace(parser: argparse.ArgumentParser) -> None:
     _add_subcommands(parser, techniques.TRACED)
 
 
-def _add_subcommands(parser: argparse.ArgumentParser, entries: Iterable[techniques.Subcommand]) -> None:
-    """Add what a verb does for each technique, with the options that all of them have."""
-    what = parser.add_subparsers(dest="what", metavar="WHAT", required=True)
+def add_eval(parser: argparse.ArgumentParser) -> None:
+    for sub in _add_subcommands(parser, measures.MEASURES):
+        _add(sub.add_argument_group("how the model is run"), measures.run_options())
+
+
+def _add_subcommands(
+    parser: argparse.ArgumentParser, entries: Iterable[techniques.Subcommand]
+) -> list[argparse.ArgumentParser]:
+    """Add what a verb does, such as for each technique, with the options that all of them have; returns the parsers."""
+    what, added = parser.add_subparsers(dest="what", metavar="WHAT", required=True), []
     for entry in entries:
         sub = what.add_parser(entry.name, help=entry.summary, description=sentence(entry.summary), allow_abbrev=False)
         _add(sub, entry.options)
@@ -63,6 +71,8 @@ def _add_subcommands(parser: argparse.ArgumentParser, entries: Iterable[techniqu
         sub.add_argument("--offline", action="store_true", help="never touch the network")
         sub.add_argument("--json", action="store_true", help="print one JSON document")
         sub.add_argument("--quiet", action="store_true", help="no progress bar, no report; warnings still show")
+        added.append(sub)
+    return added
 
 
 def add_chat(parser: argparse.ArgumentParser) -> None:

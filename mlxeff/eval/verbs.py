@@ -1,0 +1,223 @@
+"""The measures of `mlxeff eval` and their options as data. Imports no slow module, so that --help is quick."""
+
+import argparse
+import shlex
+from collections.abc import Sequence
+
+from ..assembly import techniques
+from ..assembly.options import IGNORE_KEYS, Option, names, natural, numbers, option, positive
+from ..assembly.techniques import Subcommand
+
+MODEL = option("model", metavar="MODEL", help="a folder, a .gguf file, a Hugging Face id or a name of `mlxeff models`")
+PREFILL_STEP = option(
+    "--prefill-step",
+    metavar="N",
+    type=positive,
+    help="prompt tokens that are computed at once (default 2048 on a GPU, 512 on a CPU)",
+)
+TRUST = option(
+    "--trust-remote-code", action="store_true", help="let mlx-lm run Python code that the model folder brings"
+)
+STEP = option(
+    "--step",
+    metavar="N",
+    type=positive,
+    default=256,
+    help="tokens of a pass after the prompt, at most; 1 reads them one by one, as plain decoding does (default "
+    "%(default)s)",
+)
+WINDOWS: tuple[Option, ...] = (
+    option("--text", metavar="FILE", help="UTF-8 text to measure on (default: a text in the package)"),
+    option(
+        "--tokens", metavar="N", type=positive, default=16384, help="tokens of the text to read (default %(default)s)"
+    ),
+    option(
+        "--context",
+        metavar="C",
+        type=positive,
+        help="tokens that a window reads (default 1024, less where the model's context is smaller)",
+    ),
+    option(
+        "--stride",
+        metavar="S",
+        type=positive,
+        help="tokens from one window to the next; each window scores what the one before did not (default: C, or C - P "
+        "+ 1 with a --prompt of P tokens, so that every token is scored once)",
+    ),
+    option(
+        "--prompt",
+        metavar="P",
+        type=positive,
+        help="the first P tokens of each window are read as a prompt, as `generate` reads one, and not scored "
+        "(default: those that the window before has scored, in the first window one)",
+    ),
+    STEP,
+    option("--no-bos", action="store_true", help="begin no window with BOS, though the tokenizer begins texts with it"),
+)
+
+
+def run_options() -> list[Option]:
+    """The options that say how a model is run: those of `generate` that every technique has."""
+    return [*techniques.PRECISION, PREFILL_STEP, *techniques.switch_options("eval"), IGNORE_KEYS, TRUST]
+
+
+class _Inner(argparse.ArgumentParser):
+    """A parser whose errors are those of the option that it parses the value of."""
+
+    def error(self, message: str) -> None:
+        raise argparse.ArgumentTypeError(message)
+
+
+def other_options(text: str | Sequence[str]) -> argparse.Namespace:
+    """The value of --against-options: "--kv-cache int4", or its words → the parsed options that say how a model is run.
+    Raises argparse.ArgumentTypeError."""
+    parser = _Inner("--against-options", add_help=False, allow_abbrev=False)
+    for each in run_options():
+        parser.add_argument(each.name, *each.aliases, **each.keywords)
+    try:
+        return parser.parse_args(shlex.split(text) if isinstance(text, str) else text)
+    except ValueError as error:  # of quotation marks that are not closed
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+AGAINST: tuple[Option, ...] = (
+    option("--against", metavar="MODEL", help="the reference (default: the same model)"),
+    option(
+        "--against-options",
+        metavar="OPTIONS",
+        type=other_options,
+        default="",
+        help="how the reference is run, as one text: '--kv-cache float16 --compute int8' (default: with no option)",
+    ),
+)
+
+
+def _ppl(progress: object, **values) -> dict:
+    from .perplexity import eval_ppl
+
+    return eval_ppl(progress, **values)
+
+
+def _kl(progress: object, **values) -> dict:
+    from .perplexity import eval_kl
+
+    return eval_kl(progress, **values)
+
+
+def _lines_of_ppl(report: dict) -> list[str]:
+    from .perplexity import ppl_lines
+
+    return ppl_lines(report)
+
+
+def _lines_of_kl(report: dict) -> list[str]:
+    from .perplexity import kl_lines
+
+    return kl_lines(report)
+
+
+def _choices(progress: object, **values) -> dict:
+    from .choices import eval_choices
+
+    return eval_choices(progress, **values)
+
+
+def _lines_of_choices(report: dict) -> list[str]:
+    from .choices import choices_lines
+
+    return choices_lines(report)
+
+
+def _retrieval(progress: object, **values) -> dict:
+    from .retrieval import eval_retrieval
+
+    return eval_retrieval(progress, **values)
+
+
+def _lines_of_retrieval(report: dict) -> list[str]:
+    from .retrieval import retrieval_lines
+
+    return retrieval_lines(report)
+
+
+def lengths(text: str) -> list[int]:
+    """The value of --lengths: "512,1024" → [512, 1024]."""
+    return [positive(each) for each in names(text)]
+
+
+def depths(text: str) -> list[float]:
+    """The value of --depths: "0,50" → [0.0, 50.0]."""
+    found = numbers(text)
+    if not found or not all(0 <= each <= 100 for each in found):
+        raise argparse.ArgumentTypeError(f"wanted percentages from 0 to 100, got {text!r}")
+    return found
+
+
+RETRIEVAL: tuple[Option, ...] = (
+    option(
+        "--lengths",
+        metavar="N,…",
+        type=lengths,
+        help="tokens of the prompts (default 512,1024,2048,4096, those that the model's context has room for)",
+    ),
+    option(
+        "--depths",
+        metavar="P,…",
+        type=depths,
+        default="0,25,50,75,100",
+        help="places of the needle, in percent of the prompt (default %(default)s)",
+    ),
+    option(
+        "--needles",
+        metavar="N",
+        type=positive,
+        default=3,
+        help="needles for each length and depth (default %(default)s)",
+    ),
+    option(
+        "--seed",
+        metavar="N",
+        type=natural,
+        default=0,
+        help="seed of names, numbers and sentences (default %(default)s)",
+    ),
+    option("--text", metavar="FILE", help="UTF-8 text that the needles lie in (default: a text in the package)"),
+    option("--plot", metavar="FILE.png", help="draw the heat map; needs matplotlib (mlxeff[benchmarks])"),
+)
+CHOICES: tuple[Option, ...] = (
+    option("questions", metavar="FILE", help="JSON lines with the keys query, choices and gold"),
+    option("--limit", metavar="N", type=positive, help="the first N questions (default: all)"),
+    option("--delimiter", metavar="TEXT", default=" ", help="text between a query and a choice (default: a space)"),
+    STEP,
+)
+MEASURES: Sequence[Subcommand] = (
+    Subcommand(
+        name="ppl",
+        summary="perplexity: how well a model predicts a text, with any techniques switched on",
+        options=(MODEL, *WINDOWS),
+        run=_ppl,
+        lines=_lines_of_ppl,
+    ),
+    Subcommand(
+        name="kl",
+        summary="KL divergence and equal first choices beside a reference: another model, or the same one with other "
+        "options",
+        options=(MODEL, *AGAINST, *WINDOWS),
+        run=_kl,
+        lines=_lines_of_kl,
+    ),
+    Subcommand(
+        name="retrieval",
+        summary="long context: whether a model finds a sentence in a long prompt, by length and depth",
+        options=(MODEL, *RETRIEVAL),
+        run=_retrieval,
+        lines=_lines_of_retrieval,
+    ),
+    Subcommand(
+        name="choices",
+        summary="multiple choice: the share of questions for which the right choice is the most likely one",
+        options=(MODEL, *CHOICES),
+        run=_choices,
+        lines=_lines_of_choices,
+    ),
+)
