@@ -23,6 +23,7 @@ VERBS = {  # verb → summary for the help
     "fit": "fit the learned part of a technique to a model",
     "trace": "show what a technique does with a text",
     "bench": "measure speed on this machine",
+    "plan": "predict memory and speed of a model on a Mac or on this machine, before its weights are downloaded",
     "doctor": "say which backends this machine has, and why it lacks the others",
 }
 

@@ -16,7 +16,7 @@ from ..errors import MlxeffError
 from ..names import json_text
 
 MAX_LINE = 300  # characters of a message
-OUTPUT_ONLY = ("generate", "chat", "models", "bench", "doctor")  # verbs whose only result is what they print
+OUTPUT_ONLY = ("generate", "chat", "models", "bench", "plan", "doctor")  # verbs whose only result is what they print
 
 
 class OutputError(MlxeffError):
