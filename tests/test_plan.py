@@ -4,6 +4,7 @@ predictions, calibration on times that are known, and the command. About 4 secon
 The errors of the predictions are in benchmarks/RESULTS.md, and `benchmarks/plan_score.py` computes them.
 """
 
+import contextlib
 import itertools
 import json
 
@@ -139,6 +140,18 @@ def test_configs_without_what_a_prediction_needs_are_refused(change, message):
     with pytest.raises(MlxeffError) as caught:
         read_shape(LLAMA_1B | change)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("value", ["x", -1, 1.5, [], ["x"], {"a": 1}, True, 10**40])
+def test_a_wrong_value_is_an_error_of_one_line_or_changes_nothing(value):
+    mixture = RELEASES["Qwen3.5-35B-A3B"]["config"] | {"first_k_dense_replace": 1, "n_shared_experts": 1}
+    mixture |= {"quantization": {"bits": 4, "group_size": 64}, "seedlm": None, "text_config": None}
+    mixture |= {"layer_types": None, "sliding_window": 8, "sliding_window_pattern": 2, "mlp_only_layers": []}
+    for key in mixture:
+        config = mixture | {key: value}
+        with contextlib.suppress(MlxeffError):
+            shape = read_shape(config)
+            assert costs.stored_bytes(shape, formats.stored(config, shape)) > 0
 
 
 # Bits
@@ -295,7 +308,7 @@ def test_more_work_is_never_faster_and_more_bandwidth_never_slower(model, bits, 
     assert here.prefill(shape, bits, 1) >= 0.5 * here.decode(shape, bits, 0)
     assert here.decode(shape, bits, depth, 1.0625) <= here.decode(shape, bits, depth, 2.0)
     assert here.decode(shape, bits, depth, share=0.6) <= here.decode(shape, bits, depth)
-    assert here.verify(shape, bits, depth, 3, 1.0625) >= here.verify(shape, bits, depth, 2, 1.0625)
+    assert here.further_row(shape, bits, depth + more) >= here.further_row(shape, bits, depth) > 0
     wide = Machine(**{**machine.__dict__, "bandwidth": 1.5 * machine.bandwidth})
     faster = Predictor(wide, Engine(), here.constants)
     assert faster.decode(shape, bits, depth) <= here.decode(shape, bits, depth) * (1 + 1e-12)
@@ -316,6 +329,8 @@ def test_quantspec_by_hand():
     assert found.plain == pytest.approx(38.28125e-3)
     assert found.width == min(by_width, key=by_width.get)
     assert found.seconds == pytest.approx(min(by_width.values()))
+    doubtful = techniques.quantspec(predictor, shape, Bits.of(16), 1000, 0.9, doubt=2.0)
+    assert doubtful.seconds == found.seconds  # no constant for products: further rows are free here
     # One token drafted pays where (17.1875 + 38.28125) / (1 + a) is below 38.28125.
     assert found.break_even == pytest.approx(17.1875 / 38.28125, abs=2e-3)
 

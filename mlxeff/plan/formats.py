@@ -52,6 +52,8 @@ def stored(config: Mapping, shape: Shape) -> Bits:
         if foreign:
             raise MlxeffError(f"config: quantization_config: {short(method or foreign)}: its bits are not known here")
         return Bits.of(dense)
+    if not isinstance(entry, dict):
+        raise MlxeffError(f"config: quantization: wanted an object, got {short(entry)}")
     default = _scheme(entry, dense)
     own = {name: _scheme(value, dense) for name, value in entry.items() if isinstance(value, dict | bool)}
     head = next((bits for name, bits in own.items() if name.endswith(("lm_head", "embed_tokens"))), default)

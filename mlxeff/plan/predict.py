@@ -58,18 +58,15 @@ class Predictor:
         terms = costs.decode_terms(shape, bits, self.machine, self.engine, depth, kv_bytes, share)
         return costs.total(terms, self.constants.decode) + terms.get(costs.SEEDS, 0.0)
 
-    def verify(self, shape: Shape, bits: Bits, depth: int, rows: int, kv_bytes: float, share: float = 1.0) -> float:
-        """Seconds of a pass over `rows` tokens after `depth` tokens: a decode step, and for each further row its
-        products at the rate of prefill and the weights that are read anew."""
-        one = self.decode(shape, bits, depth, kv_bytes, share)
-        if rows == 1:
-            return one
+    def further_row(self, shape: Shape, bits: Bits, depth: int, share: float = 1.0) -> float:
+        """Seconds by which a pass after `depth` tokens takes longer for each token beyond the first: its products at
+        the rate of prefill and the weights that are read anew."""
         terms = costs.prefill_terms(shape, bits, self.machine, self.engine, depth, depth + 1, share)
         row = {name: value for name, value in terms.items() if name in costs.PRODUCTS or name.startswith("attention")}
         kind = "cpu" if self.machine.kind == "cpu" else costs.pipes(self.machine)
         anew = ANEW[kind] * costs.weight_bytes(shape, bits, True, share) / self.machine.bandwidth
         anew *= self.constants.decode.get("bytes", 0.0)
-        return one + (rows - 1) * (costs.total(row, self.constants.prefill) + anew)
+        return costs.total(row, self.constants.prefill) + anew
 
     def bar(self, phase: str, value: float) -> Predicted:
         """A value of a phase, "prefill" or "decode", with its error bar."""

@@ -215,7 +215,7 @@ def _combinations(
     def token(name: str, share: float, cache: str, drafts: bool, depth: int) -> dict:
         bits = weights[name]
         if drafts:
-            seconds = techniques.quantspec(found, shape, bits, depth, request.acceptance, share, False).seconds
+            seconds = techniques.quantspec(found, shape, bits, depth, request.acceptance, share).seconds
         else:
             seconds = found.decode(shape, bits, depth, caches[cache], share)
         return {"depth": depth, **_bar(found.bar("decode", seconds).inverse(), "tps")}
@@ -268,13 +268,16 @@ def _memory(
 
 def _quantspec(found: Predictor, shape: Shape, name: str, bits: Bits, depth: int, acceptance: float) -> dict:
     each = techniques.quantspec(found, shape, bits, depth, acceptance)
+    ends = [techniques.quantspec(found, shape, bits, depth, acceptance, doubt=doubt) for doubt in techniques.DOUBTS]
     return {
         "weights": name,
         "depth": depth,
         "acceptance": acceptance,
         "draft_tokens": each.width,
         "speedup": _round(each.speedup),
-        "pays": each.speedup > 1,
+        "low": _round(ends[0].speedup),
+        "high": _round(ends[1].speedup),
+        "pays": ends[0].speedup > 1 if (ends[0].speedup > 1) == (ends[1].speedup > 1) else None,
         "break_even_acceptance": each.break_even and _round(each.break_even),
     }
 

@@ -181,9 +181,13 @@ class _Reader:
             raise MlxeffError(f"{self.kind} config: {name}: wanted a whole number from 1 to {most}, got {short(value)}")
         return value
 
+    def optional(self, name: str) -> int:
+        """A positive whole number, 0 where the config has none or nothing for it. Raises MlxeffError."""
+        return self.integer(name) if self.config.get(name) else 0
+
     def first(self, names: tuple[str, ...]) -> int:
         """The first of these entries that the config has; 0 where it has none."""
-        return next((self.integer(name) for name in names if self.config.get(name)), 0)
+        return next((value for name in names if (value := self.optional(name))), 0)
 
     def shape(self) -> Shape:
         """The shape."""
@@ -208,8 +212,8 @@ class _Reader:
             every = self.integer("full_attention_interval", default=4)
             return ["linear_attention" if (i + 1) % every else "full_attention" for i in range(self.count)]
         window = self.config.get("sliding_window") and self.kind in WINDOWED
-        every = self.config.get("sliding_window_pattern") or PATTERNS.get(self.kind)
-        if window and type(every) is int and every > 0:
+        every = self.optional("sliding_window_pattern") or PATTERNS.get(self.kind)
+        if window and every:
             return ["sliding_attention" if (i + 1) % every else "full_attention" for i in range(self.count)]
         if window and self.kind == "gpt_oss":
             return ["full_attention" if i % 2 else "sliding_attention" for i in range(self.count)]
@@ -251,8 +255,10 @@ class _Reader:
 
     def is_sparse(self, number: int) -> bool:
         """Whether the layer of this number has experts."""
-        leading, listed = self.config.get("first_k_dense_replace") or 0, self.config.get("mlp_only_layers") or []
-        step = self.config.get("decoder_sparse_step") or 1
+        leading, listed = self.optional("first_k_dense_replace"), self.config.get("mlp_only_layers") or []
+        if not isinstance(listed, list):
+            raise MlxeffError(f"{self.kind} config: mlp_only_layers: wanted a list, got {short(listed)}")
+        step = self.optional("decoder_sparse_step") or 1
         return bool(self.experts) and number >= leading and number not in listed and (number + 1) % step == 0
 
     def dense(self) -> tuple[Matrix, ...]:
@@ -265,8 +271,7 @@ class _Reader:
         """The matrices of a mixture of experts: router, experts, and one that all tokens pass, where there is one."""
         inner = self.integer("moe_intermediate_size", default=self.config.get("intermediate_size"))
         share = self.chosen / self.experts
-        shared = self.config.get("shared_expert_intermediate_size")
-        shared = shared or (self.config.get("n_shared_experts") or 0) * inner
+        shared = self.optional("shared_expert_intermediate_size") or self.optional("n_shared_experts") * inner
         found = [Matrix("mlp.gate", self.hidden * self.experts)]
         for name in ("gate_proj", "up_proj", "down_proj"):
             found.append(Matrix(f"mlp.experts.{name}", self.experts * self.hidden * inner, share))

@@ -21,7 +21,7 @@ from .shapes import Layer, Matrix, Shape
 # Bits of a weight with which `--draft-weights auto` drafts: a copy in 6 bits for 16, in 4 for 8, else the model's own.
 FEW, MANY = 6.5, 12.0
 COPY_SMALL, COPY_LARGE = Bits.of(4.5), Bits.of(6.5)
-MAP_BITS = 8.5  # of the maps of a pair
+DOUBTS = (2.0, 0.5)  # factors on the cost of a verification's further rows, for the ends of error bars
 
 
 def draft_bits(bits: Bits) -> Bits:
@@ -60,26 +60,23 @@ def quantspec(
     depth: int,
     acceptance: float,
     share: float = 1.0,
-    even: bool = True,
+    doubt: float = 1.0,
 ) -> Speculated:
-    """QuantSpec after `depth` tokens, each drafted token accepted with the probability `acceptance`. Without `even` the
-    acceptance from which it pays is left out."""
+    """QuantSpec after `depth` tokens, each drafted token accepted with the probability `acceptance`. `doubt`: factor on
+    what each further row of a verification costs, which is the least certain part."""
     plain = predictor.decode(shape, bits, depth, KV_BYTES["int8"], share)
     draft = predictor.decode(shape, draft_bits(bits), depth, KV_BYTES["draft"], share)
+    row = doubt * predictor.further_row(shape, bits, depth, share)
     widths = range(1, MOST_DRAFTED + 1)
-    rounds = {
-        width: width * draft + predictor.verify(shape, bits, depth, width + 1, KV_BYTES["int8"], share)
-        for width in widths
-    }
 
     def token(width: int, probability: float) -> float:
-        return rounds[width] / committed(width, probability)
+        return (width * (draft + row) + plain) / committed(width, probability)
 
     def best(probability: float) -> int:
         return min(widths, key=lambda width: token(width, probability))
 
     width = best(acceptance)
-    paying = _break_even(lambda p: token(best(p), p) <= plain) if even else None
+    paying = _break_even(lambda probability: token(best(probability), probability) <= plain)
     return Speculated(width, token(width, acceptance), plain, paying)
 
 

@@ -91,8 +91,8 @@ def _drafts(document: dict) -> str:
         [
             f"{each['weights']} @{each['depth']}",
             str(each["draft_tokens"]),
-            f"{each['speedup']:.2f}",
-            "yes" if each["pays"] else "no",
+            f"{each['speedup']:.2f} ({each['low']:.2f} to {each['high']:.2f})",
+            {True: "yes", False: "no", None: "unclear"}[each["pays"]],
             "never" if each["break_even_acceptance"] is None else f"{each['break_even_acceptance']:.2f}",
         ]
         for each in document["quantspec"]
