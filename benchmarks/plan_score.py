@@ -9,8 +9,8 @@ chips but one and predict that one. Nothing is measured here; the published rows
 command uses. All variants of a chip (numbers of GPU cores, engines, models) are left out at once. The error of a row is
 that of the predicted tokens a second, relative to the published ones.
 
-`--machine`: the other test. Both files are documents of `mlxeff bench ttft --json` of the built-in model on this
-machine; constants come from the first one alone, the prompt lengths of the second are predicted.
+`--machine`: the other test. Both files are documents of `mlxeff bench ttft --json` of one model on this machine;
+constants come from the first one alone, the times of the second are predicted.
 """
 
 import argparse
@@ -125,7 +125,9 @@ def machine_document(calibration: str, held_out: str) -> dict:
     machine = Machine(first.cpu, 1e10, 1e11, kind=first.device)  # constants are relative to these
     found = calibrate.calibrate(first, model.shape, model.bits, machine, Engine())
     predictor = Predictor(machine, Engine(), found)
-    card = json.loads(Path(held_out).read_text(encoding="utf-8"))["card"]
+    result = json.loads(Path(held_out).read_text(encoding="utf-8"))
+    busy = [sample["load_average"] for sample in result["samples"]]
+    card = result["card"] | {"load_average": float(np.median(busy)), "rounds": result["settings"]["rounds"]}
     samples = [
         {
             "result": name,
@@ -212,8 +214,11 @@ def _report(path: Path) -> None:
         if own != PATH:
             document = saving.read_json(own)
             card = document["card"]
-            where = f"{card['cpu']}, {card['threads']} threads, {card['model']}"
-            found.append(f"{where}, calibrated by one run of `mlxeff bench ttft` and held against another:")
+            where = f"{card['cpu']}, {card['threads']} threads, {card['model']}, {card['rounds']} rounds"
+            busy = f"load average {card['load_average']:.1f}"
+            found.append(
+                f"Measured by `mlxeff bench ttft` ({where}, {busy}); the fit saw only the rows of the calibration:"
+            )
             found.append(machine_text(document))
     saving.write_section(SECTION, "\n\n".join(found))
     print("\n\n".join(found))
