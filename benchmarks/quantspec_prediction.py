@@ -28,26 +28,18 @@ from pathlib import Path
 
 import saving
 from mlxeff.bench.tables import card_lines, table
-from mlxeff.models.openelm import OpenELMConfig, published_config
+from mlxeff.models.openelm import published_config
+from mlxeff.plan import chips
+from mlxeff.plan.formats import KV_BYTES
+from mlxeff.plan.shapes import read_shape
+from mlxeff.plan.techniques import committed
 
 SECTION = "quantspec-prediction"  # of RESULTS.md
 PATH = saving.RESULTS / "predicted-M1-to-M4-quantspec.json"
 USABLE = 0.8  # share of the specified bandwidth
-CHIPS = {  # specified GB/s
-    "M1": 68.25,
-    "M1 Pro": 200,
-    "M1 Max": 400,
-    "M2": 100,
-    "M2 Pro": 200,
-    "M2 Max": 400,
-    "M3": 100,
-    "M3 Pro": 150,
-    "M3 Max": 400,
-    "M4": 120,
-    "M4 Pro": 273,
-    "M4 Max": 546,
-}
-KINDS = {"float16": 2.0, "int8": 1.0625, "draft": 0.5625}  # bytes of a number of keys and values
+NAMES = ("m1", "m1-pro", "m1-max", "m2", "m2-pro", "m2-max", "m3", "m3-pro", "m3-max", "m4", "m4-pro", "m4-max")
+CHIPS = {chip.name: chip.bandwidth[chip.most_cores] for chip in map(chips.find, NAMES)}  # specified GB/s
+KINDS = {kind: KV_BYTES[kind] for kind in ("float16", "int8", "draft")}  # bytes of a number of keys and values
 WEIGHTS = {"float16": 2.0, "4.5 bits": 0.5625}  # bytes of a weight
 DRAFTING = {"float16": 0.8125, "4.5 bits": 0.5625}  # bytes of a weight that a draft reads, `--draft-weights auto`
 DEPTHS = {"1k": 1024, "4k": 4096, "8k": 8192, "16k": 16384, "32k": 32768}  # cached tokens
@@ -70,34 +62,33 @@ class Shape:
         return reads * self.weights * weight + depth * self.numbers * KINDS[kind]
 
 
-def llama(layers: int, hidden: int, inner: int, groups: int, size: int, vocabulary: int) -> Shape:
-    """A Llama. `groups` are its heads of keys, `size` the numbers of a head; the head or the tied embedding is read."""
-    layer = 2 * hidden * hidden + 2 * hidden * groups * size + 3 * hidden * inner + 2 * hidden
-    return Shape(layers * layer + vocabulary * hidden + hidden, 2 * layers * groups * size)
+def shape(config: dict) -> Shape:
+    """The shape of the model with this config.json. Norms are read too."""
+    found = read_shape(config)
+    vectors = found.vectors + sum(layer.vectors for layer in found.layers)
+    return Shape(round(found.active) + vectors, found.kv_numbers)
 
 
-def openelm(size: str) -> Shape:
-    """An OpenELM, whose layers differ."""
-    config = OpenELMConfig.from_dict(published_config(size))
-    width, head = config.model_dim, config.head_dim
-    total = config.vocab_size * width + width
-    for layer, (queries, groups) in enumerate(zip(config.num_query_heads, config.num_kv_heads, strict=True)):
-        attention = (2 * queries + 2 * groups) * head * width
-        total += attention + 3 * config.ffn_dim(layer) * width + 2 * width + 2 * head
-    return Shape(total, 2 * sum(config.num_kv_heads) * head)
+def llama(layers: int, hidden: int, inner: int, heads: int, groups: int, vocabulary: int, tied: bool) -> dict:
+    """The config.json of a Llama with `heads` heads, of keys and values `groups`."""
+    return {
+        "model_type": "llama",
+        "num_hidden_layers": layers,
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "num_attention_heads": heads,
+        "num_key_value_heads": groups,
+        "vocab_size": vocabulary,
+        "tie_word_embeddings": tied,
+    }
 
 
 MODELS = {
-    "SmolLM2-135M": llama(30, 576, 1536, 3, 64, 49152),
-    "Llama-3.2-1B": llama(16, 2048, 8192, 8, 64, 128256),
-    "OpenELM-1.1B": openelm("1_1B"),
-    "Llama-2-7B": llama(32, 4096, 11008, 32, 128, 32000),
+    "SmolLM2-135M": shape(llama(30, 576, 1536, 9, 3, 49152, True)),
+    "Llama-3.2-1B": shape(llama(16, 2048, 8192, 32, 8, 128256, True)),
+    "OpenELM-1.1B": shape(published_config("1_1B")),
+    "Llama-2-7B": shape(llama(32, 4096, 11008, 32, 32, 32000, False)),
 }
-
-
-def committed(width: int, acceptance: float) -> float:
-    """Expected tokens of a round that drafts `width`: the accepted ones and the one after them."""
-    return sum(acceptance**place for place in range(width + 1))
 
 
 def predict(

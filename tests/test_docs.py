@@ -225,6 +225,23 @@ def test_every_key_of_eval_of_tasks_is_explained(tmp_path):
     assert {key for key in found["answers"][0] if f"`{key}`" not in section} == set()
 
 
+def test_every_key_of_plan_is_explained(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("MLXEFF_CACHE", str(tmp_path))
+    wide = write_tiny_model(tmp_path / "wide", {"head_dim": 64})
+    found, _ = run("plan", wide, "--chip", "m2", "--explain", "--prompt-lengths", "64", "--depths", "0,64")
+    result, _ = run("bench", "ttft", folder, "--prompt-lengths", "8,16", "--rounds", 1, "--device", "cpu")
+    (tmp_path / "result.json").write_text(json.dumps(result))
+    fitted, _ = run("plan", folder, "--calibrate", tmp_path / "result.json")
+    scored, _ = run("plan", folder, "--score", tmp_path / "result.json", "--chip", "m2")
+    keys, section = tables("`mlxeff plan --json`")
+    one = found["combinations"][0]
+    parts = [found, found["machine"], found["constants"], found["shape"], one, one["ttft"][0], one["decode"][0]]
+    parts += [found["memory"][0], found["quantspec"][0], found["layers"][0], fitted, fitted["calibrated"], scored]
+    parts += [scored["score"], scored["score"]["points"][0], scored["score"]["mape"]]
+    assert {name for part in parts for name in part if f"`{name}`" not in section} == set()
+    assert keys == keys & {name for part in parts for name in part}
+
+
 def test_every_key_of_fit_is_explained(fitted):
     keys, section = tables("`mlxeff fit kv-predictor --json`")
     assert set(fitted[1]) == keys

@@ -458,6 +458,36 @@ def test_repository_is_fetched_then_used_without_network(server):
     assert [row["source"] for row in unreachable["models"] if row["alias"] is None] == ["org/tiny"]
 
 
+DESCRIBE = """
+import json, sys
+from mlxeff import hub
+print(json.dumps(str(hub.describe(sys.argv[1], offline=sys.argv[2] == "offline"))))
+"""
+
+
+def describe(server, name, network="online"):
+    """hub.describe in a fresh process, whose hub is `server`: (the path or None, standard error)."""
+    environment = os.environ | {"HF_ENDPOINT": server if isinstance(server, str) else server.url}
+    arguments = [sys.executable, "-c", DESCRIBE, name, network]
+    result = subprocess.run(arguments, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    return (json.loads(result.stdout) if result.returncode == 0 else None), result.stderr
+
+
+def test_to_describe_a_model_its_config_alone_is_fetched(server):
+    server.add_repository("org/tiny", REPOSITORY)
+    path = Path(describe(server, "org/tiny")[0])
+    assert path.read_bytes() == REPOSITORY["config.json"]
+    fetched = {Path(asked).name for method, asked, _ in server.requests if method == "GET" and "/resolve/" in asked}
+    assert fetched == {"config.json"}
+    assert describe(server, "org/tiny", "offline")[0] == str(path)
+    unreachable, notices = describe("http://127.0.0.1:9", "org/tiny")
+    assert unreachable == str(path)
+    assert "could not be reached, the copy in the cache is used" in notices
+    assert "org/absent: no such model on Hugging Face" in describe(server, "org/absent")[1]
+    server.add_repository("org/gguf", {"model.gguf": WEIGHTS})
+    assert "org/gguf: has no config.json" in describe(server, "org/gguf")[1]
+
+
 def test_builtin_hub_alias(server):
     server.add_repository("apple/OpenELM-270M", REPOSITORY)
     answer = resolve(server, "openelm-270m", "models")

@@ -24,6 +24,7 @@ VERBS = {  # verb → summary for the help
     "trace": "show what a technique does with a text",
     "bench": "measure speed on this machine",
     "eval": "measure the quality of a model, with any techniques switched on",
+    "plan": "predict memory and speed of a model on a Mac or on this machine, before its weights are downloaded",
     "doctor": "say which backends this machine has, and why it lacks the others",
 }
 

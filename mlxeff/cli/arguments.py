@@ -7,14 +7,14 @@ import argparse
 from collections.abc import Iterable
 
 from ..assembly import techniques
-from ..assembly.options import IGNORE_KEYS, Option, integer, natural, positive
+from ..assembly.options import IGNORE_KEYS, Option, integer, names, natural, positive
 from ..bench.selection import condition
 from ..eval import verbs as measures
 from ..hub.catalog import DEFAULT_MODEL
 
 MAX_TOKENS = 1024  # default of --max-tokens
 # Options that name a file or a folder, in which "~" stands for a home folder; names of models are resolved elsewhere.
-PATHS = ("file", "prompt_cache", "dst", "out", "text", "train_text", "calibrate", "tokenizer", "plot", "questions")
+PATHS = "file prompt_cache dst out text train_text calibrate tokenizer plot questions score".split()
 DEVICE_HELP = "where to compute (default: auto, the GPU if there is one)"
 
 
@@ -89,6 +89,83 @@ def add_models(parser: argparse.ArgumentParser) -> None:
 
 def add_doctor(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON document")
+
+
+def add_plan(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        help="a folder, a config.json, a .gguf file, a name, or a hub id, of which config.json alone is fetched",
+    )
+    machine = parser.add_argument_group("machine")
+    machine.add_argument(
+        "--chip",
+        default="this",
+        metavar="CHIP",
+        help="of a Mac, as in m2-pro or m5-max (an unknown one lists all); this: this machine (default)",
+    )
+    machine.add_argument("--cores", metavar="N", type=positive, help="cores of its GPU (default: the largest variant)")
+    machine.add_argument(
+        "--memory", metavar="GB", type=_above_zero, help="memory of the Mac (default: the largest option)"
+    )
+    machine.add_argument(
+        "--no-accelerators",
+        action="store_true",
+        help="predict for an engine that does not use M5's neural accelerators",
+    )
+    machine.add_argument(
+        "--engine", choices=("mlx", "llama.cpp"), default="mlx", help="whose constants to use (default: mlx)"
+    )
+    machine.add_argument(
+        "--engine-version",
+        metavar="V",
+        type=_version,
+        help="version of MLX, as in 0.31.2, or the year of a build of llama.cpp (default: the newest that is known)",
+    )
+    machine.add_argument(
+        "--float16", action="store_true", help="activations are float16: M1 and M2 only emulate bfloat16"
+    )
+    what = parser.add_argument_group("what is compared")
+    what.add_argument("--weights", metavar="KIND,…", type=names, help='"as stored", "affine 4", "seedlm 4.5", … (all)')
+    what.add_argument("--kv-cache", metavar="KIND,…", type=names, help="kinds of KV cache (default: all)")
+    what.add_argument("--prompt-lengths", metavar="N,…", type=_numbers, help="tokens in prompts")
+    what.add_argument("--depths", metavar="N,…", type=_naturals, help="tokens in the KV cache before decoding")
+    _add_prefill_step(what)
+    what.add_argument(
+        "--acceptance",
+        metavar="P",
+        type=_probability,
+        default=0.9,
+        help="probability that a token which QuantSpec drafts is accepted (default 0.9, a guess until measured)",
+    )
+    what.add_argument(
+        "--sensitivity",
+        metavar="S,…",
+        type=_shares,
+        default=(1.0, 0.8, 0.6),
+        help="shares of the feed-forward networks that a DynaMoE model computes (default 1,0.8,0.6)",
+    )
+    what.add_argument(
+        "--kv-predict",
+        metavar="PART,…",
+        type=_shares,
+        default=(0.5, 0.75),
+        help="shares of the layers that read the prompt in KV Prediction (default 0.5,0.75)",
+    )
+    parser.add_argument("--explain", action="store_true", help="show bytes and FLOPs of each layer too")
+    result = parser.add_mutually_exclusive_group()
+    result.add_argument(
+        "--calibrate",
+        metavar="RESULT.json",
+        help="fit this machine's constants to a result of `mlxeff bench ttft MODEL --json`, and keep them",
+    )
+    result.add_argument(
+        "--score", metavar="RESULT.json", help="compare predictions with such a result: the error of each point"
+    )
+    _add(parser, [IGNORE_KEYS])
+    parser.add_argument("--offline", action="store_true", help="never touch the network")
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
+    parser.add_argument("--quiet", action="store_true", help="no notes; warnings still show")
 
 
 def add_bench(parser: argparse.ArgumentParser) -> None:
@@ -321,6 +398,46 @@ def _add_text(parser: argparse.ArgumentParser) -> None:
 def _numbers(text: str) -> tuple[int, ...]:
     """ "1,8" → (1, 8)."""
     return tuple(positive(part) for part in text.split(","))
+
+
+def _naturals(text: str) -> tuple[int, ...]:
+    """ "0,2048" → (0, 2048)."""
+    return tuple(natural(part) for part in text.split(","))
+
+
+def _version(text: str) -> tuple[int, ...]:
+    """ "0.31.2" → (0, 31, 2)."""
+    return tuple(natural(part) for part in text.split("."))
+
+
+def _above_zero(text: str) -> float:
+    """A finite number above 0."""
+    if not 0 < (value := _number(text)) < float("inf"):
+        raise argparse.ArgumentTypeError(f"wanted a number above 0, got {text!r}")
+    return value
+
+
+def _probability(text: str) -> float:
+    """A number above 0 and below 1."""
+    if not 0 < (value := _number(text)) < 1:
+        raise argparse.ArgumentTypeError(f"wanted a number between 0 and 1, got {text!r}")
+    return value
+
+
+def _shares(text: str) -> tuple[float, ...]:
+    """ "0.5,1" → (0.5, 1.0): numbers above 0 and up to 1."""
+    values = tuple(_number(part) for part in text.split(","))
+    if not all(0 < value <= 1 for value in values):
+        raise argparse.ArgumentTypeError(f"wanted numbers above 0 and up to 1, got {text!r}")
+    return values
+
+
+def _number(text: str) -> float:
+    """A number; NaN for a text that is none."""
+    try:
+        return float(text)
+    except ValueError:
+        return float("nan")
 
 
 def _checkpoint(text: str) -> tuple[str, str]:

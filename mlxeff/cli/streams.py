@@ -16,7 +16,15 @@ from ..errors import MlxeffError
 from ..names import json_text
 
 MAX_LINE = 300  # characters of a message
-OUTPUT_ONLY = ("generate", "chat", "models", "bench", "eval", "doctor")  # verbs whose only result is what they print
+OUTPUT_ONLY = (
+    "generate",
+    "chat",
+    "models",
+    "bench",
+    "eval",
+    "plan",
+    "doctor",
+)  # verbs whose only result is what they print
 
 
 class OutputError(MlxeffError):

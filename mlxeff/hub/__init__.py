@@ -17,7 +17,18 @@ from ..errors import MlxeffError
 from ..names import expand
 from .catalog import BUILTIN, DEFAULT_MODEL, PAIRS, OnHub, Packaged, cache_dir
 
-__all__ = ["BUILTIN", "DEFAULT_MODEL", "OnHub", "Packaged", "cache_dir", "models", "pairs", "resolve", "resolve_pair"]
+__all__ = [
+    "BUILTIN",
+    "DEFAULT_MODEL",
+    "OnHub",
+    "Packaged",
+    "cache_dir",
+    "describe",
+    "models",
+    "pairs",
+    "resolve",
+    "resolve_pair",
+]
 
 Progress = Callable[[int, int], None]  # called with (bytes done, bytes in total)
 CHECKPOINT_SUFFIXES = (".gguf", ".safetensors", ".pt", ".pth", ".bin")
@@ -54,6 +65,27 @@ def resolve(name: str, *, offline: bool = False, progress: Progress | None = Non
         return snapshot(match[1], match[2], revision=revision, offline=offline, progress=progress)
     except UnknownModelError as error:
         raise MlxeffError(f"{error}{close_names(name)}") from None
+
+
+def describe(name: str, *, offline: bool = False) -> Path | None:
+    """The path of what describes the model called `name`: a folder or file on this machine, else its config.json, which
+    alone is fetched. None for a built-in model of another form that is not on this machine. Raises as `resolve`."""
+    path = expand(name)
+    if name and path.exists():
+        return path if path.name == "config.json" else _local(path)
+    entry = BUILTIN.get(name.lower())
+    if isinstance(entry, Packaged):
+        return entry.place() if entry.is_present() else None
+    match = _HUB_ID.fullmatch(entry.repository if entry else name)
+    if match and not match[2] and not name.startswith(("/", "./", "../", "~")):
+        from .huggingface import UnknownModelError, config_file
+
+        offline = offline or os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+        try:
+            return config_file(match[1], offline=offline)
+        except UnknownModelError as error:
+            raise MlxeffError(f"{error}{close_names(name)}") from None
+    return resolve(name, offline=True)
 
 
 def _local(path: Path) -> Path:

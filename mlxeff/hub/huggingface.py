@@ -7,11 +7,12 @@ otherwise PyTorch files, otherwise a single GGUF file) and turns the library's e
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fnmatch
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -47,14 +48,43 @@ def snapshot(repository: str, file: str | None, *, revision: str | None, offline
     Without a connection a complete snapshot in the cache is used, with a notice. Raises UnknownModelError where there
     is no such repository, MlxeffError for every other failure.
     """
+    with _one_line(repository, revision):
+        if offline:
+            return _in_cache(repository, file, revision)
+        return _fetch(repository, file, revision, progress)
+
+
+def config_file(repository: str, *, offline: bool) -> Path:
+    """The path of a repository's config.json, which alone is fetched. Without a connection the copy in the cache is
+    used, with a notice. Raises as `snapshot` does, and MlxeffError for a repository without one."""
+    from huggingface_hub import HfApi, constants, hf_hub_download
+
+    with _one_line(repository):
+        if offline:
+            return Path(hf_hub_download(repository, "config.json", local_files_only=True))
+        try:
+            info = HfApi().model_info(repository)
+        except Exception as error:
+            if not _is_connection(error):
+                raise
+            found = Path(hf_hub_download(repository, "config.json", local_files_only=True))
+            text = "%s: %s could not be reached, the copy in the cache is used"
+            notices.warning(text, repository, constants.ENDPOINT)
+            return found
+        if "config.json" not in [sibling.rfilename for sibling in info.siblings or []]:
+            raise MlxeffError(f"{repository}: has no config.json: fetch one of its GGUF files and name that")
+        return Path(hf_hub_download(repository, "config.json"))
+
+
+@contextlib.contextmanager
+def _one_line(repository: str, revision: str | None = None) -> Iterator[None]:
+    """Turns what the library raises inside into errors of one line, as `snapshot` says."""
     from huggingface_hub import constants, errors
 
     if str(constants.HF_HUB_CACHE).startswith("~"):  # the library would make a folder of that name
         raise MlxeffError(f"{repository}: no home folder to keep downloads in: set HOME or HF_HOME to a folder")
     try:
-        if offline:
-            return _in_cache(repository, file, revision)
-        return _fetch(repository, file, revision, progress)
+        yield
     except MlxeffError:
         raise
     except errors.GatedRepoError:
