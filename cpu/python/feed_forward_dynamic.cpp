@@ -59,13 +59,9 @@ const float* finite(const Named& given, const char* name, const mx::Shape& shape
 ExpertRouter router(const Named& given, const Named& prices_of, Weights& weights, int64_t dim, int64_t experts) {
   given.expect({"rule", "weight", "bias"});
   const std::string rule = given.text("rule");
-  if (rule != "lagrangian" && rule != "tail")
-    given.refuse("unknown rule '" + rule + "', known are lagrangian, tail");
-  ExpertRouter made = {rule == "lagrangian" ? ExpertRouter::Rule::lagrangian : ExpertRouter::Rule::tail,
-                       nullptr,
-                       nullptr,
-                       dim,
-                       {}};
+  if (rule != "lagrangian" && rule != "tail") given.refuse("unknown rule '" + rule + "', known are lagrangian, tail");
+  ExpertRouter made = {
+      rule == "lagrangian" ? ExpertRouter::Rule::lagrangian : ExpertRouter::Rule::tail, nullptr, nullptr, dim, {}};
   const float* const prices = finite(prices_of, "prices", {int(experts)}, weights);
   made.prices.assign(prices, prices + experts);
   made.weight = finite(given, "weight", {int(made.scores()), int(dim)}, weights);
