@@ -180,8 +180,8 @@ inline uint cheapest(thread const float* scores, Prices prices, float dial) {
   return known ? best : R;
 }
 
-// The first of R experts for which the sum of the wider experts' probabilities is at most `dial`; the widest one where a
-// score is NaN, since all probabilities are NaN then.
+// The first of R experts for which the sum of the wider experts' probabilities is at most `dial`; the widest one where
+// a score is NaN, since all probabilities are NaN then.
 template <int R>
 inline uint least_tail(thread const float* scores, float dial) {
   float powers[R], largest = scores[0], total = 0, tail = 0;

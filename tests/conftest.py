@@ -1,6 +1,7 @@
 """Fixtures that several files share: the built-in model's file, a tiny random model in a folder, marks that skip."""
 
 import faulthandler
+import json
 import os
 import shutil
 import signal
@@ -214,3 +215,15 @@ def json_folder(tmp_path, small_metadata):
 
     from_gguf(small_metadata, "x").save(tmp_path)
     return tmp_path
+
+
+@pytest.fixture
+def measure(capsys):
+    """Runs `mlxeff eval`; gives the document and the exit code."""
+    from mlxeff import cli
+
+    def run(*arguments):
+        code = cli.main(["eval", *map(str, arguments), "--json", "--device", "cpu"])
+        return json.loads(capsys.readouterr().out), code
+
+    return run

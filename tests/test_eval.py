@@ -52,17 +52,6 @@ def text(tmp_path_factory):
     return path
 
 
-@pytest.fixture
-def measure(capsys):
-    """Runs `mlxeff eval`; gives the document and the exit code."""
-
-    def run(*arguments):
-        code = cli.main(["eval", *map(str, arguments), "--json", "--device", "cpu"])
-        return json.loads(capsys.readouterr().out), code
-
-    return run
-
-
 def log_probabilities(model, ids):
     """Of the tokens after each of `ids`, (T, V), in float64 from the model's logits of one pass."""
     logits = np.array(model(mx.array([ids]), model.new_cache())[0].astype(mx.float32), np.float64)

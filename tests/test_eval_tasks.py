@@ -46,17 +46,6 @@ def questions(tmp_path_factory):
     return path
 
 
-@pytest.fixture
-def measure(capsys):
-    """Runs `mlxeff eval`; gives the document and the exit code."""
-
-    def run(*arguments):
-        code = cli.main(["eval", *map(str, arguments), "--json", "--device", "cpu"])
-        return json.loads(capsys.readouterr().out), code
-
-    return run
-
-
 def loglikelihood(base, context, tokens):
     """In float64, from the logits of one pass over bytes that are their own ids in this order of the alphabet."""
     ids = [*context, *tokens]

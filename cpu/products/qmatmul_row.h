@@ -45,7 +45,7 @@ constexpr int rows_together = 4;
 #else
 constexpr int rows_together = 2;
 #endif
-constexpr int most_out = 16;  // rows of W whose products are stored together
+constexpr int stored_rows = 16;  // rows of W whose products are stored together
 
 // Rows of W at `packed`, `stride` bytes apart, with their scales, `scale_step` apart. The lanes of `biases` are added.
 struct RowBlock {
@@ -156,7 +156,7 @@ static int run_one_row(const QmmArgs& args, int64_t n_begin, int64_t n_end) {
   const T* row_scales = static_cast<const T*>(w.scales) + n_begin * scale_step;
   const T* row_biases = static_cast<const T*>(w.biases) + n_begin * scale_step;
   vf biases[rows_together];
-  float out[most_out];
+  float out[stored_rows];
   int64_t held = 0;  // products in `out`
   for (int64_t n = n_begin, count; n < n_end; n += count) {
     count = n + rows_together <= n_end ? rows_together : 1;
@@ -171,7 +171,7 @@ static int run_one_row(const QmmArgs& args, int64_t n_begin, int64_t n_end) {
     __builtin_prefetch(packed + page_distance, 0, 3);
     (count == 1 ? alone : together)(args, {packed, stride, distance, scales, padded, biases}, out + held);
     held += count;
-    if (held > most_out - rows_together || n + count == n_end) {
+    if (held > stored_rows - rows_together || n + count == n_end) {
       store_block(out, 0, 1, held, args.y, 0, n + count - held);
       held = 0;
     }

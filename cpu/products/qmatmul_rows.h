@@ -12,8 +12,7 @@
 namespace mlxeff {
 namespace MLXEFF_ISA {
 
-constexpr int row_block = 4;     // rows of W in a block
-constexpr int stored_rows = 16;  // rows of W whose products are stored together
+constexpr int row_block = 4;  // rows of W in a block
 
 // A block of rows of W with a tile of rows of x. Row r of the tile begins at byte r * x_step of x. Its product with row
 // i of the block is put at sums[r * stored_rows + i]; the scales are at scales + r * x_scale_step + i * scale_step, and

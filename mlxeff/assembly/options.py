@@ -36,6 +36,10 @@ def names(text: str) -> list[str]:
 IGNORE_KEYS = option(
     "--ignore-keys", metavar="KEY,…", type=names, default=[], help="entries of config.json to read as absent"
 )
+# Of all verbs that run a model.
+TRUST_REMOTE_CODE = option(
+    "--trust-remote-code", action="store_true", help="let mlx-lm run Python code that the model folder brings"
+)
 
 
 def integer(text: str, valid: Callable[[int], bool], wanted: str) -> int:
@@ -66,3 +70,12 @@ def positive(text: str) -> int:
 def natural(text: str) -> int:
     """A whole number from 0 to 2^64 - 1."""
     return integer(text, lambda n: 0 <= n < 1 << 64, "a whole number from 0 to 2^64 - 1")
+
+
+# Of the verbs that read prompts.
+PREFILL_STEP = option(
+    "--prefill-step",
+    metavar="N",
+    type=positive,
+    help="prompt tokens that are computed at once (default 2048 on a GPU, 512 on a CPU)",
+)

@@ -7,7 +7,7 @@ import argparse
 from collections.abc import Iterable
 
 from ..assembly import techniques
-from ..assembly.options import IGNORE_KEYS, Option, integer, names, natural, positive
+from ..assembly.options import IGNORE_KEYS, PREFILL_STEP, TRUST_REMOTE_CODE, Option, integer, names, natural, positive
 from ..bench.selection import condition
 from ..eval import verbs as measures
 from ..hub.catalog import DEFAULT_MODEL
@@ -130,7 +130,7 @@ def add_plan(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--kv-cache", metavar="KIND,…", type=names, help="kinds of KV cache (default: all)")
     what.add_argument("--prompt-lengths", metavar="N,…", type=_numbers, help="tokens in prompts")
     what.add_argument("--depths", metavar="N,…", type=_naturals, help="tokens in the KV cache before decoding")
-    _add_prefill_step(what)
+    _add(what, [PREFILL_STEP])
     what.add_argument(
         "--acceptance",
         metavar="P",
@@ -240,21 +240,12 @@ def _add_bench_machine(sub: argparse.ArgumentParser) -> None:
         default=[],
         help="use MODEL as the suite's OpenELM of SIZE (270M, 450M, 1.1B, 3B) instead of random weights (repeatable)",
     )
-    _add_prefill_step(sub)
+    _add(sub, [PREFILL_STEP])
     sub.add_argument(
         "--memory",
         metavar="GB",
         type=float,
         help="memory that may be used (default: most of the free memory); a measurement that needs more is left out",
-    )
-
-
-def _add_prefill_step(parser: argparse._ActionsContainer) -> None:
-    parser.add_argument(
-        "--prefill-step",
-        metavar="N",
-        type=positive,
-        help="prompt tokens that are computed at once (default 2048 on a GPU, 512 on a CPU)",
     )
 
 
@@ -322,10 +313,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--device", choices=("auto", "cpu", "gpu"), default="auto", help=DEVICE_HELP)
     group.add_argument("--offline", action="store_true", help="never touch the network")
-    group.add_argument(
-        "--trust-remote-code", action="store_true", help="let mlx-lm run Python code that the model folder brings"
-    )
-    _add(group, [IGNORE_KEYS])
+    _add(group, [TRUST_REMOTE_CODE, IGNORE_KEYS])
     group.add_argument(
         "--context-limit", metavar="N", type=positive, help="tokens in the context (default: the model's own limit)"
     )
@@ -335,7 +323,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         help="drop what does not fit into the context: the beginning of a prompt, the oldest turns of a chat",
     )
     _add(group, techniques.PRECISION)
-    _add_prefill_step(group)
+    _add(group, [PREFILL_STEP])
 
 
 def _add_text(parser: argparse.ArgumentParser) -> None:

@@ -5,19 +5,20 @@ import shlex
 from collections.abc import Sequence
 
 from ..assembly import techniques
-from ..assembly.options import IGNORE_KEYS, Option, names, natural, numbers, option, positive
+from ..assembly.options import (
+    IGNORE_KEYS,
+    PREFILL_STEP,
+    TRUST_REMOTE_CODE,
+    Option,
+    names,
+    natural,
+    numbers,
+    option,
+    positive,
+)
 from ..assembly.techniques import Subcommand
 
 MODEL = option("model", metavar="MODEL", help="a folder, a .gguf file, a Hugging Face id or a name of `mlxeff models`")
-PREFILL_STEP = option(
-    "--prefill-step",
-    metavar="N",
-    type=positive,
-    help="prompt tokens that are computed at once (default 2048 on a GPU, 512 on a CPU)",
-)
-TRUST = option(
-    "--trust-remote-code", action="store_true", help="let mlx-lm run Python code that the model folder brings"
-)
 STEP = option(
     "--step",
     metavar="N",
@@ -58,7 +59,7 @@ WINDOWS: tuple[Option, ...] = (
 
 def run_options() -> list[Option]:
     """The options that say how a model is run: those of `generate` that every technique has."""
-    return [*techniques.PRECISION, PREFILL_STEP, *techniques.switch_options("eval"), IGNORE_KEYS, TRUST]
+    return [*techniques.PRECISION, PREFILL_STEP, *techniques.switch_options("eval"), IGNORE_KEYS, TRUST_REMOTE_CODE]
 
 
 class _Inner(argparse.ArgumentParser):
