@@ -70,8 +70,10 @@ $(KVP_TRAINED)/config.json: | $(VENV)/.installed
 	@mkdir -p build
 	cd benchmarks && ../$(BIN)/python -m kvp.pairs "layers:0-18 distilled 8-bit" ../$(KVP_TRAINED)
 
+# One process of tests for each core. The kernels of each use one thread, but for tests of threads, which set their
+# number: with more of them the processes would wait for each other.
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest $(ARGS)
+	MLXEFF_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
 
 N = 1000
 fuzz: $(VENV)/.installed-test

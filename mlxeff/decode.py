@@ -4,10 +4,10 @@ A technique can replace either part: an object with the protocol `Reading` stand
 protocol `Following` for `decode`. A `Setup` joins a model with both parts. This module knows nothing about text.
 
 MLX builds graphs lazily. Between prompt and text, the only code that evaluates them is here or in a technique's own
-reading or following. `decode` launches the step for the next token before it reads the current token, so that the GPU
-never waits for Python. On a CPU it waits for the current token first, because a step that still runs refers to the
-cache's buffers, and the next step would have to copy them before writing to them. A cache may replace its buffers at
-any append: a step that was launched earlier keeps the buffers that it was built on.
+reading or following. On a GPU, `decode` launches the step for the next token before it yields the current one, so that
+the GPU never waits for Python. A cache may replace its buffers at any append: a step that was launched earlier keeps
+the buffers that it was built on. On a CPU, a step begins when its token is asked for: Python would only take time from
+it, and a step that still runs refers to the cache's buffers, which the next one would have to copy.
 """
 
 import contextlib
@@ -159,25 +159,28 @@ def decode(
     is dropped again, where the cache can drop tokens. Raises MlxeffError where logits are not finite, and where a
     native kernel refuses its input.
     """
-    start, yielded, on_cpu = cache.length, 0, device() == "cpu"
+    start, yielded, ahead = cache.length, 0, device() != "cpu"
+
+    def launch(logits: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+        drawn = _next_token(logits, sampler, processors, history)
+        mx.async_eval(*drawn)
+        return drawn
+
     with explained("decoding"), rewound_to(cache, lambda: start + max(0, yielded - 1)):
-        token, logprobs, own = _next_token(logits, sampler, processors, history)
-        mx.async_eval(token, logprobs, own)
+        current, following = launch(logits), None
         while yielded != max_tokens:
-            if yielded + 1 != max_tokens:
-                if processors:
-                    history = mx.concatenate([history, token])
-                if on_cpu:
-                    mx.eval(token)
-                logits = model.last_logits(token[:, None], cache, options)
-                next_token, next_logprobs, next_own = _next_token(logits, sampler, processors, history)
-                mx.async_eval(next_token, next_logprobs, next_own)
+            token, logprobs, own = current
+            more = yielded + 1 != max_tokens
+            if processors and more:
+                history = mx.concatenate([history, token])
+            if ahead and more:
+                following = launch(model.last_logits(token[:, None], cache, options))
             if not math.isfinite(own.item()):
                 raise MlxeffError(NOT_FINITE)
             yielded += 1
             yield Step(token.item(), logprobs[0])
-            if yielded != max_tokens:
-                token, logprobs, own = next_token, next_logprobs, next_own
+            if more:
+                current = following if ahead else launch(model.last_logits(token[:, None], cache, options))
 
 
 @contextlib.contextmanager

@@ -115,24 +115,32 @@ def test_a_step_is_what_it_says():
         assert step.logprobs.argmax().item() == step.token, "each has its own"
 
 
-def test_one_token_is_in_flight():
+@pytest.fixture(params=["cpu", "gpu"])
+def in_flight(request, monkeypatch):
+    """How many steps `decode` launches ahead on a device."""
+    monkeypatch.setattr("mlxeff.decode.device", lambda: request.param)
+    return int(request.param == "gpu")
+
+
+def test_one_token_is_in_flight_on_a_gpu(in_flight):
     """When the consumer has token n, the step that reads it is launched already; before the last one none is."""
     model, cache, logits = start()
-    for count, _ in enumerate(decode(model, cache, logits, GREEDY, max_tokens=6), start=1):
-        assert len(model.calls) - 1 == min(count, 5)
+    for count, step in enumerate(decode(model, cache, logits, GREEDY, max_tokens=6), start=1):
+        assert len(model.calls) - 1 == min(count - 1 + in_flight, 5)
+        assert step.token == continuation(count)[-1]
 
 
 @pytest.mark.parametrize("taken", [1, 2, 5])
 @pytest.mark.parametrize("limit", [-1, 20])
-def test_closing_early_takes_back_the_step_in_flight(taken, limit):
+def test_closing_early_takes_back_the_step_in_flight(taken, limit, in_flight):
     model, cache, logits = start()
     steps = decode(model, cache, logits, GREEDY, max_tokens=limit)
     got = [step.token for step in itertools.islice(steps, taken)]
-    assert cache.length == 10 + taken
+    assert cache.length == 10 + taken - 1 + in_flight
     steps.close()
     assert got == continuation(taken)
     assert cache.tokens == PROMPT + got[:-1]
-    assert cache.log[-1] == ("rewind", -1)
+    assert (cache.log[-1:] == [("rewind", -1)]) == bool(in_flight)
     logits = model.last_logits(mx.array([[got[-1]]]), cache)
     assert [s.token for s in decode(model, cache, logits, GREEDY, max_tokens=3)] == continuation(taken + 3)[taken:]
 
@@ -145,22 +153,24 @@ def test_closing_before_the_first_step_leaves_the_prompt():
     assert model.calls == [10]
 
 
-def test_a_cache_that_takes_nothing_back_keeps_the_step_in_flight():
+def test_a_cache_that_takes_nothing_back_keeps_the_step_in_flight(in_flight):
     model, cache, logits = start(rewinds=False)
     steps = decode(model, cache, logits, GREEDY)
     got = [step.token for step in itertools.islice(steps, 3)]
     steps.close()
-    assert cache.tokens == PROMPT + got
+    assert cache.tokens == PROMPT + got[: 2 + in_flight]
     assert not any(entry[0] == "rewind" for entry in cache.log)
 
 
-def test_a_failing_model_leaves_the_cache_consistent():
-    """The fourth call is the third token's: two tokens were read, the second is in the cache and taken back."""
+def test_a_failing_model_leaves_the_cache_consistent(in_flight):
+    """The fourth call is the third token's: three were yielded, or two where it was launched ahead, and the second one,
+    which is in the cache, is taken back."""
     model, cache, logits = start(fail_at=4)
     got = []
     with pytest.raises(RuntimeError, match="out of memory"):
         got.extend(step.token for step in decode(model, cache, logits, GREEDY))
-    assert cache.tokens == PROMPT + continuation(1)
+    assert got == continuation(3 - in_flight)
+    assert cache.tokens == PROMPT + got[:-1]
 
 
 def test_processors_see_the_prompt_and_every_token():

@@ -12,6 +12,7 @@ from mlxeff.convert import convert
 
 from mlxeff import MlxeffError, generate, generation, load, stream_generate
 from mlxeff.generation import Session, fit_context
+from mlxeff.kernels import device
 from mlxeff.running import EXACT, Ran, Tally
 from mlxeff.sampling import make_logits_processors, make_sampler
 from tiny_model import CONTEXT, MAMBA, write_foreign
@@ -434,12 +435,14 @@ def test_a_session_whose_cache_cannot_be_taken_back(tmp_path, caplog):
     stream = session.stream(ids, max_tokens=50)
     first = [r.token for r in itertools.islice(stream, 6)]
     stream.close()
-    assert session.tokens == ids + first, "the step in flight could not be taken back: its token is held too"
+    # On a GPU the step in flight could not be taken back: its token is held too.
+    held = first if device() == "gpu" else first[:-1]
+    assert session.tokens == ids + held
     caplog.clear()
     with caplog.at_level(logging.WARNING, logger="mlxeff"):
-        longer = [*ids, *first, 65, 66]
+        longer = [*ids, *held, 65, 66]
         assert tokens_of(session.stream(longer, max_tokens=10)) == fresh(model, tokenizer, longer, max_tokens=10)
-        assert session.reused == len(ids) + 6
+        assert session.reused == len(ids) + len(held)
         assert caplog.text == ""
         other = [*ids, 90, 91]
         assert tokens_of(session.stream(other, max_tokens=10)) == fresh(model, tokenizer, other, max_tokens=10)

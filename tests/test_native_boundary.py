@@ -4,6 +4,7 @@ import copy
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 import pytest
 
 from helpers import assert_close
@@ -238,39 +239,84 @@ def test_calls_that_do_not_fit():
         native.Decoder(*ends().values())
 
 
-def test_stores_come_back_by_name():
+def test_a_call_adds_the_tokens_to_the_stores():
     made, tokens = decoder(), mx.array([[1, 2, 3], [4, 5, 6]])
-    logits, stores = native.forward(made, tokens, [store(2), store(2)], 0, True, native.EXACT)
+    stores, read, appended = [store(2), store(2)], [store(2)], [store(2), store(2)]
+    logits = native.forward(made, tokens, stores, 0, True, native.EXACT)
     assert logits.shape == (2, 3, VOCABULARY)
     assert [each["kind"] for each in stores] == ["dense", "dense"]
     assert all(set(each) == {"kind", "keys", "values"} for each in stores)
-    inputs, keys, values, read = native.read(made, tokens, [store(2)], 0, [0, 1], [0, 1], native.EXACT)
-    assert (len(inputs), len(keys), len(values), len(read)) == (2, 2, 2, 1)
+    inputs, keys, values = native.read(made, tokens, read, 0, [0, 1], [0, 1], native.EXACT)
+    assert (len(inputs), len(keys), len(values)) == (2, 2, 2)
     assert inputs[0].shape == (2, 3, DIM)
     heads = [[x.reshape(2, 3, GROUPS, HEAD_DIM).swapaxes(1, 2) for x in rows] for rows in (keys, values)]
-    appended = native.append(made, *heads, [store(2), store(2)], 0)
+    assert native.append(made, *heads, appended, 0) is None
     for got, want in zip(appended, stores, strict=True):
-        assert got["kind"] == "dense"
         for name in ("keys", "values"):
             assert_close(got[name], want[name], name, rtol=0, atol=0)
     for name in ("keys", "values"):
         assert_close(read[0][name], stores[0][name], name, rtol=0, atol=0)
+        assert mx.all(mx.any(stores[0][name][:, :, :3] != 0, axis=-1)).item()
         assert_close(stores[0][name][:, :, 3:], mx.zeros((2, GROUPS, 5, HEAD_DIM)), "the rest", rtol=0, atol=0)
 
 
-def test_a_store_that_somebody_holds_is_copied():
-    made = decoder()
-    _, held = native.forward(made, mx.array([[1, 2, 3]]), [store(), store()], 0, False, native.EXACT)
-    mx.eval([each[name] for each in held for name in ("keys", "values")])
-    before = [{name: mx.array(each[name]) for name in ("keys", "values")} for each in held]
-    logits, grown = native.forward(made, mx.array([[4, 5]]), held, 3, False, native.EXACT)
-    for old, kept, new in zip(before, held, grown, strict=True):
-        for name in ("keys", "values"):
-            assert_close(kept[name], old[name], f"held {name}", rtol=0, atol=0)
-            assert_close(new[name][:, :, :3], old[name][:, :, :3], f"copied {name}", rtol=0, atol=0)
+@pytest.mark.parametrize("dtype", [mx.int32, mx.uint32, mx.int64, mx.uint8])
+def test_tokens_of_any_integers_and_layout(dtype):
+    made, tokens = decoder(), [[1, 2, 3], [4, 5, 6]]
+    want = native.forward(made, mx.array(tokens), [store(2), store(2)], 0, True, native.EXACT)
+    turned = mx.array([list(row) for row in zip(*tokens, strict=True)]).astype(dtype).T
+    got = native.forward(made, turned, [store(2), store(2)], 0, True, native.EXACT)
+    assert_close(got, want, "logits", rtol=0, atol=0)
+    bad = mx.array([[2**32 - 1]], mx.uint32)
+    with pytest.raises(RuntimeError, match="native kernel"):
+        native.forward(made, bad, [store(), store()], 0, True, native.EXACT)
+
+
+@pytest.mark.parametrize("holder", ["one owner", "somebody else", "a graph", "a part of its memory"])
+def test_a_store_that_somebody_else_holds_is_copied(holder):
+    """The dict and one owner, the layer of a cache, may refer to an array that is written."""
+    made, stores = decoder(), [store(), store()]
+    native.forward(made, mx.array([[1, 2, 3]]), stores, 0, False, native.EXACT)
+    before = [{name: np.array(each[name]) for name in ("keys", "values")} for each in stores]
+    owner = [[each["keys"], each["values"]] for each in stores]
+    held = {
+        "one owner": lambda array: None,
+        "somebody else": lambda array: array,
+        "a graph": lambda array: array + 0,
+        "a part of its memory": lambda array: array.reshape(-1),
+    }
+    others = [{name: held[holder](each[name]) for name in before[0]} for each in stores]
+    if holder == "a part of its memory":
+        mx.eval([list(each.values()) for each in others])
+    logits = native.forward(made, mx.array([[4, 5]]), stores, 3, False, native.EXACT)
+    for old, kept, new, owned in zip(before, others, stores, owner, strict=True):
+        for name, mine in zip(("keys", "values"), owned, strict=True):
+            assert (new[name] is mine) == (holder == "one owner")
+            if holder != "one owner":
+                assert np.array_equal(np.array(kept[name]).reshape(-1), old[name].reshape(-1)), "what others hold"
+            assert np.array_equal(np.array(new[name])[:, :, :3], old[name][:, :, :3]), "what was there"
             assert mx.all(mx.any(new[name][:, :, 3:5] != 0, axis=-1)).item()
-    want, _ = native.forward(made, mx.array([[1, 2, 3, 4, 5]]), [store(), store()], 0, False, native.EXACT)
+    want = native.forward(made, mx.array([[1, 2, 3, 4, 5]]), [store(), store()], 0, False, native.EXACT)
     assert_close(logits, want, "logits", rtol=2.0**-15)
+
+
+def test_a_call_refuses_to_be_differentiated():
+    """The result of a call is a constant, so a gradient through it would be lost without a word."""
+    made, stores = decoder(), [store(), store()]
+    keys = mx.zeros((1, GROUPS, 1, HEAD_DIM))
+
+    def loss(x):
+        native.append(made, [x, x], [x, x], [store(), store()], 0)
+        return x.sum()
+
+    message = "native decoder: has no gradient; call model.train() first, which computes operator by operator"
+    refuses(lambda: mx.grad(loss)(keys), message)
+
+    def through_the_store(x):
+        stores[0]["keys"] = stores[0]["keys"] + x
+        return native.forward(made, mx.array([[1]]), stores, 0, False, native.EXACT).sum()
+
+    refuses(lambda: mx.grad(through_the_store)(mx.array(1.0)), message)
 
 
 def test_objects_are_found_in_their_place():
@@ -294,7 +340,7 @@ def test_each_step_is_noted_with_its_threads(threads):
     native.note_step_times(1000)
     try:
         for _ in range(3):
-            mx.eval(native.forward(made, tokens, [store(), store()], 0, False, native.EXACT)[0])
+            native.forward(made, tokens, [store(), store()], 0, False, native.EXACT)
         notes = native.step_times()
     finally:
         native.note_step_times(0)
@@ -310,6 +356,6 @@ def test_each_step_is_noted_with_its_threads(threads):
 
 def test_no_more_steps_are_noted_than_wanted():
     native.note_step_times(5)
-    mx.eval(native.forward(decoder(), mx.array([[1]]), [store(), store()], 0, False, native.EXACT)[0])
+    native.forward(decoder(), mx.array([[1]]), [store(), store()], 0, False, native.EXACT)
     assert len(native.step_times()) == 5
     native.note_step_times(0)

@@ -135,7 +135,7 @@ def run(made, tokens, dial=None, mode=None, last=False, layers=1, offset=0, stor
         {"kind": "dense", "keys": mx.zeros(buffers), "values": mx.zeros(buffers)} for _ in range(layers)
     ]
     mode = native.EXACT if mode is None else mode
-    logits, _ = native.forward(made, tokens, stores, offset, not last, mode, dial=dial)
+    logits = native.forward(made, tokens, stores, offset, not last, mode, dial=dial)
     return np.array(logits)
 
 

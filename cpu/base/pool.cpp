@@ -5,7 +5,10 @@
 // part and closes the gate. A worker that the operating system has not scheduled does not join, so a region never waits
 // for a thread that has not started on it. A worker that joins late shares the remaining work.
 //
-// Work: an atomic counter hands out the pieces of work, so a member that is slowed down takes fewer of them.
+// Work: the pieces of a step are split into one range for each thread of the pool, and an atomic counter hands out the
+// pieces of a range in order. A member takes those of its own range first, so that it reads memory in order and what it
+// prefetches is what it needs next; then it helps with the other ranges. So a member that is slowed down takes fewer
+// pieces.
 //
 // Waiting: every wait spins for a bounded time and then sleeps on a condition variable. Waking costs a system call only
 // if a thread sleeps.
@@ -28,6 +31,7 @@
 #include <chrono>
 #include <condition_variable>
 #include <cstdlib>
+#include <memory>
 #include <mutex>
 #include <new>
 #include <system_error>
@@ -132,7 +136,7 @@ class WaitPoint {
 
 class Pool {
  public:
-  static Team team_of_one() { return Team(1, nullptr); }
+  static Team team_of_one() { return Team(1, 0, nullptr); }
 
   std::mutex running;  // held by the thread whose region uses the pool
 
@@ -140,7 +144,8 @@ class Pool {
   void resize(int threads);
   void run(void (*function)(Team&, void*), void* context);
 
-  void for_chunks(uint32_t phase, int64_t n, int64_t chunk, void (*body)(void*, int64_t, int64_t), void* context);
+  void for_chunks(int member, uint32_t phase, int64_t n, int64_t chunk, void (*body)(void*, int64_t, int64_t),
+                  void* context);
 
  private:
   static constexpr uint64_t open_flag = 1u << 16, member_mask = 0xffff;
@@ -160,15 +165,20 @@ class Pool {
   alignas(64) std::atomic<uint64_t> gate_{0};  // generation << 32 | open flag | members
   alignas(64) std::atomic<int> left_{0};       // workers that have finished with the region
 
-  // A phase is one call of for_chunks. Phase p uses slot p % ring, which holds (p mod 2^24) << 40 | pieces taken << 20
-  // | pieces finished. The first member to reach a phase resets its slot for it. A late member sees from the phase
-  // number in the slot that a later phase uses the slot, so that its own phase is complete.
-  static constexpr uint32_t ring = 16, phase_mask = (1u << 24) - 1;
-  static constexpr uint64_t taken_one = 1u << 20, finished_mask = taken_one - 1;
-  struct alignas(64) Slot {
-    std::atomic<uint64_t> state{0};
+  // A phase is one call of for_chunks. Phase p uses slot p % ring, which holds (p mod 2^32) << 32 | pieces finished,
+  // and for each range of its pieces a counter, p << 32 | pieces taken. The first member to reach a phase or a range
+  // resets the slot or the counter for it. A late member sees from the phase number that a later phase uses them, so
+  // that its own phase is complete.
+  static constexpr uint32_t ring = 16;
+  static constexpr uint64_t count_mask = 0xffffffff;
+  struct alignas(64) Word {
+    std::atomic<uint64_t> value{0};
   };
-  Slot slots_[ring];
+  static uint64_t word(uint32_t phase, uint64_t count = 0) { return uint64_t(phase) << 32 | count; }
+  static uint32_t phase_of(uint64_t word) { return uint32_t(word >> 32); }
+  static int64_t take(std::atomic<uint64_t>& counter, uint32_t phase, uint64_t first, uint64_t stop);
+  Word slots_[ring];
+  std::unique_ptr<Word[]> counters_{new Word[ring]};  // ring times one for each thread
 
   WaitPoint idle_{idle_spin}, progress_{step_spin};
 };
@@ -184,6 +194,7 @@ void Pool::resize(int threads) {
   sigfillset(&all);
   pthread_sigmask(SIG_SETMASK, &all, &previous);
   threads_ = 1;
+  counters_.reset(new Word[size_t(ring) * size_t(threads)]);
   try {
     const uint32_t seen = generation(gate_.load());
     for (int i = 1; i < threads; ++i, ++threads_) {
@@ -231,7 +242,7 @@ void Pool::keep_off_this_cpu() {
 }
 
 void Pool::execute() {
-  Team team(threads_, this);
+  Team team(threads_, thread_number, this);
   function_(team, context_);
 }
 
@@ -239,7 +250,11 @@ void Pool::run(void (*function)(Team&, void*), void* context) {
   function_ = function;
   context_ = context;
   left_ = 0;
-  for (uint32_t i = 0; i < ring; ++i) slots_[i].state.store(uint64_t(i) << 40, std::memory_order_relaxed);
+  for (uint32_t i = 0; i < ring; ++i) {
+    slots_[i].value.store(word(i - ring), std::memory_order_relaxed);
+    for (int range = 0; range < threads_; ++range)
+      counters_[i * uint32_t(threads_) + uint32_t(range)].value.store(word(i - ring), std::memory_order_relaxed);
+  }
   gate_ = uint64_t(generation(gate_.load()) + 1) << 32 | open_flag | 1;
   if (idle_.has_sleepers()) keep_off_this_cpu();
   idle_.wake();
@@ -248,30 +263,41 @@ void Pool::run(void (*function)(Team&, void*), void* context) {
   progress_.wait([&] { return left_.load() == members - 1; });
 }
 
-void Pool::for_chunks(uint32_t phase, int64_t n, int64_t chunk, void (*body)(void*, int64_t, int64_t), void* context) {
-  chunk = max_of(chunk, ceil_div(n, int64_t(finished_mask)));
-  const uint64_t pieces = uint64_t(ceil_div(n, chunk)), mine = phase & phase_mask, before = (phase - ring) & phase_mask;
-  std::atomic<uint64_t>& state = slots_[phase % ring].state;
-  const auto number = [](uint64_t value) { return value >> 40; };
+// Returns the next piece of the range [first, stop) of a phase, or -1 if all are taken.
+int64_t Pool::take(std::atomic<uint64_t>& counter, uint32_t phase, uint64_t first, uint64_t stop) {
+  uint64_t value = counter.load();
+  while (true) {
+    const int32_t later = int32_t(phase_of(value) - phase);
+    const uint64_t taken = later < 0 ? 0 : value & count_mask;
+    if (later > 0 || first + taken >= stop) return -1;
+    if (counter.compare_exchange_weak(value, word(phase, taken + 1))) return int64_t(first + taken);
+  }
+}
+
+void Pool::for_chunks(int member, uint32_t phase, int64_t n, int64_t chunk, void (*body)(void*, int64_t, int64_t),
+                      void* context) {
+  const uint64_t pieces = uint64_t(ceil_div(n, chunk)), threads = uint64_t(threads_);
+  const uint64_t ranges = pieces < 2 * threads ? 1 : threads;
+  std::atomic<uint64_t>& state = slots_[phase % ring].value;
   StepNote note(generation(gate_.load(std::memory_order_relaxed)), phase);
   uint64_t value = state.load();
-  while (true) {
-    if (number(value) == before) {
-      if (state.compare_exchange_weak(value, mine << 40)) value = mine << 40;
-      continue;
+  while (int32_t(phase_of(value) - phase) < 0)
+    if (state.compare_exchange_weak(value, word(phase))) value = word(phase);
+  if (phase_of(value) != phase) return;
+  for (uint64_t i = 0; i < ranges; ++i) {
+    const uint64_t range = (uint64_t(member) + i) % ranges;
+    const uint64_t first = pieces * range / ranges, stop = pieces * (range + 1) / ranges;
+    std::atomic<uint64_t>& counter = counters_[phase % ring * threads + range].value;
+    for (int64_t piece; (piece = take(counter, phase, first, stop)) >= 0;) {
+      body(context, piece * chunk, min_of(n, (piece + 1) * chunk));
+      value = state.fetch_add(1) + 1;
+      note.worked();
+      if ((value & count_mask) == pieces) return progress_.wake();
     }
-    if (number(value) != mine) return;
-    const uint64_t piece = value >> 20 & finished_mask;
-    if (piece == pieces) break;
-    if (!state.compare_exchange_weak(value, value + taken_one)) continue;
-    body(context, int64_t(piece) * chunk, min_of(n, int64_t(piece + 1) * chunk));
-    value = state.fetch_add(1) + 1;
-    note.worked();
-    if ((value & finished_mask) == pieces) return progress_.wake();
   }
   progress_.wait([&] {
     const uint64_t now = state.load();
-    return number(now) != mine || (now & finished_mask) == pieces;
+    return phase_of(now) != phase || (now & count_mask) == pieces;
   });
 }
 
@@ -319,7 +345,7 @@ int num_threads() {
 }
 
 void Team::for_chunks(int64_t n, int64_t chunk, void (*body)(void*, int64_t, int64_t), void* context) {
-  if (pool_ && n > 0) return pool_->for_chunks(phase_++, n, chunk, body, context);
+  if (pool_ && n > 0) return pool_->for_chunks(member_, phase_++, n, chunk, body, context);
   if (n <= 0) return;
   StepNote note(0, phase_++);
   body(context, 0, n);

@@ -14,10 +14,10 @@ class Team {
   int count;  // largest possible number of members; every member sees the same number
 
   // Runs body(context, begin, end) over [0, n) in pieces of `chunk`, and returns when all pieces are complete. A member
-  // takes the next piece when it is free, so a suspended member delays the others by at most the one piece that it
-  // holds. Each member must call for_chunks the same number of times, in the same order, with the same n and chunk. A
-  // member that joins when all pieces are complete returns at once, so code between two calls of for_chunks must not
-  // assume that every member has passed the first.
+  // takes the next piece when it is free, first of a range of its own, so a suspended member delays the others by at
+  // most the one piece that it holds. Each member must call for_chunks the same number of times, in the same order,
+  // with the same n and chunk. A member that joins when all pieces are complete returns at once, so code between two
+  // calls of for_chunks must not assume that every member has passed the first.
   void for_chunks(int64_t n, int64_t chunk, void (*body)(void* context, int64_t begin, int64_t end), void* context);
 
   template <class Body>
@@ -39,7 +39,8 @@ class Team {
 
  private:
   friend class Pool;
-  Team(int count, class Pool* pool) : count(count), pool_(pool) {}
+  Team(int count, int member, class Pool* pool) : count(count), member_(member), pool_(pool) {}
+  int member_;        // its number in the pool; 0 is the caller of the region
   class Pool* pool_;  // null for a team of one
   uint32_t phase_ = 0;
 };

@@ -79,27 +79,20 @@ static nb::list list_of(const std::vector<std::optional<FeedForward::Usage>>& us
 }
 
 void bind_decoder(nb::module_& m) {
-  nb::class_<DecoderHandle>(m, "Decoder", "A decoder whose weights are given by name; see cpu/python/decoder_model.h.")
+  nb::class_<DecoderModel>(m, "Decoder", "A decoder whose weights are given by name; see cpu/python/decoder_model.h.")
       .def(
           "__init__",
-          [](DecoderHandle* self, int64_t dim, int64_t head_dim, float eps, const nb::dict& rope, const mx::array& norm,
+          [](DecoderModel* self, int64_t dim, int64_t head_dim, float eps, const nb::dict& rope, const mx::array& norm,
              const nb::dict& embedding, const nb::dict& head) {
-            new (self) DecoderHandle{std::make_shared<DecoderModel>(dim, head_dim, eps, Named(rope, "decoder: rope"),
-                                                                    norm, Named(embedding, "decoder: embedding"),
-                                                                    Named(head, "decoder: head"))};
+            new (self) DecoderModel(dim, head_dim, eps, Named(rope, "decoder: rope"), norm,
+                                    Named(embedding, "decoder: embedding"), Named(head, "decoder: head"));
           },
           nb::kw_only(), nb::arg("dim"), nb::arg("head_dim"), nb::arg("eps"), nb::arg("rope"), nb::arg("norm"),
           nb::arg("embedding"), nb::arg("head"))
+      .def("add_layer", &DecoderModel::add_layer, nb::kw_only(), nb::arg("norms"), nb::arg("attention"),
+           nb::arg("heads"), nb::arg("groups"), nb::arg("window"), nb::arg("feed_forward"))
       .def(
-          "add_layer",
-          [](DecoderHandle& self, const nb::dict& norms, const nb::dict& attention, int64_t heads, int64_t groups,
-             int64_t window, const nb::dict& feed_forward) {
-            self.model->add_layer(norms, attention, heads, groups, window, feed_forward);
-          },
-          nb::kw_only(), nb::arg("norms"), nb::arg("attention"), nb::arg("heads"), nb::arg("groups"), nb::arg("window"),
-          nb::arg("feed_forward"))
-      .def(
-          "usage", [](const DecoderHandle& self) { return list_of(self.model->usage()); },
+          "usage", [](const DecoderModel& self) { return list_of(self.usage()); },
           "Of each layer, what its feed-forward has computed so far: None for a gated one, else {'counts': [...], "
           "'bytes': bytes of weights that its products have read}. The counts are the tokens that took each expert, or "
           "the tokens, and the inputs of gate and up and those of down that they kept.");

@@ -32,12 +32,6 @@ class DecoderModel {
   std::unique_ptr<Decoder> decoder_;
 };
 
-// The object that Python owns. A running task shares ownership of the model but holds no Python object, because the
-// task may outlive the interpreter.
-struct DecoderHandle {
-  std::shared_ptr<DecoderModel> model;
-};
-
 void bind_decoder(nb::module_& m);
 void bind_passes(nb::module_& m);
 

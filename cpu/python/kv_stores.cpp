@@ -1,7 +1,5 @@
 #include "python/kv_stores.h"
 
-#include <cstring>
-
 namespace mlxeff {
 
 static const StoreKind* const known_kinds[] = {&dense_kv_kind, &plane_kv_kind};
@@ -12,10 +10,34 @@ std::vector<std::string> store_kinds() {
   return names;
 }
 
+namespace {
+
+// Evaluates the arrays that are not evaluated yet.
+void evaluate(const std::vector<Named>& dicts, const std::vector<const StoreKind*>& kinds) {
+  std::vector<mx::array> pending;
+  for (size_t i = 0; i < dicts.size(); ++i)
+    for (const char* name : kinds[i]->arrays) {
+      const mx::array& array = dicts[i].array(name);
+      if (array.is_tracer())
+        throw std::invalid_argument(
+            "native decoder: has no gradient; call model.train() first, which computes "
+            "operator by operator");
+      if (!array.is_available()) pending.push_back(array);
+    }
+  if (pending.empty()) return;
+  const nb::gil_scoped_release unlocked;
+  mx::eval(pending);
+  for (mx::array& array : pending) array.wait();
+}
+
+}  // namespace
+
 GivenStores::GivenStores(const nb::list& given, const DecoderSpec& spec, size_t layers, const Span& span) {
   if (given.size() != layers)
     throw std::invalid_argument("decoder: wanted a store for each of " + std::to_string(layers) + " layers, got " +
                                 std::to_string(given.size()));
+  std::vector<Named> dicts;
+  std::vector<const StoreKind*> kinds;
   for (size_t i = 0; i < layers; ++i) {
     Named store(given[i], "decoder: store " + std::to_string(i));
     const StoreKind* const kind = store.kind(known_kinds);
@@ -23,65 +45,20 @@ GivenStores::GivenStores(const nb::list& given, const DecoderSpec& spec, size_t 
     names.insert(names.end(), kind->integers.begin(), kind->integers.end());
     store.expect(names);
     kind->check(store, spec.sizes(spec.layers[i]), span);
-    kinds_.push_back({kind, {}});
-    for (const char* name : kind->integers) kinds_.back().integers.push_back(store.integer(name));
-    for (const char* name : kind->arrays) arrays_.push_back(store.array(name));
+    dicts.push_back(std::move(store));
+    kinds.push_back(kind);
   }
-}
-
-void GivenStores::add_to(std::vector<mx::array>& inputs, std::vector<mx::Shape>& shapes,
-                         std::vector<mx::Dtype>& dtypes) const {
-  for (const mx::array& array : arrays_) {
-    inputs.push_back(array);
-    shapes.push_back(array.shape());
-    dtypes.push_back(array.dtype());
-  }
-}
-
-nb::list GivenStores::updated(const mx::array* outputs) const {
-  nb::list stores;
-  for (const GivenKind& given : kinds_) {
-    nb::dict store;
-    store["kind"] = given.kind->name;
-    for (const char* name : given.kind->arrays) store[name] = *outputs++;
-    for (size_t i = 0; i < given.integers.size(); ++i) store[given.kind->integers[i]] = given.integers[i];
-    stores.append(store);
-  }
-  return stores;
-}
-
-StoreUpdate::StoreUpdate(const std::vector<GivenKind>& kinds, const Span& span, const mx::array* inputs,
-                         mx::array* outputs) {
-  for (const GivenKind& given : kinds) {
-    const StoreKind* const kind = given.kind;
-    for (size_t i = 0; i < kind->arrays.size(); ++i) {
-      const mx::array& in = inputs[i];
-      mx::array& out = outputs[i];
-      if (!in.flags().row_contiguous) throw std::invalid_argument("decoder: wanted row-contiguous arrays of a store");
-      if (in.is_donatable()) {
-        out.copy_shared_buffer(in);
-      } else {
-        out.set_data(mx::allocator::malloc(out.nbytes()));
-        copies_.push_back({out.data<void>(), in.data<void>(), in.nbytes()});
-      }
-    }
-    held_.push_back(kind->open(outputs, given.integers.data(), span));
+  evaluate(dicts, kinds);
+  for (size_t i = 0; i < layers; ++i)
+    for (const char* name : kinds[i]->arrays) arrays_.push_back(dicts[i].writable(name));
+  mx::array* next = arrays_.data();
+  for (size_t i = 0; i < layers; ++i) {
+    std::vector<int64_t> integers;
+    for (const char* name : kinds[i]->integers) integers.push_back(dicts[i].integer(name));
+    held_.push_back(kinds[i]->open(next, integers.data(), span));
     stores_.push_back(held_.back().get());
-    inputs += kind->arrays.size();
-    outputs += kind->arrays.size();
+    next += kinds[i]->arrays.size();
   }
-}
-
-KvStore* const* StoreUpdate::ready() {
-  for (const Copy& copy : copies_) std::memcpy(copy.to, copy.from, copy.bytes);
-  return stores_.data();
-}
-
-void drop_inputs_of_siblings(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {
-  for (const mx::array& output : outputs)
-    if (output.is_tracer()) return;
-  for (mx::array& output : outputs)
-    if (&output.inputs() != &inputs) output.inputs().clear();
 }
 
 }  // namespace mlxeff

@@ -62,6 +62,18 @@ const mx::array& Named::array(const char* name, const mx::Shape& shape) const {
   return value;
 }
 
+const mx::array& Named::writable(const char* name) {
+  const nb::handle value = get(name);
+  const mx::array& given = nb::cast<const mx::array&>(value);
+  if (Py_REFCNT(value.ptr()) <= 2 && given.is_donatable() && given.flags().row_contiguous) return given;
+  mx::array source = given.flags().row_contiguous ? given : mx::contiguous(given);
+  source.eval();
+  mx::array copy(mx::allocator::malloc(given.nbytes()), given.shape(), given.dtype());
+  memcpy(copy.data<void>(), source.data<void>(), given.nbytes());
+  given_[name] = nb::cast(copy);
+  return array(name);
+}
+
 std::optional<mx::array> Named::array_or_none(const char* name) const {
   return has(name) ? std::optional<mx::array>(array(name)) : std::nullopt;
 }

@@ -28,7 +28,10 @@ class Named {
   std::string text(const char* name) const;
   // Returns the array, or an empty optional if the value is None or the name is absent.
   std::optional<mx::array> array_or_none(const char* name) const;
-  // The same, checking that the array has the given shape and a floating-point type.
+  // Returns the array, which must be evaluated, with memory that may be written. Where something else refers to the
+  // array or its memory than the dict and one owner, a copy takes its place in the dict.
+  const mx::array& writable(const char* name);
+  // The same as `array` and `array_or_none`, checking that the array has the given shape and a floating-point type.
   const mx::array& array(const char* name, const mx::Shape& shape) const;
   std::optional<mx::array> array_or_none(const char* name, const mx::Shape& shape) const;
 

@@ -16,6 +16,7 @@ import numpy as np
 from ..cache import Cache
 from ..decode import Setup, Step, explained
 from ..errors import no_notices
+from ..kernels import device
 from .measures import log_probabilities
 
 STEP = 256  # tokens of a pass, where nothing else is asked for
@@ -43,15 +44,19 @@ class Forced:
         return (step.logprobs[None] for step in steps)
 
     def _steps(self) -> Iterator[Step]:
-        """The given tokens as the steps of `decode`, which has appended a token before it is yielded."""
-        logits = self.first
+        """The given tokens as the steps of `decode`, which appends a token after it was yielded, on a GPU before."""
+        logits, ahead = self.first, device() != "cpu"
         for place in range(self.prompt, len(self.ids)):
             found = log_probabilities(logits)[0]
+            mx.eval(found)
+            if not ahead:
+                yield Step(self.ids[place], found)
             if place + 1 < len(self.ids):
                 token = mx.array([[self.ids[place]]])
                 logits = self.setup.model.last_logits(token, self.cache, self.setup.options)
-                mx.eval(found, logits)
-            yield Step(self.ids[place], found)
+                mx.eval(logits)
+            if ahead:
+                yield Step(self.ids[place], found)
 
 
 def forward(setup: Setup, cache: Cache, ids: Sequence[int]) -> mx.array:

@@ -1,4 +1,5 @@
 """The native executor: it computes a decoder's whole forward pass as one call of the CPU extension (`cpu/decoder/`).
+The call computes at once, and writes into the buffers of the cache.
 
 It is made from the description that a model gives of itself (`parts`). It applies on a CPU where every matrix is dense,
 affine-quantised or in a module with the method `native_arrays` (seed-encoded matrices), and the native decoder knows
@@ -88,7 +89,7 @@ class Native:
 
     def forward(self, tokens: mx.array, cache: KVCache, options: RunOptions, last: bool) -> mx.array:
         """See `decoder.Executor.forward`; logits are float32."""
-        logits = self._run(self._native.forward, tokens, cache, cache.layers, options, not last)[0]
+        logits = self._run(self._native.forward, tokens, cache, cache.layers, options, not last)
         return logits[:, 0] if last else logits
 
     def states(
@@ -112,15 +113,16 @@ class Native:
         keys, values = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
         batch, _, new, _ = keys[0].shape
         stores = self._stores(cache.layers, batch, new, FULL_VIEW)
-        self._replace(cache.layers, self._native.append(self._decoder, keys, values, stores, cache.length), new)
+        self._native.append(self._decoder, keys, values, stores, cache.length)
+        self._replace(cache.layers, stores, new)
 
     def _run(
         self, native: Callable, tokens: mx.array, cache: KVCache, layers: list[NativeLayer], options: RunOptions, *what
-    ) -> list:
+    ) -> mx.array | tuple[list[mx.array], ...]:
         """Call a function of the native decoder that appends to the caches `layers`. `what` are its arguments after the
-        length of the cache. Returns its results without the buffers, which replace those of `layers`."""
+        length of the cache. Returns its results, which are evaluated."""
         stores, mode = self._stores(layers, *tokens.shape, options.view), self._modes[options.compute]
-        *results, stores = native(self._decoder, tokens, stores, cache.length, *what, mode, dial=self._dial(options))
+        results = native(self._decoder, tokens, stores, cache.length, *what, mode, dial=self._dial(options))
         self._replace(layers, stores, tokens.shape[1])
         cache.tally[Ran(self.backend, options.compute, options.fraction)] += tokens.shape[1]
         return results

@@ -98,9 +98,9 @@ class Speculation:
         """The steps; `text` grows with them. Between two rounds the cache holds all of it but the last token."""
         most = max_tokens if max_tokens >= 0 else sys.maxsize
 
-        def plainly(logits: mx.array, count: int) -> Iterator[Step]:
-            history, began = mx.array(text) if processors else None, time.perf_counter()
-            spent, got = 0.0, 0
+        def plainly(logits: mx.array, count: int, began: float) -> Iterator[Step]:
+            """`count` steps, the first one from `logits`, which were asked for when the clock showed `began`."""
+            history, spent, got = mx.array(text) if processors else None, 0.0, 0
             for step in decode(model, cache, logits, sampler, processors, history, count, options):
                 spent, got = spent + time.perf_counter() - began, got + 1
                 text.append(step.token)
@@ -111,7 +111,7 @@ class Speculation:
             if got > 1:
                 self._controller.note_plain(got, spent)
 
-        yield from plainly(logits, 1)
+        yield from plainly(logits, 1, time.perf_counter())
         while (left := most - self.statistics.plain - self.statistics.committed) > 0:
             if cache.drops:
                 self._controller.share = self.drafter.share(model, cache)
@@ -120,9 +120,10 @@ class Speculation:
             if width < 1:
                 self._say_off()
                 count = min(self._controller.rest(), left)
+                began = time.perf_counter()
                 with explained("decoding"):
                     after = model.last_logits(mx.array(text[-1:])[None], cache, options)
-                yield from plainly(after, count)
+                yield from plainly(after, count, began)
                 continue
             yield from self._round(model, cache, sampler, processors, text, width, options)
 
