@@ -1,0 +1,205 @@
+"""Which plots follow from the rows of a result, as data: a plot is made of series of points, or of bars. Draws nothing.
+
+A metric that was measured at several prompt lengths or depths is a plot of lines; every other metric is one of bars.
+Then come ratios, published numbers, shares of the ceiling, and every sample over the rounds.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+from ..result import samples_of
+from ..words import digits, in_order, metric_name, scale, shown
+
+MOST = 36  # bars or intervals in a plot; the table has them all
+AXES = {"tokens": "tokens of the prompt", "depth": "tokens in the KV cache"}
+
+
+@dataclass(frozen=True)
+class Point:
+    """A number with its interval `low` to `high`, where there is one. `x`: its place in a plot of lines. `group`: its
+    test, in a plot of bars."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+    x: float = 0
+    group: str = ""
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A plot. `series` maps names of arms to points, `kind` is "lines", "bars", "ratios" or "rounds"; `value_axis` and
+    `x_axis` say what is on them. `note`: what is left out, or how to read it."""
+
+    name: str
+    title: str
+    kind: str
+    series: dict[str, list[Point]]
+    value_axis: str
+    x_axis: str = ""
+    note: str = ""
+
+    @property
+    def described(self) -> str:
+        """All points in words, for those who do not see the plot."""
+        parts = []
+        for arm, points in self.series.items():
+            each = [f"{point.group or f'{point.x:g}'}: {digits(point.value)}" for point in points]
+            parts.append(f"{arm}: {', '.join(each)}")
+        return f"{self.title}. {self.value_axis}. {'; '.join(parts)}."
+
+
+def plots(document: dict) -> list[Plot]:
+    """The plots of a result, the most telling ones first."""
+    rows, found = document["results"], []
+    devices = list(dict.fromkeys(row["device"] for row in rows))
+    for device in devices:
+        here = [row for row in rows if row["device"] == device]
+        also = f" on {device}" if len(devices) > 1 else ""
+        for metric in in_order(row["metric"] for row in here):
+            of_metric = [row for row in here if row["metric"] == metric]
+            found += _metric(metric, of_metric, f"{device}-{metric}", also)
+        found += _ratios([each for each in document["ratios"] if each["device"] == device], device, also)
+        found += _shares(here, device, also)
+        found += _rounds(here, samples_of(document), device, also)
+    return found + _published(document["published"])
+
+
+def _metric(metric: str, rows: list[dict], name: str, also: str) -> Iterator[Plot]:
+    """The plots of one metric on one device."""
+    factor, unit = scale(rows[0]["unit"], max(abs(row["median"]) for row in rows))
+    better = rows[0]["better"]
+    axis = f"{unit or metric_name(metric)}, {better} is better"
+    left = list(rows)
+    for key, label in AXES.items():
+        other = "tokens" if key == "depth" else "depth"
+        facets: dict[tuple, list[dict]] = {}
+        for row in left:
+            if isinstance(row.get(key), int | float):
+                facets.setdefault((row.get("batch"), row.get(other)), []).append(row)
+        for (batch, held), chosen in facets.items():
+            if len({row[key] for row in chosen}) < 2:
+                continue
+            left = [row for row in left if row not in chosen]
+            several = sum(len({row[key] for row in each}) > 1 for each in facets.values()) > 1
+            title = f"{_title(metric)} by {'prompt length' if key == 'tokens' else 'depth'}{also}"
+            if batch is not None and batch != 1:
+                title += f", batch {batch}"
+            if several and held:
+                title += f", {held} {'deep' if other == 'depth' else 'tokens'}"
+            series = _series(chosen, lambda row: _point(row, factor, x=row[key]))  # noqa: B023, used at once
+            ordered = {arm: sorted(points, key=lambda point: point.x) for arm, points in series.items()}
+            yield Plot(f"{name}-by-{key}-{batch}-{held}", title, "lines", ordered, axis, label)
+    if left:
+        kept, note = _most(left)
+        series = _series(kept, lambda row: _point(row, factor, group=row["test"]))
+        yield Plot(name, f"{_title(metric)}{also}", "bars", series, axis, note=note)
+
+
+def _title(metric: str) -> str:
+    words = metric_name(metric)
+    return words[0].upper() + words[1:]
+
+
+def _point(row: dict, factor: float, **place) -> Point:
+    ends = [None if row.get(name) is None else row[name] * factor for name in ("low", "high")]
+    return Point(row["median"] * factor, *ends, **place)
+
+
+def _series(rows: Iterable[dict], point: Callable[[dict], Point]) -> dict[str, list[Point]]:
+    """Arm → the points of its rows."""
+    found: dict[str, list[Point]] = {}
+    for row in rows:
+        found.setdefault(row["arm"], []).append(point(row))
+    return found
+
+
+def _most(rows: list[dict]) -> tuple[list[dict], str]:
+    """(The first MOST of the rows, a note where that is not all of them)."""
+    note = f"The first {MOST} of {len(rows)} rows; the table has all of them." if len(rows) > MOST else ""
+    return rows[:MOST], note
+
+
+def _ratios(ratios: list[dict], device: str, also: str) -> Iterator[Plot]:
+    """A plot for each metric of which there are ratios."""
+    for metric in in_order(each["metric"] for each in ratios):
+        for against in dict.fromkeys(each["against"] for each in ratios if each["metric"] == metric):
+            chosen = [each for each in ratios if (each["metric"], each["against"]) == (metric, against)]
+            kept, note = _most(chosen)
+            series = _series(
+                kept, lambda each: Point(each["ratio"], each.get("low"), each.get("high"), group=each["test"])
+            )
+            axis = f"{metric_name(metric)} divided by that of {against}"
+            title = f"{_title(metric)} against {against}{also}"
+            index = list(dict.fromkeys(each["against"] for each in ratios)).index(against)
+            yield Plot(f"{device}-{metric}-ratio-{index}", title, "ratios", series, axis, note=note)
+
+
+def _shares(rows: list[dict], device: str, also: str) -> Iterator[Plot]:
+    """The shares of the machine's ceiling."""
+    having = [row for row in rows if row.get("share_of_ceiling") is not None]
+    if having:
+        kept, note = _most(having)
+        names = {row["metric"] for row in having}
+        series = _series(
+            kept,
+            lambda row: Point(
+                100 * row["share_of_ceiling"], group=row["test"] + (f", {row['metric']}" if len(names) > 1 else "")
+            ),
+        )
+        title = f"Share of the machine's ceiling{also}"
+        yield Plot(f"{device}-ceiling", title, "bars", series, "% of the ceiling, higher is better", note=note)
+
+
+def _rounds(rows: list[dict], values: Callable[[dict], list[float]], device: str, also: str) -> Iterator[Plot]:
+    """Every sample by the median of its row, over the rounds; of what follows from another metric, not."""
+    metrics = in_order(row["metric"] for row in rows)
+    for metric in metrics:
+        if (metric == "prompt_tps" and "ttft_s" in metrics) or metric.endswith("_bytes"):
+            continue
+        series: dict[str, list[Point]] = {}
+        for row in rows:
+            found = values(row) if row["metric"] == metric else []
+            if len(found) > 1 and row["median"]:
+                points = [Point(v / row["median"], x=i + 1, group=row["test"]) for i, v in enumerate(found)]
+                series.setdefault(row["arm"], []).extend(points)
+        if series:
+            note = "A line for each test. A slope or a step is a disturbance of the machine."
+            title = f"{_title(metric)}: every sample{also}"
+            yield Plot(f"{device}-{metric}-rounds", title, "rounds", series, "sample by median", "round", note)
+
+
+def _published(lines: list[dict]) -> Iterator[Plot]:
+    """Our numbers by published ones, where both are known."""
+    both = [each for each in lines if each.get("ours") and each.get("theirs")]
+    if both:
+        kept, note = _most(both)
+        series = {"ours by published": [Point(each["ours"] / each["theirs"], group=each["what"]) for each in kept]}
+        conditions = "Machines and software differ: the table has each source."
+        axis = "our number divided by the published one"
+        yield Plot("published", "Our numbers by published ones", "ratios", series, axis, note=f"{conditions} {note}")
+
+
+def headline(document: dict, metrics: Iterable[str]) -> list[tuple[str, str, str, list[tuple[str, str, str]]]]:
+    """The numbers to see first: (metric, test, device, [(arm, value, ratio to another arm)], the best arm first) for each of
+    the `metrics` that was measured, at the test with the longest prompt or the greatest depth."""
+    found = []
+    for metric in metrics:
+        rows = [row for row in document["results"] if row["metric"] == metric]
+        for device in dict.fromkeys(row["device"] for row in rows):
+            here = [row for row in rows if row["device"] == device]
+            first = max(here, key=lambda row: (row.get("depth") or 0, row.get("tokens") or 0, -(row.get("batch") or 1)))
+            chosen = [row for row in here if row["test"] == first["test"]]
+            chosen.sort(key=lambda row: row["median"], reverse=first["better"] == "higher")
+            arms = [(row["arm"], shown(row["median"], row["unit"]), _against(row, document)) for row in chosen]
+            found.append((metric, first["test"], device, arms))
+    return found
+
+
+def _against(row: dict, document: dict) -> str:
+    """The ratio of a row to another arm in words, "" where there is none."""
+    for each in document["ratios"]:
+        if all(each[key] == row[key] for key in ("arm", "device", "test", "metric")):
+            ends = f" ({digits(each['low'])} to {digits(each['high'])})" if each.get("low") is not None else ""
+            return f"{digits(each['ratio'])} × {each['against']}{ends}"
+    return ""
