@@ -1,4 +1,4 @@
-"""Made-up results of benchmarks with known medians: two arms, five tests and five passes, as `mlxeff bench` writes them."""
+"""Made-up results of benchmarks with known medians: two arms, tests and five passes, as `mlxeff bench` writes them."""
 
 import json
 from statistics import fmean, median, stdev

@@ -1,5 +1,5 @@
-"""`mlxeff bench compare`: results of benchmarks row by row, and which rows became better or worse than the noise of both
-measurements. Measures nothing.
+"""`mlxeff bench compare`: results of benchmarks row by row, and which rows became better or worse by more than the
+noise of both measurements. Measures nothing.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -65,7 +65,9 @@ def compare(before: dict, after: dict, threshold: float, names: tuple[str, str])
     MlxeffError where they have no row in common; `names` are those of the files."""
     first, second = ({key_of(row): row for row in each["results"]} for each in (before, after))
     if not set(first) & set(second):
-        rows = [f"{name} has {some(map(row_name, each.values())) or 'none'}" for name, each in zip(names, (first, second))]
+        rows = [
+            f"{name} has {some(map(row_name, each.values())) or 'none'}" for name, each in zip(names, (first, second))
+        ]
         raise MlxeffError(f"bench compare: wanted results with a row in common; {'; '.join(rows)}", 600)
     values = samples_of(before), samples_of(after)
     changes = [

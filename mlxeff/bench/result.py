@@ -1,5 +1,5 @@
-"""Results of benchmarks as they stand in files: reads and checks the documents that `mlxeff bench` writes, and the files
-of samples of `mlxeff bench ttft --out`. Measures nothing.
+"""Results of benchmarks as they stand in files: reads and checks the documents that `mlxeff bench` writes, and the
+files of samples of `mlxeff bench ttft --out`. Measures nothing.
 
 A document is a dict as docs/json.md describes it. Its "results" are rows: one metric of one arm at one test.
 """

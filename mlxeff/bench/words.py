@@ -12,12 +12,19 @@ METRICS = {  # metric → its name, in the order in which metrics are shown
     "gbps": "memory bandwidth",
     "gflops": "arithmetic",
 }
+SHORT = {"ttft_s": "TTFT", "decode_tps": "speed", "prompt_tps": "speed", "peak_bytes": "memory"}  # in labels of plots
 STEPS = ((1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
 def metric_name(metric: str) -> str:
     """The name of a metric in words; of an unknown one its own name."""
     return METRICS.get(metric, metric)
+
+
+def title_of(metric: str) -> str:
+    """The name of a metric in words, with a capital letter; of an unknown one its own name."""
+    words = metric_name(metric)
+    return words[0].upper() + words[1:] if metric in METRICS else words
 
 
 def in_order(metrics: Iterable[str]) -> list[str]:

@@ -4,11 +4,13 @@ A metric that was measured at several prompt lengths or depths is a plot of line
 Then come ratios, published numbers, shares of the ceiling, and every sample over the rounds.
 """
 
+import itertools
+import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..result import samples_of
-from ..words import digits, in_order, metric_name, scale, shown
+from ..words import SHORT, digits, in_order, metric_name, scale, shown, title_of
 
 MOST = 36  # bars or intervals in a plot; the table has them all
 AXES = {"tokens": "tokens of the prompt", "depth": "tokens in the KV cache"}
@@ -50,7 +52,18 @@ class Plot:
 
 
 def plots(document: dict) -> list[Plot]:
-    """The plots of a result, the most telling ones first."""
+    """The plots of a result, the most telling ones first. Their names are unique, and good in file names and ids."""
+    found: dict[str, Plot] = {}
+    for plot in _all(document):
+        slug = re.sub(r"[^a-z0-9]+", "-", plot.name.lower()).strip("-")
+        name = next(
+            name for count in itertools.count(1) if (name := f"{slug}-{count}" if count > 1 else slug) not in found
+        )
+        found[name] = replace(plot, name=name)
+    return list(found.values())
+
+
+def _all(document: dict) -> list[Plot]:
     rows, found = document["results"], []
     devices = list(dict.fromkeys(row["device"] for row in rows))
     for device in devices:
@@ -59,10 +72,10 @@ def plots(document: dict) -> list[Plot]:
         for metric in in_order(row["metric"] for row in here):
             of_metric = [row for row in here if row["metric"] == metric]
             found += _metric(metric, of_metric, f"{device}-{metric}", also)
-        found += _ratios([each for each in document["ratios"] if each["device"] == device], device, also)
+        found += _ratios([each for each in document["ratios"] if each["device"] == device], here, device, also)
         found += _shares(here, device, also)
         found += _rounds(here, samples_of(document), device, also)
-    return found + _published(document["published"])
+    return [*found, *_published(document["published"])]
 
 
 def _metric(metric: str, rows: list[dict], name: str, also: str) -> Iterator[Plot]:
@@ -82,7 +95,7 @@ def _metric(metric: str, rows: list[dict], name: str, also: str) -> Iterator[Plo
                 continue
             left = [row for row in left if row not in chosen]
             several = sum(len({row[key] for row in each}) > 1 for each in facets.values()) > 1
-            title = f"{_title(metric)} by {'prompt length' if key == 'tokens' else 'depth'}{also}"
+            title = f"{title_of(metric)} by {'prompt length' if key == 'tokens' else 'depth'}{also}"
             if batch is not None and batch != 1:
                 title += f", batch {batch}"
             if several and held:
@@ -93,12 +106,7 @@ def _metric(metric: str, rows: list[dict], name: str, also: str) -> Iterator[Plo
     if left:
         kept, note = _most(left)
         series = _series(kept, lambda row: _point(row, factor, group=row["test"]))
-        yield Plot(name, f"{_title(metric)}{also}", "bars", series, axis, note=note)
-
-
-def _title(metric: str) -> str:
-    words = metric_name(metric)
-    return words[0].upper() + words[1:]
+        yield Plot(name, f"{title_of(metric)}{also}", "bars", series, axis, note=note)
 
 
 def _point(row: dict, factor: float, **place) -> Point:
@@ -120,19 +128,28 @@ def _most(rows: list[dict]) -> tuple[list[dict], str]:
     return rows[:MOST], note
 
 
-def _ratios(ratios: list[dict], device: str, also: str) -> Iterator[Plot]:
-    """A plot for each metric of which there are ratios."""
-    for metric in in_order(each["metric"] for each in ratios):
-        for against in dict.fromkeys(each["against"] for each in ratios if each["metric"] == metric):
-            chosen = [each for each in ratios if (each["metric"], each["against"]) == (metric, against)]
-            kept, note = _most(chosen)
-            series = _series(
-                kept, lambda each: Point(each["ratio"], each.get("low"), each.get("high"), group=each["test"])
-            )
-            axis = f"{metric_name(metric)} divided by that of {against}"
-            title = f"{_title(metric)} against {against}{also}"
-            index = list(dict.fromkeys(each["against"] for each in ratios)).index(against)
-            yield Plot(f"{device}-{metric}-ratio-{index}", title, "ratios", series, axis, note=note)
+def _ratios(ratios: list[dict], rows: list[dict], device: str, also: str) -> Iterator[Plot]:
+    """A plot for each arm to which others are compared. Where less is better, ratios are inverted, so that above 1 is
+    better everywhere; what follows from another metric of the same test is left out."""
+    better = {row["metric"]: row["better"] for row in rows}
+    known = [each for each in ratios if each["metric"] in better and each["ratio"] > 0]
+    timed = {(each["arm"], each["test"]) for each in known if each["metric"] == "ttft_s"}
+    known = [each for each in known if each["metric"] != "prompt_tps" or (each["arm"], each["test"]) not in timed]
+    known.sort(key=lambda each: in_order(better).index(each["metric"]))
+    for index, against in enumerate(dict.fromkeys(each["against"] for each in known)):
+        kept, note = _most([each for each in known if each["against"] == against])
+        series = _series(kept, lambda each: _gain(each, better[each["metric"]]))
+        axis = f"times as good as {against}: above 1 is better"
+        yield Plot(f"{device}-ratios-{index}", f"Against {against}{also}", "ratios", series, axis, note=note)
+
+
+def _gain(ratio: dict, better: str) -> Point:
+    """A ratio as a point, inverted where less is better."""
+    numbers = [ratio["ratio"], ratio.get("low"), ratio.get("high")]
+    if better == "lower":
+        value, low, high = (1 / number if number else None for number in numbers)
+        numbers = [value, high, low]
+    return Point(*numbers, group=f"{ratio['test']} {SHORT.get(ratio['metric'], ratio['metric'])}")
 
 
 def _shares(rows: list[dict], device: str, also: str) -> Iterator[Plot]:
@@ -165,7 +182,7 @@ def _rounds(rows: list[dict], values: Callable[[dict], list[float]], device: str
                 series.setdefault(row["arm"], []).extend(points)
         if series:
             note = "A line for each test. A slope or a step is a disturbance of the machine."
-            title = f"{_title(metric)}: every sample{also}"
+            title = f"{title_of(metric)}: every sample{also}"
             yield Plot(f"{device}-{metric}-rounds", title, "rounds", series, "sample by median", "round", note)
 
 
@@ -181,8 +198,8 @@ def _published(lines: list[dict]) -> Iterator[Plot]:
 
 
 def headline(document: dict, metrics: Iterable[str]) -> list[tuple[str, str, str, list[tuple[str, str, str]]]]:
-    """The numbers to see first: (metric, test, device, [(arm, value, ratio to another arm)], the best arm first) for each of
-    the `metrics` that was measured, at the test with the longest prompt or the greatest depth."""
+    """The numbers to see first, for each of the `metrics` that was measured, at the test with the longest prompt or the
+    greatest depth: (metric, test, device, [(arm, value, ratio to another arm)], the best arm first)."""
     found = []
     for metric in metrics:
         rows = [row for row in document["results"] if row["metric"] == metric]
@@ -201,5 +218,5 @@ def _against(row: dict, document: dict) -> str:
     for each in document["ratios"]:
         if all(each[key] == row[key] for key in ("arm", "device", "test", "metric")):
             ends = f" ({digits(each['low'])} to {digits(each['high'])})" if each.get("low") is not None else ""
-            return f"{digits(each['ratio'])} × {each['against']}{ends}"
+            return f"{digits(each['ratio'])} × that of {each['against']}{ends}"
     return ""

@@ -19,16 +19,17 @@ SERIES = ("#2a78d6", "#eb6834", "#1baf7a", "#4a3aa7", "#eda100", "#e34948", "#e8
 VARIABLES = {INK: "--ink", MUTED: "--muted", GRID: "--grid", PAPER: "--paper"} | {
     colour: f"--series-{index + 1}" for index, colour in enumerate(SERIES)
 }
+COLOUR = re.compile("|".join(VARIABLES))
 SOFTWARE = "mlxeff bench page"  # the mark of our PNG files
 STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "mlxeff",
     "text.parse_math": False,
-    "font.size": 11,
+    "font.size": 12,
     "text.color": INK,
     "axes.edgecolor": GRID,
     "axes.labelcolor": MUTED,
-    "axes.labelsize": 10,
+    "axes.labelsize": 11,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.facecolor": "none",
@@ -37,7 +38,9 @@ STYLE = {
     "grid.color": GRID,
     "grid.linewidth": 0.8,
     "legend.frameon": False,
-    "legend.fontsize": 10,
+    "legend.fontsize": 11,
+    "xtick.labelsize": 11,
+    "ytick.labelsize": 11,
     "xtick.color": GRID,
     "ytick.color": GRID,
     "xtick.labelcolor": MUTED,
@@ -59,13 +62,13 @@ def inline(figure: "Figure", name: str, title: str, described: str) -> str:
     """The figure as an <svg> element, named `title` and described by the text `described`. `name` makes the ids in it
     unique on the page."""
     out = io.StringIO()
-    figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    figure.savefig(out, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     text = out.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = re.sub(r'\bid="', f'id="{name}-', text)
     text = re.sub(r'url\(#|href="#', lambda found: f"{found[0]}{name}-", text)
-    text = re.sub("|".join(VARIABLES), lambda found: f"var({VARIABLES[found[0]]})", text)
+    text = re.sub(r'style="[^"]*"', lambda found: COLOUR.sub(_variable, found[0]), text)
     width, height = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', text).groups()
     opening = (
         f'<svg viewBox="0 0 {width} {height}" role="img" aria-labelledby="{name}-title {name}-text" '
@@ -73,6 +76,10 @@ def inline(figure: "Figure", name: str, title: str, described: str) -> str:
         f'<title id="{name}-title">{html.escape(title)}</title><desc id="{name}-text">{html.escape(described)}</desc>'
     )
     return opening + text[text.index(">", text.index("<svg")) + 1 :].strip()
+
+
+def _variable(found: re.Match) -> str:
+    return f"var({VARIABLES[found[0]]})"
 
 
 def png(figure: "Figure") -> bytes:

@@ -1,0 +1,261 @@
+"""The parts of the page: what was measured, the numbers to see first, plots, tables, machine and settings."""
+
+import base64
+from collections.abc import Callable, Sequence
+from importlib import resources
+
+from ... import __version__
+from ...errors import MlxeffError
+from ...names import json_text
+from .. import compare
+from ..comparison_text import letter_of
+from ..words import digits, in_order, percent, scale, shown, title_of
+from .markup import badge, facts, folded, listed, section, table, text
+from .plots import Plot, headline
+
+MARK = '<meta name="generator" content="mlxeff bench page">'  # a file that has it may be written anew
+# Nothing is fetched, and no script runs, whatever a result holds.
+POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+HEADLINES = 6  # numbers to see first, and arms for each
+THRESHOLD = 0.03  # of the comparison of several results
+LABELS = {
+    "published": "printed in the source",
+    "reconstructed": "computed from what the source prints",
+    "recalled": "from memory, not checked in the source",
+    "unknown": "of unknown origin",
+}
+STYLE = resources.files(__package__).joinpath("style.css")
+Drawn = Sequence[tuple[Plot, str]]  # plots with their SVG
+
+
+def page(results: Sequence[tuple[str, dict, Drawn]]) -> str:
+    """The whole page for results, each with the name of its file and its plots."""
+    several = len(results) > 1
+    first = results[0][1]
+    name = "Benchmarks beside each other" if several else title(first)
+    body = [f"<header><h1>{text(name)}</h1>{'' if several else _machine_line(first)}</header>"]
+    if several:
+        body.append(_contents(results))
+        body += [_comparison(results[0], other, letter_of(index)) for index, other in enumerate(results) if index]
+    for index, (file, document, drawn) in enumerate(results):
+        body.append(_result(file, document, drawn, letter_of(index) if several else ""))
+    body.append(
+        f"<footer>Made by mlxeff {text(__version__)} from {text(', '.join(each[0] for each in results))}.</footer>"
+    )
+    return "\n".join(
+        [
+            '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">',
+            f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">{MARK}',
+            '<meta name="viewport" content="width=device-width, initial-scale=1">',
+            '<meta name="color-scheme" content="light dark"><link rel="icon" href="data:,">',
+            f"<title>{text(name)}</title><style>{STYLE.read_text(encoding='utf-8')}</style></head><body><main>",
+            *body,
+            "</main></body></html>\n",
+        ]
+    )
+
+
+def title(document: dict) -> str:
+    """What was measured, in a few words."""
+    settings = document["settings"]
+    what = settings.get("suite") or settings.get("model") or "results"
+    return f"Benchmark of {what}"
+
+
+def _machine_line(document: dict) -> str:
+    """The machine and the versions in one line."""
+    card = document["card"]
+    parts = [card.get("cpu"), card.get("memory_gb") and f"{card['memory_gb']:g} GB", card.get("system")]
+    parts += [f"{name} {card[name]}" for name in ("mlxeff", "mlx") if card.get(name)]
+    return f'<p class="machine">{text(" · ".join(str(part) for part in parts if part))}</p>'
+
+
+def _contents(results: Sequence[tuple[str, dict, Drawn]]) -> str:
+    links = [
+        f'<li><a href="#result-{letter_of(index)}">{letter_of(index)}: {text(title(document))}</a> {text(file)}</li>'
+        for index, (file, document, _) in enumerate(results)
+    ]
+    return f"<nav><ul>{''.join(links)}</ul></nav>"
+
+
+def _result(file: str, document: dict, drawn: Drawn, letter: str) -> str:
+    """All sections about one result; `letter`: its name where there are several, else ""."""
+    figures = "".join(_figure(plot, svg) for plot, svg in drawn)
+    parts = [
+        section("At a glance", _tiles(document)),
+        section("Left out and noted", _noted(document)),
+        section("Plots", f'<div class="plots">{figures}</div>' if figures else ""),
+        section("Beside published numbers", _published(document["published"])),
+        section("Results", *_results(document)),
+        section("Ratios", _ratios(document["ratios"])),
+        section("Machine", facts(document["card"]), *_ceilings(document["ceilings"])),
+        section("What was asked", facts(document["settings"])),
+        section("Arms", _arms(document["arms"])),
+        section("Every sample", folded(f"{len(document['samples'])} samples", _samples(document["samples"]))),
+        section("The data", _download(file, document)),
+    ]
+    if not letter:
+        return "\n".join(parts)
+    head = f"<h1>{letter}: {text(title(document))}</h1>{_machine_line(document)}"
+    return f'<article id="result-{letter}">{head}' + "\n".join(parts) + "</article>"
+
+
+def _tiles(document: dict) -> str:
+    """A tile for each of the first metrics: the arms at the hardest test, the best one first."""
+    metrics = in_order(row["metric"] for row in document["results"])
+    # The prompt's speed says the same as the time to the first token.
+    chosen = [each for each in metrics if each != "prompt_tps" or "ttft_s" not in metrics]
+    found = headline(document, chosen)
+    tiles = []
+    for metric, test, device, arms in found[:HEADLINES]:
+        lines = [f'<p class="what">{text(title_of(metric))}<span> {text(test)} · {text(device)}</span></p>']
+        for index, (arm, value, ratio) in enumerate(arms[:HEADLINES]):
+            big = "best" if index == 0 and len(arms) > 1 else ""
+            also = f"<small>{text(ratio)}</small>" if ratio else ""
+            lines.append(f'<p class="arm {big}"><b>{text(value)}</b> <span>{text(arm)}</span>{also}</p>')
+        if len(arms) > HEADLINES:
+            lines.append(f"<p>and {len(arms) - HEADLINES} more arms in the table</p>")
+        tiles.append(f'<div class="tile">{"".join(lines)}</div>')
+    more = f"<p>{len(found) - HEADLINES} more metrics are in the tables.</p>" if len(found) > HEADLINES else ""
+    return f'<div class="tiles">{"".join(tiles)}</div>{more}' if tiles else ""
+
+
+def _noted(document: dict) -> str:
+    lines = [f"left out: {line}" for line in document["skipped"]]
+    return listed([*lines, *(f"noted: {line}" for line in document["notices"])])
+
+
+def _figure(plot: Plot, svg: str) -> str:
+    note = f"<small>{text(plot.note)}</small>" if plot.note else ""
+    return f"<figure><figcaption>{text(plot.title)}{note}</figcaption>{svg}</figure>"
+
+
+def _results(document: dict) -> list[str]:
+    """A table for each metric, in one unit; columns without any number are left out."""
+    parts, rows = [], document["results"]
+    devices = len({row["device"] for row in rows}) > 1
+    for metric in in_order(row["metric"] for row in rows):
+        chosen = [row for row in rows if row["metric"] == metric]
+        factor, unit = scale(chosen[0]["unit"], max(abs(row["median"]) for row in chosen))
+        columns: dict[str, Callable[[dict], object]] = {"test": lambda row: row["test"]}
+        columns |= {"device": lambda row: row["device"]} if devices else {}
+        columns |= {"median": _number("median", factor), "95 % interval": _interval(factor)}
+        columns |= {"mean": _number("mean", factor), "± sd": _number("stddev", factor)}
+        columns |= {name: _number(name, factor) for name in ("min", "max", "p90", "p99")}
+        columns |= {"samples": lambda row: row["count"], "of the ceiling": _share}
+        columns |= {"moved": lambda row: "" if row.get("bytes_moved") is None else shown(row["bytes_moved"], "bytes")}
+        cells = {name: [column(row) for row in chosen] for name, column in columns.items()}
+        kept = {name: each for name, each in cells.items() if any(value != "" for value in each)}
+        lines = [[row["arm"], *each] for row, each in zip(chosen, zip(*kept.values()))]
+        words = f"{title_of(metric)}{f' in {unit}' if unit else ''} ({metric}), {chosen[0]['better']} is better"
+        parts.append(table(words, ["arm", *kept], lines, range(2 + devices, len(kept) + 1)))
+    return parts
+
+
+def _number(name: str, factor: float) -> Callable[[dict], str]:
+    """The cell of a row with the number `name` times `factor`; "" where there is none."""
+    return lambda row: "" if row.get(name) is None else digits(row[name] * factor)
+
+
+def _interval(factor: float) -> Callable[[dict], str]:
+    low, high = _number("low", factor), _number("high", factor)
+    return lambda row: f"{low(row)} to {high(row)}" if low(row) and high(row) else ""
+
+
+def _share(row: dict) -> str:
+    share = row.get("share_of_ceiling")
+    return "" if share is None else f"{100 * share:.0f} %"
+
+
+def _ratios(ratios: Sequence[dict]) -> str:
+    rows = []
+    for each in ratios:
+        ends = each.get("low"), each.get("high")
+        interval = "" if None in ends else f"{digits(ends[0])} to {digits(ends[1])}"
+        rows.append([each["arm"], each["against"], each["test"], each["metric"], digits(each["ratio"]), interval])
+    header = ["arm", "divided by", "test", "metric", "ratio", "95 % interval"]
+    return table("Medians of arms divided by those of another arm", header, rows, (4, 5))
+
+
+def _published(lines: Sequence[dict]) -> str:
+    """Published numbers beside ours, with what their labels mean."""
+    rows = []
+    for each in lines:
+        ours, theirs, unit = each.get("ours"), each.get("theirs"), each.get("unit") or ""
+        ratio = f"{ours / theirs:.2f}" if ours is not None and theirs else ""
+        where = each.get("arm"), each.get("test")
+        cells = [each["what"], *(part or "" for part in where), "" if ours is None else shown(ours, unit)]
+        rows.append([*cells, shown(theirs, unit), ratio, badge(each["label"]), each.get("source") or ""])
+    header = ["what", "arm", "test", "ours", "theirs", "ours / theirs", "label", "source"]
+    found = table("Our numbers and published ones", header, rows, (3, 4, 5))
+    labels = [f"{label}: {LABELS[label]}" for label in LABELS if any(each["label"] == label for each in lines)]
+    return found and found + f'<p class="legend">Labels. {text("; ".join(labels))}.</p>' if labels else found
+
+
+def _ceilings(ceilings: dict) -> list[str]:
+    rows = [
+        [device, *(shown(each.get(name), unit) for name, unit in (("read_gbps", "GB/s"), ("gflops", "GFLOP/s"))),
+         each.get("how") or ""]
+        for device, each in ceilings.items()
+    ]  # fmt: skip
+    return [table("Ceilings of the machine", ["device", "reads", "arithmetic", "how they were measured"], rows, (1, 2))]
+
+
+def _arms(arms: dict) -> str:
+    names = list(dict.fromkeys(name for each in arms.values() for name in each))
+    rows = [[arm, *(_fact(name, each.get(name)) for name in names)] for arm, each in arms.items()]
+    return table("What is known of the arms without a measurement", ["arm", *names], rows)
+
+
+def _fact(name: str, value: object) -> str:
+    if value is None:
+        return ""
+    if name.endswith("_bytes") and isinstance(value, int | float):
+        return shown(value, "bytes")
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+def _samples(samples: Sequence[dict]) -> str:
+    metrics = in_order(metric for each in samples for metric in each["values"])
+    rows = []
+    for each in samples:
+        values = [each["values"].get(metric) for metric in metrics]
+        numbers = [
+            "" if value is None else digits(value) if isinstance(value, int | float) else value for value in values
+        ]
+        rows.append(
+            [each["arm"], each["test"], each["device"], each.get("round", ""), *numbers, each.get("load_average", "")]
+        )
+    header = ["arm", "test", "device", "round", *metrics, "load average"]
+    return table("Samples, in base units", header, rows, range(3, len(header)))
+
+
+def _download(file: str, document: dict) -> str:
+    """A link that saves the JSON document, which the page holds."""
+    data = base64.b64encode(json_text(document, indent=1).encode("utf-8")).decode("ascii")
+    name = file.replace("\\", "/").rpartition("/")[2].rpartition(".")[0] or "result"
+    link = (
+        f'<a class="download" download="{text(name)}.json" href="data:application/json;base64,{data}">Save the JSON</a>'
+    )
+    return f"<p>{link} All numbers of this page, with every sample.</p>"
+
+
+def _comparison(first: tuple[str, dict, Drawn], other: tuple[str, dict, Drawn], letter: str) -> str:
+    """How a result differs from the first one."""
+    try:
+        found = compare.compare(first[1], other[1], THRESHOLD, (first[0], other[0]))
+    except MlxeffError as error:
+        return section(f"{letter} beside A", f"<p>{text(error)}</p>")
+    rows = [
+        [each.arm, each.test, each.metric, shown(each.before, each.unit), shown(each.after, each.unit),
+         percent(each.change), "" if each.low is None else f"{percent(each.low)} to {percent(each.high)}",
+         badge(each.verdict)]
+        for each in found.changes
+    ]  # fmt: skip
+    header = ["arm", "test", "metric", "A", letter, "change", "95 % interval", "verdict"]
+    lines = [*(f"differs: {line}" for line in found.differences), *(f"only in A: {name}" for name in found.only_before)]
+    lines += [f"only in {letter}: {name}" for name in found.only_after]
+    rule = f"A change of up to {100 * THRESHOLD:g} %, or one whose interval holds 0, is noise."
+    words = f"<p>{text(compare.summary(found))}. {rule}</p>"
+    drawn = table(f"{letter} beside A", header, rows, range(3, 7))
+    return section(f"{letter} beside A", words, drawn, listed(lines))
