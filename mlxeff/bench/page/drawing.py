@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING
 from ...errors import one_line
 from ..words import digits
 from .plots import Plot, Point
-from .svg import GRID, INK, SERIES
+from .svg import GRID, INK, PAPER, SERIES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 WIDTH = 4.9  # inches, of 72 units each in the SVG
-MARKERS, DASHES = "osD^vPX*", ("-", "--", ":", "-.")
+MARKERS, DASHES, HATCHES = "osD^vPX*", ("-", "--", ":", "-."), ("", "///", "...", "xxx")
 BAR, LEGEND = 0.28, 0.22  # inches of a bar and of an entry of the legend
 NAME, TEST = 48, 22  # characters of an arm in a legend, and of a line of a test on an axis
 
@@ -146,7 +146,8 @@ def _bars(plot: Plot, axes: "Axes", colours: dict[str, int]) -> list:
     rows, middles = _rows(plot)
     handles = {}
     for place, arm, point in rows:
-        bar = axes.barh(place, point.value, 0.78, color=_colour(arm, colours))
+        hatch = HATCHES[colours.get(arm, 0) // len(SERIES) % len(HATCHES)]
+        bar = axes.barh(place, point.value, 0.78, color=_colour(arm, colours), hatch=hatch, edgecolor=PAPER)
         handles.setdefault(arm, bar)
         if point.low is not None:
             axes.errorbar(point.value, place, xerr=_only(point), color=INK, capsize=2, linewidth=1)
@@ -169,10 +170,10 @@ def _ratios(plot: Plot, axes: "Axes", colours: dict[str, int]) -> list:
     for place, arm, point in rows:
         look = _look(arm, colours) | {"linestyle": "none"}
         spread = None if point.low is None or point.high is None else _only(point)
-        handles.setdefault(arm, axes.errorbar(point.value, place, xerr=spread, **look, capsize=3, markersize=6))
+        handles.setdefault(arm, axes.errorbar(point.value, place, xerr=spread, **look, capsize=3, markersize=5))
         text = f"{digits(point.value)} ×"
         axes.annotate(text, (1, place), xycoords=("axes fraction", "data"), ha="right", va="center", fontsize=10)
-    axes.axvline(1, color=INK, linewidth=1.2, zorder=0)
+    axes.axvline(1, color=INK, linewidth=1.2, zorder=1)
     _flat(plot, axes, middles, rows[-1][0])
     ends = [each for _, _, point in rows for each in (point.low, point.high, point.value) if each is not None] + [1]
     room = max(ends) - min(ends) or 1

@@ -2,16 +2,20 @@
 
 import importlib.util
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ...checkpoint import temporary_beside
 from ...errors import MlxeffError
 from ...names import expand
-from .. import result
+from .. import compare, result
 from ..comparison_text import letter_of
 from . import drawing, sections, svg
-from .plots import plots
+from .plots import Plot, changes, plots
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 HEAD = 2048  # bytes at the beginning of a file, in which the mark of our files stands
 
@@ -28,25 +32,45 @@ def write(names: Sequence[str], out: str | None, folder: str | None) -> dict:
     documents = [result.read(name) for name in names]
     page = expand(out) if out else expand(names[0]).with_suffix(".html")
     _check(page)
-    results, pictures = [], []
+    pictures: list[tuple[Path, Figure]] = []
+
+    def drawn(prefix: str, every: Iterable[Plot], colours: dict[str, int]) -> list[tuple[Plot, str]]:
+        """The plots with their SVG; collects their pictures."""
+        found = []
+        for plot in every:
+            figure, name = drawing.draw(plot, colours), prefix + plot.name
+            found.append((plot, svg.inline(figure, name, plot.title, plot.described)))
+            if folder:
+                pictures.append((expand(folder) / f"{name}.png", drawing.titled(figure, plot.title)))
+        return found
+
+    results, beside = [], []
     with svg.style():
         for index, (name, document) in enumerate(zip(names, documents)):
-            prefix = f"{letter_of(index).lower()}-" if len(names) > 1 else ""
+            letter = letter_of(index)
+            prefix = f"{letter.lower()}-" if len(names) > 1 else ""
             colours = {arm: number for number, arm in enumerate(_arms(document))}
-            drawn = []
-            for plot in plots(document):
-                figure, own = drawing.draw(plot, colours), prefix + plot.name
-                drawn.append((plot, svg.inline(figure, own, plot.title, plot.described)))
-                if folder:
-                    pictures.append((expand(folder) / f"{own}.png", drawing.titled(figure, plot.title)))
-            results.append((name, document, drawn))
+            results.append((name, document, drawn(prefix, plots(document), colours)))
+            if index:
+                found = _compared(documents[0], document, (names[0], name))
+                of_both = {arm: number for number, arm in enumerate(_arms(documents[0]))}
+                every = changes(found, letter) if isinstance(found, compare.Comparison) else []
+                beside.append((letter, found, drawn(prefix, every, of_both)))
         files = [(path, svg.png(figure)) for path, figure in pictures]
     for path, _ in files:
         _check(path, folder=True)
-    for path, data in [*files, (page, sections.page(results).encode("utf-8", "backslashreplace"))]:
+    for path, data in [*files, (page, sections.page(results, beside).encode("utf-8", "backslashreplace"))]:
         _replace(path, data)
-    titles = [plot.title for _, _, drawn in results for plot, _ in drawn]
+    titles = [plot.title for _, _, pairs in [*beside, *results] for plot, _ in pairs]
     return {"out": str(page), "png": [str(path) for path, _ in files], "plots": titles}
+
+
+def _compared(first: dict, other: dict, names: tuple[str, str]) -> compare.Comparison | str:
+    """A result beside the first one, or why they cannot be compared: the page shows both all the same."""
+    try:
+        return compare.compare(first, other, sections.THRESHOLD, names)
+    except MlxeffError as error:
+        return str(error)
 
 
 def _arms(document: dict) -> list[str]:

@@ -12,13 +12,14 @@ def text(value: object) -> str:
 
 
 def table(caption: str, header: Sequence[str], rows: Iterable[Sequence[object]], numbers: Iterable[int] = ()) -> str:
-    """A table that scrolls inside its box, with the first column in its place; "" without rows. `numbers` are the
-    columns to align to the right. A cell that is a `Raw` is HTML already."""
+    """A table below its caption that scrolls inside its box, with the first column in its place; "" without rows.
+    `numbers` are the columns to align to the right. A cell that is a `Raw` is HTML already."""
     rows, right = list(rows), set(numbers)
     if not rows:
         return ""
-    parts = [f'<div class="scroll" tabindex="0" role="region" aria-label="{text(caption)}"><table>']
-    parts.append(f"<caption>{text(caption)}</caption><thead><tr>")
+    parts = [f'<p class="caption">{text(caption)}</p>']
+    label = f'aria-label="{text(caption)}"'
+    parts.append(f'<div class="scroll" tabindex="0" role="region" {label}><table {label}><thead><tr>')
     parts += [f'<th scope="col"{_right(index, right)}>{text(name)}</th>' for index, name in enumerate(header)]
     parts.append("</tr></thead><tbody>")
     for row in rows:

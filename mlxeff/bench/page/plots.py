@@ -9,7 +9,8 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
-from ..result import samples_of
+from ..compare import Comparison
+from ..result import KEY, LEAST, samples_of
 from ..words import SHORT, digits, in_order, metric_name, scale, shown, title_of
 
 MOST = 36  # bars or intervals in a plot; the table has them all
@@ -129,24 +130,43 @@ def _most(rows: list[dict]) -> tuple[list[dict], str]:
 
 
 def _ratios(ratios: list[dict], rows: list[dict], device: str, also: str) -> Iterator[Plot]:
-    """A plot for each arm to which others are compared. Where less is better, ratios are inverted, so that above 1 is
-    better everywhere; what follows from another metric of the same test is left out."""
+    """A plot for each arm to which others are compared."""
     better = {row["metric"]: row["better"] for row in rows}
-    known = [each for each in ratios if each["metric"] in better and each["ratio"] > 0]
-    timed = {(each["arm"], each["test"]) for each in known if each["metric"] == "ttft_s"}
-    known = [each for each in known if each["metric"] != "prompt_tps" or (each["arm"], each["test"]) not in timed]
-    known.sort(key=lambda each: in_order(better).index(each["metric"]))
+    known = [each | {"better": better[each["metric"]]} for each in ratios if each["metric"] in better]
     for index, against in enumerate(dict.fromkeys(each["against"] for each in known)):
-        kept, note = _most([each for each in known if each["against"] == against])
-        series = _series(kept, lambda each: _gain(each, better[each["metric"]]))
+        chosen = [each for each in known if each["against"] == against]
+        yield from _gains(chosen, f"{device}-ratios-{index}", f"Against {against}{also}", against)
+
+
+def changes(comparison: Comparison, letter: str) -> list[Plot]:
+    """The plot of a result beside the first one; none where nothing can be divided."""
+    ratios, several = [], len({each.device for each in comparison.changes}) > 1
+    for each in comparison.changes:
+        if each.change is not None:
+            numbers = {"ratio": each.change, "low": each.low, "high": each.high}
+            place = {key: getattr(each, key) for key in (*KEY, "better")}
+            place["test"] += f" {each.device}" if several else ""
+            ratios.append(place | {name: None if value is None else 1 + value for name, value in numbers.items()})
+    return list(_gains(ratios, "changes", f"{letter} against A", "A"))
+
+
+def _gains(ratios: list[dict], name: str, title: str, against: str) -> Iterator[Plot]:
+    """A plot of ratios. Where less is better they are inverted, so that above 1 is better everywhere; what follows from
+    another metric of the same test is left out."""
+    timed = {(each["arm"], each["test"]) for each in ratios if each["metric"] == "ttft_s"}
+    known = [each for each in ratios if each["metric"] != "prompt_tps" or (each["arm"], each["test"]) not in timed]
+    order = in_order(each["metric"] for each in known)
+    known = sorted((each for each in known if each["ratio"] > 0), key=lambda each: order.index(each["metric"]))
+    kept, note = _most(known)
+    if kept:
         axis = f"times as good as {against}: above 1 is better"
-        yield Plot(f"{device}-ratios-{index}", f"Against {against}{also}", "ratios", series, axis, note=note)
+        yield Plot(name, title, "ratios", _series(kept, _gain), axis, note=note)
 
 
-def _gain(ratio: dict, better: str) -> Point:
+def _gain(ratio: dict) -> Point:
     """A ratio as a point, inverted where less is better."""
     numbers = [ratio["ratio"], ratio.get("low"), ratio.get("high")]
-    if better == "lower":
+    if ratio["better"] == "lower":
         value, low, high = (1 / number if number else None for number in numbers)
         numbers = [value, high, low]
     return Point(*numbers, group=f"{ratio['test']} {SHORT.get(ratio['metric'], ratio['metric'])}")
@@ -177,7 +197,7 @@ def _rounds(rows: list[dict], values: Callable[[dict], list[float]], device: str
         series: dict[str, list[Point]] = {}
         for row in rows:
             found = values(row) if row["metric"] == metric else []
-            if len(found) > 1 and row["median"]:
+            if len(found) >= LEAST and row["median"]:
                 points = [Point(v / row["median"], x=i + 1, group=row["test"]) for i, v in enumerate(found)]
                 series.setdefault(row["arm"], []).extend(points)
         if series:

@@ -5,7 +5,6 @@ from collections.abc import Callable, Sequence
 from importlib import resources
 
 from ... import __version__
-from ...errors import MlxeffError
 from ...names import json_text
 from .. import compare
 from ..comparison_text import letter_of
@@ -28,15 +27,18 @@ STYLE = resources.files(__package__).joinpath("style.css")
 Drawn = Sequence[tuple[Plot, str]]  # plots with their SVG
 
 
-def page(results: Sequence[tuple[str, dict, Drawn]]) -> str:
-    """The whole page for results, each with the name of its file and its plots."""
+def page(
+    results: Sequence[tuple[str, dict, Drawn]], beside: Sequence[tuple[str, compare.Comparison | str, Drawn]]
+) -> str:
+    """The whole page for results, each with the name of its file and its plots; `beside`: of the second and later
+    ones, the letter, the comparison with the first one and its plots."""
     several = len(results) > 1
     first = results[0][1]
     name = "Benchmarks beside each other" if several else title(first)
     body = [f"<header><h1>{text(name)}</h1>{'' if several else _machine_line(first)}</header>"]
     if several:
         body.append(_contents(results))
-        body += [_comparison(results[0], other, letter_of(index)) for index, other in enumerate(results) if index]
+        body += [_comparison(*each) for each in beside]
     for index, (file, document, drawn) in enumerate(results):
         body.append(_result(file, document, drawn, letter_of(index) if several else ""))
     body.append(
@@ -80,11 +82,10 @@ def _contents(results: Sequence[tuple[str, dict, Drawn]]) -> str:
 
 def _result(file: str, document: dict, drawn: Drawn, letter: str) -> str:
     """All sections about one result; `letter`: its name where there are several, else ""."""
-    figures = "".join(_figure(plot, svg) for plot, svg in drawn)
     parts = [
         section("At a glance", _tiles(document)),
         section("Left out and noted", _noted(document)),
-        section("Plots", f'<div class="plots">{figures}</div>' if figures else ""),
+        section("Plots", _figures(drawn)),
         section("Beside published numbers", _published(document["published"])),
         section("Results", *_results(document)),
         section("Ratios", _ratios(document["ratios"])),
@@ -123,6 +124,10 @@ def _tiles(document: dict) -> str:
 def _noted(document: dict) -> str:
     lines = [f"left out: {line}" for line in document["skipped"]]
     return listed([*lines, *(f"noted: {line}" for line in document["notices"])])
+
+
+def _figures(drawn: Drawn) -> str:
+    return f'<div class="plots">{"".join(_figure(*each) for each in drawn)}</div>' if drawn else ""
 
 
 def _figure(plot: Plot, svg: str) -> str:
@@ -240,12 +245,10 @@ def _download(file: str, document: dict) -> str:
     return f"<p>{link} All numbers of this page, with every sample.</p>"
 
 
-def _comparison(first: tuple[str, dict, Drawn], other: tuple[str, dict, Drawn], letter: str) -> str:
-    """How a result differs from the first one."""
-    try:
-        found = compare.compare(first[1], other[1], THRESHOLD, (first[0], other[0]))
-    except MlxeffError as error:
-        return section(f"{letter} beside A", f"<p>{text(error)}</p>")
+def _comparison(letter: str, found: compare.Comparison | str, drawn: Drawn) -> str:
+    """How a result differs from the first one, or why the two cannot be compared."""
+    if isinstance(found, str):
+        return section(f"{letter} beside A", f"<p>{text(found)}</p>")
     rows = [
         [each.arm, each.test, each.metric, shown(each.before, each.unit), shown(each.after, each.unit),
          percent(each.change), "" if each.low is None else f"{percent(each.low)} to {percent(each.high)}",
@@ -257,5 +260,10 @@ def _comparison(first: tuple[str, dict, Drawn], other: tuple[str, dict, Drawn], 
     lines += [f"only in {letter}: {name}" for name in found.only_after]
     rule = f"A change of up to {100 * THRESHOLD:g} %, or one whose interval holds 0, is noise."
     words = f"<p>{text(compare.summary(found))}. {rule}</p>"
-    drawn = table(f"{letter} beside A", header, rows, range(3, 7))
-    return section(f"{letter} beside A", words, drawn, listed(lines))
+    return section(
+        f"{letter} beside A",
+        words,
+        listed(lines),
+        _figures(drawn),
+        table(f"Medians of A and {letter}", header, rows, range(3, 7)),
+    )
