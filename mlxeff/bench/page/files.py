@@ -2,9 +2,9 @@
 
 import importlib.util
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ...checkpoint import temporary_beside
 from ...errors import MlxeffError
@@ -13,9 +13,6 @@ from .. import compare, result
 from ..comparison_text import letter_of
 from . import drawing, sections, svg
 from .plots import Plot, changes, plots
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 HEAD = 2048  # bytes at the beginning of a file, in which the mark of our files stands
 
@@ -31,51 +28,64 @@ def write(names: Sequence[str], out: str | None, folder: str | None) -> dict:
         raise MlxeffError("bench page: wanted matplotlib, which is not installed: pip install 'mlxeff[benchmarks]'")
     documents = [result.read(name) for name in names]
     page = expand(out) if out else expand(names[0]).with_suffix(".html")
+    several = len(names) > 1
+    sheets = [_sheet(document, letter_of(index) if several else "") for index, document in enumerate(documents)]
+    beside = [(letter_of(index), _compared(documents, names, index)) for index in range(1, len(names))]
+    changed = [_changes(found, letter, sheets[0].colours) for letter, found in beside]
+    every = [*changed, *sheets]
+    pictures = [expand(folder) / f"{sheet.name(plot)}.png" for sheet in every for plot in sheet.plots] if folder else []
     _check(page)
-    pictures: list[tuple[Path, Figure]] = []
-
-    def drawn(prefix: str, every: Iterable[Plot], colours: dict[str, int]) -> list[tuple[Plot, str]]:
-        """The plots with their SVG; collects their pictures."""
-        found = []
-        for plot in every:
-            figure, name = drawing.draw(plot, colours), prefix + plot.name
-            found.append((plot, svg.inline(figure, name, plot.title, plot.described)))
-            if folder:
-                pictures.append((expand(folder) / f"{name}.png", drawing.titled(figure, plot.title)))
-        return found
-
-    results, beside = [], []
-    with svg.style():
-        for index, (name, document) in enumerate(zip(names, documents)):
-            letter = letter_of(index)
-            prefix = f"{letter.lower()}-" if len(names) > 1 else ""
-            colours = {arm: number for number, arm in enumerate(_arms(document))}
-            results.append((name, document, drawn(prefix, plots(document), colours)))
-            if index:
-                found = _compared(documents[0], document, (names[0], name))
-                of_both = {arm: number for number, arm in enumerate(_arms(documents[0]))}
-                every = changes(found, letter) if isinstance(found, compare.Comparison) else []
-                beside.append((letter, found, drawn(prefix, every, of_both)))
-        files = [(path, svg.png(figure)) for path, figure in pictures]
-    for path, _ in files:
+    for path in pictures:
         _check(path, folder=True)
-    for path, data in [*files, (page, sections.page(results, beside).encode("utf-8", "backslashreplace"))]:
+    with svg.style():
+        drawn = [[(plot, *_drawn(sheet, plot, bool(folder))) for plot in sheet.plots] for sheet in every]
+    shown = [[(plot, text) for plot, text, _ in each] for each in drawn]
+    files = zip(pictures, [data for each in drawn for _, _, data in each])
+    compared = [(*each, plots) for each, plots in zip(beside, shown)]
+    whole = sections.page(list(zip(names, documents, shown[len(beside) :])), compared)
+    for path, data in [*files, (page, whole.encode("utf-8", "backslashreplace"))]:
         _replace(path, data)
-    titles = [plot.title for _, _, pairs in [*beside, *results] for plot, _ in pairs]
-    return {"out": str(page), "png": [str(path) for path, _ in files], "plots": titles}
+    titles = [plot.title for sheet in every for plot in sheet.plots]
+    return {"out": str(page), "png": list(map(str, pictures)), "plots": titles}
 
 
-def _compared(first: dict, other: dict, names: tuple[str, str]) -> compare.Comparison | str:
+@dataclass(frozen=True)
+class Sheet:
+    """Plots that belong together, with the numbers of the colours of their arms. `letter`: of the result, where there
+    are several."""
+
+    letter: str
+    plots: list[Plot]
+    colours: dict[str, int]
+
+    def name(self, plot: Plot) -> str:
+        """The plot's name on the whole page."""
+        return f"{self.letter.lower()}-{plot.name}" if self.letter else plot.name
+
+
+def _sheet(document: dict, letter: str) -> Sheet:
+    """The plots of a result. Colours go to all arms, in the order of the document."""
+    arms = dict.fromkeys([*document["arms"], *(row["arm"] for row in document["results"])])
+    return Sheet(letter, plots(document), {arm: number for number, arm in enumerate(arms)})
+
+
+def _changes(found: compare.Comparison | str, letter: str, colours: dict[str, int]) -> Sheet:
+    return Sheet(letter, [] if isinstance(found, str) else changes(found, letter), colours)
+
+
+def _drawn(sheet: Sheet, plot: Plot, picture: bool) -> tuple[str, bytes]:
+    """(SVG, PNG) of a plot; b"" for the second one unless `picture`."""
+    figure = drawing.draw(plot, sheet.colours)
+    text = svg.inline(figure, sheet.name(plot), plot.title, plot.described)
+    return text, svg.png(drawing.titled(figure, plot.title)) if picture else b""
+
+
+def _compared(documents: Sequence[dict], names: Sequence[str], index: int) -> compare.Comparison | str:
     """A result beside the first one, or why they cannot be compared: the page shows both all the same."""
     try:
-        return compare.compare(first, other, sections.THRESHOLD, names)
+        return compare.compare(documents[0], documents[index], sections.THRESHOLD, (names[0], names[index]))
     except MlxeffError as error:
         return str(error)
-
-
-def _arms(document: dict) -> list[str]:
-    """All arms, in the order of the document, so that each has its colour."""
-    return list(dict.fromkeys([*document["arms"], *(row["arm"] for row in document["results"])]))
 
 
 def _check(path: Path, folder: bool = False) -> None:

@@ -56,8 +56,9 @@ def _flat(entries: Mapping[str, object], path: str = "") -> Iterable[tuple[str, 
     for key, value in entries.items():
         if isinstance(value, dict):
             yield from _flat(value, f"{path}{key}.")
-        elif value is not None:
-            yield f"{path}{key}", ", ".join(map(str, value)) if isinstance(value, list) else value
+        else:
+            known = ", ".join(map(str, value)) if isinstance(value, list) else value
+            yield f"{path}{key}", "not known" if value is None else known
 
 
 def listed(lines: Iterable[object]) -> str:

@@ -1,0 +1,256 @@
+"""`mlxeff bench compare`: made-up results with known answers, and files that are none. Some 4 s."""
+
+import json
+import random
+import re
+
+import pytest
+
+from bench_results import ARMS, NOISE, document, measured, realistic, row, write
+from mlxeff import cli
+from mlxeff.bench import compare, result
+from mlxeff.bench.tables import aligned, table
+from mlxeff.bench.words import digits, scale, shown
+from test_cli import fails, mlxeff
+
+
+@pytest.fixture
+def run(tmp_path, capsys):
+    """Compares documents; returns (exit code, the document of --json, or the text with other options)."""
+
+    def call(*documents, options=("--json",)):
+        files = [write(tmp_path / f"{index}.json", each) for index, each in enumerate(documents)]
+        code = cli.main(["bench", "compare", *map(str, files), *map(str, options)])
+        out = capsys.readouterr().out
+        return code, json.loads(out) if "--json" in options else out
+
+    return call
+
+
+def one(metric, median, noise=NOISE):
+    """A result of one row whose median is `median`."""
+    rows, samples = measured("a", "pp512", noise, **{metric: median})
+    return document(rows, samples)
+
+
+def verdict(before, after, threshold=0.03):
+    return compare.compare(before, after, threshold, ("A", "B")).changes[0].verdict
+
+
+@pytest.mark.parametrize(
+    ("metric", "factor", "want"),
+    [
+        ("ttft_s", 1.1, compare.REGRESSION),
+        ("ttft_s", 0.9, compare.IMPROVEMENT),
+        ("decode_tps", 1.1, compare.IMPROVEMENT),
+        ("decode_tps", 0.9, compare.REGRESSION),
+        ("ttft_s", 1.02, compare.NOISE),
+        ("ttft_s", 1.0, compare.NOISE),
+    ],
+)
+def test_a_change_counts_in_the_direction_that_is_worse(metric, factor, want):
+    assert verdict(one(metric, 2.0), one(metric, 2.0 * factor)) == want
+
+
+def test_a_change_within_the_spread_of_the_samples_is_noise():
+    wild = (1.0, 0.7, 1.4, 1.2, 0.8)
+    assert verdict(one("ttft_s", 2.0, wild), one("ttft_s", 2.2, wild)) == compare.NOISE
+    assert verdict(one("ttft_s", 2.0, wild), one("ttft_s", 4.5, wild)) == compare.REGRESSION
+
+
+def test_the_threshold_is_the_least_change_that_counts():
+    steady = (1.0,) * 5
+    before, after = one("ttft_s", 2.0, steady), one("ttft_s", 2.08, steady)
+    assert verdict(before, after, 0.05) == compare.NOISE
+    assert verdict(before, after, 0.03) == compare.REGRESSION
+
+
+def test_the_interval_of_steady_samples_is_the_change():
+    (found,) = compare.compare(one("ttft_s", 2, (1,) * 5), one("ttft_s", 2.2, (1,) * 5), 0, ("A", "B")).changes
+    assert (found.change, found.low, found.high) == pytest.approx((0.1, 0.1, 0.1))
+
+
+def test_a_result_beside_itself_is_noise_with_the_width_of_both():
+    (found,) = compare.compare(one("ttft_s", 2), one("ttft_s", 2), 0, ("A", "B")).changes
+    assert found.verdict == compare.NOISE
+    low, high = min(NOISE), max(NOISE)
+    assert low / high - 1 <= found.low < -0.005 < 0.005 < found.high <= high / low - 1
+
+
+def test_the_interval_holds_the_truth_about_as_often_as_it_says():
+    """300 pairs of 15 samples of one distribution: 95 % of the intervals should hold 0. The seed is fixed."""
+    chosen, held = random.Random(1), 0
+    for _ in range(300):
+        noise = [[chosen.gauss(1, 0.05) for _ in range(15)] for _ in range(2)]
+        (found,) = compare.compare(one("ttft_s", 1, noise[0]), one("ttft_s", 1, noise[1]), 0, ("A", "B")).changes
+        held += found.low <= 0 <= found.high
+    assert 0.92 <= held / 300 <= 0.99
+
+
+def test_two_samples_decide_nothing_about_times_but_perplexity_needs_one():
+    assert verdict(one("ttft_s", 2, (1, 1)), one("ttft_s", 4, (1, 1))) == compare.UNDECIDED
+    assert verdict(one("ppl", 15, (1,)), one("ppl", 16, (1,))) == compare.REGRESSION
+    assert verdict(one("ppl", 15, (1,)), one("ppl", 15.1, (1,))) == compare.NOISE
+    assert verdict(one("kl", 0, (1,)), one("kl", 0.1, (1,))) == compare.REGRESSION
+    assert verdict(one("kl", 0, (1,)), one("kl", 0, (1,))) == compare.NOISE
+    assert verdict(one("peak_bytes", 2e9, (1,)), one("peak_bytes", 1e9, (1,))) == compare.IMPROVEMENT
+
+
+def test_the_exit_code_tells_of_regressions(run):
+    slower = realistic(speed=1 / 1.1)
+    code, found = run(realistic(), slower)
+    assert code == 1
+    assert found["regressions"] == 6
+    (one_file,) = found["comparisons"]
+    worse = {(row["arm"], row["test"]) for row in one_file["rows"] if row["verdict"] == "regression"}
+    assert worse == {(ARMS[1], f"pp{tokens}") for tokens in (128, 512, 2048)}
+    ttft = next(row for row in one_file["rows"] if row["arm"] == ARMS[1] and row["metric"] == "ttft_s")
+    assert ttft["change"] == pytest.approx(0.1)
+    assert run(realistic(), slower, options=("--json", "--no-fail"))[0] == 0
+    assert run(realistic(), slower, options=("--json", "--threshold", 12))[0] == 0
+    code, found = run(slower, realistic(), realistic())
+    assert code == 0
+    assert [each["improvements"] for each in found["comparisons"]] == [6, 6]
+
+
+def test_what_differs_is_said(run):
+    other = realistic((ARMS[0], "quantspec"))
+    other["card"] |= {"threads": 8, "mlx": "0.33.0"}
+    other["settings"] |= {"fingerprint": "ffff0000", "rounds": 7, "prefill_step": {"cpu": 256}}
+    for sample in other["samples"]:
+        sample["load_average"] += 3
+    other["results"] = [each for each in other["results"] if each["test"] != "pp128"]
+    code, found = run(realistic(), other)
+    (one_file,) = found["comparisons"]
+    assert code == 0
+    assert one_file["differences"] == [
+        "different models: smollm2-135m (fingerprint 1f2e3d4c) → smollm2-135m (fingerprint ffff0000)",
+        "card: mlx: 0.32.4 → 0.33.0",
+        "card: threads: 2 → 8",
+        "settings: rounds: 5 → 7",
+        "settings: prefill_step.cpu: 512 → 256",
+        "samples: median load average before a pass: 0.40 → 3.40",
+    ]
+    assert f"{ARMS[0]}, pp128, ttft_s on cpu" in one_file["only_before"]
+    assert "quantspec, pp512, ttft_s on cpu" in one_file["only_after"]
+    assert {each["arm"] for each in one_file["rows"]} == {ARMS[0]}
+
+
+def test_text_and_markdown_have_every_row(run):
+    _, text = run(realistic(), realistic(speed=1 / 1.1), options=())
+    assert text.startswith("A: ")
+    line = next(line for line in text.splitlines() if line.startswith(ARMS[1]) and "pp512" in line)
+    assert re.search(r" pp512 +ttft_s +273 ms +300 ms +\+10\.0 % +\+\d.* regression$", line)
+    assert "24 rows: 6 regressions, 18 within noise" in text
+    _, text = run(realistic(), realistic(), realistic(), options=("-o", "md"))
+    assert text.count("| arm | test | metric | A |") == 2
+    assert "## C beside A" in text
+    _, text = run(one("ttft_s", 1, (1, 1)), one("ttft_s", 2, (1, 1)), options=())
+    assert "1 rows: 1 with too few samples\na row needs 3 samples in both files for an interval" in text
+
+
+def test_results_without_a_common_row_are_an_error(tmp_path):
+    first = write(tmp_path / "a.json", one("ttft_s", 1))
+    second = write(tmp_path / "b.json", one("decode_tps", 1))
+    line = fails("bench", "compare", first, second)
+    assert "wanted results with a row in common" in line
+    assert "a, pp512, decode_tps on cpu" in line
+
+
+def test_a_row_in_two_units_is_an_error():
+    other = one("ttft_s", 1)
+    other["results"][0]["unit"] = "ms"
+    with pytest.raises(result.MlxeffError, match=r"wanted one unit, got s .* and ms"):
+        compare.compare(one("ttft_s", 1), other, 0, ("A", "B"))
+
+
+def damaged(**parts):
+    return lambda whole: json.dumps(whole | parts)
+
+
+def without(key):
+    return lambda whole: json.dumps({name: value for name, value in whole.items() if name != key})
+
+
+def in_row(**parts):
+    return lambda whole: json.dumps(whole | {"results": [whole["results"][0] | parts]})
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (damaged(version=2), "wanted version 1 of the format, got 2"),
+        (damaged(format="mlxeff-plan"), 'wanted a result of mlxeff bench (format "mlxeff-bench"), got format'),
+        (without("format"), "got format None"),
+        (without("samples"), 'the document: wanted a key "samples"'),
+        (damaged(card=[]), 'the document: "card": wanted an object, got []'),
+        (lambda whole: json.dumps(whole)[:400], "got no complete JSON"),
+        (lambda whole: "", "got no complete JSON"),
+        (lambda whole: "[1]", "got a JSON list"),
+        (lambda whole: "[" * 100_000, "got no complete JSON"),
+        (in_row(median=None), 'results[0]: "median": wanted a number, got None'),
+        (in_row(median=float("nan")), 'results[0]: "median": wanted a finite number, got nan'),
+        (in_row(count=True), 'results[0]: "count": wanted a whole number, got True'),
+        (in_row(better="more"), 'results[0]: wanted "better": "higher" or "lower", got \'more\''),
+        (damaged(results=[7]), "results[0]: wanted a JSON object, got int"),
+        (damaged(results=[row("a", "t", "ppl", [1])] * 2), "wanted one row for each arm"),
+        (damaged(samples=[{"arm": "a"}]), 'samples[0]: wanted a key "device", got arm'),
+        (damaged(ratios=[{}]), 'ratios[0]: wanted a key "arm", got no key'),
+        (damaged(published=[{"what": "x"}]), 'published[0]: wanted a key "label", got what'),
+    ],
+)
+def test_a_file_that_is_no_result_is_one_line(damage, words, tmp_path, capsys):
+    good = write(tmp_path / "good.json", one("ttft_s", 1))
+    bad = tmp_path / "bad.json"
+    bad.write_text(damage(one("ttft_s", 1)))
+    assert cli.main(["bench", "compare", str(good), str(bad)]) == 1
+    out, err = capsys.readouterr()
+    (line,) = err.splitlines()
+    assert out == ""
+    assert line.startswith(f"mlxeff: error: {bad}: ")
+    assert words in line
+
+
+def test_a_missing_file_and_bytes_are_one_line(tmp_path):
+    good = write(tmp_path / "good.json", one("ttft_s", 1))
+    assert "none.json: cannot be read: No such file" in fails("bench", "compare", good, tmp_path / "none.json")
+    (tmp_path / "bytes").write_bytes(b"\xff\xfe\x00")
+    assert "wanted a result of mlxeff bench in UTF-8" in fails("bench", "compare", good, tmp_path / "bytes")
+
+
+def test_files_of_samples_of_ttft_are_read(tmp_path):
+    """The file of `bench ttft --out`: of five passes the last line was cut."""
+    identity = {"format": "mlxeff-ttft", "cpu": "x", "threads": 2, "model": "m", "fingerprint": "f", "steps": 4}
+    for name, factor in (("a", 1), ("b", 1.2)):
+        passes = [
+            {"device": "cpu", "batch": batch, "tokens": 100, "arm": "m", "round": index, "load_average": 0}
+            | {"ttft_s": 2 * each * factor, "step_s": 0.5}
+            for batch in (1, 4)
+            for index, each in enumerate(NOISE)
+        ]
+        lines = [json.dumps(each) for each in (identity, *passes)] + (['{"device": "c'] if name == "b" else [])
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    out, err = mlxeff("bench", "compare", tmp_path / "a.jsonl", tmp_path / "b.jsonl", "--json", code=1)
+    found = json.loads(out)
+    assert "b.jsonl: 1 incomplete lines are left out" in err
+    rows = {(each["test"], each["metric"]): each for each in found["comparisons"][0]["rows"]}
+    assert rows["pp100", "ttft_s"]["change"] == pytest.approx(0.2)
+    assert rows["pp100 x4", "prompt_tps"]["before"] == pytest.approx(200)
+    assert rows["tg4 @ d100 x4", "decode_tps"]["before"] == pytest.approx(8)
+    assert found["regressions"] == 4
+
+
+def test_numbers_are_short_and_have_units():
+    assert [digits(x) for x in (0, 0.0123456, 1, 9.999, 99.96, 123.4, 1234.5, 1e-7)] == [
+        *("0", "0.0123", "1.00", "10.0", "100", "123", "1,234", "1e-07")
+    ]  # fmt: skip
+    assert [shown(x, "s") for x in (2, 0.0123, 1.5e-5)] == ["2.00 s", "12.3 ms", "15.0 µs"]
+    assert [shown(x, "bytes") for x in (512, 2048, 3e6, 4.1e9)] == ["512 bytes", "2.05 kB", "3.00 MB", "4.10 GB"]
+    assert scale("tok/s", 1e9) == (1, "tok/s")
+    assert shown(None, "s") == "–"
+
+
+def test_tables_keep_their_columns():
+    assert table(["a"], [["x|y"]]) == "| a |\n| --- |\n| x\\|y |"
+    assert aligned(["a", "bb"], [["ccc", "d"]]) == "a    bb\nccc  d"
+    assert aligned(["a"], []) == ""
