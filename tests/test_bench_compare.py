@@ -9,8 +9,11 @@ import pytest
 from bench_results import ARMS, NOISE, document, measured, realistic, row, write
 from mlxeff import cli
 from mlxeff.bench import compare, result
+from mlxeff.bench.page import sections
+from mlxeff.bench.page.plots import plots
 from mlxeff.bench.tables import aligned, table
 from mlxeff.bench.words import digits, scale, shown
+from mlxeff.errors import MlxeffError
 from test_cli import fails, mlxeff
 
 
@@ -160,7 +163,7 @@ def test_results_without_a_common_row_are_an_error(tmp_path):
 def test_a_row_in_two_units_is_an_error():
     other = one("ttft_s", 1)
     other["results"][0]["unit"] = "ms"
-    with pytest.raises(result.MlxeffError, match=r"wanted one unit, got s .* and ms"):
+    with pytest.raises(MlxeffError, match=r"wanted one unit, got s .* and ms"):
         compare.compare(one("ttft_s", 1), other, 0, ("A", "B"))
 
 
@@ -209,6 +212,44 @@ def test_a_file_that_is_no_result_is_one_line(damage, words, tmp_path, capsys):
     assert out == ""
     assert line.startswith(f"mlxeff: error: {bad}: ")
     assert words in line
+
+
+def places(value, path=()):
+    """The path to every value inside a document."""
+    for key, entry in value.items() if isinstance(value, dict) else enumerate(value):
+        yield (*path, key)
+        if isinstance(entry, dict | list):
+            yield from places(entry, (*path, key))
+
+
+def problem(whole, path):
+    """Why the result cannot be compared or shown, or ""."""
+    try:
+        read = result.read(path)
+        compare.compare(whole, read, 0.03, ("A", "B"))
+        assert sections.page([(path.name, read, [(plot, plot.described) for plot in plots(read)])], [])
+    except MlxeffError as error:
+        return str(error)
+    return ""
+
+
+def test_a_result_with_any_other_value_is_used_or_refused(tmp_path):
+    """Every value of a small result by some others: no other exception than the one that explains itself."""
+    whole, refused = realistic(ARMS), 0
+    for name in ("results", "samples", "ratios"):
+        whole[name] = whole[name][:2]
+    whole["results"].append(whole["results"][-1] | {"arm": ARMS[1]})
+    for path in places(whole):
+        for value in ("x", None, [], {}, [[1]], -1, 0, 1e300, True):
+            other = json.loads(json.dumps(whole))
+            holder = other
+            for key in path[:-1]:
+                holder = holder[key]
+            holder[path[-1]] = value
+            error = problem(whole, write(tmp_path / "r.json", other))
+            refused += bool(error)
+            assert not error or "r.json: " in error or "bench compare: " in error
+    assert refused > 300
 
 
 def test_a_missing_file_and_bytes_are_one_line(tmp_path):

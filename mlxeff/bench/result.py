@@ -6,6 +6,7 @@ A document is a dict as docs/json.md describes it. Its "results" are rows: one m
 
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean, median, stdev
@@ -22,6 +23,9 @@ PARTS = {
     **dict.fromkeys(("card", "settings", "arms", "ceilings"), dict),
     **dict.fromkeys(("results", "ratios", "published", "samples", "skipped", "notices"), list),
 }
+NUMBERS = tuple(  # of a row that may be null or missing
+    "mean stddev min max p50 p90 p99 low high bytes_moved share_of_ceiling batch tokens depth".split()
+)
 MACHINE = ("format", "cpu", "memory_gb", "system", "mlxeff", "mlx", "cpu_backend", "threads")  # not settings
 LEAST = 3  # samples that an interval needs
 RESAMPLES, SEED, LEVEL = 2000, 0, 0.95  # of the bootstrap
@@ -64,28 +68,41 @@ def _check(document: object, path: Path) -> None:
     if document.get("version") != VERSION:
         raise MlxeffError(f"{path}: wanted version {VERSION} of the format, got {document.get('version')!r}")
     _typed(document, PARTS, path, "the document")
-    rows = document["results"]
     text, number = (str,), (int, float)
+    for part in ("arms", "ceilings"):
+        _typed(document[part], dict.fromkeys(document[part], (dict,)), path, part)
+    for device, ceiling in document["ceilings"].items():
+        _typed(ceiling, {}, path, f"ceilings: {device}", ("read_gbps", "gflops"))
     wanted = {**dict.fromkeys((*KEY, "unit"), text), "median": number, "count": (int,)}
-    for index, row in enumerate(rows):
-        _typed(row, wanted, path, f"results[{index}]")
+    for index, row in enumerate(document["results"]):
+        _typed(row, wanted, path, f"results[{index}]", NUMBERS)
         if row.get("better") not in ("higher", "lower"):
             got = row.get("better")
             raise MlxeffError(f'{path}: results[{index}]: wanted "better": "higher" or "lower", got {got!r}')
-    keys = [key_of(row) for row in rows]
-    if twice := [key for key in dict.fromkeys(keys) if keys.count(key) > 1]:
+    keys = [key_of(row) for row in document["results"]]
+    if twice := [key for key, count in Counter(keys).items() if count > 1]:
         raise MlxeffError(f"{path}: wanted one row for each arm, device, test and metric, got two of {twice[0]}")
     for index, sample in enumerate(document["samples"]):
-        _typed(sample, {"arm": text, "device": text, "test": text, "values": (dict,)}, path, f"samples[{index}]")
+        where = f"samples[{index}]"
+        wanted = {"arm": text, "device": text, "test": text, "values": (dict,)}
+        _typed(sample, wanted, path, where, ("round", "load_average"))
+        _typed(sample["values"], {}, path, f"{where}: values", tuple(sample["values"]))
     for index, ratio in enumerate(document["ratios"]):
-        _typed(ratio, {**dict.fromkeys((*KEY, "against"), text), "ratio": number}, path, f"ratios[{index}]")
+        wanted = {**dict.fromkeys((*KEY, "against"), text), "ratio": number}
+        _typed(ratio, wanted, path, f"ratios[{index}]", ("low", "high"))
     for index, line in enumerate(document["published"]):
-        _typed(line, {"what": text, "label": text}, path, f"published[{index}]")
+        _typed(line, {"what": text, "label": text}, path, f"published[{index}]", ("ours", "theirs"))
 
 
-def _typed(value: object, wanted: dict[str, type | tuple[type, ...]], path: Path, where: str) -> None:
-    """Raises MlxeffError unless `value` is a dict whose keys in `wanted` have these types and whose numbers are
-    finite."""
+def _typed(
+    value: object,
+    wanted: dict[str, type | tuple[type, ...]],
+    path: Path,
+    where: str,
+    numbers: tuple[str, ...] = (),
+) -> None:
+    """Raises MlxeffError unless `value` is a dict whose keys in `wanted` have these types, whose keys in `numbers` are
+    numbers, null or not there, and whose numbers are finite."""
     if not isinstance(value, dict):
         raise MlxeffError(f"{path}: {where}: wanted a JSON object, got {type(value).__name__}")
     for key, types in wanted.items():
@@ -94,6 +111,8 @@ def _typed(value: object, wanted: dict[str, type | tuple[type, ...]], path: Path
         if not isinstance(value[key], types) or isinstance(value[key], bool):
             raise MlxeffError(f'{path}: {where}: "{key}": wanted {_named(types)}, got {value[key]!r}')
     for key, entry in value.items():
+        if key in numbers and entry is not None and (not isinstance(entry, int | float) or isinstance(entry, bool)):
+            raise MlxeffError(f'{path}: {where}: "{key}": wanted a number or null, got {entry!r}')
         if isinstance(entry, float) and not math.isfinite(entry):
             raise MlxeffError(f'{path}: {where}: "{key}": wanted a finite number, got {entry}')
 
@@ -113,7 +132,7 @@ def samples_of(document: dict) -> Callable[[dict], list[float]]:
     found: dict[tuple, list[float]] = {}
     for sample in document["samples"]:
         for metric, value in sample["values"].items():
-            if isinstance(value, int | float) and math.isfinite(value):
+            if value is not None:
                 found.setdefault((sample["arm"], sample["device"], sample["test"], metric), []).append(value)
     return lambda row: found.get(key_of(row), [])
 

@@ -4,7 +4,8 @@ plots     which plots a result has, and what they show
 drawing   plots as matplotlib's figures
 svg       figures as SVG for the page, and as PNG files
 markup    HTML text: escaped, tables, folded parts
-sections  the parts of the page
+tables    its tables
+sections  all parts of the page
 files     writes the page and the PNG files
 """
 

@@ -1,14 +1,15 @@
 """The parts of the page: what was measured, the numbers to see first, plots, tables, machine and settings."""
 
 import base64
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib import resources
 
 from ... import __version__
 from ...names import json_text
 from .. import compare
 from ..comparison_text import letter_of
-from ..words import digits, in_order, percent, scale, shown, title_of
+from ..words import in_order, percent, shown, title_of
+from . import tables
 from .markup import badge, facts, folded, listed, section, table, text
 from .plots import Plot, headline
 
@@ -17,12 +18,6 @@ MARK = '<meta name="generator" content="mlxeff bench page">'  # a file that has 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 HEADLINES = 6  # numbers to see first, and arms for each
 THRESHOLD = 0.03  # of the comparison of several results
-LABELS = {
-    "published": "printed in the source",
-    "reconstructed": "computed from what the source prints",
-    "recalled": "from memory, not checked in the source",
-    "unknown": "of unknown origin",
-}
 STYLE = resources.files(__package__).joinpath("style.css")
 Drawn = Sequence[tuple[Plot, str]]  # plots with their SVG
 
@@ -67,7 +62,7 @@ def title(document: dict) -> str:
 def _machine_line(document: dict) -> str:
     """The machine and the versions in one line."""
     card = document["card"]
-    parts = [card.get("cpu"), card.get("memory_gb") and f"{card['memory_gb']:g} GB", card.get("system")]
+    parts = [card.get("cpu"), card.get("memory_gb") and f"{card['memory_gb']} GB", card.get("system")]
     parts += [f"{name} {card[name]}" for name in ("mlxeff", "mlx") if card.get(name)]
     return f'<p class="machine">{text(" · ".join(str(part) for part in parts if part))}</p>'
 
@@ -86,13 +81,13 @@ def _result(file: str, document: dict, drawn: Drawn, letter: str) -> str:
         section("At a glance", _tiles(document)),
         section("Left out and noted", _noted(document)),
         section("Plots", _figures(drawn)),
-        section("Beside published numbers", _published(document["published"])),
-        section("Results", *_results(document)),
-        section("Ratios", _ratios(document["ratios"])),
-        section("Machine", facts(document["card"]), *_ceilings(document["ceilings"])),
+        section("Beside published numbers", tables.published(document["published"])),
+        section("Results", *tables.results(document)),
+        section("Ratios", tables.ratios(document["ratios"])),
+        section("Machine", facts(document["card"]), tables.ceilings(document["ceilings"])),
         section("What was asked", facts(document["settings"])),
-        section("Arms", _arms(document["arms"])),
-        section("Every sample", folded(f"{len(document['samples'])} samples", _samples(document["samples"]))),
+        section("Arms", tables.arms(document["arms"])),
+        section("Every sample", folded(f"{len(document['samples'])} samples", tables.samples(document["samples"]))),
         section("The data", _download(file, document)),
     ]
     if not letter:
@@ -133,106 +128,6 @@ def _figures(drawn: Drawn) -> str:
 def _figure(plot: Plot, svg: str) -> str:
     note = f"<small>{text(plot.note)}</small>" if plot.note else ""
     return f"<figure><figcaption>{text(plot.title)}{note}</figcaption>{svg}</figure>"
-
-
-def _results(document: dict) -> list[str]:
-    """A table for each metric, in one unit; columns without any number are left out."""
-    parts, rows = [], document["results"]
-    devices = len({row["device"] for row in rows}) > 1
-    for metric in in_order(row["metric"] for row in rows):
-        chosen = [row for row in rows if row["metric"] == metric]
-        factor, unit = scale(chosen[0]["unit"], max(abs(row["median"]) for row in chosen))
-        columns: dict[str, Callable[[dict], object]] = {"test": lambda row: row["test"]}
-        columns |= {"device": lambda row: row["device"]} if devices else {}
-        columns |= {"median": _number("median", factor), "95 % interval": _interval(factor)}
-        columns |= {"mean": _number("mean", factor), "± sd": _number("stddev", factor)}
-        columns |= {name: _number(name, factor) for name in ("min", "max", "p90", "p99")}
-        columns |= {"samples": lambda row: row["count"], "of the ceiling": _share}
-        columns |= {"moved": lambda row: "" if row.get("bytes_moved") is None else shown(row["bytes_moved"], "bytes")}
-        cells = {name: [column(row) for row in chosen] for name, column in columns.items()}
-        kept = {name: each for name, each in cells.items() if any(value != "" for value in each)}
-        lines = [[row["arm"], *each] for row, each in zip(chosen, zip(*kept.values()))]
-        words = f"{title_of(metric)}{f' in {unit}' if unit else ''} ({metric}), {chosen[0]['better']} is better"
-        parts.append(table(words, ["arm", *kept], lines, range(2 + devices, len(kept) + 1)))
-    return parts
-
-
-def _number(name: str, factor: float) -> Callable[[dict], str]:
-    """The cell of a row with the number `name` times `factor`; "" where there is none."""
-    return lambda row: "" if row.get(name) is None else digits(row[name] * factor)
-
-
-def _interval(factor: float) -> Callable[[dict], str]:
-    low, high = _number("low", factor), _number("high", factor)
-    return lambda row: f"{low(row)} to {high(row)}" if low(row) and high(row) else ""
-
-
-def _share(row: dict) -> str:
-    share = row.get("share_of_ceiling")
-    return "" if share is None else f"{100 * share:.0f} %"
-
-
-def _ratios(ratios: Sequence[dict]) -> str:
-    rows = []
-    for each in ratios:
-        ends = each.get("low"), each.get("high")
-        interval = "" if None in ends else f"{digits(ends[0])} to {digits(ends[1])}"
-        rows.append([each["arm"], each["against"], each["test"], each["metric"], digits(each["ratio"]), interval])
-    header = ["arm", "divided by", "test", "metric", "ratio", "95 % interval"]
-    return table("Medians of arms divided by those of another arm", header, rows, (4, 5))
-
-
-def _published(lines: Sequence[dict]) -> str:
-    """Published numbers beside ours, with what their labels mean."""
-    rows = []
-    for each in lines:
-        ours, theirs, unit = each.get("ours"), each.get("theirs"), each.get("unit") or ""
-        ratio = f"{ours / theirs:.2f}" if ours is not None and theirs else ""
-        where = each.get("arm"), each.get("test")
-        cells = [each["what"], *(part or "" for part in where), "" if ours is None else shown(ours, unit)]
-        rows.append([*cells, shown(theirs, unit), ratio, badge(each["label"]), each.get("source") or ""])
-    header = ["what", "arm", "test", "ours", "theirs", "ours / theirs", "label", "source"]
-    found = table("Our numbers and published ones", header, rows, (3, 4, 5))
-    labels = [f"{label}: {LABELS[label]}" for label in LABELS if any(each["label"] == label for each in lines)]
-    return found and found + f'<p class="legend">Labels. {text("; ".join(labels))}.</p>' if labels else found
-
-
-def _ceilings(ceilings: dict) -> list[str]:
-    rows = [
-        [device, *(shown(each.get(name), unit) for name, unit in (("read_gbps", "GB/s"), ("gflops", "GFLOP/s"))),
-         each.get("how") or ""]
-        for device, each in ceilings.items()
-    ]  # fmt: skip
-    return [table("Ceilings of the machine", ["device", "reads", "arithmetic", "how they were measured"], rows, (1, 2))]
-
-
-def _arms(arms: dict) -> str:
-    names = list(dict.fromkeys(name for each in arms.values() for name in each))
-    rows = [[arm, *(_fact(name, each.get(name)) for name in names)] for arm, each in arms.items()]
-    return table("What is known of the arms without a measurement", ["arm", *names], rows)
-
-
-def _fact(name: str, value: object) -> str:
-    if value is None:
-        return ""
-    if name.endswith("_bytes") and isinstance(value, int | float):
-        return shown(value, "bytes")
-    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
-
-
-def _samples(samples: Sequence[dict]) -> str:
-    metrics = in_order(metric for each in samples for metric in each["values"])
-    rows = []
-    for each in samples:
-        values = [each["values"].get(metric) for metric in metrics]
-        numbers = [
-            "" if value is None else digits(value) if isinstance(value, int | float) else value for value in values
-        ]
-        rows.append(
-            [each["arm"], each["test"], each["device"], each.get("round", ""), *numbers, each.get("load_average", "")]
-        )
-    header = ["arm", "test", "device", "round", *metrics, "load average"]
-    return table("Samples, in base units", header, rows, range(3, len(header)))
 
 
 def _download(file: str, document: dict) -> str:
