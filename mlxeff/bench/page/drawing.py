@@ -149,7 +149,7 @@ def _bars(plot: Plot, axes: "Axes", colours: dict[str, int]) -> list:
         hatch = HATCHES[colours.get(arm, 0) // len(SERIES) % len(HATCHES)]
         bar = axes.barh(place, point.value, 0.78, color=_colour(arm, colours), hatch=hatch, edgecolor=PAPER)
         handles.setdefault(arm, bar)
-        if point.low is not None:
+        if None not in (point.low, point.high):
             axes.errorbar(point.value, place, xerr=_only(point), color=INK, capsize=2, linewidth=1)
         end = max(point.value, point.high or 0)
         axes.annotate(digits(point.value), (end, place), (4, 0), textcoords="offset points", va="center", fontsize=10)
@@ -169,7 +169,7 @@ def _ratios(plot: Plot, axes: "Axes", colours: dict[str, int]) -> list:
     handles = {}
     for place, arm, point in rows:
         look = _look(arm, colours) | {"linestyle": "none"}
-        spread = None if point.low is None or point.high is None else _only(point)
+        spread = None if None in (point.low, point.high) else _only(point)
         handles.setdefault(arm, axes.errorbar(point.value, place, xerr=spread, **look, capsize=3, markersize=5))
         text = f"{digits(point.value)} ×"
         axes.annotate(text, (1, place), xycoords=("axes fraction", "data"), ha="right", va="center", fontsize=10)
