@@ -61,7 +61,7 @@ class Comparison:
 
 
 def compare(before: dict, after: dict, threshold: float, names: tuple[str, str]) -> Comparison:
-    """The result `after` beside the result `before`; a change of less than `threshold` (a share) is noise. Raises
+    """The result `after` beside the result `before`; a change of up to `threshold` (a share) is noise. Raises
     MlxeffError where they have no row in common; `names` are those of the files."""
     first, second = ({key_of(row): row for row in each["results"]} for each in (before, after))
     if not set(first) & set(second):
@@ -111,12 +111,12 @@ def _change(first: dict, second: dict, before: list[float], after: list[float], 
 def _verdict(
     row: dict, difference: float, change: float | None, low: float | None, high: float | None, threshold: float
 ) -> str:
-    """Whether a change is more than noise: it is beyond the threshold, and its interval does not hold 0. What is the
-    same in each pass, such as perplexity, needs no interval."""
+    """Whether a change is more than noise: its whole interval is beyond the threshold. What is the same in each pass,
+    such as perplexity, needs no interval: the change itself has to be beyond the threshold."""
     if low is None and (row["unit"] in TIMED or row["unit"] == "s" or "/s" in row["unit"]):
         return UNDECIDED
-    small = change is not None and abs(change) <= threshold
-    if small or not difference or (low is not None and low <= 0 <= high):
+    ends = (change, change) if low is None else (low, high)
+    if not difference or (change is not None and ends[0] <= threshold and ends[1] >= -threshold):
         return NOISE
     return IMPROVEMENT if (difference > 0) == (row["better"] == "higher") else REGRESSION
 

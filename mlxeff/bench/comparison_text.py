@@ -16,7 +16,7 @@ def report(comparisons: Sequence[Comparison], names: Sequence[str], threshold: f
     """The comparisons of the second and later results with the first one; `names` are the names of the files."""
     letters = [letter_of(index) for index in range(len(names))]
     files = [f"{letter}: {name}" for letter, name in zip(letters, names)]
-    rule = f"noise: a change of up to {100 * threshold:g} %, or one whose 95 % interval holds 0"
+    rule = f"noise: every change whose 95 % interval is not wholly beyond {100 * threshold:g} %"
     parts = [_lines([*files, rule], markdown)]
     for letter, comparison in zip(letters[1:], comparisons):
         if len(comparisons) > 1:

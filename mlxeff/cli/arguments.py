@@ -228,7 +228,7 @@ def _add_bench_files(what: argparse._SubParsersAction) -> None:
         metavar="PERCENT",
         type=_percentage,
         default=3.0,
-        help="a smaller change of a median is noise, whatever its interval (default %(default)g)",
+        help="a change is noise unless its whole interval is beyond so many percent (default %(default)g)",
     )
     sub.add_argument("--no-fail", action="store_true", help="exit code 0 though a row became worse")
     sub.add_argument(

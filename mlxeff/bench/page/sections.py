@@ -153,7 +153,7 @@ def _comparison(letter: str, found: compare.Comparison | str, drawn: Drawn) -> s
     header = ["arm", "test", "metric", "A", letter, "change", "95 % interval", "verdict"]
     lines = [*(f"differs: {line}" for line in found.differences), *(f"only in A: {name}" for name in found.only_before)]
     lines += [f"only in {letter}: {name}" for name in found.only_after]
-    rule = f"A change of up to {100 * THRESHOLD:g} %, or one whose interval holds 0, is noise."
+    rule = f"A change is noise unless its whole interval is beyond {100 * THRESHOLD:g} %."
     words = f"<p>{text(compare.summary(found))}. {rule}</p>"
     return section(
         f"{letter} beside A",
