@@ -160,6 +160,12 @@ def test_text_and_markdown_have_every_row(run):
     assert "1 rows: 1 with too few samples\na row needs 3 samples in both files for an interval" in text
 
 
+def test_a_name_on_several_lines_is_one_row(run):
+    odd = document(*measured("a\n\x1bb", "pp8", ttft_s=1))
+    _, text = run(odd, odd, options=())
+    assert [line for line in text.splitlines() if line.startswith("a \\x1bb  pp8  ttft_s")]
+
+
 def test_results_without_a_common_row_are_an_error(tmp_path):
     first = write(tmp_path / "a.json", one("ttft_s", 1))
     second = write(tmp_path / "b.json", one("decode_tps", 1))

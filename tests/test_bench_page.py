@@ -35,7 +35,7 @@ def reports(tmp_path_factory):
     place = tmp_path_factory.mktemp("reports")
     usual = write(place / "usual.json", realistic())
     slower = write(place / "slower.json", realistic(speed=1 / 1.1))
-    hostile = realistic((HOSTILE, "_hidden" + "x" * 120), notices=["a <b>notice</b>"])
+    hostile = realistic((HOSTILE, "_hidden" + "x" * 120 + "\n\x1b\0 \ud800 \udcff"), notices=["a <b>notice</b>"])
     hostile["settings"]["model"] = "<img src=x onerror=alert(1)>"
     hostile["published"][0]["source"] = "</script><script>alert(2)</script>"
     kernels = [row(f"kernel {i}", f"{n} x {n}", "gbps", [20 + i + n / 900] * 3) for i in range(11) for n in (256, 4096)]
@@ -220,6 +220,8 @@ def test_plots_follow_from_the_rows():
     found = plots(document(rows))
     assert [plot.title for plot in found] == [f"Time to the first token by prompt length{b}" for b in ("", ", batch 4")]
     assert [point.value for point in found[1].series["a"]] == [256, 512], "in ms"
+    rows = [each for n in (16, 64) for each in measured("a", f"tg{n}", decode_tps=50, tokens=n, depth=0)[0]]
+    assert [plot.title for plot in plots(document(rows))] == ["Decoding speed by answer length"]
     rows = measured("a", "tg8", decode_tps=50, tokens=8, depth=0)[0]
     assert [(plot.kind, plot.title) for plot in plots(document(rows))] == [("bars", "Decoding speed")]
 

@@ -6,7 +6,7 @@ from string import ascii_uppercase
 from .compare import UNDECIDED, Change, Comparison, summary
 from .result import LEAST
 from .tables import aligned, table
-from .words import percent, shown
+from .words import percent, plain, shown
 
 HEADER = ("arm", "test", "metric", "A", "B", "change", "95 % interval", "verdict")
 CAUSE = f"a row needs {LEAST} samples in both files for an interval"
@@ -42,10 +42,10 @@ def letter_of(index: int) -> str:
 def _row(change: Change, several: bool) -> list[str]:
     """The cells of a row; `several`: with the device, because there are several."""
     interval = "" if change.low is None else f"{percent(change.low)} to {percent(change.high)}"
-    test = f"{change.test} ({change.device})" if several else change.test
+    test = plain(f"{change.test} ({change.device})" if several else change.test)
     medians = [shown(value, change.unit) for value in (change.before, change.after)]
-    return [change.arm, test, change.metric, *medians, percent(change.change), interval, change.verdict]
+    return [plain(change.arm), test, plain(change.metric), *medians, percent(change.change), interval, change.verdict]
 
 
 def _lines(lines: Sequence[str], markdown: bool) -> str:
-    return "\n".join(f"- {line}" if markdown else line for line in lines)
+    return "\n".join(("- " if markdown else "") + plain(line) for line in lines)

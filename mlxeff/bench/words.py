@@ -2,6 +2,8 @@
 
 from collections.abc import Iterable
 
+from ..errors import one_line
+
 METRICS = {  # metric → its name, in the order in which metrics are shown
     "ttft_s": "time to the first token",
     "decode_tps": "decoding speed",
@@ -14,6 +16,11 @@ METRICS = {  # metric → its name, in the order in which metrics are shown
 }
 SHORT = {"ttft_s": "TTFT", "decode_tps": "speed", "prompt_tps": "speed", "peak_bytes": "memory"}  # in labels of plots
 STEPS = ((1e9, "G"), (1e6, "M"), (1e3, "k"))
+
+
+def plain(text: object, limit: int = 10**6) -> str:
+    """A text of a file on one line of at most `limit` characters, that can be shown and written in UTF-8."""
+    return one_line(str(text), limit).encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def metric_name(metric: str) -> str:

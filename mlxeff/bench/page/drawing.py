@@ -4,8 +4,7 @@ import textwrap
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
-from ...errors import one_line
-from ..words import digits
+from ..words import digits, plain
 from .plots import Plot, Point
 from .svg import GRID, INK, PAPER, SERIES
 
@@ -33,7 +32,7 @@ def draw(plot: Plot, colours: dict[str, int]) -> "Figure":
     axes = figure.subplots()
     handles = kind(plot, axes, colours)
     if entries:
-        names = ["\u2009" + one_line(arm, NAME) for arm in plot.series]  # matplotlib hides names that begin with "_"
+        names = ["\u2009" + plain(arm, NAME) for arm in plot.series]  # matplotlib hides names that begin with "_"
         figure.legend(handles, names, loc="outside lower left", labelspacing=0.3, handlelength=1.6)
     return figure
 
@@ -41,7 +40,7 @@ def draw(plot: Plot, colours: dict[str, int]) -> "Figure":
 def titled(figure: "Figure", title: str) -> "Figure":
     """The same figure with a title of its own, as a picture needs that stands alone."""
     width, height = figure.get_size_inches()
-    lines = textwrap.wrap(title, 50)
+    lines = textwrap.wrap(plain(title), 50)
     figure.set_size_inches(width, height + 0.22 * len(lines))
     figure.suptitle("\n".join(lines), fontsize=12, x=0.02, ha="left")
     return figure
@@ -112,7 +111,9 @@ def _errors(points: list[Point]) -> list[list[float]] | None:
 
 def _name_values(plot: Plot, axes: "Axes") -> None:
     """The name of the value axis above it, where it does not have to be turned."""
-    axes.set_title(textwrap.fill(plot.value_axis, 48), loc="left", fontsize=11, color=axes.xaxis.label.get_color())
+    axes.set_title(
+        textwrap.fill(plain(plot.value_axis), 48), loc="left", fontsize=11, color=axes.xaxis.label.get_color()
+    )
 
 
 def _rows(plot: Plot) -> tuple[list[tuple[float, str, Point]], dict[str, float]]:
@@ -132,13 +133,13 @@ def _rows(plot: Plot) -> tuple[list[tuple[float, str, Point]], dict[str, float]]
 
 def _flat(plot: Plot, axes: "Axes", middles: dict[str, float], last: float) -> None:
     """Axes of horizontal bars or intervals from 0 to `last`, with the tests on the left."""
-    axes.set_yticks(list(middles.values()), [textwrap.fill(one_line(test, 2 * TEST), TEST) for test in middles])
+    axes.set_yticks(list(middles.values()), [textwrap.fill(plain(test, 2 * TEST), TEST) for test in middles])
     axes.tick_params(axis="y", length=0)
     axes.spines.left.set_visible(False)
     axes.set_ylim(last + 0.7, -0.7)
     axes.grid(axis="x")
     axes.locator_params(axis="x", nbins=5)
-    axes.set_xlabel(textwrap.fill(plot.value_axis, 32))
+    axes.set_xlabel(textwrap.fill(plain(plot.value_axis), 32))
 
 
 def _bars(plot: Plot, axes: "Axes", colours: dict[str, int]) -> list:

@@ -3,12 +3,12 @@
 import html
 from collections.abc import Iterable, Mapping, Sequence
 
-from ...errors import one_line
+from ..words import plain
 
 
 def text(value: object) -> str:
     """A value as escaped text; characters that cannot be shown are written as escapes."""
-    return html.escape(one_line(str(value), 10**6))
+    return html.escape(plain(value))
 
 
 def table(caption: str, header: Sequence[str], rows: Iterable[Sequence[object]], numbers: Iterable[int] = ()) -> str:

@@ -14,7 +14,11 @@ from ..result import KEY, LEAST, samples_of
 from ..words import SHORT, digits, in_order, metric_name, scale, shown, title_of
 
 MOST = 36  # bars or intervals in a plot; the table has them all
-AXES = {"tokens": "tokens of the prompt", "depth": "tokens in the KV cache"}
+AXES = {  # field of a row → (what it is in a title, what it is on an axis)
+    "tokens": ("prompt length", "tokens of the prompt"),
+    "depth": ("depth", "tokens in the KV cache"),
+}
+DECODED = ("answer length", "tokens of the answer")  # of a test that decodes, in place of "tokens"
 
 
 @dataclass(frozen=True)
@@ -85,7 +89,7 @@ def _metric(metric: str, rows: list[dict], name: str, also: str) -> Iterator[Plo
     better = rows[0]["better"]
     axis = f"{unit or metric_name(metric)}, {better} is better"
     left = list(rows)
-    for key, label in AXES.items():
+    for key, words in AXES.items():
         other = "tokens" if key == "depth" else "depth"
         facets: dict[tuple, list[dict]] = {}
         for row in left:
@@ -96,7 +100,8 @@ def _metric(metric: str, rows: list[dict], name: str, also: str) -> Iterator[Plo
                 continue
             left = [row for row in left if row not in chosen]
             several = sum(len({row[key] for row in each}) > 1 for each in facets.values()) > 1
-            title = f"{title_of(metric)} by {'prompt length' if key == 'tokens' else 'depth'}{also}"
+            what, label = DECODED if key == "tokens" and chosen[0]["test"].startswith("tg") else words
+            title = f"{title_of(metric)} by {what}{also}"
             if batch is not None and batch != 1:
                 title += f", batch {batch}"
             if several and held:

@@ -2,13 +2,14 @@
 PNG files.
 """
 
-import html
 import io
 import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
+
+from .markup import text as text_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -73,7 +74,7 @@ def inline(figure: "Figure", name: str, title: str, described: str) -> str:
     opening = (
         f'<svg viewBox="0 0 {width} {height}" role="img" aria-labelledby="{name}-title {name}-text" '
         f'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink">'
-        f'<title id="{name}-title">{html.escape(title)}</title><desc id="{name}-text">{html.escape(described)}</desc>'
+        f'<title id="{name}-title">{text_of(title)}</title><desc id="{name}-text">{text_of(described)}</desc>'
     )
     return opening + text[text.index(">", text.index("<svg")) + 1 :].strip()
 
