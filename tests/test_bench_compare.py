@@ -163,7 +163,7 @@ def test_text_and_markdown_have_every_row(run):
 def test_a_name_on_several_lines_is_one_row(run):
     odd = document(*measured("a\n\x1bb", "pp8", ttft_s=1))
     _, text = run(odd, odd, options=())
-    assert [line for line in text.splitlines() if line.startswith("a \\x1bb  pp8  ttft_s")]
+    assert [line for line in text.splitlines() if line.startswith("a \\x1bb  pp8 ")]
 
 
 def test_results_without_a_common_row_are_an_error(tmp_path):

@@ -158,7 +158,7 @@ def test_names_from_a_file_stay_text(window, reports):
     text = window.value("document.body.innerText")
     assert HOSTILE in text
     assert "</script><script>alert(2)</script>" in text
-    legend = "[...document.querySelectorAll('figure svg')][0].textContent"
+    legend = "[...document.querySelectorAll('figure svg')[0].querySelectorAll('text')].map(e => e.textContent).join()"
     assert HOSTILE[:25] in window.value(legend), "no tags"
     assert HOSTILE[-12:] in window.value(legend), "no mathematics"
     assert "_hiddenxxx" in window.value(legend)
