@@ -273,26 +273,55 @@ def test_a_missing_file_and_bytes_are_one_line(tmp_path):
     assert "wanted a result of mlxeff bench in UTF-8" in fails("bench", "compare", good, tmp_path / "bytes")
 
 
-def test_files_of_samples_of_ttft_are_read(tmp_path):
-    """The file of `bench ttft --out`: of five passes the last line was cut."""
-    identity = {"format": "mlxeff-ttft", "cpu": "x", "threads": 2, "model": "m", "fingerprint": "f", "steps": 4}
-    for name, factor in (("a", 1), ("b", 1.2)):
-        passes = [
-            {"device": "cpu", "batch": batch, "tokens": 100, "arm": "m", "round": index, "load_average": 0}
-            | {"ttft_s": 2 * each * factor, "step_s": 0.5}
-            for batch in (1, 4)
-            for index, each in enumerate(NOISE)
-        ]
-        lines = [json.dumps(each) for each in (identity, *passes)] + (['{"device": "c'] if name == "b" else [])
-        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
-    out, err = mlxeff("bench", "compare", tmp_path / "a.jsonl", tmp_path / "b.jsonl", "--json", code=1)
-    found = json.loads(out)
-    assert "b.jsonl: 1 incomplete lines are left out" in err
-    rows = {(each["test"], each["metric"]): each for each in found["comparisons"][0]["rows"]}
-    assert rows["pp100", "ttft_s"]["change"] == pytest.approx(0.2)
+def passes(factor):
+    """Samples of `bench ttft`: five passes, alone and four at once."""
+    return [
+        {"device": "cpu", "batch": batch, "tokens": 100, "arm": "m", "round": index, "load_average": factor}
+        | {"ttft_s": 2 * each * factor, "step_s": 0.5}
+        for batch in (1, 4)
+        for index, each in enumerate(NOISE)
+    ]
+
+
+def check_ttft(found):
+    (one_file,) = found["comparisons"]
+    rows = {(each["test"], each["metric"]): each for each in one_file["rows"]}
+    assert rows["pp100", "ttft_s"]["change"] == pytest.approx(1)
     assert rows["pp100 x4", "prompt_tps"]["before"] == pytest.approx(200)
     assert rows["tg4 @ d100 x4", "decode_tps"]["before"] == pytest.approx(8)
     assert found["regressions"] == 4
+    assert one_file["differences"] == ["samples: median load average before a pass: 1.00 → 2.00"]
+
+
+def test_files_of_samples_of_ttft_are_read(tmp_path):
+    """The file of `bench ttft --out`; the last line of the second one was cut."""
+    identity = {"format": "mlxeff-ttft", "cpu": "x", "threads": 2, "model": "m", "fingerprint": "f", "steps": 4}
+    for name, factor in (("a", 1), ("b", 2)):
+        lines = [json.dumps(each) for each in (identity, *passes(factor))] + (['{"device": "c'] if name == "b" else [])
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    out, err = mlxeff("bench", "compare", tmp_path / "a.jsonl", tmp_path / "b.jsonl", "--json", code=1)
+    assert "b.jsonl: 1 incomplete lines are left out" in err
+    check_ttft(json.loads(out))
+    (tmp_path / "b.jsonl").write_text("\n".join(map(json.dumps, (identity, passes(1)[0] | {"ttft_s": 0}))))
+    line = fails("bench", "compare", tmp_path / "a.jsonl", tmp_path / "b.jsonl")
+    assert 'b.jsonl: sample 1: "ttft_s": wanted a number above 0, got 0' in line
+
+
+def test_documents_of_ttft_are_read(run):
+    """Those of `bench ttft --json`, which name no format."""
+
+    def ttft(factor):
+        parts = {
+            "card": {"cpu": "x"},
+            "settings": {"model": "m", "steps": 4},
+            "arms": {"m": {"base": 7}},
+            "results": [],
+        }
+        return parts | {"samples": passes(factor), "skipped": ["something"], "notices": []}
+
+    code, found = run(ttft(1), ttft(2))
+    assert code == 1
+    check_ttft(found)
 
 
 def test_numbers_are_short_and_have_units():

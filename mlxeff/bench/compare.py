@@ -7,7 +7,9 @@ from dataclasses import asdict, dataclass
 from statistics import median
 
 from ..errors import MlxeffError, one_line, some
-from .result import KEY, LEAST, interval, key_of, resampled, samples_of
+from .intervals import LEAST, interval, resampled
+from .result import samples_of
+from .schema import KEY, key_of
 
 REGRESSION, IMPROVEMENT, NOISE, UNDECIDED = "regression", "improvement", "within noise", "too few samples"
 TIMED = ("ms", "us", "W", "J")  # units of what differs from pass to pass, beside "s" and all units by the second

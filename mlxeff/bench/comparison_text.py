@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from string import ascii_uppercase
 
 from .compare import UNDECIDED, Change, Comparison, summary
-from .result import LEAST
+from .intervals import LEAST
 from .tables import aligned, table
 from .words import percent, plain, shown
 

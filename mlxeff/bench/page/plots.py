@@ -10,7 +10,9 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from ..compare import Comparison
-from ..result import KEY, LEAST, samples_of
+from ..intervals import LEAST
+from ..result import samples_of
+from ..schema import KEY
 from ..words import SHORT, digits, in_order, metric_name, scale, shown, title_of
 
 MOST = 36  # bars or intervals in a plot; the table has them all
