@@ -24,6 +24,7 @@ def executable():
 @contextlib.contextmanager
 def running():
     """A `Browser`, which is ended afterwards."""
+    assert executable(), f"no browser found ({', '.join(NAMES)})"
     to_browser, from_browser = os.pipe(), os.pipe()
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars"]
