@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+import bench_results
 from mlxeff import cli
 from test_packaging import commands, make_targets
 from tiny_model import write_tiny_model
@@ -199,6 +200,16 @@ def test_every_key_of_bench_is_explained(folder, fitted):
     assert got | of_the_suite == keys | {"device", "batch", "tokens", "arm"}
     inner = set(found["card"]) | set().union(*found["arms"].values()) | {"device", "batch", "tokens", "arm"}
     assert {name for name in inner if f"`{name}`" not in section} == set()
+
+
+def test_every_key_of_results_in_files_is_explained(tmp_path):
+    pytest.importorskip("matplotlib")
+    source = bench_results.write(tmp_path / "a.json", bench_results.realistic())
+    found, _ = run("bench", "compare", source, source)
+    one = found["comparisons"][0]
+    keys = tables("`mlxeff bench compare --json`")[0]
+    assert set(found) | set(one) | set(one["rows"][0]) == keys | {"arm", "device", "test", "metric", "unit", "better"}
+    assert set(run("bench", "page", source, "--png", tmp_path / "png")[0]) == tables("`mlxeff bench page --json`")[0]
 
 
 def test_every_key_of_eval_is_explained(folder, fitted):

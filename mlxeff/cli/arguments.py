@@ -14,7 +14,7 @@ from ..hub.catalog import DEFAULT_MODEL
 
 MAX_TOKENS = 1024  # default of --max-tokens
 # Options that name a file or a folder, in which "~" stands for a home folder; names of models are resolved elsewhere.
-PATHS = "file prompt_cache dst out text train_text calibrate tokenizer plot questions score".split()
+PATHS = "file prompt_cache dst out text train_text calibrate tokenizer plot questions score png".split()
 DEVICE_HELP = "where to compute (default: auto, the GPU if there is one)"
 
 
@@ -214,6 +214,46 @@ def add_bench(parser: argparse.ArgumentParser) -> None:
     sub.add_argument("--offline", action="store_true", help="never touch the network")
     sub.add_argument("--json", action="store_true", help="print one JSON document with every sample")
     sub.add_argument("--quiet", action="store_true", help="no progress lines; warnings still show")
+    _add_bench_files(what)
+
+
+def _add_bench_files(what: argparse._SubParsersAction) -> None:
+    """The options of what reads results of benchmarks."""
+    summary = "which rows of results became better or worse than noise; exit code 1 where one became worse"
+    sub = what.add_parser("compare", help=summary, description=sentence(summary), allow_abbrev=False)
+    sub.add_argument("result", metavar="A.json", help="a result of `mlxeff bench`, or the file of `bench ttft --out`")
+    sub.add_argument("others", metavar="B.json", nargs="+", help="results that are compared with A")
+    sub.add_argument(
+        "--threshold",
+        metavar="PERCENT",
+        type=_percentage,
+        default=3.0,
+        help="a change is noise unless its whole interval is beyond so many percent (default %(default)g)",
+    )
+    sub.add_argument("--no-fail", action="store_true", help="exit code 0 though a row became worse")
+    sub.add_argument(
+        "-o", dest="output", choices=("text", "md", "json"), default="text", help="how to print (default: %(default)s)"
+    )
+    _add_end(sub, "print one JSON document, as -o json")
+    summary = "write a report for a browser: plots and tables in one HTML file"
+    sub = what.add_parser("page", help=summary, description=sentence(summary), allow_abbrev=False)
+    sub.add_argument("results", metavar="RESULT.json", nargs="+", help="results; several are compared with the first")
+    sub.add_argument("--out", metavar="FILE", help="the HTML file (default: RESULT.html, beside RESULT.json)")
+    sub.add_argument("--png", metavar="FOLDER", help="write each plot as a PNG file, too")
+    _add_end(sub, "print one JSON document: the files that were written")
+
+
+def _add_end(sub: argparse.ArgumentParser, document: str) -> None:
+    """The options --json, with the help text `document`, and --quiet."""
+    sub.add_argument("--json", action="store_true", help=document)
+    sub.add_argument("--quiet", action="store_true", help="no notes; warnings still show")
+
+
+def _percentage(text: str) -> float:
+    """A finite number of percent, 0 or more."""
+    if not 0 <= (value := _number(text)) < float("inf"):
+        raise argparse.ArgumentTypeError(f"wanted a number of percent, 0 or more, got {text!r}")
+    return value
 
 
 def _add_bench_machine(sub: argparse.ArgumentParser) -> None:

@@ -1,17 +1,20 @@
-"""`mlxeff bench ttft`: seconds to the first token, and tokens a second before and after it, on this machine."""
+"""`mlxeff bench`. Of `ttft`: seconds to the first token, and tokens a second before and after it, on this machine."""
 
 import argparse
 import functools
 from typing import TYPE_CHECKING
 
-from . import output, streams
+from . import bench_files, output, streams
 
 if TYPE_CHECKING:
     from ..bench.request import Request
 
 
 def run(options: argparse.Namespace) -> int:
-    """Measure, and print tables or the `--json` document; returns the exit code."""
+    """Measure, and print tables or the `--json` document, or do what concerns results in files; returns the exit
+    code."""
+    if options.what in ("compare", "page"):
+        return getattr(bench_files, options.what)(options)
     from ..bench import report, request
 
     with output.show_notices(options.quiet) as lines:
