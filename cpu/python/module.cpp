@@ -1,5 +1,5 @@
-// The Python module mlxeff._native: the native kernels as MLX primitives. Only this folder of cpu/ depends on MLX and
-// Python.
+// The Python module mlxeff._native: the native kernels as MLX primitives, and the native decoder, whose calls compute
+// at once (decoder_passes.cpp). Only this folder of cpu/ depends on MLX and Python.
 //
 // A primitive submits its work to the stream's command encoder as a task with raw pointers; MLX keeps inputs and
 // outputs alive until the task is done. Graphs therefore stay lazy, and the operators compose with mx.eval,
