@@ -21,6 +21,7 @@ from mlxeff.assembly.pair import load_pair, make_auxiliary
 from mlxeff.decode import Setup
 from mlxeff.errors import MlxeffError
 from mlxeff.generation import stream_generate
+from mlxeff.kernels import device
 from mlxeff.kvprediction import Predictor, predict
 from mlxeff.kvprediction.files import PairConfig, read_config, write_pair
 from mlxeff.modules import QuantizedLinear
@@ -102,7 +103,8 @@ def test_json_tells_what_was_predicted_kept_and_refined(pair, base_folder):
     arguments = ("generate", PROMPT, "--model", base_folder, "--raw", "--json", "--max-tokens", 5)
     document = json.loads(mlxeff(*arguments, "--kv-predict", f"{pair}:keep=10:refine")[0])
     assert document["timings"]["kv_prediction"] == {
-        "pair": str(pair), "keep": 10, "refine": True, "predicted_tokens": 36, "refined_tokens": 47,
+        "pair": str(pair), "keep": 10, "refine": True, "predicted_tokens": 36,
+        "refined_tokens": 46 + (device() == "gpu"),  # a GPU has one token more in its cache by then
     }  # fmt: skip
     assert any("36 of 50 prompt tokens is predicted" in line for line in document["notices"])
     plain = json.loads(mlxeff(*arguments)[0])

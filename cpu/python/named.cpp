@@ -66,7 +66,7 @@ const mx::array& Named::writable(const char* name) {
   const nb::handle value = get(name);
   const mx::array& given = nb::cast<const mx::array&>(value);
   if (Py_REFCNT(value.ptr()) <= 2 && given.is_donatable() && given.flags().row_contiguous) return given;
-  mx::array source = given.flags().row_contiguous ? given : mx::contiguous(given);
+  mx::array source = given.flags().row_contiguous ? given : mx::contiguous(given, false, cpu_stream());
   source.eval();
   mx::array copy(mx::allocator::malloc(given.nbytes()), given.shape(), given.dtype());
   memcpy(copy.data<void>(), source.data<void>(), given.nbytes());
