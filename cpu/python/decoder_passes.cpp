@@ -15,16 +15,6 @@ namespace {
 
 using Arrays = std::vector<mx::array>;
 
-void evaluate(Arrays arrays) {
-  for (const mx::array& array : arrays)
-    if (array.is_tracer())
-      throw std::invalid_argument(
-          "native decoder: has no gradient; call model.train() first, which computes operator by operator");
-  const nb::gil_scoped_release unlocked;
-  mx::eval(arrays);
-  for (mx::array& array : arrays) array.wait();
-}
-
 // Token ids (B, S) in memory, as 32-bit integers without gaps.
 class Tokens {
  public:

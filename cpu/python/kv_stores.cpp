@@ -10,27 +10,19 @@ std::vector<std::string> store_kinds() {
   return names;
 }
 
-namespace {
-
-// Evaluates the arrays that are not evaluated yet.
-void evaluate(const std::vector<Named>& dicts, const std::vector<const StoreKind*>& kinds) {
+void evaluate(const std::vector<mx::array>& arrays) {
   std::vector<mx::array> pending;
-  for (size_t i = 0; i < dicts.size(); ++i)
-    for (const char* name : kinds[i]->arrays) {
-      const mx::array& array = dicts[i].array(name);
-      if (array.is_tracer())
-        throw std::invalid_argument(
-            "native decoder: has no gradient; call model.train() first, which computes "
-            "operator by operator");
-      if (!array.is_available()) pending.push_back(array);
-    }
+  for (const mx::array& array : arrays) {
+    if (array.is_tracer())
+      throw std::invalid_argument(
+          "native decoder: has no gradient; call model.train() first, which computes operator by operator");
+    if (!array.is_available()) pending.push_back(array);
+  }
   if (pending.empty()) return;
   const nb::gil_scoped_release unlocked;
   mx::eval(pending);
   for (mx::array& array : pending) array.wait();
 }
-
-}  // namespace
 
 GivenStores::GivenStores(const nb::list& given, const DecoderSpec& spec, size_t layers, const Span& span) {
   if (given.size() != layers)
@@ -48,7 +40,11 @@ GivenStores::GivenStores(const nb::list& given, const DecoderSpec& spec, size_t 
     dicts.push_back(std::move(store));
     kinds.push_back(kind);
   }
-  evaluate(dicts, kinds);
+  std::vector<mx::array> given_arrays;
+  for (size_t i = 0; i < layers; ++i)
+    for (const char* name : kinds[i]->arrays) given_arrays.push_back(dicts[i].array(name));
+  evaluate(given_arrays);
+  given_arrays.clear();  // so that only the dicts and their owners are left
   for (size_t i = 0; i < layers; ++i)
     for (const char* name : kinds[i]->arrays) arrays_.push_back(dicts[i].writable(name));
   mx::array* next = arrays_.data();
