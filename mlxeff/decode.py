@@ -142,6 +142,11 @@ def prefill(
     return logits
 
 
+def launches_ahead() -> bool:
+    """Whether `decode` appends a token to the cache before it yields it, and not after."""
+    return device() != "cpu"
+
+
 def decode(
     model: Model,
     cache: Cache,
@@ -159,7 +164,7 @@ def decode(
     is dropped again, where the cache can drop tokens. Raises MlxeffError where logits are not finite, and where a
     native kernel refuses its input.
     """
-    start, yielded, ahead = cache.length, 0, device() != "cpu"
+    start, yielded, ahead = cache.length, 0, launches_ahead()
 
     def launch(logits: mx.array) -> tuple[mx.array, mx.array, mx.array]:
         drawn = _next_token(logits, sampler, processors, history)

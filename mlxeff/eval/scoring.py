@@ -14,9 +14,8 @@ import mlx.core as mx
 import numpy as np
 
 from ..cache import Cache
-from ..decode import Setup, Step, explained
+from ..decode import Setup, Step, explained, launches_ahead
 from ..errors import no_notices
-from ..kernels import device
 from .measures import log_probabilities
 
 STEP = 256  # tokens of a pass, where nothing else is asked for
@@ -45,7 +44,7 @@ class Forced:
 
     def _steps(self) -> Iterator[Step]:
         """The given tokens as the steps of `decode`, which appends a token after it was yielded, on a GPU before."""
-        logits, ahead = self.first, device() != "cpu"
+        logits, ahead = self.first, launches_ahead()
         for place in range(self.prompt, len(self.ids)):
             found = log_probabilities(logits)[0]
             mx.eval(found)
