@@ -19,6 +19,7 @@ from ..errors import MlxeffError
 from ..running import EXACT, RunOptions
 from . import kvp_paper, machine, ttft
 from .arms import Arm
+from .result import SAMPLES_FORMAT
 from .samples import Samples
 
 LENGTHS = (128, 512, 2048)  # default prompt lengths in tokens
@@ -109,7 +110,7 @@ def measure(request: Request, fetching: Fetching) -> tuple[dict, dict, ttft.Resu
     steps = {device: settings.step_size or kernels.PREFILL_STEP[device] for device in devices}
     described = about | {"steps": settings.steps, "prefill_step": steps}
     out = request.out and Path(request.out)
-    samples = Samples(out, {"format": "mlxeff-ttft", **card, **described}, ttft.KEYS)
+    samples = Samples(out, {"format": SAMPLES_FORMAT, **card, **described}, ttft.KEYS)
     results = ttft.Results(samples)
     ttft.run(groups, devices, settings, request.only, results)
     return card, described | {"rounds": settings.rounds, "warmup": settings.warmup}, results

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from .. import __version__, limits, panics
 from ..errors import MlxeffError
 from ..names import expand
-from . import arguments, streams
+from . import arguments, parsing, streams
 
 VERBS = {  # verb → summary for the help
     "generate": "answer one prompt, word by word",
@@ -96,6 +96,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"mlxeff {__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     for verb, summary in VERBS.items():
-        sub = verbs.add_parser(verb, help=summary, description=arguments.sentence(summary), allow_abbrev=False)
+        sub = verbs.add_parser(verb, help=summary, description=parsing.sentence(summary), allow_abbrev=False)
         getattr(arguments, f"add_{verb}")(sub)
     return parser
