@@ -5,13 +5,15 @@
 
 The native kernels note when each thread came to a step, had no more work and went on. Of each kind of step the table
 has the time that it takes in a token, from the end of the step before to its own end, and which share of that its
-threads worked. The rest of the token, outside the native pass, is MLX and Python. "GB/s" are the bytes of all weights
-that a token reads by its time; the read bandwidth is measured between the arms. Medians of all tokens.
+threads worked. The rest of the token, outside the native pass, is sampling, MLX and Python. "GB/s" are the bytes of all
+weights that a token reads by its time; the read bandwidth is measured between the arms, and the best of all counts.
+Medians of all tokens.
 
 Neighbours are processes that count, one for each core.
 """
 
 import argparse
+import itertools
 import json
 import statistics
 import subprocess
@@ -19,7 +21,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -29,9 +31,10 @@ import saving
 from mlxeff import hub, kernels
 from mlxeff.assembly.model import load_path
 from mlxeff.bench.tables import card_lines, table
-from mlxeff.decode import prefill
+from mlxeff.decode import Step, decode, prefill
 from mlxeff.models.decoder import DecoderModel
 from mlxeff.running import RunOptions
+from mlxeff.sampling import make_sampler
 from mlxeff.speculation.drafters import weight_bytes
 from peers import card
 from peers.measure import compile_bandwidth
@@ -39,6 +42,7 @@ from peers.measure import compile_bandwidth
 SECTION = "cpu-decode-profile"  # of RESULTS.md
 BEFORE, AFTER = ("embedding", "angles"), ("norm", "head")  # steps of a pass
 LAYER = ("norm", "q k v", "rope, append", "attention", "round", "o", "norm", "gate up", "activation", "down")
+ABOUT = ("neighbours", "depth", "threads", "mode")
 WARM_UP, NOTED = 8, 400_000  # tokens; steps of threads
 
 
@@ -88,25 +92,40 @@ def spent(steps: dict[int, list[tuple]], layers: int) -> tuple[float, dict[str, 
     return (last - began) / 1e9, {name: tuple(times) for name, times in kinds.items()}
 
 
-def profile(model: DecoderModel, depth: int, threads: int, mode: str, tokens: int) -> dict:
-    """The medians of `tokens` tokens after a prompt of `depth`."""
-    native, _ = kernels.native()
-    native.set_num_threads(threads)
+def answer(model: DecoderModel, depth: int, mode: str) -> Iterator[Step]:
+    """The greedy steps after a prompt of `depth` tokens, as in `mlxeff generate`."""
     options = RunOptions(compute=mode)
     cache, ids = model.new_cache(), mx.array([1000 + place % 5000 for place in range(depth)])
-    token = mx.argmax(prefill(model, cache, ids, 512, options=options), axis=-1)
-    mx.eval(token)
-    times = []
-    for number in range(WARM_UP + tokens):
-        if number == WARM_UP:
-            native.note_step_times(NOTED)
+    return decode(model, cache, prefill(model, cache, ids, 512, options=options), make_sampler(), options=options)
+
+
+def profile(model: DecoderModel, depth: int, threads: int, modes: Sequence[str], tokens: int) -> dict[str, dict]:
+    """Mode → the medians of `tokens` tokens after a prompt of `depth`. The modes take turns token by token, so that a
+    noisy phase of the machine is one for all of them."""
+    native, _ = kernels.native()
+    native.set_num_threads(threads)
+    answers = {mode: answer(model, depth, mode) for mode in modes}
+    for steps in answers.values():
+        for _ in range(WARM_UP):
+            next(steps)
+    order = [mode for number in range(tokens) for mode in (modes if number % 2 else modes[::-1])]
+    times = defaultdict(list)
+    native.note_step_times(NOTED)
+    for mode in order:
         began = time.perf_counter()
-        token = mx.argmax(model.last_logits(token[None], cache, options), axis=-1)
-        mx.eval(token)
-        times.append(time.perf_counter() - began)
-    found = [spent(steps, len(model.layers)) for steps in passes(native.step_times())]
+        next(answers[mode])
+        times[mode].append(time.perf_counter() - began)
+    notes = native.step_times()
     native.note_step_times(0)
-    whole, inside = statistics.median(times[WARM_UP:]), statistics.median(each for each, _ in found)
+    found = defaultdict(list)
+    for mode, steps in zip(order, passes(notes), strict=True):
+        found[mode].append(spent(steps, len(model.layers)))
+    return {mode: medians(times[mode], found[mode], threads) for mode in modes}
+
+
+def medians(times: Sequence[float], found: Sequence[tuple], threads: int) -> dict:
+    """The part of a row that was measured, from the seconds of each token and what `spent` found of each."""
+    whole, inside = statistics.median(times), statistics.median(each for each, _ in found)
     kinds = {}
     for name in found[0][1]:
         seconds, worked = (statistics.median(each[name][part] for _, each in found) for part in (0, 1))
@@ -127,41 +146,46 @@ def measure(options: argparse.Namespace) -> list[dict]:
     with tempfile.TemporaryDirectory() as folder:
         program = compile_bandwidth(Path(folder))
         for busy in options.neighbours:
-            for depth in options.depths:
-                for mode in options.modes:
-                    for threads in options.threads:
-                        read = bandwidth(program, threads) if not busy else None
-                        with neighbours(busy):
-                            found = profile(model, depth, threads, mode, options.tokens)
-                        about = {"neighbours": busy, "depth": depth, "mode": mode, "threads": threads}
-                        rows.append(about | {"bytes": weight_bytes(model), "bandwidth": read} | found)
-                        print(f"{about}: {found['ms']:.2f} ms", file=sys.stderr)
+            for depth, threads in itertools.product(options.depths, options.threads):
+                read = bandwidth(program, threads) if not busy else None
+                with neighbours(busy):
+                    found = profile(model, depth, threads, options.modes, options.tokens)
+                for mode, row in found.items():
+                    about = {"neighbours": busy, "depth": depth, "threads": threads, "mode": mode}
+                    rows.append(about | {"bytes": weight_bytes(model), "bandwidth": read} | row)
+                    print(f"{about}: {row['ms']:.2f} ms", file=sys.stderr)
     return rows
 
 
 def text(document: dict) -> str:
     """The section of RESULTS.md."""
     own, rows = document["card"], document["rows"]
-    header = ["neighbours", "depth", "mode", "threads", "ms a token", "outside", "GB/s", "of the bandwidth"]
+    header = [*ABOUT, "ms a token", "outside", "GB/s", "of the bandwidth"]
     kinds = list(rows[0]["steps"])
     lines, parts = [], []
+    most = {row["threads"]: 0.0 for row in rows}
     for row in rows:
-        about = [str(row[key]) for key in ("neighbours", "depth", "mode", "threads")]
+        most[row["threads"]] = max(most[row["threads"]], row["bandwidth"] or 0)
+    for row in rows:
+        about = [str(row[key]) for key in ABOUT]
         speed = row["bytes"] / row["ms"] / 1e6
-        share = f"{speed / row['bandwidth']:.0%}" if row["bandwidth"] else ""
+        share = f"{speed / most[row['threads']]:.0%}" if row["bandwidth"] else ""
         lines.append([*about, f"{row['ms']:.2f}", f"{row['outside_ms']:.2f}", f"{speed:.1f}", share])
         each = (row["steps"][kind] for kind in kinds)
         parts.append([*about, *(f"{step['ms']:.2f} ({step['worked']:.0%})" for step in each)])
-    title = f"{own['cpu']}, {own['cores']} cores, MLX {own['mlx']}: `{own['command']}`"
+    read = ", ".join(f"{speed:.1f} GB/s on {threads}" for threads, speed in most.items())
+    title = f"{own['cpu']}, {own['cores']} cores, MLX {own['mlx']}: `{own['command']}`."
     steps = "Milliseconds of a token in each kind of step (share of it that the threads worked):"
-    return "\n\n".join([title, table(header, lines), steps, table([*header[:4], *kinds], parts)])
+    return "\n\n".join(
+        [title, f"Read bandwidth by threads: {read}.", table(header, lines), steps, table([*header[:4], *kinds], parts)]
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=hub.DEFAULT_MODEL)
     parser.add_argument("--depths", type=int, nargs="+", default=(16, 512, 2048))
-    parser.add_argument("--modes", nargs="+", choices=("exact", "int8"), default=("exact", "int8"))
+    parser.add_argument("--modes", nargs="+", choices=("exact", "int8"), default=["exact", "int8"])
     parser.add_argument("--threads", type=int, nargs="+", default=(1, 2))
     parser.add_argument("--neighbours", type=int, nargs="+", default=(0, 2), help="processes that count")
     parser.add_argument("--tokens", type=int, default=48)

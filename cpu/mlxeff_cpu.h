@@ -204,6 +204,9 @@ MLXEFF_API int mlxeff_swiglu_backward(const void* gate, int64_t ldg, const void*
 // --- softmax.cpp --------------------------------------------------------------------------------------------------
 MLXEFF_API int mlxeff_softmax(const void* x, int64_t ldx, int x_dtype, void* y, int64_t ldy, int y_dtype, int64_t rows,
                               int64_t n);
+// y (rows, n) = x - logsumexp(x). y may be x if they have one dtype.
+MLXEFF_API int mlxeff_log_softmax(const void* x, int64_t ldx, int x_dtype, void* y, int64_t ldy, int y_dtype,
+                                  int64_t rows, int64_t n);
 MLXEFF_API int mlxeff_logsumexp(const void* x, int64_t ldx, int dtype, float* out, int64_t rows, int64_t n);
 // loss (rows) = lse - x[target]; lse (rows; may be null) = logsumexp. A negative target: loss and gradient 0; one >= n
 // is an error.

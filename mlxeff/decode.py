@@ -22,9 +22,8 @@ from . import memory
 from .cache import Cache
 from .errors import MlxeffError
 from .kernels import device
-from .ops import log_softmax
 from .running import EXACT, RunOptions
-from .sampling import LogitsProcessor, Sampler
+from .sampling import LogitsProcessor, Sampler, draw
 
 NOT_FINITE = (
     "decoding: wanted logits without NaN and +inf, one above -inf, got others: a weight is damaged, or a sum left the "
@@ -183,9 +182,10 @@ def decode(
             if not math.isfinite(own.item()):
                 raise MlxeffError(NOT_FINITE)
             yielded += 1
-            yield Step(token.item(), logprobs[0])
+            drawn = token.item()
+            yield Step(drawn, logprobs[0])
             if more:
-                current = following if ahead else launch(model.last_logits(token[:, None], cache, options))
+                current = following if ahead else launch(model.last_logits(mx.array([[drawn]]), cache, options))
 
 
 @contextlib.contextmanager
@@ -213,13 +213,10 @@ def rewound_to(cache: Cache, length: Callable[[], int]) -> Iterator[None]:
 def _next_token(
     logits: mx.array, sampler: Sampler, processors: Sequence[LogitsProcessor], history: mx.array | None
 ) -> tuple[mx.array, mx.array, mx.array]:
-    """Logits (1, V) → (the sampled token (1,), the log-probabilities (1, V) that it was drawn from, its own one (1,)).
-    The last is NaN or -inf where a logit is NaN or +inf, or all are -inf."""
+    """Logits (1, V) → the token that is drawn from them after the processors, as in `sampling.draw`."""
     for process in processors:
         logits = process(history, logits)
-    logprobs = log_softmax(logits)
-    token = sampler(logprobs)
-    return token, logprobs, mx.take(logprobs[0], token)
+    return draw(sampler, logits)
 
 
 class PlainPart:

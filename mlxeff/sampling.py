@@ -51,9 +51,13 @@ class Sampling:
         if self.greedy:
             return argmax(logprobs)
         filters = {"top_p": self.top_p, "min_p": self.min_p, "top_k": self.top_k}
-        if self.min_tokens_to_keep == 1 and native_for(logprobs):
+        if self.native_for(logprobs):
             return sample_cpu(logprobs, self.temp, **filters)
         return sample_ops(logprobs, self.temp, min_tokens_to_keep=self.min_tokens_to_keep, **filters)
+
+    def native_for(self, logits: mx.array) -> bool:
+        """Whether the native kernel draws from such logits or log-probabilities."""
+        return self.min_tokens_to_keep == 1 and native_for(logits)
 
     def distribution(self, logprobs: mx.array) -> mx.array:
         """See `Sampler.distribution`: log-probabilities filtered, divided by the temperature and normalised. A greedy
@@ -63,6 +67,24 @@ class Sampling:
             return mx.where(mx.arange(logprobs.shape[-1]) == argmax(logprobs)[..., None], 0.0, -mx.inf)
         kept = filtered(logprobs, self.top_p, self.min_p, self.top_k, self.min_tokens_to_keep)
         return log_softmax(kept * (1 / self.temp))
+
+
+def draw(sampler: Callable[[mx.array], mx.array], logits: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+    """Logits (B, V) → (the drawn tokens (B,), the log-probabilities (B, V) that they were drawn from, their own ones
+    (B,)). A token's own one is NaN or -inf where a logit is NaN or +inf, or all are -inf."""
+    if isinstance(sampler, Sampling) and sampler.native_for(logits):
+        return draw_cpu(sampler, logits)
+    logprobs = log_softmax(logits)
+    tokens = sampler(logprobs)
+    return tokens, logprobs, mx.take_along_axis(logprobs, tokens[:, None], axis=-1)[:, 0]
+
+
+def draw_cpu(sampler: "Sampling", logits: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+    """As `draw`, with the same tokens, in one native call that computes at once."""
+    native, _ = kernels.native()
+    uniform = None if sampler.greedy else mx.random.uniform(shape=logits.shape[:-1])
+    temp = 0.0 if sampler.greedy else sampler.temp
+    return native.next_token(logits, temp, sampler.top_k, sampler.top_p, sampler.min_p, uniform)
 
 
 def make_sampler(

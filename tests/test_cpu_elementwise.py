@@ -258,6 +258,10 @@ def test_softmax_and_cross_entropy(shape, dtype, threads):
     call("mlxeff_logsumexp", *matrix(x), lse, rows, n)
     assert_close(lse, lse64, TOLERANCE[F32])
 
+    logarithms = empty(shape, dtype)
+    call("mlxeff_log_softmax", *matrix(x), *matrix(logarithms), rows, n)
+    assert_close(logarithms, widen(x) - lse64[:, None], TOLERANCE[dtype])
+
     targets = np.random.default_rng(18).integers(0, n, rows).astype(np.int32)
     if rows > 1:
         targets[1] = -1
@@ -284,6 +288,10 @@ def test_softmax_extremes():
     call("mlxeff_softmax", *matrix(x), *matrix(y), *x.shape)
     call("mlxeff_logsumexp", *matrix(x), lse, *x.shape)
     call("mlxeff_argmax", *matrix(x), best, *x.shape)
+    logarithms = empty(x.shape)
+    call("mlxeff_log_softmax", *matrix(x), *matrix(logarithms), *x.shape)
+    with np.errstate(invalid="ignore"):
+        np.testing.assert_array_equal(logarithms, x - lse[:, None])
     np.testing.assert_array_equal(
         y, np.array([[1, 0, 0], [0, 0.5, 0.5], [nan] * 3, [nan] * 3, [0.5, 0.5, 0]], np.float32)
     )

@@ -10,8 +10,8 @@ import pytest
 
 from helpers import assert_close
 from mlxeff import MlxeffError, kernels
-from mlxeff.ops import mlx_only
-from mlxeff.sampling import keep_min_p, keep_top_k, keep_top_p, make_logits_processors, make_sampler
+from mlxeff.ops import log_softmax, mlx_only
+from mlxeff.sampling import draw, keep_min_p, keep_top_k, keep_top_p, make_logits_processors, make_sampler
 
 VOCABULARY = 40
 # Upper quantile of chi-square at 1e-6 by Wilson and Hilferty: one false alarm in a million, and the seed is fixed.
@@ -278,6 +278,51 @@ def test_one_seed_draws_the_same_on_any_number_of_threads_and_in_a_batch():
     u = mx.random.uniform(shape=(8,))
     alone = [native.sample(logprobs[i : i + 1], u[i : i + 1], 1.2, 0, 0.95, 0.0).item() for i in range(8)]
     assert alone == draws[0]
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
+@pytest.mark.parametrize("options", [{}, {"temp": 0.9}, {"temp": 1.3, "top_p": 0.9}, {"temp": 1.0, "top_k": 5}])
+def test_drawing_in_one_call_equals_its_steps(options, dtype):
+    """Bit by bit: log-probabilities, the sampler, the token's own one; also of logits that are not evaluated yet and
+    have gaps in memory."""
+    needs_native()
+    sampler = make_sampler(**options)
+    logits = mx.array(random_logits(5)).astype(dtype)
+    wide = mx.concatenate([logits, logits], axis=-1)
+    mx.random.seed(6)
+    logprobs = log_softmax(logits)
+    tokens = sampler(logprobs)
+    for given in (logits, wide[:, :VOCABULARY]):
+        mx.random.seed(6)
+        got_tokens, got_logprobs, own = draw(sampler, given)
+        assert (got_tokens.dtype, got_logprobs.dtype, own.dtype) == (mx.uint32, dtype, dtype)
+        assert got_tokens.tolist() == tokens.tolist()
+        assert mx.array_equal(got_logprobs, logprobs)
+        assert mx.array_equal(own, mx.take_along_axis(logprobs, tokens[:, None], axis=-1)[:, 0])
+
+
+def test_drawing_with_a_sampler_of_ones_own(arithmetic):
+    """Any function of log-probabilities serves, as in mlx-lm."""
+    logits = mx.array(random_logits(5))
+    tokens, logprobs, own = draw(lambda logprobs: mx.argmin(logprobs, axis=-1), logits)
+    assert_close(logprobs, logprobs_of(random_logits(5)), "log-probabilities")
+    assert mx.array_equal(tokens, mx.argmin(logits, axis=-1))
+    assert mx.array_equal(own, logprobs.min(axis=-1))
+
+
+def test_drawing_refuses_what_does_not_fit():
+    native = needs_native()
+    logits = mx.array(random_logits(2))
+    for wrong, message in (
+        (lambda: native.next_token(logits[0], 0.0, 0, 0.0, 0.0), r"logits of shape \(B, V\), got float32 \(40,\)"),
+        (lambda: native.next_token(logits, 1.0, 0, 0.0, 0.0, mx.zeros(3)), r"u in \[0, 1\), float32 \(B\), got"),
+        (lambda: native.next_token(logits, 1.0, 0, 0.0, 0.0), "wanted u"),
+        (lambda: native.next_token(logits.astype(mx.int32), 0.0, 0, 0.0, 0.0), "wanted a float32, float16 or bfloat16"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            wrong()
+    with pytest.raises(RuntimeError, match="wanted logits without NaN"):
+        native.next_token(logits * mx.nan, 1.0, 0, 0.0, 0.0, mx.zeros(2))
 
 
 def test_impossible_tokens_are_never_drawn(arithmetic):

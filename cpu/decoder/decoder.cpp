@@ -9,14 +9,13 @@
 namespace mlxeff {
 namespace {
 
-constexpr int64_t alignment = 16;  // of each part of the workspace, in floats (64 bytes)
+constexpr int64_t remembered_rows = 64;  // most rows of a pass whose needs are kept
+constexpr int64_t alignment = 16;        // of each part of the workspace, in floats (64 bytes)
 
 int64_t padded(int64_t floats) { return round_up(floats, alignment); }
 int64_t floats_of(int64_t bytes) { return ceil_div(bytes, int64_t(sizeof(float))); }
 
-// The largest buffer of prepared inputs (see PassTeam::multiply) and the largest feed-forward workspace that any step
-// of a pass over `rows` rows needs.
-FeedForward::Needs needs(const DecoderSpec& spec, int64_t rows, const RunOptions& options) {
+FeedForward::Needs computed_needs(const DecoderSpec& spec, int64_t rows, const RunOptions& options) {
   FeedForward::Needs most = {0, prepared_bytes({&spec.head}, rows, options)};
   for (const DecoderLayer& l : spec.layers) {
     const FeedForward::Needs one = l.feed_forward->needs(rows, options);
@@ -75,17 +74,17 @@ int Decoder::pass(const int32_t* tokens, const Span& span, KvStore* const* store
   for (int64_t r = 0; r < rows; ++r)
     if (tokens[r] < 0 || tokens[r] >= spec_.embedding.N) return MLXEFF_BAD_ARGUMENT;
 
+  const std::lock_guard<std::mutex> lock(busy_);
   // The last layer may process only the last row of each sequence. The kernels for few rows pad their input more than
   // the kernels for many rows, so the smaller pass can need the larger workspace: take the maximum of both.
   const Span last = {span.batch, 1, span.end};
-  const FeedForward::Needs all_rows = needs(spec_, rows, options), last_rows = needs(spec_, last.rows(), options);
+  const FeedForward::Needs all_rows = needs(rows, options), last_rows = needs(last.rows(), options);
   const int64_t prepared = max_of(all_rows.prepared, last_rows.prepared);
   int64_t shared = max_of(all_rows.workspace, last_rows.workspace);
   for (const Span& each : {span, last}) shared = max_of(shared, store_bytes(spec_, stores, layers, each, options));
 
   const int64_t dim = rows * spec_.dim, size = spec_.head_dim, queries = rows * widest_heads_ * size,
                 keys = rows * widest_groups_ * size, angles = span.length * size / 2;
-  const std::lock_guard<std::mutex> lock(busy_);
   const std::vector<float*> parts =
       workspace({dim, dim, queries, keys, keys, queries, dim, angles, angles, floats_of(prepared), floats_of(shared)});
   if (parts.empty()) return MLXEFF_NO_MEMORY;
@@ -119,6 +118,13 @@ int Decoder::append(int64_t batch, int64_t length, int64_t offset, KvStore* cons
     Pass(spec_, team, buffers, stores, nullptr, span, options, error).append(given, widest_groups_);
   });
   return error;
+}
+
+FeedForward::Needs Decoder::needs(int64_t rows, const RunOptions& options) {
+  if (rows > remembered_rows) return computed_needs(spec_, rows, options);
+  const auto [found, added] = needs_.try_emplace({rows, options.mode, options.routed, active_isa()});
+  if (added) found->second = computed_needs(spec_, rows, options);
+  return found->second;
 }
 
 std::vector<float*> Decoder::workspace(std::initializer_list<int64_t> widths) {

@@ -4,10 +4,13 @@
 #pragma once
 #include <functional>
 #include <initializer_list>
+#include <map>
 #include <memory>
 #include <mutex>
+#include <tuple>
 #include <vector>
 
+#include "base/isa.h"
 #include "decoder/feed_forward.h"
 #include "kv/kv_store.h"
 
@@ -79,6 +82,10 @@ class Decoder {
   int pass(const int32_t* tokens, const Span& span, KvStore* const* stores, size_t layers, const RunOptions& options,
            const std::function<void(Pass&)>& run);
 
+  // The largest buffer of prepared inputs (see PassTeam::multiply) and the largest feed-forward workspace that any step
+  // of a pass over `rows` rows needs. For a few rows it is computed once: it takes as long as a layer of one row.
+  FeedForward::Needs needs(int64_t rows, const RunOptions& options);
+
   // Divides the workspace into one aligned part for each element of `widths`, which gives the part's size in floats.
   // Grows the workspace if needed; returns an empty vector if memory is exhausted.
   std::vector<float*> workspace(std::initializer_list<int64_t> widths);
@@ -86,6 +93,7 @@ class Decoder {
   DecoderSpec spec_;
   int64_t widest_heads_ = 0, widest_groups_ = 0;
   std::mutex busy_;  // held during a call, because all calls use the same workspace
+  std::map<std::tuple<int64_t, int, bool, Isa>, FeedForward::Needs> needs_;  // by rows, mode, routed, level
   std::unique_ptr<float[]> workspace_;
   size_t workspace_floats_ = 0;
 };

@@ -7,6 +7,7 @@
 
 #include <cmath>
 
+#include "python/at_once.h"
 #include "python/decoder_model.h"
 #include "python/kv_stores.h"
 
@@ -22,10 +23,7 @@ class Tokens {
     if (given.ndim() != 2 || given.size() < 1) throw std::invalid_argument("decoder: wanted tokens of shape (B, S)");
     // An id that fits into no signed integer is outside of every vocabulary, and refused as such.
     if (given.dtype() != mx::int32 && given.dtype() != mx::uint32) ids_ = mx::astype(given, mx::int32, cpu_stream());
-    evaluate({ids_});
-    if (ids_.flags().row_contiguous) return;
-    ids_ = mx::contiguous(ids_, false, cpu_stream());
-    evaluate({ids_});
+    ids_ = in_memory(ids_);
   }
   int64_t batch() const { return ids_.shape(0); }
   int64_t length() const { return ids_.shape(1); }
@@ -34,12 +32,6 @@ class Tokens {
  private:
   mx::array ids_;
 };
-
-mx::array new_floats(mx::Shape shape) {
-  int64_t count = 1;
-  for (const int size : shape) count *= size;
-  return mx::array(mx::allocator::malloc(size_t(count) * sizeof(float)), std::move(shape), mx::float32);
-}
 
 RunOptions run_options(int mode, std::optional<float> dial) {
   if (mode < MLXEFF_EXACT || mode > MLXEFF_COMPUTE_INT8)
@@ -56,7 +48,9 @@ mx::array forward(DecoderModel& model, const mx::array& tokens, const nb::list& 
   const Tokens ids(tokens);
   const int64_t batch = ids.batch(), length = ids.length();
   const GivenStores stores(given, decoder.spec(), decoder.spec().layers.size(), {batch, length, offset + length});
-  mx::array logits = new_floats({int(batch), all_rows ? int(length) : 1, int(decoder.spec().head.weight.N)});
+  const int vocabulary = int(decoder.spec().head.weight.N);
+  const mx::Shape all = {int(batch), int(length), vocabulary}, last = {int(batch), vocabulary};
+  mx::array logits = new_array(all_rows ? all : last, mx::float32);
   const nb::gil_scoped_release unlocked;
   check(decoder.forward(ids.ids(), batch, length, offset, stores.stores(), logits.data<float>(), all_rows, options));
   return logits;
@@ -84,7 +78,7 @@ std::tuple<Arrays, Arrays, Arrays> read(DecoderModel& model, const mx::array& to
   std::vector<LayerReading> readings(spec.layers.size());
   Arrays rows, keys, values;
   const auto place = [&](Arrays& arrays, int64_t width) {
-    arrays.push_back(new_floats({int(batch), int(length), int(width)}));
+    arrays.push_back(new_array({int(batch), int(length), int(width)}, mx::float32));
     return arrays.back().data<float>();
   };
   for (const int i : inputs) readings[size_t(i)].input = place(rows, spec.dim);
@@ -117,8 +111,7 @@ void append(DecoderModel& model, const Arrays& keys, const Arrays& values, const
     }
   evaluate(rows);
   for (mx::array& array : rows)
-    if (array.strides(3) != 1) array = mx::contiguous(array, false, cpu_stream());
-  evaluate(rows);
+    if (array.strides(3) != 1) array = in_memory(array);
   const auto heads = [](mx::array& x) {
     return mlxeff_heads{x.data<char>(), x.strides(0), x.strides(1), x.strides(2), MLXEFF_F32};
   };
@@ -134,7 +127,8 @@ void append(DecoderModel& model, const Arrays& keys, const Arrays& values, const
 void bind_passes(nb::module_& m) {
   m.def("forward", &forward, nb::arg("decoder"), nb::arg("tokens"), nb::arg("stores"), nb::arg("offset"),
         nb::arg("all_rows"), nb::arg("mode"), nb::arg("dial") = nb::none(),
-        "Tokens (B, S) -> logits (B, S or 1, V). A store is a dict for each layer, {'kind': 'dense', 'keys': (B, G, "
+        "Tokens (B, S) -> logits (B, S, V), or (B, V) without all_rows: of the last token. A store is a dict for each "
+        "layer, {'kind': 'dense', 'keys': (B, G, "
         "capacity, E), 'values': the same}, that holds `offset` tokens, and the new ones too after the call: it writes "
         "into the arrays where only the dict and one owner refer to them, else into copies that it puts into the dict. "
         "With a dial, dynamic feed-forwards choose an expert for each token by it; without one, all tokens take the "

@@ -1,5 +1,7 @@
 #include "python/kv_stores.h"
 
+#include "python/at_once.h"
+
 namespace mlxeff {
 
 static const StoreKind* const known_kinds[] = {&dense_kv_kind, &plane_kv_kind};
@@ -8,20 +10,6 @@ std::vector<std::string> store_kinds() {
   std::vector<std::string> names;
   for (const StoreKind* kind : known_kinds) names.push_back(kind->name);
   return names;
-}
-
-void evaluate(const std::vector<mx::array>& arrays) {
-  std::vector<mx::array> pending;
-  for (const mx::array& array : arrays) {
-    if (array.is_tracer())
-      throw std::invalid_argument(
-          "native decoder: has no gradient; call model.train() first, which computes operator by operator");
-    if (!array.is_available()) pending.push_back(array);
-  }
-  if (pending.empty()) return;
-  const nb::gil_scoped_release unlocked;
-  mx::eval(pending);
-  for (mx::array& array : pending) array.wait();
 }
 
 GivenStores::GivenStores(const nb::list& given, const DecoderSpec& spec, size_t layers, const Span& span) {

@@ -26,10 +26,6 @@ extern const StoreKind dense_kv_kind, plane_kv_kind;
 // The names of all kinds.
 std::vector<std::string> store_kinds();
 
-// Evaluates arrays that a call of a decoder reads, without Python's lock while it waits. Refuses arrays that are being
-// traced: what is computed from their values has no gradient.
-void evaluate(const std::vector<mx::array>& arrays);
-
 // The stores that Python passed to one call of a decoder. The call writes into the memory of their arrays where nobody
 // else would notice: where nothing refers to an array but its dict and one owner, the layer of the cache that gave it.
 // Other arrays are copied first, and the copies take their places in the dicts.

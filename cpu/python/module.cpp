@@ -17,6 +17,7 @@
 #include "python/feed_forwards.h"
 #include "python/kv_stores.h"
 #include "python/mlx_seedlm.h"
+#include "python/next_token.h"
 
 namespace nb = nanobind;
 namespace mx = mlx::core;
@@ -85,5 +86,6 @@ NB_MODULE(_native, m) {
   mlxeff::bind_seedlm(m);
   mlxeff::bind_decoder(m);
   mlxeff::bind_passes(m);
+  mlxeff::bind_next_token(m);
   mlxeff::bind_ops(m);
 }

@@ -5,6 +5,8 @@
 #include <algorithm>
 #include <cstring>
 
+#include "python/at_once.h"
+
 namespace mlxeff {
 namespace {
 
@@ -66,9 +68,7 @@ const mx::array& Named::writable(const char* name) {
   const nb::handle value = get(name);
   const mx::array& given = nb::cast<const mx::array&>(value);
   if (Py_REFCNT(value.ptr()) <= 2 && given.is_donatable() && given.flags().row_contiguous) return given;
-  mx::array source = given.flags().row_contiguous ? given : mx::contiguous(given, false, cpu_stream());
-  source.eval();
-  mx::array copy(mx::allocator::malloc(given.nbytes()), given.shape(), given.dtype());
+  mx::array source = in_memory(given), copy = new_array(given.shape(), given.dtype());
   memcpy(copy.data<void>(), source.data<void>(), given.nbytes());
   given_[name] = nb::cast(copy);
   return array(name);

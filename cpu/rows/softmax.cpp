@@ -1,6 +1,6 @@
-// The C entry points of softmax, logsumexp, cross-entropy with its gradient, and argmax, on rows of any length. A
-// thread takes one row at a time. A NaN makes its row NaN; a row whose elements are all -inf has logsumexp -inf and
-// softmax NaN.
+// The C entry points of softmax, its logarithm, logsumexp, cross-entropy with its gradient, and argmax, on rows of any
+// length. A thread takes one row at a time. A NaN makes its row NaN; a row whose elements are all -inf has logsumexp
+// -inf and softmax NaN.
 //
 //   loss = logsumexp(x) - x[target];   dx = (exp(x - logsumexp(x)) - onehot(target)) * dloss
 //
@@ -63,6 +63,19 @@ int mlxeff_softmax(const void* x, int64_t ldx, int x_dtype, void* y, int64_t ldy
     float max, sum;
     kernels.statistics(source, x_dtype, n, &max, &sum);
     kernels.exponentials(source, x_dtype, row_at(y, ldy, y_dtype, row), y_dtype, n, max, 1.0f / sum);
+  });
+  return MLXEFF_OK;
+}
+
+int mlxeff_log_softmax(const void* x, int64_t ldx, int x_dtype, void* y, int64_t ldy, int y_dtype, int64_t rows,
+                       int64_t n) {
+  if (!x || !y || rows < 0 || n < 1) return MLXEFF_BAD_ARGUMENT;
+  if (!dtype_known(x_dtype) || !dtype_known(y_dtype)) return MLXEFF_BAD_DTYPE;
+  const SoftmaxKernels& kernels = MLXEFF_DISPATCH(softmax_kernels);
+  for_rows(rows, n, [&](int64_t row) {
+    const void* const source = row_at(x, ldx, x_dtype, row);
+    kernels.differences(source, x_dtype, row_at(y, ldy, y_dtype, row), y_dtype, n,
+                        logsumexp(kernels, source, x_dtype, n));
   });
   return MLXEFF_OK;
 }

@@ -58,22 +58,30 @@ static void statistics(const void* x, int dtype, int64_t n, float* max_out, floa
   *sum_out = float(total);
 }
 
-template <class From, class To>
-static void exponentials_of(const From* x, To* y, int64_t n, float shift, float factor) {
+// y = map(x) in lanes, for any two of the types.
+template <class From, class To, class Map>
+static void each_of(const From* x, To* y, int64_t n, Map map) {
   int64_t j = 0;
-  for (; j + VL <= n; j += VL) store(y + j, vexp(load(x + j) - shift) * factor);
-  if (j < n) store_first(y + j, vexp(load_first(x + j, n - j) - shift) * factor, n - j);
+  for (; j + VL <= n; j += VL) store(y + j, map(load(x + j)));
+  if (j < n) store_first(y + j, map(load_first(x + j, n - j)), n - j);
 }
-template <class From>
-static void exponentials_to(const From* x, void* y, int y_dtype, int64_t n, float shift, float factor) {
-  if (y_dtype == MLXEFF_F32) exponentials_of(x, static_cast<float*>(y), n, shift, factor);
-  else if (y_dtype == MLXEFF_F16) exponentials_of(x, static_cast<f16*>(y), n, shift, factor);
-  else exponentials_of(x, static_cast<bf16*>(y), n, shift, factor);
+template <class From, class Map>
+static void each_to(const From* x, void* y, int y_dtype, int64_t n, Map map) {
+  if (y_dtype == MLXEFF_F32) each_of(x, static_cast<float*>(y), n, map);
+  else if (y_dtype == MLXEFF_F16) each_of(x, static_cast<f16*>(y), n, map);
+  else each_of(x, static_cast<bf16*>(y), n, map);
+}
+template <class Map>
+static void each(const void* x, int dtype, void* y, int y_dtype, int64_t n, Map map) {
+  if (dtype == MLXEFF_F32) each_to(static_cast<const float*>(x), y, y_dtype, n, map);
+  else if (dtype == MLXEFF_F16) each_to(static_cast<const f16*>(x), y, y_dtype, n, map);
+  else each_to(static_cast<const bf16*>(x), y, y_dtype, n, map);
 }
 static void exponentials(const void* x, int dtype, void* y, int y_dtype, int64_t n, float shift, float factor) {
-  if (dtype == MLXEFF_F32) exponentials_to(static_cast<const float*>(x), y, y_dtype, n, shift, factor);
-  else if (dtype == MLXEFF_F16) exponentials_to(static_cast<const f16*>(x), y, y_dtype, n, shift, factor);
-  else exponentials_to(static_cast<const bf16*>(x), y, y_dtype, n, shift, factor);
+  each(x, dtype, y, y_dtype, n, [=](vf value) { return vexp(value - shift) * factor; });
+}
+static void differences(const void* x, int dtype, void* y, int y_dtype, int64_t n, float shift) {
+  each(x, dtype, y, y_dtype, n, [=](vf value) { return value - shift; });
 }
 
 static int64_t argmax(const void* x, int dtype, int64_t n) {
@@ -102,7 +110,7 @@ static int64_t argmax(const void* x, int dtype, int64_t n) {
 }
 
 const SoftmaxKernels& softmax_kernels() {
-  static const SoftmaxKernels table = {statistics, exponentials, argmax};
+  static const SoftmaxKernels table = {statistics, exponentials, differences, argmax};
   return table;
 }
 

@@ -89,8 +89,7 @@ class Native:
 
     def forward(self, tokens: mx.array, cache: KVCache, options: RunOptions, last: bool) -> mx.array:
         """See `decoder.Executor.forward`; logits are float32."""
-        logits = self._run(self._native.forward, tokens, cache, cache.layers, options, not last)
-        return logits[:, 0] if last else logits
+        return self._run(self._native.forward, tokens, cache, cache.layers, options, not last)
 
     def states(
         self, tokens: mx.array, cache: KVCache, inputs: Sequence[int], pairs: Sequence[int], options: RunOptions

@@ -68,6 +68,9 @@ inline void check_softmax(int64_t rows, int64_t n, int dtype, int other) {
     y.check("softmax", 2e-6, probability);
     RUN(mlxeff_logsumexp(x.data(), x.ld, dtype, logs.floats(), rows, n));
     logs.check("logsumexp", 2e-6, [&](int64_t r, int64_t) { return lse[size_t(r)]; });
+    Matrix logarithms(rows, n, other, 2);
+    RUN(mlxeff_log_softmax(x.data(), x.ld, dtype, logarithms.data(), logarithms.ld, other, rows, n));
+    logarithms.check("log_softmax", 2e-6, [&](int64_t r, int64_t c) { return x.at(r, c) - lse[size_t(r)]; });
     RUN(mlxeff_cross_entropy(x.data(), x.ld, dtype, targets.data(), loss.floats(), kept.floats(), rows, n));
     kept.check("lse of the loss", 2e-6, [&](int64_t r, int64_t) { return lse[size_t(r)]; });
     loss.check("cross_entropy", 1e-5, [&](int64_t r, int64_t) {
