@@ -69,7 +69,7 @@ static inline void round_to_digits(const float* x, int count, int32_t* out, floa
 // The fp32 form of x: padded with zeros, and its values in the order in which row_exact meets them.
 template <int bits>
 static void arrange_exact(const void* x, int dtype, int64_t K, float* out) {
-  constexpr int per_word = 32 / bits, step = exact_step<bits>;
+  constexpr int per_word = 32 / bits, step = row_step<bits>;
   for (int64_t k = 0; k < K; k += step, out += step) {
     float natural[step] = {};
     to_floats(natural, static_cast<const char*>(x) + k * int64_t(dtype_size(dtype)), dtype, min_of(step, K - k));
@@ -111,7 +111,7 @@ MLXEFF_INLINE void store_digits(vu values, int8_t* out, int64_t step) {
 // 32 values of 24 bits, from k on, put where row_digits meets them.
 template <int bits>
 static void arrange_digits(const int32_t* values, int64_t k, int8_t* out) {
-  constexpr int step = exact_step<bits>, taken = bits == 4 ? 2 * VL : VL;
+  constexpr int step = row_step<bits>, taken = bits == 4 ? 2 * VL : VL;
   for (int i = 0; i < 32; i += taken) {
     int8_t* const vector = out + (k + i) / step * digits * step;
     vu v[taken / VL];
@@ -131,7 +131,7 @@ static void arrange_int8(const int8_t* natural, int64_t k, int8_t* out) {
     memcpy(out + k, natural, 32);
     return;
   }
-  constexpr int step = BL * 8;
+  constexpr int step = row_step<4>;
   int8_t* const even = out + k / step * step + k % step / 2;
   for (int i = 0; i < 16; ++i) even[i] = natural[2 * i], even[step / 2 + i] = natural[2 * i + 1];
 }

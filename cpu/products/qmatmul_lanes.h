@@ -11,24 +11,12 @@
 namespace mlxeff {
 namespace MLXEFF_ISA {
 
-// Lanes and vector types of the int8 products: 256 bits suffice to keep ahead of the memory and have three ports.
-#if defined(__AVX2__)
-constexpr int BL = 8;
-#else
-constexpr int BL = 4;
-#endif
-typedef uint32_t bu __attribute__((vector_size(BL * 4)));
-typedef int32_t bi __attribute__((vector_size(BL * 4)));
-typedef float bf __attribute__((vector_size(BL * 4)));
-
 // Bits that a weight takes in a vector.
 template <int bits>
 constexpr int held_bits = bits == 5 || bits == 6 ? 8 : bits;
 // Values of K that one vector holds, and that a row is padded to (with x = 0).
 template <int bits>
-constexpr int exact_step = VL * 32 / held_bits<bits>;
-template <int bits>
-constexpr int int8_step = BL * 32 / held_bits<bits>;
+constexpr int row_step = VL * 32 / held_bits<bits>;
 constexpr int64_t prefetch_distance = 4096;  // bytes in use between what is read and what is asked for
 // Bytes between a row and the page that is touched with it. A page's first access waits for its address to be
 // translated and for the hardware to recognise the stream: eight pages of 4 KiB ahead, that is hidden (6 to 16 % of a
@@ -54,19 +42,18 @@ template <int bits>
 constexpr bool row_kernels = bits == 4 || bits == 8 || ((bits == 5 || bits == 6) && by_digits<bits>);
 
 // The first `count` of a vector of words, a multiple of 4; the rest are zero, and nothing beyond is read.
-template <class Vector>
-MLXEFF_INLINE Vector load_words_up_to(const char* p, int64_t count) {
-  constexpr int lanes = int(sizeof(Vector) / 4);
-  Vector v = {};
-  if (count >= lanes) {
+MLXEFF_INLINE vu load_words_up_to(const char* p, int64_t count) {
+  vu v = {};
+  if (count >= VL) {
     memcpy(&v, p, sizeof v);
     return v;
   }
 #if defined(__AVX512F__)
-  if constexpr (lanes == 16) return (Vector)_mm512_maskz_loadu_epi32(first_lanes(count), p);
-#endif
-  if (count > 0) memcpy(&v, p, 16);  // a vector of 8 words
+  return (vu)_mm512_maskz_loadu_epi32(first_lanes(count), p);
+#else
+  if (count > 0) memcpy(&v, p, 16);  // of 8 words
   return v;
+#endif
 }
 
 // In the form of x that the row kernels read: the bytes between two rows, each value of K taking `size` bytes; and the
@@ -77,31 +64,12 @@ MLXEFF_INLINE int64_t row_groups(const mlxeff_qweight& w) { return round_up(w.K 
 // The weights of a row from value k on, `held_bits` each; zeros from value K on.
 template <int bits>
 MLXEFF_INLINE vu load_codes(const char* row, int64_t k, int64_t K) {
-  if constexpr (held_bits<bits> == bits) return load_words_up_to<vu>(row + k * bits / 8, (K - k) * bits / 32);
+  if constexpr (held_bits<bits> == bits) return load_words_up_to(row + k * bits / 8, (K - k) * bits / 32);
   else return load_spread<bits>(row, k, K);
-}
-template <int bits>
-MLXEFF_INLINE bu load_codes_int8(const char* row, int64_t k, int64_t K) {
-  if constexpr (held_bits<bits> == bits) return load_words_up_to<bu>(row + k * bits / 8, (K - k) * bits / 32);
-#if defined(__AVX2__)
-  else return (bu)spread_codes<bits>(row + k / 32 * 4 * bits);
-#else
-  else return (bu)load_spread<bits>(row, k, K);
-#endif
 }
 
 // Lane i = scale of the group that word first + i belongs to, a group having `group_words` words; first is a multiple
-// of VL (of BL in the int8 form).
-template <int group_words>
-MLXEFF_INLINE bf spread_scales_int8(const float* scales, int64_t first) {
-#if defined(__AVX2__)
-  if constexpr (group_words == 4) {
-    const __m256d pair = _mm256_broadcast_sd((const double*)(scales + first / 4));
-    return (bf)_mm256_permutevar_ps(_mm256_castpd_ps(pair), _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1));
-  }
-#endif
-  return scales[first / group_words] - bf{};
-}
+// of VL.
 template <int group_words>
 MLXEFF_INLINE vf spread_scales(const float* scales, int64_t first) {
 #if defined(__AVX512F__)  // no more is loaded than is needed, which would often lie in two cache lines
@@ -112,10 +80,13 @@ MLXEFF_INLINE vf spread_scales(const float* scales, int64_t first) {
                                            : _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
     return (vf)_mm512_permutexvar_ps(lanes, _mm512_castps128_ps512(few));
   }
-  return broadcast(scales[first / group_words]);
-#else
-  return spread_scales_int8<group_words>(scales, first);
+#elif defined(__AVX2__)
+  if constexpr (group_words == 4) {
+    const __m256d pair = _mm256_broadcast_sd((const double*)(scales + first / 4));
+    return (vf)_mm256_permutevar_ps(_mm256_castpd_ps(pair), _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1));
+  }
 #endif
+  return broadcast(scales[first / group_words]);
 }
 
 template <int bits>
@@ -123,44 +94,24 @@ MLXEFF_INLINE vf word_value(vu words, int j) {
   return __builtin_convertvector((vi)((words >> (bits * j)) & ((1u << bits) - 1)), vf);
 }
 
-MLXEFF_INLINE float sum_lanes(bf v) {
-#if defined(__AVX2__)
-  __m128 half = _mm_add_ps(_mm256_castps256_ps128((__m256)v), _mm256_extractf128_ps((__m256)v, 1));
-  half = _mm_add_ps(half, _mm_movehl_ps(half, half));
-  return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
-#else
-  return sum(v);
-#endif
-}
-
 // acc + products of the unsigned bytes of w and the signed bytes at x, four to a lane.
 template <int bits>
-MLXEFF_INLINE bi dot_vector(bi acc, bu w, const int8_t* x) {
-#if defined(__AVX2__)
-  return (bi)dot_quads<bits>((__m256i)acc, (__m256i)w, _mm256_loadu_si256((const __m256i*)x));
+MLXEFF_INLINE vi dot_wide(vi acc, vu w, const int8_t* x) {
+#if defined(__AVX512F__)
+  return (vi)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)w, _mm512_loadu_si512(x));
+#elif defined(__AVX2__)
+  return (vi)dot_quads<bits>((__m256i)acc, (__m256i)w, _mm256_loadu_si256((const __m256i*)x));
 #elif defined(__ARM_FEATURE_DOTPROD)
-  return (bi)dot_quads<bits>((int32x4_t)acc, (uint8x16_t)w, vld1q_s8(x));
+  return (vi)dot_quads<bits>((int32x4_t)acc, (uint8x16_t)w, vld1q_s8(x));
 #else
-  int32_t factors[BL];
+  int32_t factors[VL];
   memcpy(factors, x, sizeof factors);
-  const bu packed = {uint32_t(factors[0]), uint32_t(factors[1]), uint32_t(factors[2]), uint32_t(factors[3])};
+  const vu packed = {uint32_t(factors[0]), uint32_t(factors[1]), uint32_t(factors[2]), uint32_t(factors[3])};
 #pragma GCC unroll 4
-  for (int b = 0; b < 4; ++b) acc += (bi)(w >> (8 * b) & 0xffu) * ((bi)(packed << (24 - 8 * b)) >> 24);
+  for (int b = 0; b < 4; ++b) acc += (vi)(w >> (8 * b) & 0xffu) * ((vi)(packed << (24 - 8 * b)) >> 24);
   return acc;
 #endif
 }
-
-#if defined(__AVX512F__)
-template <int bits>
-MLXEFF_INLINE vi dot_wide(vi acc, vu w, const int8_t* x) {
-  return (vi)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)w, _mm512_loadu_si512(x));
-}
-#else
-template <int bits>
-MLXEFF_INLINE vi dot_wide(vi acc, vu w, const int8_t* x) {
-  return dot_vector<bits>(acc, w, x);
-}
-#endif
 // The same for the nibbles of 4-bit weights, eight to a lane.
 MLXEFF_INLINE vi dot_nibbles(vi acc, vu even, vu odd, const int8_t* x) {
 #if defined(__AVX2__) && !defined(__AVX512F__)
@@ -187,7 +138,7 @@ MLXEFF_INLINE Codes<bits> split_codes(vu q) {
 // four products of 8 and 24 bits, only those of the two higher bytes do.
 template <int bits>
 MLXEFF_INLINE vf dot_digits(const Codes<bits>& q, const int8_t* x) {
-  constexpr int step = exact_step<bits>;
+  constexpr int step = row_step<bits>;
   if constexpr (bits == 4) {
     vi sum = dot_nibbles(vi{}, q.first, q.odd, x);
     sum = dot_nibbles((vi)((vu)sum << 8), q.first, q.odd, x + step);
@@ -202,11 +153,9 @@ MLXEFF_INLINE vf dot_digits(const Codes<bits>& q, const int8_t* x) {
 
 // Lane by lane sum(q * x) of a vector of weights and rounded values of x.
 template <int bits>
-MLXEFF_INLINE bf dot_int8(bu q, const int8_t* x) {
-  if constexpr (bits == 4)
-    return __builtin_convertvector(
-        dot_vector<bits>(dot_vector<bits>(bi{}, q & 0x0f0f0f0fu, x), (q >> 4) & 0x0f0f0f0fu, x + BL * 4), bf);
-  else return __builtin_convertvector(dot_vector<bits>(bi{}, q, x), bf);
+MLXEFF_INLINE vf dot_int8(const Codes<bits>& q, const int8_t* x) {
+  const vi first = dot_wide<bits>(vi{}, q.first, x);
+  return __builtin_convertvector(bits == 4 ? dot_wide<bits>(first, q.odd, x + VL * 4) : first, vf);
 }
 
 }  // namespace MLXEFF_ISA

@@ -65,9 +65,9 @@ static void block_exact(const QmmArgs& args, const RowBlock& block, float* out) 
     const char* const packed = block.packed + row * block.stride;
     const float *x = args.x_f32, *const scales = block.scales + row * block.scale_step;
     vf total = block.biases[row];
-    for (int64_t i = 0; i < words; i += VL, x += exact_step<bits>) {
+    for (int64_t i = 0; i < words; i += VL, x += row_step<bits>) {
       __builtin_prefetch(packed + i * 4 + block.distance, 0, 3);
-      const vu q = load_words_up_to<vu>(packed + i * 4, words - i);
+      const vu q = load_words_up_to(packed + i * 4, words - i);
       vf even = word_value<bits>(q, 0) * load(x), odd = word_value<bits>(q, 1) * load(x + VL);
 #pragma GCC unroll 8
       for (int j = 2; j < 32 / bits; j += 2) {
@@ -87,7 +87,7 @@ static void block_digits(const QmmArgs& args, const RowBlock& block, float* out)
   vf total[count];
 #pragma GCC unroll 4
   for (int row = 0; row < count; ++row) total[row] = block.biases[row];
-  for (int64_t k = 0; k < args.w.K; k += exact_step<bits>, x += digits * exact_step<bits>) {
+  for (int64_t k = 0; k < args.w.K; k += row_step<bits>, x += digits * row_step<bits>) {
     vf dot[count];
 #pragma GCC unroll 4
     for (int row = 0; row < count; ++row) {
@@ -109,26 +109,21 @@ template <int bits, int group, int count>
 static void block_int8(const QmmArgs& args, const RowBlock& block, float* out) {
   constexpr int held = held_bits<bits>;
   const int8_t* x = args.x_int8;
-  bf total[count][2] = {};
-  for (int64_t k = 0; k < args.w.K; k += 2 * int8_step<bits>, x += 2 * int8_step<bits>) {
+  vf total[count];
 #pragma GCC unroll 4
-    for (int row = 0; row < count; ++row)
-      __builtin_prefetch(block.packed + row * block.stride + k * bits / 8 + block.distance, 0, 3);
-#pragma GCC unroll 2
-    for (int half = 0; half < 2; ++half) {
-      const int64_t at = k + half * int8_step<bits>;
-      if (at >= args.w.K) break;
+  for (int row = 0; row < count; ++row) total[row] = block.biases[row];
+  for (int64_t k = 0; k < args.w.K; k += row_step<bits>, x += row_step<bits>) {
 #pragma GCC unroll 4
-      for (int row = 0; row < count; ++row) {
-        const bu q = load_codes_int8<bits>(block.packed + row * block.stride, at, args.w.K);
-        const float* const scales = block.scales + row * block.scale_step;
-        total[row][half] += dot_int8<bits>(q, x + half * int8_step<bits>) *
-                            spread_scales_int8<held * group / 32>(scales, at * held / 32);
-      }
+    for (int row = 0; row < count; ++row) {
+      const char* const packed = block.packed + row * block.stride;
+      const float* const scales = block.scales + row * block.scale_step;
+      __builtin_prefetch(packed + k * bits / 8 + block.distance, 0, 3);
+      const vf dot = dot_int8<bits>(split_codes<bits>(load_codes<bits>(packed, k, args.w.K)), x);
+      total[row] = fma(dot, spread_scales<held * group / 32>(scales, k * held / 32), total[row]);
     }
   }
 #pragma GCC unroll 4
-  for (int row = 0; row < count; ++row) out[row] = sum_lanes(total[row][0] + total[row][1]) + sum(block.biases[row]);
+  for (int row = 0; row < count; ++row) out[row] = sum(total[row]);
 }
 
 template <int bits, int group, int count>

@@ -57,9 +57,9 @@ static void rows_exact(const RowTile& tile) {
     vf total[rows];
 #pragma GCC unroll 4
     for (int r = 0; r < rows; ++r) total[r] = tile.biases[r * row_block + column];
-    for (int64_t i = 0; i < words; i += VL, x += exact_step<bits> * 4) {
+    for (int64_t i = 0; i < words; i += VL, x += row_step<bits> * 4) {
       __builtin_prefetch(packed + i * 4 + tile.distance, 0, 3);
-      const vu q = load_words_up_to<vu>(packed + i * 4, words - i);
+      const vu q = load_words_up_to(packed + i * 4, words - i);
       vf even[rows], odd[rows];
 #pragma GCC unroll 4
       for (int j = 0; j < 32 / bits; j += 2) {
@@ -92,7 +92,7 @@ MLXEFF_INLINE void digit_sums(const RowTile& tile, int first) {
 #pragma GCC unroll 4
   for (int i = 0; i < rows * columns; ++i)
     total[i / columns][i % columns] = tile.biases[i / columns * row_block + first + i % columns];
-  for (int64_t k = 0; k < tile.K; k += exact_step<bits>, x += digits * exact_step<bits>) {
+  for (int64_t k = 0; k < tile.K; k += row_step<bits>, x += digits * row_step<bits>) {
     Codes<bits> q[columns];
 #pragma GCC unroll 4
     for (int i = 0; i < columns; ++i) {
@@ -133,25 +133,20 @@ static void rows_int8(const RowTile& tile) {
     const char* const packed = tile.packed[column];
     const float* const scales = tile.scales + column * tile.scale_step;
     const int8_t* x = reinterpret_cast<const int8_t*>(tile.x);
-    bf total[rows][2] = {};
-    for (int64_t k = 0; k < tile.K; k += 2 * int8_step<bits>, x += 2 * int8_step<bits>) {
-      __builtin_prefetch(packed + k * bits / 8 + tile.distance, 0, 3);
-#pragma GCC unroll 2
-      for (int half = 0; half < 2; ++half) {
-        const int64_t at = k + half * int8_step<bits>;
-        if (at >= tile.K) break;
-        const bu q = load_codes_int8<bits>(packed, at, tile.K);
+    vf total[rows];
 #pragma GCC unroll 4
-        for (int r = 0; r < rows; ++r) {
-          const bf scale = spread_scales_int8<held * group / 32>(scales + r * tile.x_scale_step, at * held / 32);
-          total[r][half] += dot_int8<bits>(q, x + r * tile.x_step + half * int8_step<bits>) * scale;
-        }
+    for (int r = 0; r < rows; ++r) total[r] = tile.biases[r * row_block + column];
+    for (int64_t k = 0; k < tile.K; k += row_step<bits>, x += row_step<bits>) {
+      __builtin_prefetch(packed + k * bits / 8 + tile.distance, 0, 3);
+      const Codes<bits> q = split_codes<bits>(load_codes<bits>(packed, k, tile.K));
+#pragma GCC unroll 4
+      for (int r = 0; r < rows; ++r) {
+        const vf scale = spread_scales<held * group / 32>(scales + r * tile.x_scale_step, k * held / 32);
+        total[r] = fma(dot_int8<bits>(q, x + r * tile.x_step), scale, total[r]);
       }
     }
 #pragma GCC unroll 4
-    for (int r = 0; r < rows; ++r)
-      tile.sums[r * stored_rows + column] =
-          sum_lanes(total[r][0] + total[r][1]) + sum(tile.biases[r * row_block + column]);
+    for (int r = 0; r < rows; ++r) tile.sums[r * stored_rows + column] = sum(total[r]);
   }
 }
 
