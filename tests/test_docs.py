@@ -17,6 +17,7 @@ import pytest
 
 import bench_results
 from mlxeff import cli
+from mlxeff.cli.parsers import build
 from test_packaging import commands, make_targets
 from tiny_model import write_tiny_model
 
@@ -76,7 +77,7 @@ def parsers(parser, path=()):
     return found
 
 
-PARSERS = parsers(cli._parser())
+PARSERS = parsers(build())
 
 
 def options(parser):
@@ -274,11 +275,12 @@ def test_every_key_of_convert_is_explained(folder, tmp_path):
 
 
 @pytest.mark.parametrize("verb", ["models", "doctor"])
-def test_every_key_of_what_is_here_is_explained(verb):
-    found, _ = run(verb)
+def test_every_key_of_what_is_here_is_explained(verb, tmp_path):
+    bundle = ("--bundle", tmp_path / "report.txt") if verb == "doctor" else ()
+    found, _ = run(verb, *bundle)
     keys, section = tables(f"`mlxeff {verb} --json`")
     assert set(found) == keys
-    inner = [found["models"][0]] if verb == "models" else [found["metal"], found["native"]]
+    inner = [found["models"][0]] if verb == "models" else [found["metal"], found["native"], found["bundle"]]
     assert {name for each in inner for name in each if f"`{name}`" not in section} == set()
 
 

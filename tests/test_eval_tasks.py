@@ -5,6 +5,7 @@ known: some follow from plain numpy, some from a model that is made to say them.
 import itertools
 import json
 import math
+import shutil
 from types import SimpleNamespace
 
 import mlx.core as mx
@@ -80,6 +81,59 @@ def test_choices_by_hand(base, folder, questions, measure, options):
     assert found["accuracy_error"] == pytest.approx(math.sqrt(right / 3 * (1 - right / 3) / 2))
     assert found["chance"] == pytest.approx((1 / 3 + 1 / 3 + 1 / 2) / 3)
     assert (found["step"], found["delimiter"]) == (dict([options] if options else []).get("--step", 256), delimiter)
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_examples_go_before_each_question(base, folder, questions, tmp_path, measure, apart):
+    """Two of them with their right choices: the first of their file, or the first others of the questions."""
+    file = tmp_path / "examples.jsonl"
+    file.write_text("\n".join(map(json.dumps, QUESTIONS[::-1])))
+    options = ("--fewshot", file) if apart else ()
+    found, code = measure("choices", folder, questions, "--num-fewshot", 2, *options)
+    solved = ["Which letter? a long one", "The end of this  was far", " first"]
+    before = [[2, 1]] * 3 if apart else [[1, 2], [0, 2], [0, 1]]
+    for question, numbers, answer in zip(QUESTIONS, before, found["answers"], strict=True):
+        query, choices = question.get("query", question.get("ctx")), question.get("choices", question.get("endings"))
+        text = "\n\n".join([*(solved[number] for number in numbers), query])
+        spaces = text[len(text.rstrip()) :]
+        context = [BOS, *bytes_of(base, text.rstrip())]
+        totals = [loglikelihood(base, context, bytes_of(base, f"{spaces} {choice}"))[0] for choice in choices]
+        assert answer["loglikelihoods"] == pytest.approx(totals, rel=1e-5)
+    assert (code, found["num_fewshot"], found["fewshot"]) == (0, 2, str(file) if apart else None)
+
+
+def test_questions_in_the_chat_template(folder, questions, tmp_path, measure, capsys):
+    """One message, the beginning of the answer, and a choice without a delimiter."""
+    chatty = shutil.copytree(folder, tmp_path / "chatty")
+    template = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}"
+    template += "{% if add_generation_prompt %}A:{% endif %}"
+    settings = json.loads((chatty / "tokenizer_config.json").read_text())
+    (chatty / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": template}))
+    base = load_path(chatty)
+    found, code = measure("choices", chatty, questions, "--num-fewshot", 1, "--chat-template")
+    context = [BOS, *bytes_of(base, "[user]The end of this  was far\n\nWhich letter?A:")]
+    totals = [loglikelihood(base, context, bytes_of(base, choice))[0] for choice in QUESTIONS[0]["choices"]]
+    assert found["answers"][0]["loglikelihoods"] == pytest.approx(totals, rel=1e-5)
+    assert (code, found["delimiter"], found["chat_template"]) == (0, "", True)
+    for name in ("tokenizer_config.json", "chat_template.jinja"):
+        if (path := chatty / name).exists():
+            path.write_text(json.dumps({k: v for k, v in settings.items() if k != "chat_template"}))
+    assert cli.main(["eval", "choices", str(chatty), str(questions), "--chat-template"]) == 1
+    assert "--chat-template: wanted a model with a chat template, got one without" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--num-fewshot", "3"), "--num-fewshot: wanted 3 other questions, got 2"),
+        (("--num-fewshot", "4", "--fewshot", "FILE"), "--num-fewshot: wanted 4 examples, got 3"),
+        (("--num-fewshot", "1", "--fewshot", "none.jsonl"), "none.jsonl: cannot be read"),
+    ],
+)
+def test_too_few_examples_are_one_line(folder, questions, capsys, options, message):
+    words = [str(questions) if each == "FILE" else each for each in options]
+    assert cli.main(["eval", "choices", str(folder), str(questions), *words]) == 1
+    assert message in capsys.readouterr().err
 
 
 def test_a_quantised_cache_is_taken_back_between_choices(folder, questions, measure):

@@ -102,7 +102,9 @@ def imported_libraries(path):
 
 def test_every_library_that_the_package_imports_is_required():
     extras = PROJECT["project"]["optional-dependencies"]
-    lines = PROJECT["project"]["dependencies"] + extras["coreml"] + extras["benchmarks"] + extras["lm-eval"]
+    lines = PROJECT["project"]["dependencies"]
+    for extra in ("coreml", "benchmarks", "lm-eval", "completion"):
+        lines = lines + extras[extra]
     required = {re.match(r"[\w-]+", line).group(0) for line in lines}
     files = [path for folder in ("mlxeff", *MAPPED) for path in (ROOT / folder).rglob("*.py")]
     used = {name for path in files for name in imported_libraries(path)} - sys.stdlib_module_names - {"mlxeff"}

@@ -316,6 +316,7 @@ def test_a_new_fit_is_a_verb(monkeypatch, tmp_path, capsys):
             assert show is None or callable(show)
         return {"out": out, "sum": sum(range(count))}
 
+    monkeypatch.setenv("MLXEFF_CACHE", str(tmp_path / "cache"))  # where the command keeps what nobody expected
     options = (option("out", metavar="OUT"), option("--count", type=positive, default=4))
     entry = Subcommand("sum", "a sum", options, fit, lambda report: [f"the sum is {report['sum']}"])
     monkeypatch.setattr(techniques, "FITTED", (*techniques.FITTED, entry))

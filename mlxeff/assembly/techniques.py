@@ -154,6 +154,7 @@ class Subcommand:
     run(progress, **values)  does it; `values` are the parsed values of the options, of `trace` also the `text`. Returns
                              the report for `--json`
     lines(report)            the report as lines for people
+    examples                 whole commands, which the help begins with
     """
 
     name: str
@@ -161,6 +162,7 @@ class Subcommand:
     options: tuple[Option, ...]
     run: Callable[..., dict]
     lines: Callable[[dict], list[str]]
+    examples: tuple[str, ...] = ()
 
 
 def reports(setup: "Setup") -> dict:
@@ -568,6 +570,10 @@ FITTED: Sequence[Subcommand] = (
         options=fit_options.KV_PREDICTOR,
         run=_fit_kv_predictor,
         lines=fit_options.kv_predictor_lines,
+        examples=(
+            "mlxeff fit kv-predictor smollm2-135m --aux lp:0.5 --out ./pair",
+            "mlxeff generate --kv-predict ./pair --file book.txt",
+        ),
     ),
     Subcommand(
         name="dynamoe",
@@ -576,6 +582,10 @@ FITTED: Sequence[Subcommand] = (
         options=fit_options.DYNAMOE,
         run=_fit_dynamoe,
         lines=fit_options.dynamoe_lines,
+        examples=(
+            "mlxeff fit dynamoe smollm2-135m --out ./dyn",
+            'mlxeff generate --model ./dyn --sensitivity 0.7 "Why is the sky blue?"',
+        ),
     ),
 )
 TRACED: Sequence[Subcommand] = (
@@ -598,5 +608,6 @@ TRACED: Sequence[Subcommand] = (
         ),
         run=_trace_dynamoe,
         lines=_trace_lines,
+        examples=('mlxeff trace dynamoe ./dyn "The sky is blue." --out page.html',),
     ),
 )

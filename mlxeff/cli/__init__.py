@@ -6,27 +6,15 @@ computation. Exit codes: 0 done, 1 an error that was explained in one line, 2 wr
 """
 
 import argparse
+import contextlib
 import importlib
 import sys
 from collections.abc import Sequence
 
-from .. import __version__, limits, panics
+from .. import limits, panics
 from ..errors import MlxeffError
 from ..names import expand
-from . import arguments, parsing, streams
-
-VERBS = {  # verb → summary for the help
-    "generate": "answer one prompt, word by word",
-    "chat": "hold a conversation with a model",
-    "models": "list the built-in models and those in the cache",
-    "convert": "convert a checkpoint: PyTorch, Hugging Face or GGUF to a folder that mlxeff and mlx-lm load",
-    "fit": "fit the learned part of a technique to a model",
-    "trace": "show what a technique does with a text",
-    "bench": "measure speed on this machine",
-    "eval": "measure the quality of a model, with any techniques switched on",
-    "plan": "predict memory and speed of a model on a Mac or on this machine, before its weights are downloaded",
-    "doctor": "say which backends this machine has, and why it lacks the others",
-}
+from . import parsers, streams
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -49,22 +37,21 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 1
         except (MlxeffError, OSError) as error:
             return _fail(streams.explain(error), options, output)
-        except (MemoryError, RuntimeError) as error:
-            from ..memory import failure
-
-            if (reason := failure(error)) is None:
-                raise
-            return _fail(reason, options, output)
+        except Exception as error:
+            if (reason := _reason(error)) is not None:
+                return _fail(reason, options, output)
+            _keep(error, options)
+            raise
 
 
 def _run(argv: Sequence[str] | None, options: argparse.Namespace) -> int:
     """Parse into `options` and run the verb; returns the exit code."""
     try:
-        _parser().parse_args(argv, options)
+        parsers.build().parse_args(argv, options)
     except SystemExit:  # of --help, --version and wrong usage
         sys.stdout.flush()
         raise
-    for name in arguments.PATHS:
+    for name in parsers.PATHS:
         if getattr(options, name, None):
             setattr(options, name, str(expand(getattr(options, name))))
     streams.check(options.verb)
@@ -78,6 +65,26 @@ def _run(argv: Sequence[str] | None, options: argparse.Namespace) -> int:
         return verb.run(options)
 
 
+def _reason(error: Exception) -> str | None:
+    """What an exception says of too little memory or of a kernel's input; None for others."""
+    if not isinstance(error, MemoryError | RuntimeError):
+        return None
+    from ..memory import failure
+
+    return failure(error)
+
+
+def _keep(error: Exception, options: argparse.Namespace) -> None:
+    """Keep an exception that nobody expected for a bug report, and say so. Another failure on the way is passed over:
+    the exception is what matters."""
+    with contextlib.suppress(Exception):
+        from . import crash
+
+        path = crash.save(error, options)
+        text = f"a fault of mlxeff, kept in {path}: `mlxeff doctor --bundle` writes a file for a bug report"
+        print(f"mlxeff: {text}", file=sys.stderr)
+
+
 def _fail(message: str, options: argparse.Namespace, output: streams.Output) -> int:
     """Print an error, with `--json` also as a document; returns the exit code."""
     print(f"mlxeff: error: {message}", file=sys.stderr)
@@ -87,15 +94,3 @@ def _fail(message: str, options: argparse.Namespace, output: streams.Output) -> 
         except (streams.OutputError, BrokenPipeError):
             output.drop()
     return 1
-
-
-def _parser() -> argparse.ArgumentParser:
-    """The parser for all verbs."""
-    about = "LLM inference on MLX: OpenELM, the Llama family, and any other model that mlx-lm loads."
-    parser = argparse.ArgumentParser("mlxeff", description=about, allow_abbrev=False)
-    parser.add_argument("--version", action="version", version=f"mlxeff {__version__}")
-    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
-    for verb, summary in VERBS.items():
-        sub = verbs.add_parser(verb, help=summary, description=parsing.sentence(summary), allow_abbrev=False)
-        getattr(arguments, f"add_{verb}")(sub)
-    return parser

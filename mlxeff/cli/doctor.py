@@ -1,15 +1,16 @@
-"""`mlxeff doctor`: the backends of this machine, and the reasons why it lacks others."""
+"""`mlxeff doctor`: the backends of this machine, the reasons why it lacks others, and the file for a bug report."""
 
 import argparse
 import platform
 import sys
 
-from . import output, streams
+from . import bundle, output, streams
 
 
 def run(options: argparse.Namespace) -> int:
     """Print the report; returns the exit code."""
     facts = report()
+    facts["bundle"] = None if options.bundle is None else bundle.write(options.bundle, facts)
     if options.json:
         streams.print_json(facts)
         return 0
@@ -23,6 +24,9 @@ def run(options: argparse.Namespace) -> int:
     else:
         print(f"CPU       MLX's own kernels; native ones: {native['reason']}")
     print(f"cache     {facts['cache'] or 'none: ' + output.cache_place()[1]}")
+    if found := facts["bundle"]:
+        print(f"report    {found['path']}: {', '.join(found['sections'])}")
+        print(f"          without {bundle.LEFT_OUT}; read it before you send it")
     return 0
 
 

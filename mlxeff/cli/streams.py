@@ -26,6 +26,8 @@ OUTPUT_ONLY = (
     "doctor",
 )  # verbs whose only result is what they print
 
+read_texts: list[str] = []  # from files and standard input, since `prepared`: what a report of a crash leaves out
+
 
 class OutputError(MlxeffError):
     """Standard output takes no more text."""
@@ -110,6 +112,7 @@ def prepared() -> Iterator[Output]:
     """Inside the block `sys.stdout` is an `Output`, which it gives, and `sys.stderr` are `Messages`. Characters that
     their encoding lacks become question marks. Streams that the caller closed lead to /dev/null, so that no file that
     is opened later gets the number of one."""
+    read_texts.clear()
     before = sys.stdin, sys.stdout, sys.stderr
     opened = [_open_nothing(number) if stream is None else None for number, stream in enumerate(before)]
     for stream in (sys.stdout, sys.stderr):
@@ -194,10 +197,12 @@ def decode(data: bytes, origin: str) -> str:
     """The text of UTF-8 bytes, without a byte-order mark. Raises MlxeffError for other bytes; `origin` is their
     source."""
     try:
-        return data.decode("utf-8-sig")
+        text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         byte, at = data[error.start], error.start
         raise MlxeffError(f"{origin}: wanted UTF-8 text, got byte 0x{byte:02x} at position {at}") from None
+    read_texts.append(text)
+    return text
 
 
 def read_text(path: str) -> str:

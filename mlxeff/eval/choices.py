@@ -4,13 +4,17 @@ A file has one JSON object a line, a question, in the shape of lm-evaluation-har
 before the choices, `choices` (or `endings`) the texts that may follow, `gold` (or `label`) the number of the right one,
 from 0. Other keys are passed over. Each choice is scored after the query and a delimiter. The answer is the choice with
 the largest log-likelihood; the length-normalised one is that with the largest log-likelihood by character.
+
+Examples, questions with their right choices, may go before each question (few-shot), and all of that may be asked as
+one message in the model's chat template, after which a choice follows without a delimiter: both as in the harness.
 """
 
 import argparse
 import json
 import math
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +26,7 @@ from .continuations import encode_pair, likelihoods
 from .measures import finite
 from .subject import Subject, how, load, require_context, statistics
 
+BETWEEN = "\n\n"  # examples, and the question after them
 KEYS = {"query": ("query", "ctx"), "choices": ("choices", "endings"), "gold": ("gold", "label")}
 
 
@@ -80,12 +85,22 @@ def eval_choices(progress: Progress, model: str, **values) -> dict:
     """Measure how often `model` chooses right. `values` are the options of `mlxeff eval choices`, see `verbs`. Returns
     the report that the command prints with `--json`, without the notices. Raises MlxeffError."""
     options, began = argparse.Namespace(**values), time.perf_counter()
-    questions = read(options.questions, options.limit)
+    every = read(options.questions)
+    questions = every[: options.limit]
+    examples = read(options.fewshot) if options.fewshot else every
+    require_examples(examples, options.num_fewshot, options.fewshot or options.questions, bool(options.fewshot))
     subject = load(model, options, progress, Scored(None, options.step))
+    if options.chat_template and not subject.loaded.tokenizer.has_chat_template:
+        raise MlxeffError(f"{subject.name}: --chat-template: wanted a model with a chat template, got one without")
+    delimiter = "" if options.chat_template else options.delimiter
     answers = []
     with progress("questions", "step") as show:
         for number, question in enumerate(questions):
-            answers.append(answer(subject, question, options.delimiter, options.step))
+            before = [each for each in examples if each is not question][: options.num_fewshot]
+            asked = prompt(question, before, options.delimiter)
+            if options.chat_template:
+                asked = in_template(subject, asked)
+            answers.append(answer(subject, replace(question, query=asked), delimiter, options.step))
             if show:
                 show(number + 1, len(questions))
     bad = sum(not math.isfinite(each) for found in answers for each in found["loglikelihoods"])
@@ -97,7 +112,10 @@ def eval_choices(progress: Progress, model: str, **values) -> dict:
         **subject.report(),
         "file": str(options.questions),
         "questions": len(answers),
-        "delimiter": options.delimiter,
+        "delimiter": delimiter,
+        "num_fewshot": options.num_fewshot,
+        "fewshot": options.fewshot and str(options.fewshot),
+        "chat_template": options.chat_template,
         "step": options.step,
         **_share("accuracy", [each["chosen"] == each["gold"] for each in answers]),
         **_share("accuracy_norm", [each["chosen_norm"] == each["gold"] for each in answers]),
@@ -106,6 +124,26 @@ def eval_choices(progress: Progress, model: str, **values) -> dict:
         "answers": answers,
         "seconds": round(time.perf_counter() - began, 2),
     }
+
+
+def require_examples(examples: list[Question], wanted: int, file: str, apart: bool) -> None:
+    """Raises MlxeffError where there are not so many examples in `file`, which has the questions themselves unless it
+    is `apart`."""
+    others = len(examples) - (not apart)
+    if wanted > others:
+        what = "examples" if apart else "other questions"
+        raise MlxeffError(f"{file}: --num-fewshot: wanted {wanted} {what}, got {others}")
+
+
+def prompt(question: Question, examples: Sequence[Question], delimiter: str) -> str:
+    """The text before the choices of a question: the examples with their right choices, and its query."""
+    solved = [each.query + delimiter + each.choices[each.gold] for each in examples]
+    return BETWEEN.join([*solved, question.query])
+
+
+def in_template(subject: Subject, text: str) -> str:
+    """A text as a user's message in the model's chat template, up to where the answer begins."""
+    return subject.loaded.tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False)
 
 
 def answer(subject: Subject, question: Question, delimiter: str, step: int) -> dict:
@@ -138,6 +176,10 @@ def choices_lines(report: dict) -> list[str]:
     """The report of `eval_choices` in words."""
     names = {"accuracy": "accuracy", "accuracy_norm": "length-normalised accuracy"}
     lines = [f"{report['questions']} questions of {report['file']}, passes of {report['step']} tokens at most"]
+    if report["num_fewshot"]:
+        lines.append(f"{report['num_fewshot']} examples before each, of {report['fewshot'] or 'the same file'}")
+    if report["chat_template"]:
+        lines.append("asked in the model's chat template")
     for key, name in names.items():
         error = "" if report[f"{key}_error"] is None else f" ± {report[f'{key}_error']:.2%}"
         lines.append(f"{name} {report[key]:.2%}{error}")

@@ -189,11 +189,20 @@ CHOICES: tuple[Option, ...] = (
     option("questions", metavar="FILE", help="JSON lines with the keys query, choices and gold"),
     option("--limit", metavar="N", type=positive, help="the first N questions (default: all)"),
     option("--delimiter", metavar="TEXT", default=" ", help="text between a query and a choice (default: a space)"),
+    option(
+        "--num-fewshot", metavar="N", type=natural, default=0, help="questions with their right choices before each one"
+    ),
+    option("--fewshot", metavar="FILE", help="the file of these, its first N (default: the others of the same file)"),
+    option("--chat-template", action="store_true", help="ask each as a message in the model's chat template"),
     STEP,
 )
 MEASURES: Sequence[Subcommand] = (
     Subcommand(
         name="ppl",
+        examples=(
+            "mlxeff eval ppl smollm2-135m",
+            "mlxeff eval ppl smollm2-135m --text notes.txt --kv-cache int4",
+        ),
         summary="perplexity: how well a model predicts a text, with any techniques switched on",
         options=(MODEL, *WINDOWS),
         run=_ppl,
@@ -201,6 +210,10 @@ MEASURES: Sequence[Subcommand] = (
     ),
     Subcommand(
         name="kl",
+        examples=(
+            "mlxeff eval kl smollm2-135m --text notes.txt --kv-cache int4",
+            "mlxeff eval kl ./seeds --against smollm2-135m",
+        ),
         summary="KL divergence and equal first choices beside a reference: another model, or the same one with other "
         "options",
         options=(MODEL, *AGAINST, *WINDOWS),
@@ -209,6 +222,10 @@ MEASURES: Sequence[Subcommand] = (
     ),
     Subcommand(
         name="retrieval",
+        examples=(
+            "mlxeff eval retrieval smollm2-135m",
+            "mlxeff eval retrieval smollm2-135m --kv-cache int8 --plot map.png",
+        ),
         summary="long context: whether a model finds a sentence in a long prompt, by length and depth",
         options=(MODEL, *RETRIEVAL),
         run=_retrieval,
@@ -216,6 +233,10 @@ MEASURES: Sequence[Subcommand] = (
     ),
     Subcommand(
         name="choices",
+        examples=(
+            "mlxeff eval choices smollm2-135m questions.jsonl",
+            "mlxeff eval choices smollm2-135m questions.jsonl --num-fewshot 5",
+        ),
         summary="multiple choice: the share of questions for which the right choice is the most likely one",
         options=(MODEL, *CHOICES),
         run=_choices,

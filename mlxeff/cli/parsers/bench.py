@@ -2,16 +2,25 @@
 
 import argparse
 
-from ..assembly import techniques
-from ..assembly.options import IGNORE_KEYS, PREFILL_STEP, natural, positive
-from ..bench.selection import condition
-from .parsing import add, add_end, checkpoint, numbers, percentage, sentence
+from ...assembly import techniques
+from ...assembly.options import IGNORE_KEYS, PREFILL_STEP, natural, positive
+from ...bench.selection import condition
+from .common import add, add_end, sentence
+from .parser import Parser
+from .values import checkpoint, numbers, percentage
+
+TTFT_EXAMPLES = (
+    "mlxeff bench ttft smollm2-135m",
+    "mlxeff bench ttft smollm2-135m --kv-predict smollm2-135m-0-18 --batch 1,8",
+)
+COMPARE_EXAMPLES = ("mlxeff bench compare before.json after.json",)
+PAGE_EXAMPLES = ("mlxeff bench page result.json", "mlxeff bench page result.json --png plots")
 
 
-def add_bench(parser: argparse.ArgumentParser) -> None:
+def add_bench(parser: Parser) -> None:
     what = parser.add_subparsers(dest="what", metavar="WHAT", required=True)
     summary = "seconds to the first token of a model, of KV Prediction pairs for it, or of the models in that paper"
-    sub = what.add_parser("ttft", help=summary, description=sentence(summary), allow_abbrev=False)
+    sub = what.add_parser("ttft", help=summary, description=sentence(summary), examples=TTFT_EXAMPLES)
     sub.add_argument("model", nargs="?", metavar="MODEL", help="a folder, file, name or hub id")
     for technique in techniques.switched_for("bench ttft"):
         also = {"action": "append", "default": [], "help": "measure MODEL with this option too (repeatable)"}
@@ -60,7 +69,7 @@ def add_bench(parser: argparse.ArgumentParser) -> None:
 def _add_files(what: argparse._SubParsersAction) -> None:
     """The options of what reads results of benchmarks."""
     summary = "which rows of results became better or worse than noise; exit code 1 where one became worse"
-    sub = what.add_parser("compare", help=summary, description=sentence(summary), allow_abbrev=False)
+    sub = what.add_parser("compare", help=summary, description=sentence(summary), examples=COMPARE_EXAMPLES)
     sub.add_argument("result", metavar="A.json", help="a result of `mlxeff bench`, or the file of `bench ttft --out`")
     sub.add_argument("others", metavar="B.json", nargs="+", help="results that are compared with A")
     sub.add_argument(
@@ -76,14 +85,14 @@ def _add_files(what: argparse._SubParsersAction) -> None:
     )
     add_end(sub, "print one JSON document, as -o json")
     summary = "write a report for a browser: plots and tables in one HTML file"
-    sub = what.add_parser("page", help=summary, description=sentence(summary), allow_abbrev=False)
+    sub = what.add_parser("page", help=summary, description=sentence(summary), examples=PAGE_EXAMPLES)
     sub.add_argument("results", metavar="RESULT.json", nargs="+", help="results; several are compared with the first")
     sub.add_argument("--out", metavar="FILE", help="the HTML file (default: RESULT.html, beside RESULT.json)")
     sub.add_argument("--png", metavar="FOLDER", help="write each plot as a PNG file, too")
     add_end(sub, "print one JSON document: the files that were written")
 
 
-def _add_machine(sub: argparse.ArgumentParser) -> None:
+def _add_machine(sub: Parser) -> None:
     sub.add_argument(
         "--device",
         choices=("auto", "cpu", "gpu"),

@@ -1,26 +1,8 @@
-"""What the options of all verbs are made with: sentences of the help, options in parsers, conversions of values."""
+"""Conversions of options' values from the text on the command line. Each raises argparse.ArgumentTypeError."""
 
 import argparse
-from collections.abc import Iterable
 
-from ..assembly.options import Option, integer, natural, positive
-
-
-def sentence(summary: str) -> str:
-    """A summary as a sentence: with a capital letter and a full stop."""
-    return summary[0].upper() + summary[1:] + "."
-
-
-def add(parser: argparse._ActionsContainer, options: Iterable[Option], **more) -> None:
-    """Add options to a parser; `more` are keywords that override theirs."""
-    for option in options:
-        parser.add_argument(option.name, *option.aliases, **option.keywords | more)
-
-
-def add_end(sub: argparse.ArgumentParser, document: str) -> None:
-    """The options --json, with the help text `document`, and --quiet."""
-    sub.add_argument("--json", action="store_true", help=document)
-    sub.add_argument("--quiet", action="store_true", help="no notes; warnings still show")
+from ...assembly.options import integer, natural, positive
 
 
 def numbers(text: str) -> tuple[int, ...]:
