@@ -144,7 +144,7 @@ def test_json_is_one_document(tiny_folder):
     assert got["text"] + "\n" == streamed or got["text"] == streamed
     assert got["finish_reason"] in ("stop", "length")
     assert set(got) == set(
-        "model path text prompt_token_ids token_ids finish_reason seed timings notices versions".split()
+        "model path text prompt_token_ids token_ids finish_reason seed auto timings notices versions".split()
     )
     assert set(got["timings"]) == set(
         "prompt_tokens reused_tokens generated_tokens load_s ttft_s prefill_tps decode_tps peak_memory_gb device "

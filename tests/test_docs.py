@@ -177,7 +177,7 @@ def test_every_key_of_an_error_is_explained():
 
 
 def test_every_key_of_generate_is_explained(folder, fitted, dynamoe, tmp_path):
-    found, _ = run("generate", "--model", folder, "--max-tokens", 4, "--kv-predict", fitted[0], "Hi")
+    found, _ = run("generate", "--model", folder, "--max-tokens", 4, "--kv-predict", fitted[0], "--auto", "Hi")
     wide = write_tiny_model(tmp_path / "wide", {"head_dim": 64})
     drafting, _ = run("generate", "--model", wide, "--max-tokens", 4, "--quantspec", "Hi")
     keys, section = tables("`mlxeff generate --json`")
@@ -187,7 +187,7 @@ def test_every_key_of_generate_is_explained(folder, fitted, dynamoe, tmp_path):
     sparse, _ = run("generate", "--model", dynamoe[2], "--max-tokens", 9, "--sensitivity", 0.7, "Hi")
     dynamic["timings"]["dynamoe"] |= sparse["timings"]["dynamoe"]
     inner = set(found["timings"]["kv_prediction"]) | set(drafting["timings"]["quantspec"])
-    inner |= set(dynamic["timings"]["dynamoe"]) | set(drafted["timings"]["dynamoe_draft"])
+    inner |= set(found["auto"]) | set(dynamic["timings"]["dynamoe"]) | set(drafted["timings"]["dynamoe_draft"])
     assert set(found) | set(found["timings"]) | inner == keys
     assert all(f"`{name}`" in section for name in found["versions"])
 

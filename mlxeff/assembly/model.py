@@ -9,7 +9,7 @@ import functools
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,7 +29,7 @@ from ..modules import PARTS, settle_random_state
 from ..ops import native_for
 from ..tokenizer import Tokenizer, from_folder, from_gguf
 from .quantization import check_sizes
-from .techniques import CACHES, Stored, architecture, stored_in
+from .techniques import CACHES, Stored, Unloaded, architecture, stored_in
 
 KINDS.update(CACHES)
 SAMPLE_BYTES = 1 << 16  # bytes at the beginning and the end of a weight file that enter the fingerprint
@@ -37,6 +37,7 @@ MLX_LM_BYTES = 45 << 20  # of address space for mlx-lm and its libraries, measur
 TOKENIZER_KEYS = {"chat_template", "eos_token", "trust_remote_code"}  # known keys of mlx-lm's `tokenizer_config`
 # model_type → class of the model, for the families that this package computes itself.
 MODELS = {"openelm": openelm.Model} | dict.fromkeys(llama.FAMILIES, llama.Model)
+Check = Callable[[Unloaded], None]
 
 
 @dataclass
@@ -91,9 +92,16 @@ def load(
     return (loaded.model, loaded.tokenizer, loaded.config) if return_config else (loaded.model, loaded.tokenizer)
 
 
-def load_path(path: Path, overrides: dict | None = None, lazy: bool = False, trust_remote_code: bool = False) -> Loaded:
+def load_path(
+    path: Path,
+    overrides: dict | None = None,
+    lazy: bool = False,
+    trust_remote_code: bool = False,
+    check: Check = lambda _: None,
+) -> Loaded:
     """Load a model folder (mlx-lm's or Hugging Face's) or a GGUF file. `overrides` as `model_config` in `load`, which
-    also explains the other arguments and names the errors."""
+    also explains the other arguments and names the errors. `check` is called before weights are read, and may raise
+    MlxeffError for a model that the caller cannot use."""
     kernels.bound_buffer_cache()
     source = open_source(path)
     config = _config(source)
@@ -101,7 +109,7 @@ def load_path(path: Path, overrides: dict | None = None, lazy: bool = False, tru
     tokenizer = _tokenizer(source, config, overrides)
     deleted = [key for key, value in overrides.items() if value is None]
     config = without(config, deleted, path) | {key: value for key, value in overrides.items() if value is not None}
-    model, config = _model(source, config, overrides, lazy, trust_remote_code)
+    model, config = _model(source, config, overrides, lazy, trust_remote_code, check)
     backend = "mlx"
     if not lazy:
         _finish(model, config, path)
@@ -131,7 +139,12 @@ def load_model(path: Path, ignored: Collection[str] = ()) -> tuple[Model, str]:
 
 
 def _model(
-    source: Source, config: dict, overrides: dict, lazy: bool = False, trust_remote_code: bool = False
+    source: Source,
+    config: dict,
+    overrides: dict,
+    lazy: bool = False,
+    trust_remote_code: bool = False,
+    check: Check = lambda _: None,
 ) -> tuple[object, dict]:
     """(The model with its weights, its config, completed by what only the weight files say)."""
     path, kind = source.path, config.get("model_type")
@@ -152,6 +165,7 @@ def _model(
         notices.warning("%s: config keys that change nothing in the model are not read: %s", path, names)
     if own:
         model = build_model(config, source.tensors if source.config else None)
+        check(Unloaded(model, path, fingerprint(source, config)))
         before = mx.get_active_memory()
         with memory.explained(str(path)):
             fill(model, _weights(source, config), str(path))
@@ -161,6 +175,7 @@ def _model(
         return model, config
     from ..models.adapter import AdapterModel, load_adapter
 
+    check(Unloaded(AdapterModel(None, config), path, ""))
     what = f"rotary embedding of the rule {rule}" if rule else f"architecture {kind!r}"
     notices.info("%s: %s is not one of ours: plain decoding through mlx-lm", path, what)
     if rule:

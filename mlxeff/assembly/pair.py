@@ -20,6 +20,7 @@ from ..models.openelm import SIZES
 from ..modules import settle_random_state
 from ..tuning import Tuned
 from .model import Loaded, fill, load_model
+from .techniques import Unloaded
 
 SEAM = "kv"  # the place at which KV Prediction plugs into a model, see models/__init__.py
 
@@ -41,10 +42,7 @@ def load_pair(
     for missing or damaged files."""
     folder = hub.resolve_pair(pair)
     config = read_config(folder)
-    require_seam(base.model, SEAM, "KV prediction")
-    wanted, got = config.base.get("fingerprint"), base.fingerprint
-    if wanted != got:
-        raise MlxeffError(f"{folder}: wanted the base {config.base.get('name')} ({wanted}), got {base.path} ({got})")
+    require_base(folder, config, base)
     auxiliary, weights = _auxiliary_of(folder, config, base, offline), read_weights(folder)
     tuned_names = [name for name in weights if name.startswith(AUXILIARY)]
     tuned_weights = {name.removeprefix(AUXILIARY): weights.pop(name) for name in tuned_names}
@@ -64,6 +62,15 @@ def load_pair(
     elif tuned_weights:
         raise MlxeffError(f"{folder}: wanted no tensors of an auxiliary that is not tuned, got {len(tuned_weights)}")
     return KvPrediction(native_like(auxiliary, base.model), predictor.eval().join(), str(pair), keep, refine)
+
+
+def require_base(folder: Path, config: PairConfig, base: Loaded | Unloaded) -> None:
+    """Raises MlxeffError where `base` has no place for KV Prediction, or is not the model that the pair in `folder` was
+    made for."""
+    require_seam(base.model, SEAM, "KV prediction")
+    wanted, got = config.base.get("fingerprint"), base.fingerprint
+    if wanted != got:
+        raise MlxeffError(f"{folder}: wanted the base {config.base.get('name')} ({wanted}), got {base.path} ({got})")
 
 
 def native_like(auxiliary: DecoderModel, base: DecoderModel) -> DecoderModel:

@@ -19,7 +19,7 @@ from ..speculation.following import Speculation
 from .draft_weights import chosen, drafting
 
 if TYPE_CHECKING:
-    from ..decode import Setup
+    from ..decode import Model, Setup
     from .model import Loaded
 
 KIND = "int8"  # of the KV cache that has a view for drafts
@@ -30,15 +30,25 @@ def quantspec(setup: "Setup", base: "Loaded", weights: str = "auto", fixed: int 
     """The setup with self-speculation on QuantSpec's KV cache (arXiv 2502.10424). The draft reads the cache's upper
     plane. `weights` says which it has, see `draft_weights.drafting`. `fixed`: tokens of a draft, see `Speculation`.
     Raises MlxeffError for a model or a kind of cache without that view."""
-    require_seam(base.model, "cache", "--quantspec")
-    if setup.options.kv not in (None, KIND):
-        raise MlxeffError(f"--quantspec: wanted --kv-cache {KIND}, whose upper plane drafts, got {setup.options.kv}")
+    require_kind(setup.options.kv)
     options = replace(setup.options, kv=KIND)
-    base.model.new_cache(KIND)  # refuses heads that the planes do not support
+    require_planes(base.model)
     weights = chosen(base.model, weights)
     drafter = SelfDraft(drafting(base.model, weights), options)
     following = speculation(drafter, "quantspec", base, weights, fixed, {"draft_weights": weights})
     return replace(setup, options=options, following=following)
+
+
+def require_kind(kind: str | None) -> None:
+    """Raises MlxeffError for a kind of KV cache that was asked for and has no view for QuantSpec's drafts."""
+    if kind not in (None, KIND):
+        raise MlxeffError(f"--quantspec: wanted --kv-cache {KIND}, whose upper plane drafts, got {kind}")
+
+
+def require_planes(model: "Model") -> None:
+    """Raises MlxeffError for a model that cannot have QuantSpec's KV cache; it needs no weights."""
+    require_seam(model, "cache", "--quantspec")
+    model.new_cache(KIND)  # refuses heads that the planes do not support
 
 
 def draft_model(setup: "Setup", base: "Loaded", name: str, offline: bool = False, fixed: int | None = None) -> "Setup":
@@ -48,6 +58,8 @@ def draft_model(setup: "Setup", base: "Loaded", name: str, offline: bool = False
     path = hub.resolve(name, offline=offline)
     loaded = load_path(path, dict.fromkeys(base.ignored))
     _check_tokens(loaded, base, name)
+    if not loaded.model.new_cache().drops:
+        raise MlxeffError(f"--draft-model {name}: wanted a KV cache that can drop tokens, this model's cannot")
     drafter = ModelDraft(loaded.model, vocabulary=base.model.vocab_size)
     return replace(setup, following=speculation(drafter, "draft_model", base, loaded.fingerprint, fixed))
 

@@ -10,17 +10,19 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
-from ..errors import MlxeffError
+from ..errors import MlxeffError, no_notices
 from . import fit_options
 from .options import IGNORE_KEYS, Option, integer, option, positive
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import mlx.nn as nn
 
     from ..cache import Layer, LayerShape
     from ..cache.layer import LayerMaker
     from ..checkpoint import Source
-    from ..decode import Setup
+    from ..decode import Model, Setup
     from ..running import RunOptions
     from .model import Loaded
 
@@ -75,10 +77,12 @@ class Switched:
                                        a benchmark are not mixed with those of other files under the same name
     check(value, values)               called before a model is loaded, with the values of all options too, to refuse
                                        contradictions
+    check_model(value, model, values)  called with the model before its weights are read, to refuse one that has no
+                                       place for the technique
     check_timed(value)                 called before the time to the first token is measured, to refuse values that
                                        cannot change it
-    check_scored(value, base, scored)  called with the loaded model before given tokens are scored, to refuse values
-                                       that cannot change what is predicted
+    check_scored(value, base, scored)  called with the model, loaded or not, before given tokens are scored, to refuse
+                                       values that cannot change what is predicted
 
     The functions raise MlxeffError.
     """
@@ -91,12 +95,21 @@ class Switched:
     identity: Callable[[object], str] = str
     dials: tuple[Option, ...] = ()
     check: Callable[[object, argparse.Namespace], None] = lambda *_: None
+    check_model: Callable[[object, "Unloaded", argparse.Namespace], None] = lambda *_: None
     check_timed: Callable[[object], None] = lambda _: None
-    check_scored: Callable[[object, "Loaded", "Scored"], None] = lambda *_: None
+    check_scored: Callable[[object, "Loaded | Unloaded", "Scored"], None] = lambda *_: None
 
     def value(self, values: argparse.Namespace) -> object:
         """The value of the option; None where it was not given."""
         return getattr(values, self.option.key, None)
+
+
+class Unloaded(NamedTuple):
+    """A model whose weights are not read yet, as far as its files describe it."""
+
+    model: "Model"  # of our own families with the modules of its techniques; of another one only its config
+    path: "Path"
+    fingerprint: str  # "" where only loading tells it
 
 
 class Scored(NamedTuple):
@@ -106,7 +119,7 @@ class Scored(NamedTuple):
     step: int  # tokens of a pass after them, at most
 
 
-def check_scored(values: argparse.Namespace, base: "Loaded", scored: Scored) -> None:
+def check_scored(values: argparse.Namespace, base: "Loaded | Unloaded", scored: Scored) -> None:
     """Let each technique refuse values that cannot change a measure of quality. Raises MlxeffError."""
     for technique in SWITCHED:
         if value := technique.value(values):
@@ -134,6 +147,23 @@ def check_switched(values: argparse.Namespace) -> None:
         if technique.value(values):
             technique.check(technique.value(values), values)
     _check_speculation(values)
+
+
+def checked_before(values: argparse.Namespace) -> Callable[[Unloaded], None]:
+    """A function for `model.load_path` that refuses a model in which the parsed values cannot work, before its weights
+    are read: by its architecture, its heads, and the technique that it lacks. It raises MlxeffError."""
+
+    def check(found: Unloaded) -> None:
+        if not found.model.seams:
+            found.model.check(run_options(values))
+        with no_notices():  # the cache that is used gives them
+            if values.kv_cache in CACHES:
+                found.model.new_cache(values.kv_cache)  # refuses heads that the planes do not support
+            for technique in SWITCHED:
+                if value := technique.value(values):
+                    technique.check_model(value, found, values)
+
+    return check
 
 
 def switch_on(setup: "Setup", base: "Loaded", values: argparse.Namespace) -> "Setup":
@@ -263,7 +293,7 @@ def parse_draft(text: str) -> Sensitivity:
     return parse_sensitivity(rest)
 
 
-def _check_scored_sensitivity(_: Sensitivity, base: "Loaded", scored: Scored) -> None:
+def _check_scored_sensitivity(_: Sensitivity, base: "Loaded | Unloaded", scored: Scored) -> None:
     """Raises MlxeffError where the passes have more tokens than the networks leave out inputs for."""
     from .dynamoe import networks
 
@@ -271,6 +301,17 @@ def _check_scored_sensitivity(_: Sensitivity, base: "Loaded", scored: Scored) ->
     if scored.step > most:
         text = f"this model leaves out work in passes of at most {most} tokens, as decoding has them"
         raise MlxeffError(f"--sensitivity: {text}: wanted --step {most} or less, got {scored.step}")
+
+
+def _check_dynamic(option: str) -> Callable[[Sensitivity, Unloaded, argparse.Namespace], None]:
+    """The check that a model is a DynaMoE; `option` begins the message."""
+
+    def check(_: Sensitivity, found: Unloaded, __: argparse.Namespace) -> None:
+        from .dynamoe import networks
+
+        networks(found, option)
+
+    return check
 
 
 def _apply_sensitivity(setup: "Setup", base: "Loaded", value: Sensitivity, _: argparse.Namespace) -> "Setup":
@@ -324,9 +365,27 @@ def parse_pair(text: str) -> tuple[str, int | None, bool]:
 PairValue = tuple[str, int | None, bool]
 
 
-def _check_pair(_: object, values: argparse.Namespace) -> None:
+def _check_pair(value: PairValue, values: argparse.Namespace) -> None:
+    from .. import hub
+
     if getattr(values, "prompt_cache", None):
         raise MlxeffError("--kv-predict: predicted KV is not for --prompt-cache: give one of the two")
+    hub.resolve_pair(value[0])
+
+
+def _check_model_of_pair(value: PairValue, found: Unloaded, values: argparse.Namespace) -> None:
+    """Raises MlxeffError for a model that has no place for the pair or is not its base, and for a refinement on a kind
+    of KV cache that cannot be taken back to every token."""
+    from .. import hub
+    from ..kvprediction.files import read_config
+    from .pair import require_base
+
+    folder = hub.resolve_pair(value[0])
+    require_base(folder, read_config(folder), found)
+    kind = values.kv_cache
+    if value[2] and kind in CACHES and not found.model.new_cache(kind).rewinds_exactly:
+        text = f"wanted a KV cache that can be taken back to every token, such as int8, got {kind}"
+        raise MlxeffError(f"--kv-predict {value[0]}: refine: {text}")
 
 
 def _check_timed_pair(value: PairValue) -> None:
@@ -334,7 +393,7 @@ def _check_timed_pair(value: PairValue) -> None:
         raise MlxeffError("bench ttft: :refine changes nothing before the first token: leave it out")
 
 
-def _check_scored_pair(value: PairValue, _: "Loaded", scored: Scored) -> None:
+def _check_scored_pair(value: PairValue, _: "Loaded | Unloaded", scored: Scored) -> None:
     """Raises MlxeffError for a prompt of which nothing is predicted, and for a refinement that has no decode steps."""
     from ..kvprediction.predict import SINKS, predicted_range
 
@@ -381,6 +440,18 @@ def _apply_quantspec(setup: "Setup", base: "Loaded", _: object, values: argparse
     from .speculation import quantspec
 
     return quantspec(setup, base, values.draft_weights or "auto", values.num_draft_tokens)
+
+
+def _check_quantspec(_: object, values: argparse.Namespace) -> None:
+    from .speculation import require_kind
+
+    require_kind(values.kv_cache)
+
+
+def _check_model_of_quantspec(_: object, found: Unloaded, __: argparse.Namespace) -> None:
+    from .speculation import require_planes
+
+    require_planes(found.model)
 
 
 def _apply_draft_model(setup: "Setup", base: "Loaded", value: str, values: argparse.Namespace) -> "Setup":
@@ -470,11 +541,12 @@ SWITCHED: Sequence[Switched] = (
             "itself computes the last prompt token; with keep=K the last K and the first four; with refine also the "
             "others, while it answers",
         ),
-        verbs=("generate", "bench ttft", "eval"),
+        verbs=("generate", "chat", "bench ttft", "eval"),
         apply=_apply_pair,
         label=_pair_label,
         identity=_pair_identity,
         check=_check_pair,
+        check_model=_check_model_of_pair,
         check_timed=_check_timed_pair,
         check_scored=_check_scored_pair,
     ),
@@ -489,6 +561,8 @@ SWITCHED: Sequence[Switched] = (
         verbs=("generate", "chat", "eval"),
         apply=_apply_quantspec,
         label=lambda _: "on",
+        check=_check_quantspec,
+        check_model=_check_model_of_quantspec,
         check_scored=_no_drafts,
         dials=(
             option(
@@ -520,6 +594,7 @@ SWITCHED: Sequence[Switched] = (
         verbs=("generate", "chat", "eval"),
         apply=_apply_dynamoe_draft,
         label=lambda value: f"dynamoe:{value.value:g}",
+        check_model=_check_dynamic("--draft dynamoe"),
         check_scored=_no_drafts,
     ),
     Switched(
@@ -557,6 +632,7 @@ SWITCHED: Sequence[Switched] = (
         ),
         verbs=("generate", "chat", "bench ttft", "eval"),
         apply=_apply_sensitivity,
+        check_model=_check_dynamic("--sensitivity"),
         check_scored=_check_scored_sensitivity,
         label=lambda value: f"sensitivity {value.value:g}",
         identity=lambda value: f"{value.value:g}",

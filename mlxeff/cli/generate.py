@@ -2,12 +2,17 @@
 
 import argparse
 import contextlib
+import functools
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..errors import MlxeffError, notices
 from . import output, streams
 from .runner import Answer, Runner, start
+
+if TYPE_CHECKING:
+    from ..tokenizer import Tokenizer
 
 
 def run(options: argparse.Namespace) -> int:
@@ -17,8 +22,9 @@ def run(options: argparse.Namespace) -> int:
     cache_file = Path(options.prompt_cache or "")
     with output.show_notices(options.quiet) as lines:
         prompt = _prompt(options)
-        runner = start(options)
-        ids = _ids(runner, prompt, options)
+        encode = functools.cache(lambda tokenizer: _ids(tokenizer, prompt, options))
+        runner = start(options, encode)
+        ids = encode(runner.loaded.tokenizer)
         if options.prompt_cache:
             require_seam(runner.loaded.model, "cache", "--prompt-cache")
             runner.session.restore(cache_file, runner.loaded.fingerprint, ids, runner.setup.options)
@@ -88,6 +94,7 @@ def document(runner: Runner, answer: Answer, stats: dict, lines: list[str]) -> d
         "token_ids": answer.token_ids,
         "finish_reason": stats["finish_reason"],
         "seed": runner.seed,
+        "auto": runner.auto,
         "timings": {key: value for key, value in stats.items() if key != "finish_reason"},
         "notices": lines,
         "versions": {"mlxeff": __version__, "mlx": mx.__version__},
@@ -114,12 +121,11 @@ def _not_empty(text: str, origin: str) -> str:
     return text
 
 
-def _ids(runner: Runner, prompt: str, options: argparse.Namespace) -> list[int]:
+def _ids(tokenizer: "Tokenizer", prompt: str, options: argparse.Namespace) -> list[int]:
     """Token ids of the prompt, through the chat template if the model has one. Raises MlxeffError for a system message
     that has no place."""
     from ..generation import prompt_ids
 
-    tokenizer = runner.loaded.tokenizer
     if options.system and options.raw:
         raise MlxeffError("generate: --system needs the chat template, which --raw leaves out")
     if options.raw:

@@ -14,13 +14,13 @@ def run(options: argparse.Namespace) -> int:
     from ..plan import request, text
 
     with output.show_notices(options.quiet) as lines:
-        asked, here = _request(options), _here()
+        asked, machine = _request(options), here()
         if options.calibrate:
-            document = request.calibrated(asked, here, options.calibrate)
+            document = request.calibrated(asked, machine, options.calibrate)
         elif options.score:
-            document = request.scored(asked, here, options.score)
+            document = request.scored(asked, machine, options.score)
         else:
-            document = request.plan(asked, here)
+            document = request.plan(asked, machine)
     if options.json:
         streams.print_json(document | {"notices": lines}, indent=1)
     else:
@@ -56,11 +56,11 @@ def _request(options: argparse.Namespace) -> "Request":
     )
 
 
-def _here() -> "Here":
+def here() -> "Here":
     """This machine, as a benchmark describes it."""
     from .. import kernels
     from ..bench import machine
     from ..plan.request import Here
 
     device = kernels.use_device("auto")
-    return Here(machine.card(), device, machine.physical_bytes(), machine.usable_bytes(device))
+    return Here(machine.card(), device, machine.physical_bytes(), machine.usable_bytes(device), machine.cores())

@@ -4,17 +4,19 @@ statistics."""
 import argparse
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from ..errors import MlxeffError, notices
 from . import output, streams
+from .auto import decide
 
 if TYPE_CHECKING:
     from ..assembly.model import Loaded
     from ..decode import Setup
     from ..generation import GenerationResponse, Session
+    from ..tokenizer import Tokenizer
 
 SEED_BITS = 32  # size of a random seed
 
@@ -30,6 +32,7 @@ class Runner:
     device: str
     seed: int
     load_seconds: float
+    auto: dict | None = None  # what `--auto` chose, for `--json`
 
     def stream(self, ids: list[int], answer: "Answer") -> Iterator[str]:
         """Yield the text of the answer to the prompt `ids` piece by piece, and record the answer in `answer`."""
@@ -111,14 +114,15 @@ class Answer:
         return (self.last and self.last.finish_reason) or ("error" if self.failed else "interrupted")
 
 
-def start(options: argparse.Namespace) -> Runner:
-    """Load the model on the device, as the options say. Raises MlxeffError where that fails."""
+def start(options: argparse.Namespace, encode: "Callable[[Tokenizer], list[int]] | None" = None) -> Runner:
+    """Load the model on the device, as the options say; `--auto` sets some of them. `encode` gives the ids of the
+    prompt; None where it comes later. Raises MlxeffError where that fails."""
     _check(options)
     import mlx.core as mx
 
     from .. import hub, kernels
     from ..assembly.model import load_path
-    from ..assembly.techniques import run_options, switch_on
+    from ..assembly.techniques import checked_before, run_options, switch_on
     from ..decode import Setup
     from ..generation import Session
 
@@ -126,13 +130,21 @@ def start(options: argparse.Namespace) -> Runner:
     with output.bar(f"fetching {options.model}", "B", options.quiet) as progress:
         path = hub.resolve(options.model, offline=options.offline, progress=progress)
     began = time.perf_counter()
-    loaded = load_path(path, dict.fromkeys(options.ignore_keys), trust_remote_code=options.trust_remote_code)
+    loaded = load_path(
+        path,
+        dict.fromkeys(options.ignore_keys),
+        trust_remote_code=options.trust_remote_code,
+        check=checked_before(options),
+    )
+    read = time.perf_counter() - began
+    chosen = decide(options, loaded, encode)
+    began = time.perf_counter() - read  # without the time of choosing
     setup = switch_on(Setup(loaded.model, options=run_options(options)), loaded, options)
     loaded.model.check(setup.options)
     seed = random.SystemRandom().getrandbits(SEED_BITS) if options.seed is None else options.seed
     mx.random.seed(seed)
     session = Session(loaded.model, loaded.tokenizer)
-    return Runner(options, loaded, setup, session, device, seed, time.perf_counter() - began)
+    return Runner(options, loaded, setup, session, device, seed, time.perf_counter() - began, chosen)
 
 
 def _check(options: argparse.Namespace) -> None:
@@ -144,6 +156,8 @@ def _check(options: argparse.Namespace) -> None:
     make_sampler(options.temp, options.top_p, options.min_p, top_k=options.top_k)
     make_logits_processors(repetition_penalty=options.repetition_penalty)
     check_switched(options)
+    if options.max_kl is not None and not options.auto:
+        raise MlxeffError("--max-kl: wanted --auto with it, which chooses, got none")
     for name in ("system", "stop"):
         given = getattr(options, name)
         for text in [given] if isinstance(given, str) else given or ():

@@ -8,7 +8,16 @@ from dataclasses import dataclass, field
 from .. import hub, kernels
 from ..assembly.fitting import Progress
 from ..assembly.model import Loaded, load_path
-from ..assembly.techniques import Scored, check_scored, check_switched, run_options, switch_on, used
+from ..assembly.techniques import (
+    Scored,
+    Unloaded,
+    check_scored,
+    check_switched,
+    checked_before,
+    run_options,
+    switch_on,
+    used,
+)
 from ..cache import Cache
 from ..decode import Setup
 from ..errors import MlxeffError, no_notices
@@ -60,10 +69,22 @@ class Subject:
 def load(model: str, values: argparse.Namespace, progress: Progress, scored: Scored | None = None) -> Subject:
     """Load a model and run it as the values say. `scored` says how given tokens are read, and lets techniques refuse
     what cannot change that; None: the model generates. Raises MlxeffError."""
+    check_switched(values)
+
+    def check(found: Unloaded) -> None:
+        checked_before(values)(found)
+        if scored:
+            check_scored(values, found, scored)
+
     with progress(f"fetching {model}", "B") as fetched:
         path = hub.resolve(model, offline=values.offline, progress=fetched)
-    loaded = load_path(path, dict.fromkeys(values.ignore_keys), trust_remote_code=values.trust_remote_code)
-    return run_as(model, loaded, values, scored)
+    loaded = load_path(
+        path,
+        dict.fromkeys(values.ignore_keys),
+        trust_remote_code=values.trust_remote_code,
+        check=check,
+    )
+    return _subject(model, loaded, values)
 
 
 def run_as(model: str, loaded: Loaded, values: argparse.Namespace, scored: Scored | None) -> Subject:
@@ -71,6 +92,10 @@ def run_as(model: str, loaded: Loaded, values: argparse.Namespace, scored: Score
     check_switched(values)
     if scored:
         check_scored(values, loaded, scored)
+    return _subject(model, loaded, values)
+
+
+def _subject(model: str, loaded: Loaded, values: argparse.Namespace) -> Subject:
     setup = switch_on(Setup(loaded.model, options=run_options(values)), loaded, values)
     loaded.model.check(setup.options)
     return Subject(model, loaded, setup, values)

@@ -28,12 +28,13 @@ ACCEPTANCE = 0.9  # of a drafted token, where none is given: unknown before it i
 @dataclass(frozen=True)
 class Here:
     """This machine. `card`: as a benchmark describes it; `device`: "cpu" or "gpu"; `usable`: bytes that may be used;
-    `memory`: bytes of the machine."""
+    `memory`: bytes of the machine; `cores`: that this process may use."""
 
     card: dict
     device: str
     memory: float
     usable: float
+    cores: int = 1
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,15 @@ def _here(request: Request, here: Here) -> Predictor:
     errors = dict.fromkeys(("prefill", "decode"), probe.ERROR)
     rates = constants.Constants(**probe.constants(), errors=errors, source="a short probe", kind="probed")
     return Predictor(replace(machine, bandwidth=bandwidth, flops=flops), request.engine, rates)
+
+
+def by_threads(here: Here, compute: str = "exact") -> dict[int, Predictor]:
+    """Threads → the predictor of this machine, of those numbers of threads that it was calibrated with."""
+    machine = Machine(here.card["cpu"], 1.0, 1.0, None, here.memory, here.usable, kind=here.device)
+    counts = range(1, here.cores + 1) if here.device == "cpu" else ()
+    kept = {n: constants.kept(calibrate.machine_key(here.card | {"threads": n}, here.device, compute)) for n in counts}
+    found = {n: each for n, each in kept.items() if each}
+    return {n: Predictor(calibrate.with_rates(machine, rates), Engine(), known) for n, (known, rates) in found.items()}
 
 
 def _known(here: Here) -> bool:

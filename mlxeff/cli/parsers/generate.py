@@ -6,7 +6,7 @@ from ...hub.catalog import DEFAULT_MODEL
 from . import elsewhere
 from .common import DEVICE_HELP, add
 from .parser import Parser
-from .values import tokens
+from .values import above_zero, tokens
 
 MAX_TOKENS = 1024  # default of --max-tokens
 
@@ -143,5 +143,19 @@ def _add_techniques(parser: Parser, verb: str) -> None:
 
 
 def _add_rest(parser: Parser) -> None:
-    add(parser.add_argument_group("precision and speed"), [*techniques.PRECISION, PREFILL_STEP])
+    speed = parser.add_argument_group("precision and speed")
+    add(speed, [*techniques.PRECISION, PREFILL_STEP])
+    speed.add_argument(
+        "--auto",
+        action="store_true",
+        help="choose what is predicted as fastest on this machine, without loss: prefill step, threads, drafts. "
+        "Options that are given are kept; a line says what was chosen and why",
+    )
+    speed.add_argument(
+        "--max-kl",
+        metavar="X",
+        type=above_zero,
+        help="with --auto: also choices whose KL divergence is known and at most X nats a token, such as kinds of KV "
+        "cache and predicted prompts",
+    )
     add(parser.add_argument_group("unusual models"), [TRUST_REMOTE_CODE, IGNORE_KEYS])
