@@ -26,9 +26,10 @@ import saving
 from kvp import measures, pairs, questions, report
 from mlxeff import hub
 from mlxeff.assembly.model import Loaded, load_path
-from mlxeff.bench import ttft
+from mlxeff.bench import rounds
 from mlxeff.bench.arms import Arm
 from mlxeff.bench.machine import card, processor
+from mlxeff.bench.points import FILTERS, Point
 from mlxeff.bench.samples import Samples
 from mlxeff.bench.selection import condition
 from mlxeff.cli.output import show_notices
@@ -39,7 +40,7 @@ from mlxeff.kernels import use_device
 from mlxeff.kvprediction.files import digest
 from places import TEXT, work_folder
 
-TTFT_POINTS = [ttft.Point(batch, tokens) for batch in (1, 8) for tokens in (128, 512, 2048)]
+TTFT_POINTS = [Point(batch, tokens) for batch in (1, 8) for tokens in (128, 512, 2048)]
 QUALITY_KEYS = ("arm", "digest", "item")
 PHASES = ("windows", "questions", "ttft")
 
@@ -73,7 +74,7 @@ def main() -> None:
     }
     machine = card()
     place = options.work / f"ttft-{machine['threads']}-threads.jsonl"
-    times = Samples(place, {"format": "kvp-ttft", "model": base.fingerprint, **machine}, ttft.KEYS)
+    times = Samples(place, {"format": "kvp-ttft", "model": base.fingerprint, **machine}, rounds.KEYS)
     tagged = {name: (arms[name], digests.get(pairs.pair_of(name), "")) for name in names}
     if "windows" in options.phase:
         measure_windows(base, tagged, windows(base, options), options.prompt, scored)
@@ -132,9 +133,11 @@ def measure_times(arms: Tagged, options: argparse.Namespace, samples: Samples) -
     it.
     """
     timed = {name: arm for name, (arm, _) in arms.items() if not (arm.pair and arm.pair.refine)}
-    group = ttft.Group(list(timed), lambda names: [timed[name] for name in names], TTFT_POINTS, loaded=True)
+    group = rounds.Group(list(timed), lambda names: [timed[name] for name in names], TTFT_POINTS, loaded=True)
     with show_notices():
-        ttft.run([group], ["cpu"], ttft.Settings(options.rounds, options.warmup), options.point, ttft.Results(samples))
+        rounds.run(
+            [group], ["cpu"], rounds.Settings(options.rounds, options.warmup), options.point, rounds.Results(samples)
+        )
 
 
 def _show(text: str) -> None:
@@ -165,7 +168,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3, help="of the times")
     parser.add_argument("--warmup", type=int, default=1, help="uncounted rounds of the times")
     of_times = {"nargs": "+", "action": "extend", "default": [], "metavar": "KEY=VALUE"}
-    parser.add_argument("--point", **of_times, type=condition(ttft.FILTERS), help="of the times: batch, tokens, arm")
+    parser.add_argument("--point", **of_times, type=condition(FILTERS), help="of the times: batch, tokens, arm")
     parser.add_argument("--work", type=Path, default=work_folder("kvp"), help="default %(default)s")
     parser.add_argument("--table", type=Path, metavar="FILE", help="print the tables of a saved result")
     saving.add_report(parser)

@@ -16,7 +16,7 @@ import saving
 from kvp.pairs import SHIPPED
 from kvp.report import times
 from mlxeff.bench import kvp_paper
-from mlxeff.bench.report import medians
+from mlxeff.bench.rows import rows as statistics_of
 from mlxeff.bench.samples import median_of
 from mlxeff.bench.tables import table
 from peers.report import LLAMA, LLAMA_Q4_0, Results, short
@@ -198,9 +198,10 @@ def encoder_speeds(samples: list[dict]) -> str:
 
 def paper(samples: list[dict]) -> str:
     """Ours, in brackets the base's time over it; beside it what the paper prints of 64 prompts of 59 tokens."""
-    found = medians(samples)
+    measured = [row for row in statistics_of(samples) if row["metric"] == "ttft_s"]
+    found = {(row["device"], row["batch"], row["tokens"], row["arm"]): row for row in measured}
     points = sorted({key[1:3] for key in found})
-    passes = {point: min(each["passes"] for key, each in found.items() if key[1:3] == point) for point in points}
+    passes = {point: min(row["count"] for key, row in found.items() if key[1:3] == point) for point in points}
     rows = []
     for arm, theirs in kvp_paper.TABLE_5.items():
         cells = [_reduced(found, ("cpu", *point), arm) for point in points]
@@ -216,7 +217,7 @@ def _reduced(found: dict[tuple, dict], place: tuple, arm: str) -> str:
     base, mine = (found.get((*place, name)) for name in ("OE1.1B", arm))
     if mine is None:
         return ""
-    return short(mine["ttft_s"]) + (f" ({base['ttft_s'] / mine['ttft_s']:.2f})" if base else "")
+    return short(mine["median"]) + (f" ({base['median'] / mine['median']:.2f})" if base else "")
 
 
 def training(samples: list[dict]) -> str:

@@ -1,4 +1,4 @@
-"""`mlxeff bench compare`: made-up results with known answers, and files that are none. Some 4 s."""
+"""`mlxeff bench compare`: made-up results with known answers, a real one, and files that are none. Some 8 s."""
 
 import json
 import random
@@ -8,13 +8,14 @@ import pytest
 
 from bench_results import ARMS, NOISE, document, measured, realistic, row, write
 from mlxeff import cli
-from mlxeff.bench import compare, result
+from mlxeff.bench import compare, reader
 from mlxeff.bench.page import sections
 from mlxeff.bench.page.plots import plots
 from mlxeff.bench.tables import aligned, table
 from mlxeff.bench.words import digits, scale, shown
 from mlxeff.errors import MlxeffError
 from test_cli import fails, mlxeff
+from tiny_model import write_tiny_model
 
 
 @pytest.fixture
@@ -239,7 +240,7 @@ def places(value, path=()):
 def problem(whole, path):
     """Why the result cannot be compared or shown, or ""."""
     try:
-        read = result.read(path)
+        read = reader.read(path)
         compare.compare(whole, read, 0.03, ("A", "B"))
         assert sections.page([(path.name, read, [(plot, plot.described) for plot in plots(read)])], [])
     except MlxeffError as error:
@@ -274,54 +275,53 @@ def test_a_missing_file_and_bytes_are_one_line(tmp_path):
 
 
 def passes(factor):
-    """Samples of `bench ttft`: five passes, alone and four at once."""
+    """Samples of `bench ttft --out`: five passes, alone and four at once."""
     return [
-        {"device": "cpu", "batch": batch, "tokens": 100, "arm": "m", "round": index, "load_average": factor}
-        | {"ttft_s": 2 * each * factor, "step_s": 0.5}
-        for batch in (1, 4)
+        {"arm": "m", "device": "cpu", "test": f"pp100{also}", "batch": batch, "tokens": 100, "depth": 0, "round": index}
+        | {"values": {"ttft_s": 2 * each * factor, "prompt_tps": batch * 50 / each / factor}, "load_average": factor}
+        for batch, also in ((1, ""), (4, " x4"))
         for index, each in enumerate(NOISE)
     ]
 
 
-def check_ttft(found):
-    (one_file,) = found["comparisons"]
-    rows = {(each["test"], each["metric"]): each for each in one_file["rows"]}
-    assert rows["pp100", "ttft_s"]["change"] == pytest.approx(1)
-    assert rows["pp100 x4", "prompt_tps"]["before"] == pytest.approx(200)
-    assert rows["tg4 @ d100 x4", "decode_tps"]["before"] == pytest.approx(8)
-    assert found["regressions"] == 4
-    assert one_file["differences"] == ["samples: median load average before a pass: 1.00 → 2.00"]
-
-
-def test_files_of_samples_of_ttft_are_read(tmp_path):
-    """The file of `bench ttft --out`; the last line of the second one was cut."""
-    identity = {"format": "mlxeff-ttft", "cpu": "x", "threads": 2, "model": "m", "fingerprint": "f", "steps": 4}
+def test_files_of_samples_are_read(tmp_path):
+    """The last line of the second one was cut."""
+    identity = {"format": "mlxeff-bench-samples", "cpu": "x", "threads": 2, "model": "m", "fingerprint": "f"}
     for name, factor in (("a", 1), ("b", 2)):
         lines = [json.dumps(each) for each in (identity, *passes(factor))] + (['{"device": "c'] if name == "b" else [])
         (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
     out, err = mlxeff("bench", "compare", tmp_path / "a.jsonl", tmp_path / "b.jsonl", "--json", code=1)
     assert "b.jsonl: 1 incomplete lines are left out" in err
-    check_ttft(json.loads(out))
-    (tmp_path / "b.jsonl").write_text("\n".join(map(json.dumps, (identity, passes(1)[0] | {"ttft_s": 0}))))
-    line = fails("bench", "compare", tmp_path / "a.jsonl", tmp_path / "b.jsonl")
-    assert 'b.jsonl: sample 1: "ttft_s": wanted a number above 0, got 0' in line
+    found = json.loads(out)
+    (one_file,) = found["comparisons"]
+    rows = {(each["test"], each["metric"]): each for each in one_file["rows"]}
+    assert rows["pp100", "ttft_s"]["change"] == pytest.approx(1)
+    assert rows["pp100 x4", "prompt_tps"]["before"] == pytest.approx(200)
+    assert found["regressions"] == 4
+    assert one_file["differences"] == ["samples: median load average before a pass: 1.00 → 2.00"]
+    for damage, message in (
+        ({"values": {"ttft_s": "1"}}, 'samples[0]: values: "ttft_s": wanted a number or null'),
+        ({"values": {"hours": 1}}, "samples[0]: wanted metrics of ttft_s, "),
+        ({"arm": 3}, 'samples[0]: "arm": wanted a text, got 3'),
+    ):
+        (tmp_path / "b.jsonl").write_text("\n".join(map(json.dumps, (identity, passes(1)[0] | damage))))
+        assert message in fails("bench", "compare", tmp_path / "a.jsonl", tmp_path / "b.jsonl")
 
 
-def test_documents_of_ttft_are_read(run):
-    """Those of `bench ttft --json`, which name no format."""
-
-    def ttft(factor):
-        parts = {
-            "card": {"cpu": "x"},
-            "settings": {"model": "m", "steps": 4},
-            "arms": {"m": {"base": 7}},
-            "results": [],
-        }
-        return parts | {"samples": passes(factor), "skipped": ["something"], "notices": []}
-
-    code, found = run(ttft(1), ttft(2))
-    assert code == 1
-    check_ttft(found)
+def test_what_the_verbs_write_is_read(tmp_path):
+    """A real measurement: its document and its file of samples have the same rows, and a page is made of it."""
+    folder, samples, result = write_tiny_model(tmp_path / "tiny"), tmp_path / "samples.jsonl", tmp_path / "result.json"
+    command = ("bench", "decode", folder, "-p", "8", "-n", "4", "-r", "3", "--vs", "--kv-cache float16", "--quiet")
+    result.write_text(mlxeff(*command, "--out", samples, "-o", "json")[0])
+    out, _ = mlxeff("bench", "compare", result, samples, "--json")
+    (found,) = json.loads(out)["comparisons"]
+    assert {each["change"] for each in found["rows"]} == {0}
+    assert {each["arm"] for each in found["rows"]} == {str(folder), f"{folder} --kv-cache float16"}
+    assert {"ttft_s", "decode_tps", "peak_bytes"} <= {each["metric"] for each in found["rows"]}
+    mlxeff("bench", "page", result, "--out", tmp_path / "page.html")
+    text = (tmp_path / "page.html").read_text()
+    assert "pp8" in text
+    assert "tg4" in text
 
 
 def test_numbers_are_short_and_have_units():

@@ -193,14 +193,23 @@ def test_every_key_of_generate_is_explained(folder, fitted, dynamoe, tmp_path):
 
 
 def test_every_key_of_bench_is_explained(folder, fitted):
-    measure = ["--rounds", 1, "--warmup", 0, "--steps", 1]
-    found, _ = run("bench", "ttft", folder, "--kv-predict", fitted[0], "--prompt-lengths", 8, *measure)
-    keys, section = tables("`mlxeff bench ttft --json`")
-    got = set(found) | set(found["settings"]) | set(found["results"][0]) | set(found["samples"][0])
-    of_the_suite = {"suite", "checkpoints"}
-    assert got | of_the_suite == keys | {"device", "batch", "tokens", "arm"}
-    inner = set(found["card"]) | set().union(*found["arms"].values()) | {"device", "batch", "tokens", "arm"}
-    assert {name for name in inner if f"`{name}`" not in section} == set()
+    few = ["-r", 1, "--warmup", 0, "-p", 8]
+    found, _ = run("bench", "ttft", folder, "--vs", f"--kv-predict {fitted[0]}", *few)
+    drafting, _ = run("bench", "decode", folder, "-n", 2, "--vs", "--prompt-lookup --num-draft-tokens 1", *few)
+    suite, _ = run("bench", "suite", "kvp-paper", "--memory", 0.001, "--only", "arm=OE1.1B")
+    kernels, _ = run("bench", "kernels", folder, "--rows", 1, "-r", 1)
+    quality, _ = run("bench", "quality", folder, "--tokens", 50, "--context", 20, "--vs", "--kv-cache float16")
+    keys, section = tables("`mlxeff bench --json`")
+    all_of_them = found, drafting, suite, kernels, quality
+    parts = [*all_of_them, *(each["settings"] for each in all_of_them)]
+    for each in all_of_them:
+        parts += [row for name in ("results", "samples", "ratios", "published") for row in each[name]]
+        parts += [each["card"], each["settings"].get("prompt", {}), *each["arms"].values(), *each["ceilings"].values()]
+        parts += [each["card"][name] for name in ("power", "thermal")]
+        parts += [sample["values"] for sample in each["samples"]]
+    got = set().union(*parts)
+    assert {name for name in got if f"`{name}`" not in section} == set()
+    assert keys - got <= {"acceptance", "suites"}
 
 
 def test_every_key_of_results_in_files_is_explained(tmp_path):
@@ -241,7 +250,7 @@ def test_every_key_of_plan_is_explained(folder, tmp_path, monkeypatch):
     monkeypatch.setenv("MLXEFF_CACHE", str(tmp_path))
     wide = write_tiny_model(tmp_path / "wide", {"head_dim": 64})
     found, _ = run("plan", wide, "--chip", "m2", "--explain", "--prompt-lengths", "64", "--depths", "0,64")
-    result, _ = run("bench", "ttft", folder, "--prompt-lengths", "8,16", "--rounds", 1, "--device", "cpu")
+    result, _ = run("bench", "ttft", folder, "-p", "8,16", "-r", 1, "--device", "cpu")
     (tmp_path / "result.json").write_text(json.dumps(result))
     fitted, _ = run("plan", folder, "--calibrate", tmp_path / "result.json")
     scored, _ = run("plan", folder, "--score", tmp_path / "result.json", "--chip", "m2")

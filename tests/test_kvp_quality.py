@@ -17,8 +17,8 @@ from kvp import measures, pairs, questions, report, training_text
 from mlxeff import kernels
 from mlxeff.assembly.model import load_path
 from mlxeff.assembly.pair import load_pair
-from mlxeff.bench import ttft
 from mlxeff.bench.arms import Arm
+from mlxeff.bench.points import Point
 from mlxeff.decode import Setup, prefill
 from mlxeff.errors import MlxeffError
 from mlxeff.eval.measures import compare
@@ -234,7 +234,7 @@ def test_the_whole_benchmark_on_a_tiny_model(folder, base, tmp_path, monkeypatch
     text.write_text(TEXT)
     items = {name: each[:2] for name, each in questions.sets().items()}
     monkeypatch.setattr(kvp_quality, "TEXT", text)
-    monkeypatch.setattr(kvp_quality, "TTFT_POINTS", [ttft.Point(1, 20), ttft.Point(2, 20)])
+    monkeypatch.setattr(kvp_quality, "TTFT_POINTS", [Point(1, 20), Point(2, 20)])
     monkeypatch.setattr(pairs, "CALIBRATION", text)
     monkeypatch.setattr(report, "PLOT_POINT", (1, 20))
     monkeypatch.setattr(questions, "sets", lambda: items)

@@ -39,6 +39,7 @@ SAME_LAYER = {
     ("speculation", "decode"),
     ("speculation", "modules"),
     ("tuning", "modules"),
+    ("bench", "eval"),
 }
 SLOW_TO_IMPORT = {
     "coremltools",
@@ -54,7 +55,12 @@ SLOW_TO_IMPORT = {
 WITHOUT_ROOMS = ("cli", "generation", "__main__")
 DESCRIPTION = "models.parts"  # the words in which a model describes itself, which every room may use
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
-ONLY_IN = {"mlx_lm": {"models/adapter.py"}, "transformers": set(), "torch": set(), "lm_eval": {"eval/lm_eval.py"}}
+ONLY_IN = {
+    "mlx_lm": {"models/adapter.py", "bench/peer_worker.py"},
+    "transformers": set(),
+    "torch": set(),
+    "lm_eval": {"eval/lm_eval.py"},
+}
 
 
 def sources(root):

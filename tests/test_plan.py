@@ -371,9 +371,13 @@ def document(tmp_path, points=(64, 256, 1024), **changes):
     for tokens in points:
         decode = predictor.decode(shape, Bits.of(32), tokens + 2, 4.0)
         ttft = predictor.prefill(shape, Bits.of(4.5), tokens, 512)
-        entry = {"device": "cpu", "batch": 1, "tokens": tokens, "arm": "tiny", "ttft_s": ttft, "decode_tps": 1 / decode}
-        results.append(entry)
-    settings_ = {"model": "tiny", "compute": "exact", "kv_dtype": "float32", "prefill_step": {"cpu": 512}, "steps": 4}
+        place = {"device": "cpu", "batch": 1, "tokens": tokens, "depth": 0, "arm": "tiny", "test": f"pp{tokens}"}
+        results += [
+            place | {"metric": "ttft_s", "median": ttft},
+            place | {"metric": "decode_tps", "median": 1 / decode},
+        ]
+    settings_ = {"verb": "bench ttft", "model": "tiny", "arm": "tiny", "compute": "exact", "kv_dtype": "float32"}
+    settings_ |= {"prefill_step": {"cpu": 512}, "steps": 4}
     found = {
         "card": HERE.card | {"mlxeff": __version__},
         "settings": settings_,
@@ -409,8 +413,12 @@ def test_an_error_is_that_of_the_speed():
     [
         ({"card": HERE.card | {"mlxeff": "0.0.1"}}, f"measured by mlxeff 0.0.1, this is {__version__}: measure again"),
         ({"settings": {"suite": "kvp-paper"}}, "wanted a measurement of a MODEL, got one of the suite 'kvp-paper'"),
+        (
+            {"settings": {"model": "m", "verb": "bench decode"}},
+            "wanted a result of `mlxeff bench ttft MODEL`, got one of",
+        ),
         ({"results": []}, "wanted results of tiny with one prompt at a time, got none"),
-        ({"results": [{"arm": "tiny", "batch": 1}]}, "damaged result: KeyError"),
+        ({"results": [{"arm": "tiny", "batch": 1, "depth": 0}]}, "damaged result: KeyError"),
         ({"card": []}, "wanted the document of `mlxeff bench ttft --json`, got other JSON"),
     ],
 )

@@ -293,10 +293,10 @@ def test_an_option_of_a_new_technique_reaches_generation_and_its_report(backward
 
 
 def test_a_new_technique_is_an_arm_of_the_benchmark(backwards, tiny_folder, capsys):
-    arguments = ("--prompt-lengths", 8, "--rounds", 1, "--json", "--quiet")
-    code, out, _ = run(capsys, "bench", "ttft", tiny_folder, "--backwards", 1, "--backwards", 3, *arguments)
+    arguments = ("--vs", "--backwards 3", "-p", 8, "-r", 1, "--json", "--quiet")
+    code, out, _ = run(capsys, "bench", "ttft", tiny_folder, "--backwards", 1, *arguments)
     assert code == 0
-    assert [each["arm"] for each in json.loads(out)["results"]] == [str(tiny_folder), "backwards 1", "backwards 3"]
+    assert list(json.loads(out)["arms"]) == [f"{tiny_folder} --backwards {times}" for times in (1, 3)]
 
 
 def test_a_new_technique_is_measured(backwards, tiny_folder, capsys):

@@ -8,6 +8,7 @@ import pytest
 import saving
 import summary
 from mlxeff.bench import kvp_paper
+from mlxeff.bench.points import Point
 
 SECTIONS = ["cpu-seedlm", "kvp-paper", "cpu-training", "metal-prediction"]
 
@@ -73,8 +74,8 @@ def test_seed_speeds_are_medians_and_of_llama_the_better_setting():
 
 def test_the_papers_models_have_the_bases_time_over_theirs():
     def sample(arm, tokens, seconds, number=0):
-        where = {"device": "cpu", "batch": 1, "tokens": tokens, "round": number}
-        return where | {"arm": arm, "ttft_s": seconds, "step_s": 0.1}
+        place = Point(1, tokens).fields(arm, "cpu")
+        return place | {"round": number, "values": {"ttft_s": seconds, "decode_tps": 10.0}}
 
     arm = "OE1.1B-KVP-LP-0.50"
     samples = [sample("OE1.1B", 64, 2.0), sample("OE1.1B", 64, 4.0, 1), sample(arm, 64, 1.5), sample(arm, 128, 9.0)]

@@ -10,7 +10,7 @@ import numpy as np
 
 import saving
 from mlxeff.bench.arms import Arm
-from mlxeff.bench.report import medians
+from mlxeff.bench.rows import rows
 from mlxeff.bench.tables import card_lines, table
 from mlxeff.eval.measures import means
 
@@ -36,7 +36,8 @@ def summary(
     name.
     """
     costs = {name: arm.flops(prompt) for name, arm in arms.items()}
-    ttft = sorted(medians(timed).items())
+    measured = [row for row in rows(timed) if row["metric"] == "ttft_s"]
+    ttft = sorted(measured, key=lambda row: (row["batch"], row["tokens"]))
     found = {}
     for name, arm in arms.items():
         key = name, digests.get(pair_of(name), "")
@@ -46,9 +47,15 @@ def summary(
         for kind_of, samples in zip(asked, answers, strict=True):
             entry |= _questions(kind_of, samples)
         entry["ttft"] = [
-            {key: each[key] for key in ("batch", "tokens", "ttft_s", "spread_s", "passes")}
-            for (*_, arm_name), each in ttft
-            if arm_name == name
+            {
+                "batch": row["batch"],
+                "tokens": row["tokens"],
+                "ttft_s": row["median"],
+                "spread_s": row["max"] - row["min"],
+                "passes": row["count"],
+            }
+            for row in ttft
+            if row["arm"] == name
         ]
         if windows or any(answers) or entry["ttft"]:
             found[name] = entry

@@ -3,6 +3,7 @@ their values from text. Imports no slow module, so that --help is quick.
 """
 
 import argparse
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -25,6 +26,21 @@ class Option:
 def option(name: str, *aliases: str, **keywords) -> Option:
     """An `Option` with its keywords as keyword arguments."""
     return Option(name, keywords, aliases)
+
+
+class ValueParser(argparse.ArgumentParser):
+    """A parser for the value of an option that contains options itself: its errors are those of that option's value,
+    argparse.ArgumentTypeError."""
+
+    def error(self, message: str) -> None:
+        raise argparse.ArgumentTypeError(message)
+
+    def parse_text(self, text: str) -> argparse.Namespace:
+        """Parse the words of a text, with the quotation marks of a shell."""
+        try:
+            return self.parse_args(shlex.split(text))
+        except ValueError as error:  # of quotation marks that are not closed
+            raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def names(text: str) -> list[str]:

@@ -72,7 +72,8 @@ class Switched:
     verbs                              the verbs that have the option
     apply(setup, base, value, values)  returns `setup` with the technique; `base` is the loaded model, `values` are
                                        those of all options
-    label(value)                       name of this use of the technique in the tables of a benchmark
+    label(value)                       this use of the technique in words, for reports
+    spelled(value)                     the value as it is written on the command line
     identity(value)                    identifies the files that the value names, such as by a hash, so that samples of
                                        a benchmark are not mixed with those of other files under the same name
     check(value, values)               called before a model is loaded, with the values of all options too, to refuse
@@ -92,6 +93,7 @@ class Switched:
     verbs: tuple[str, ...]
     apply: Callable[["Setup", "Loaded", object, argparse.Namespace], "Setup"]
     label: Callable[[object], str] = str
+    spelled: Callable[[object], str] = str
     identity: Callable[[object], str] = str
     dials: tuple[Option, ...] = ()
     check: Callable[[object, argparse.Namespace], None] = lambda *_: None
@@ -172,6 +174,23 @@ def switch_on(setup: "Setup", base: "Loaded", values: argparse.Namespace) -> "Se
         if value := technique.value(values):
             setup = technique.apply(setup, base, value, values)
     return setup
+
+
+def spelled(values: argparse.Namespace, verb: str) -> str:
+    """The options in PRECISION and those of the techniques that the verb has, as they are written on the command line,
+    as far as their values are not the defaults."""
+    words = [
+        f"{each.name} {value}"
+        for each in PRECISION
+        if (value := getattr(values, each.key, None)) not in (None, each.keywords.get("default"))
+    ]
+    for technique in switched_for(verb):
+        if value := technique.value(values):
+            flag = technique.option.keywords.get("action") == "store_true"
+            words.append(technique.option.name + ("" if flag else f" {technique.spelled(value)}"))
+        dials = ((dial.name, getattr(values, dial.key, None)) for dial in technique.dials)
+        words += [f"{name} {given}" for name, given in dials if given is not None]
+    return " ".join(words)
 
 
 @dataclass(frozen=True)
@@ -541,9 +560,10 @@ SWITCHED: Sequence[Switched] = (
             "itself computes the last prompt token; with keep=K the last K and the first four; with refine also the "
             "others, while it answers",
         ),
-        verbs=("generate", "chat", "bench ttft", "eval"),
+        verbs=("generate", "chat", "bench ttft", "bench decode", "eval"),
         apply=_apply_pair,
         label=_pair_label,
+        spelled=_pair_label,
         identity=_pair_identity,
         check=_check_pair,
         check_model=_check_model_of_pair,
@@ -558,7 +578,7 @@ SWITCHED: Sequence[Switched] = (
             help="self-speculative decoding: the model drafts tokens on 4 bits of an 8-bit KV cache and verifies them "
             "on all 8, several in one pass; the same answers as with --kv-cache int8",
         ),
-        verbs=("generate", "chat", "eval"),
+        verbs=("generate", "chat", "bench decode", "eval"),
         apply=_apply_quantspec,
         label=lambda _: "on",
         check=_check_quantspec,
@@ -591,10 +611,11 @@ SWITCHED: Sequence[Switched] = (
             "feed-forward networks (as --sensitivity), with the same weights and KV cache; with --quantspec on top of "
             "its draft",
         ),
-        verbs=("generate", "chat", "eval"),
+        verbs=("generate", "chat", "bench decode", "eval"),
         apply=_apply_dynamoe_draft,
         label=lambda value: f"dynamoe:{value.value:g}",
         check_model=_check_dynamic("--draft dynamoe"),
+        spelled=lambda value: f"dynamoe:{value.value:g}",
         check_scored=_no_drafts,
     ),
     Switched(
@@ -604,7 +625,7 @@ SWITCHED: Sequence[Switched] = (
             metavar="MODEL",
             help="speculative decoding with drafts of a smaller model of the same vocabulary",
         ),
-        verbs=("generate", "chat", "eval"),
+        verbs=("generate", "chat", "bench decode", "eval"),
         apply=_apply_draft_model,
         check_scored=_no_drafts,
     ),
@@ -616,7 +637,7 @@ SWITCHED: Sequence[Switched] = (
             help="speculative decoding with drafts that repeat what followed the same words before; together with "
             "--quantspec or --draft-model, these verify the repeated words first",
         ),
-        verbs=("generate", "chat", "eval"),
+        verbs=("generate", "chat", "bench decode", "eval"),
         apply=_apply_lookup,
         label=lambda _: "on",
         check_scored=_no_drafts,
@@ -630,11 +651,12 @@ SWITCHED: Sequence[Switched] = (
             help="of a DynaMoE model: the mean share of its feed-forward networks that tokens compute, from 0 (as "
             "little as it can) to 1 (all, the default); easy tokens compute less",
         ),
-        verbs=("generate", "chat", "bench ttft", "eval"),
+        verbs=("generate", "chat", "bench ttft", "bench decode", "eval"),
         apply=_apply_sensitivity,
         check_model=_check_dynamic("--sensitivity"),
         check_scored=_check_scored_sensitivity,
         label=lambda value: f"sensitivity {value.value:g}",
+        spelled=lambda value: f"{value.value:g}",
         identity=lambda value: f"{value.value:g}",
     ),
 )

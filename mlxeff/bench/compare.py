@@ -8,7 +8,7 @@ from statistics import median
 
 from ..errors import MlxeffError, one_line, some
 from .intervals import LEAST, interval, resampled
-from .result import samples_of
+from .reader import samples_of
 from .schema import KEY, key_of
 
 REGRESSION, IMPROVEMENT, NOISE, UNDECIDED = "regression", "improvement", "within noise", "too few samples"

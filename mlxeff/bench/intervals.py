@@ -1,7 +1,6 @@
 """Intervals of medians by bootstrap. The random numbers have a fixed seed: the same samples have the same interval."""
 
 from collections.abc import Sequence
-from statistics import fmean, median, stdev
 
 import numpy as np
 
@@ -9,12 +8,16 @@ LEAST = 3  # samples that an interval needs
 RESAMPLES, SEED, LEVEL = 2000, 0, 0.95
 
 
+def drawn(count: int, stream: int = 0) -> np.ndarray:
+    """The places of RESAMPLES resamples of so many samples, drawn with replacement from a fixed seed, (RESAMPLES,
+    count). Another `stream` draws independently."""
+    return np.random.default_rng([SEED, stream]).integers(0, count, (RESAMPLES, count))
+
+
 def resampled(values: Sequence[float], stream: int = 0) -> np.ndarray:
-    """The medians of RESAMPLES resamples of `values`, drawn with replacement from a fixed seed. Another `stream` draws
-    independently."""
+    """The medians of the resamples of `values`."""
     values = np.asarray(values, dtype=np.float64)
-    chosen = np.random.default_rng([SEED, stream]).integers(0, len(values), (RESAMPLES, len(values)))
-    return np.median(values[chosen], axis=1)
+    return np.median(values[drawn(len(values), stream)], axis=1)
 
 
 def interval(medians: np.ndarray) -> tuple[float, float]:
@@ -23,9 +26,6 @@ def interval(medians: np.ndarray) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def summary(values: list[float]) -> dict:
-    """The numbers of a row: count, median, mean, stddev, min, max, and the interval of the median."""
-    low, high = interval(resampled(values)) if len(values) >= LEAST else (None, None)
-    numbers = {"count": len(values), "median": median(values), "mean": fmean(values)}
-    numbers["stddev"] = stdev(values) if len(values) > 1 else None
-    return numbers | {"min": min(values), "max": max(values), "low": low, "high": high}
+def interval_of(values: Sequence[float]) -> tuple[float | None, float | None]:
+    """The interval of the median of `values`; (None, None) for fewer than LEAST."""
+    return interval(resampled(values)) if len(values) >= LEAST else (None, None)

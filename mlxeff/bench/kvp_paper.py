@@ -8,7 +8,7 @@ their values. The paper's baselines that prune tokens (RP, SP, LazyLLM) are left
 The paper measured on the CPU of an M2 Pro. It does not state the numeric type, threads, software and repetitions.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +25,9 @@ from ..models.openelm import SIZES as SHAPES
 from ..models.openelm import published_config
 from ..ops import native_for
 from .arms import Arm, random_predictor, randomise
-from .ttft import Group, Point
+from .points import Point
+from .published import line
+from .rounds import Group
 
 MACHINE = "M2 Pro CPU"
 POINTS = [Point(batch, tokens) for batch in (1, 4, 8) for tokens in (64, 128, 256, 512, 1024)] + [Point(64, 59)]
@@ -73,7 +75,9 @@ AT_TABLE_5 = Point(64, 59)
 FIGURE_1 = {"arm": "OE3B", "point": Point(1, 1024), "ttft_s": 4.8, "steps": 12}
 # Figure 5b: the first model's TTFT is 10 to 20 % above the second's, at this batch and from 128 to 1024 prompt tokens.
 FIGURE_5B = ("OE1.1B-KVP-C-450M", "OE450M", 8, (128, 1024))
-NOTE = "Table 3 prints 3.59 for the FLOPs reduction of OE1.1B-KVP-LP-0.25, Table 5 3.60."
+SOURCE = "KV Prediction (arXiv 2410.08391)"
+WHERE = f"{MACHINE}; numeric type and threads not stated"
+NOTE = "Table 3 prints 3.59 for the FLOPs reduction of OE1.1B-KVP-LP-0.25, Table 5 3.60"
 
 
 def groups(dtype: mx.Dtype, checkpoints: dict[str, Path], ignored: Sequence[str] = ()) -> list[Group]:
@@ -148,3 +152,69 @@ def _of_size(model: DecoderModel, size: str, origin: Path) -> DecoderModel:
         text = "%s stands for OpenELM-%s, %d layers of %d, but has %d layers of %d"
         notices.warning(text, origin, size, *published, *own)
     return model
+
+
+def published(rows: Sequence[dict], arms: dict[str, dict]) -> list[dict]:
+    """The paper's numbers beside ours: `rows` of the result, and the descriptions of its `arms`."""
+    found = {(r["device"], r["batch"], r["tokens"], r["arm"], r["metric"]): r["median"] for r in rows}
+    devices = list(dict.fromkeys(key[0] for key in found))
+    lines = [each for device in devices for each in [*_table_5(found, device), *_figures(found, device)]]
+    return [*lines, *_flops(arms)]
+
+
+def _table_5(found: dict[tuple, float], device: str) -> Iterator[dict]:
+    """The TTFT and its reduction in Table 5."""
+    place, source = (device, AT_TABLE_5.batch, AT_TABLE_5.tokens), f"{SOURCE}, Table 5, {WHERE}"
+    base = found.get((*place, "OE1.1B", "ttft_s"))
+    for arm, theirs in TABLE_5.items():
+        mine = found.get((*place, arm, "ttft_s"))
+        if mine is None:
+            continue
+        where = {"arm": arm, "test": AT_TABLE_5.test, "source": source, "device": device}
+        yield line("TTFT", metric="ttft_s", unit="s", ours=mine, theirs=theirs.ttft_s, **where)
+        ratio = base / mine if base else None
+        yield line("TTFT reduction", metric="ttft_reduction", unit="x", ours=ratio, theirs=theirs.reduction, **where)
+
+
+def _figures(found: dict[tuple, float], device: str) -> Iterator[dict]:
+    """What the paper's text states of Figures 1 and 5b."""
+    point = FIGURE_1["point"]
+    place = (device, point.batch, point.tokens, FIGURE_1["arm"])
+    if seconds := found.get((*place, "ttft_s")):
+        where = {"arm": FIGURE_1["arm"], "test": point.test, "source": f"{SOURCE}, Figure 1, {WHERE}", "device": device}
+        yield line("TTFT", metric="ttft_s", unit="s", ours=seconds, theirs=FIGURE_1["ttft_s"], **where)
+        decode = found.get((*place, "decode_tps"))
+        steps = seconds * decode if decode else None
+        theirs = FIGURE_1["steps"]
+        yield line("TTFT in decode steps", metric="ttft_steps", unit="steps", ours=steps, theirs=theirs, **where)
+    mine, other, batch, ends = FIGURE_5B
+    for tokens in sorted({key[2] for key in found if key[:2] == (device, batch) and ends[0] <= key[2] <= ends[1]}):
+        pair, model = (found.get((device, batch, tokens, arm, "ttft_s")) for arm in (mine, other))
+        if pair and model:
+            more = pair / model - 1
+            where = {"arm": mine, "test": Point(batch, tokens).test, "source": f"{SOURCE}, Figure 5b, {WHERE}"}
+            what = f"TTFT above that of {other}"
+            theirs = "0.10 to 0.20"
+            yield line(what, metric="ttft_excess", unit="", ours=more, theirs=theirs, device=device, **where)
+
+
+def _flops(arms: dict[str, dict]) -> Iterator[dict]:
+    """The FLOPs reductions: the paper's definition, parameters of the base by those of the auxiliary, with our counts;
+    and that of all FLOPs to the first token, with those of the predictor and of the base's last token."""
+    for base, table in TABLES.items():
+        whole = arms.get(base)
+        for name, theirs in table.items():
+            if whole is None or name not in arms:
+                continue
+            mine = arms[name]
+            counted = whole["base"] / mine.get("auxiliary", mine["base"])
+            full = whole["flops_512"] / mine["flops_512"]
+            where = {
+                "arm": name,
+                "metric": "flops_reduction",
+                "unit": "x",
+                "source": f"{SOURCE}, Tables 5 and 6. {NOTE}",
+            }
+            yield line("FLOPs reduction", test="", ours=counted, theirs=theirs.flops, **where)
+            what = "FLOPs reduction with predictor and last token"
+            yield line(what, test="pp512", ours=full, theirs=None, **where)

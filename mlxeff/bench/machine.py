@@ -2,27 +2,35 @@
 
 import os
 import platform
-import shutil
-import subprocess
+import re
 import sys
 from pathlib import Path
 
 import mlx.core as mx
 
 from .. import __version__, kernels, limits
+from .conditions import output
 
 # The shares of memory that a benchmark may use: on Linux of the available memory, elsewhere of all memory.
 LINUX_SHARE, OTHER_SHARE = 0.85, 0.7
+# Entries of the card that are the same for all samples of a machine and version.
+FIXED = ("cpu", "gpu", "gpu_cores", "memory_gb", "system", "mlxeff", "mlx", "cpu_backend", "threads")
 
 
 def card() -> dict:
-    """The card: processor, memory in GB (10⁹ bytes), operating system, versions, and the CPU backend with its number of
-    threads."""
+    """The card: processor, GPU with its number of cores (None where there is none that MLX can use), model of a Mac,
+    memory in GB (10⁹ bytes), operating system and the release of its kernel, versions, and the CPU backend with its
+    number of threads."""
     native, reason = kernels.native()
+    gpu, gpu_cores = graphics()
     return {
         "cpu": processor(),
+        "gpu": gpu,
+        "gpu_cores": gpu_cores,
+        "mac": sysctl("hw.model") or None,
         "memory_gb": round(physical_bytes() / 1e9, 1),
         "system": system(),
+        "kernel": platform.release(),
         "mlxeff": __version__,
         "mlx": mx.__version__,
         "cpu_backend": f"native {native.isa()}" if native else f"MLX ({reason})",
@@ -36,8 +44,10 @@ def cores() -> int:
 
 
 def system() -> str:
-    """The operating system, the processor architecture and the version of Python, as one text."""
-    return f"{platform.system()} {platform.machine()}, Python {platform.python_version()}"
+    """The operating system, on a Mac with its version, the processor architecture and the version of Python, as one
+    text."""
+    name = f"macOS {platform.mac_ver()[0]}" if sys.platform == "darwin" else platform.system()
+    return f"{name} {platform.machine()}, Python {platform.python_version()}"
 
 
 def processor() -> str:
@@ -45,6 +55,20 @@ def processor() -> str:
     if info := cpu_info():
         return info.get("model name", platform.machine())
     return sysctl("machdep.cpu.brand_string") or platform.processor() or platform.machine()
+
+
+def graphics() -> tuple[str | None, int | None]:
+    """(The name of the GPU, its number of cores), as far as they are known; (None, None) without Metal."""
+    if not kernels.has_metal():
+        return None, None
+    name = mx.device_info().get("device_name")
+    return name, cores_of_gpu(output(["system_profiler", "SPDisplaysDataType", "-json"]))
+
+
+def cores_of_gpu(report: str) -> int | None:
+    """The number of cores that a report of system_profiler names first."""
+    found = re.search(r'"sppci_cores"\s*:\s*"(\d+)"', report)
+    return int(found[1]) if found else None
 
 
 def cpu_info() -> dict[str, str]:
@@ -68,10 +92,7 @@ def sysctl(name: str) -> str:
 
 def first_line(command: list[str]) -> str:
     """The first line that a command prints; "" where the command is missing or prints nothing."""
-    if shutil.which(command[0]) is None:
-        return ""
-    run = subprocess.run(command, capture_output=True, text=True, check=False)
-    return (run.stdout.splitlines() or [""])[0]
+    return (output(command).splitlines() or [""])[0]
 
 
 def physical_bytes() -> int:

@@ -1,140 +1,133 @@
-"""The report of `mlxeff bench ttft`: medians of the samples, and tables in Markdown, beside the numbers of the paper
-where the suite `kvp-paper` ran. Measures nothing.
-"""
+"""A document of `mlxeff bench` as text: Markdown for people, CSV and JSON lines for other programs. Reads nothing but
+the document (see `result`), and measures nothing."""
 
-from collections.abc import Iterable
-from statistics import median
+import csv
+import io
+from collections.abc import Callable, Iterable, Sequence
 
-from . import kvp_paper
+from ..names import json_text
 from .tables import card_lines, table
-from .ttft import Point, Results
+
+FORMATS = ("md", "csv", "json", "jsonl")
+# Entries of card and settings that each line of CSV and JSON lines begins with.
+COMMON = (("card", "cpu"), ("card", "cpu_backend"), ("card", "threads"), ("card", "mlxeff"), ("card", "mlx"))
+PERCENTILES = ("p90", "p99")
+TITLES = {"ttft_s": "TTFT", "prompt_tps": "prompt", "decode_tps": "decode", "peak_bytes": "peak memory"}
 
 
-def medians(samples: Iterable[dict]) -> dict[tuple, dict]:
-    """(device, batch, prompt tokens, arm) → the medians of its samples, as in the output of --json.
-
-    ttft_s is the median TTFT in seconds, spread_s the difference of the largest and the smallest one, and passes the
-    number of samples. prompt_tps and decode_tps are tokens per second over the whole batch; decode_tps is None where no
-    decode step was timed.
-    """
-    found: dict[tuple, list[dict]] = {}
-    for sample in samples:
-        found.setdefault((sample["device"], sample["batch"], sample["tokens"], sample["arm"]), []).append(sample)
-    return {key: _summary(key, each) for key, each in found.items()}
+def text(document: dict, form: str) -> str:
+    """The document in one of FORMATS but "json"."""
+    return {"md": markdown, "csv": comma_separated, "jsonl": json_lines}[form](document)
 
 
-def _summary(key: tuple, samples: list[dict]) -> dict:
-    device, batch, tokens, arm = key
-    times = [sample["ttft_s"] for sample in samples]
-    steps = [sample["step_s"] for sample in samples if sample["step_s"]]
-    ttft = median(times)
-    return {
-        "device": device,
-        "batch": batch,
-        "tokens": tokens,
-        "arm": arm,
-        "ttft_s": ttft,
-        "spread_s": max(times) - min(times),
-        "passes": len(times),
-        "prompt_tps": batch * tokens / ttft,
-        "decode_tps": batch / median(steps) if steps else None,
-    }
+def markdown(document: dict) -> str:
+    """Machine and settings as lines, tables of the rows, of ratios and of published numbers, and what was skipped."""
+    parts = [card_lines(document["card"] | document["settings"])]
+    parts += [_ceilings(document["ceilings"]), _rows(document["results"]), _ratios(document["ratios"])]
+    parts += [_published(document["published"]), *(f"skipped: {line}" for line in document["skipped"])]
+    return "\n\n".join(part for part in parts if part)
 
 
-def tables(results: Results, card: dict, suite: bool) -> str:
-    """The whole report as text: the card of the machine, a table for each device, for the suite (`suite`) the
-    comparison with the paper, and the measurements that were skipped."""
-    found = medians(results.samples.all)
-    parts = [card_lines(card)]
-    for device in dict.fromkeys(key[0] for key in found):
-        chosen = {key[1:]: each for key, each in found.items() if key[0] == device}
-        parts.append(_table(device, chosen, list(results.arms)))
-    if suite:
-        parts += [text for text in (_table_5(found), _flops(results.arms), _figures(found)) if text]
-    parts += [f"skipped: {line}" for line in results.skipped]
-    return "\n\n".join(parts)
-
-
-def _table(device: str, found: dict[tuple, dict], arms: list[str]) -> str:
-    """The table of one device: a row for each point and a column for each arm, with TTFT and tokens per second."""
-    title = f"Median TTFT in seconds on the {device}; in brackets prompt tokens/s and decoded tokens/s"
-    shown = [arm for arm in arms if any(key[2] == arm for key in found)]
+def _ceilings(ceilings: dict[str, dict]) -> str:
     rows = [
-        [f"{batch} x {tokens}", *(_cell(found.get((batch, tokens, arm))) for arm in shown)]
-        for batch, tokens in sorted({key[:2] for key in found})
+        [device, f"{each['read_gbps']:.1f}", f"{each['gflops']:.0f}", each["how"]] for device, each in ceilings.items()
     ]
-    return "\n".join([title, "", table(["batch x tokens", *shown], rows)])
+    return table(["ceiling of the", "reads, GB/s", "GFLOP/s", "measured with"], rows)
 
 
-def _cell(summary: dict | None) -> str:
-    if summary is None:
+def _rows(rows: Iterable[dict]) -> str:
+    """A line for each arm, device and test, a column for each metric: the median, the interval in brackets."""
+    return _pivot(rows, ("arm", "device", "test"), _cell)
+
+
+def _pivot(entries: Iterable[dict], identity: Sequence[str], cell: Callable[[dict], str]) -> str:
+    """A table with a line for each value of the fields `identity`, and a column for each metric."""
+    found: dict[tuple, dict[str, str]] = {}
+    for each in entries:
+        found.setdefault(tuple(each[name] for name in identity), {})[each["metric"]] = cell(each)
+    metrics = list(dict.fromkeys(metric for cells in found.values() for metric in cells))
+    lines = [[*key, *(cells.get(metric, "") for metric in metrics)] for key, cells in found.items()]
+    return table([*identity, *(TITLES.get(metric, metric) for metric in metrics)], lines)
+
+
+def _cell(row: dict) -> str:
+    """ "120.3 tok/s (118.0 tok/s – 121.9 tok/s), 81% of ceiling", as far as it is known."""
+    unit = row["unit"]
+    words = [amount(row["median"], unit)]
+    if row["low"] is not None and row["low"] != row["high"]:
+        words[0] += f" ({amount(row['low'], unit)} – {amount(row['high'], unit)})"
+    words += [f"{p} {amount(row[p], unit)}" for p in PERCENTILES if row[p] is not None and row["metric"] == "ttft_s"]
+    if row["share_of_ceiling"] is not None:
+        words.append(f"{row['share_of_ceiling']:.0%} of ceiling")
+    return ", ".join(words)
+
+
+def amount(value: float | None, unit: str) -> str:
+    """A number with its unit; "" for None."""
+    if value is None:
         return ""
-    decode = f", {summary['decode_tps']:.3g}" if summary["decode_tps"] else ""
-    return f"{summary['ttft_s']:.3f} ({summary['prompt_tps']:.3g}{decode})"
+    if unit == "bytes":
+        return f"{value / 1e9:.3f} GB"
+    if unit == "share":
+        return f"{value:.1%}"
+    if unit == "s" and value < 0.1:
+        return f"{value * 1e6:.4g} µs" if value < 1e-3 else f"{value * 1e3:.4g} ms"
+    return f"{value:.4g} {unit}".strip() if value < 1e4 else f"{value:.0f} {unit}".strip()
 
 
-def _table_5(found: dict[tuple, dict]) -> str:
-    """For each device the measured TTFT and its reduction beside those in Table 5 of the paper."""
-    point = kvp_paper.AT_TABLE_5
-    parts = []
-    for device in dict.fromkeys(key[0] for key in found):
-        here = {arm: found[key] for arm in kvp_paper.TABLE_5 if (key := (device, *_sizes(point), arm)) in found}
-        base = here.get("OE1.1B")
-        if not here:
-            continue
-        where = f"the {device} here | paper: {kvp_paper.MACHINE}, numeric type and threads not stated"
-        title = f"Batch {point.batch} x {point.tokens} tokens: {where}"
-        rows = []
-        for arm, mine in here.items():
-            theirs = kvp_paper.TABLE_5[arm]
-            ratio = f"{base['ttft_s'] / mine['ttft_s']:.2f}" if base else ""
-            rows.append([arm, f"{mine['ttft_s']:.2f}", ratio, f"{theirs.ttft_s:.2f}", f"{theirs.reduction:.2f}"])
-        header = ["", "TTFT s, here", "reduction, here", "TTFT s, paper", "reduction, paper"]
-        parts.append("\n".join([title, "", table(header, rows)]))
-    return "\n\n".join(parts)
+def _ratios(ratios: Iterable[dict]) -> str:
+    """Each arm by the one that it is compared with."""
+    shown = [each | {"ratio of": each["arm"], "to": each["against"]} for each in ratios]
+    return _pivot(shown, ("ratio of", "to", "device", "test"), _ratio)
 
 
-def _flops(arms: dict[str, dict]) -> str:
-    """The table of FLOPs reductions: the paper's definition with our parameter counts, the paper's printed number, and
-    the reduction of all FLOPs to the first token, with those of the predictor and the base's last token."""
-    rows = []
-    for base, published in kvp_paper.TABLES.items():
-        whole = arms.get(base)
-        for name, theirs in published.items():
-            if whole is None or name not in arms:
-                continue
-            mine = arms[name]
-            counted = whole["base"] / mine.get("auxiliary", mine["base"])
-            full = whole["flops_512"] / mine["flops_512"]
-            rows.append([name, f"{counted:.2f}", f"{theirs.flops:.2f}", f"{full:.2f}"])
-    if not rows:
-        return ""
-    title = "FLOPs reductions. 'counted': parameters of base by parameters of auxiliary, as in the paper"
-    header = ["", "counted", "paper", "with predictor and last token, 512 tokens"]
-    return "\n".join([title, "", table(header, rows), "", kvp_paper.NOTE])
+def _ratio(each: dict) -> str:
+    interval = "" if each["low"] is None else f" ({each['low']:.3f} – {each['high']:.3f})"
+    return f"{each['ratio']:.3f}{interval}"
 
 
-def _figures(found: dict[tuple, dict]) -> str:
-    """Measured numbers beside those that the paper's text states for Figures 1 and 5b, one line each."""
-    lines = []
-    first, mark = kvp_paper.FIGURE_1, f"paper, {kvp_paper.MACHINE}"
-    mine, other, batch, ends = kvp_paper.FIGURE_5B
-    for device in dict.fromkeys(key[0] for key in found):
-        if here := found.get((device, *_sizes(first["point"]), first["arm"])):
-            steps = f", {here['ttft_s'] * here['decode_tps']:.1f} decode steps" if here["decode_tps"] else ""
-            theirs = f"{first['ttft_s']} s, {first['steps']} decode steps"
-            ours = f"{device} here {here['ttft_s']:.2f} s{steps}"
-            lines.append(f"Figure 1, OE3B, batch 1 x 1024: {ours}; {mark}: {theirs}")
-        for tokens in sorted({key[2] for key in found if key[1] == batch and ends[0] <= key[2] <= ends[1]}):
-            pair, model = (found.get((device, batch, tokens, arm)) for arm in (mine, other))
-            if pair and model:
-                more = pair["ttft_s"] / model["ttft_s"] - 1
-                lines.append(
-                    f"Figure 5b, {mine} over {other}, batch {batch} x {tokens}: {device} here {more:+.0%}; "
-                    f"{mark}: +10 to +20%"
-                )
-    return "\n".join(lines)
+def _published(lines: Iterable[dict]) -> str:
+    """Published numbers beside ours, and under them where they come from."""
+    lines = list(lines)
+    numbers = {source: str(n) for n, source in enumerate(dict.fromkeys(line["source"] for line in lines), 1)}
+    rows = [
+        [
+            line["what"],
+            line["arm"],
+            line["device"] or "",
+            line["test"],
+            "not measured" if line["ours"] is None else amount(line["ours"], line["unit"]),
+            _theirs(line),
+            line["label"],
+            numbers[line["source"]],
+        ]
+        for line in lines
+    ]
+    shown = table(["", "arm", "device", "test", "here", "theirs", "label", "source"], rows)
+    return "\n\n".join([shown, "\n".join(f"source {n}: {source}" for source, n in numbers.items())]) if rows else ""
 
 
-def _sizes(point: Point) -> tuple[int, int]:
-    return point.batch, point.tokens
+def _theirs(line: dict) -> str:
+    theirs = line["theirs"]
+    if theirs is None:
+        return "not printed"
+    return theirs if isinstance(theirs, str) else amount(theirs, line["unit"])
+
+
+def _common(document: dict) -> dict:
+    return {name: document[part][name] for part, name in COMMON}
+
+
+def comma_separated(document: dict) -> str:
+    """The rows as CSV; the first line has the names of the columns."""
+    rows = [_common(document) | row for row in document["results"]]
+    target = io.StringIO()
+    writer = csv.DictWriter(target, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return target.getvalue().rstrip("\n")
+
+
+def json_lines(document: dict) -> str:
+    """The rows, one JSON object a line."""
+    return "\n".join(json_text(_common(document) | row) for row in document["results"])

@@ -1,56 +1,54 @@
-"""Reads results of benchmarks: the documents that `mlxeff bench` writes, and the files of `mlxeff bench ttft --out`."""
+"""The result of a benchmark, and its document, in which every verb of `mlxeff bench` writes it (docs/json.md)."""
 
-import json
-from collections.abc import Callable
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
-from ..errors import MlxeffError, notices
-from ..names import expand
-from . import ttft_results
-from .schema import check, key_of
-
-SAMPLES_FORMAT = "mlxeff-ttft"  # of the file of `bench ttft --out`
+from .conditions import thermal
+from .rounds import Results
+from .rows import ratios, rows
+from .schema import FORMAT, VERSION
 
 
-def read(name: str) -> dict:
-    """The document in the file `name`, checked. Raises MlxeffError, one line, for anything else."""
-    path = expand(name)
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise MlxeffError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except UnicodeDecodeError as error:
-        raise MlxeffError(f"{path}: wanted a result of mlxeff bench in UTF-8: {error}") from error
-    first, *others = text.splitlines() or [""]
-    identity = _loaded(first)
-    if isinstance(identity, dict) and identity.get("format") == SAMPLES_FORMAT:
-        samples = [each for each in map(_loaded, others) if isinstance(each, dict)]
-        if len(samples) < len(others):
-            notices.warning("%s: %d incomplete lines are left out", path, len(others) - len(samples))
-        document = ttft_results.of_file(identity, samples, path)
-    else:
-        try:
-            document = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise MlxeffError(f"{path}: wanted a result of mlxeff bench, got no complete JSON: {error}") from error
-        if ttft_results.is_document(document):
-            document = ttft_results.of_document(document, path)
-    check(document, path)
-    return document
+@dataclass
+class Result:
+    """What was measured.
 
+    card       the machine, see `machine.card`
+    settings   what was asked for
+    measured   samples, arms and what was skipped
+    against    the arm that ratios compare with; None: no ratios
+    ceilings   device → {"read_gbps", "gflops", "how"}: what the machine can do at most, as measured
+    thermal_after  the conditions at the end, see `conditions.thermal`
+    published  lines with published numbers beside ours, see `published.line`
+    """
 
-def _loaded(line: str) -> object:
-    """The value of a line of JSON; None where it is none."""
-    try:
-        return json.loads(line)
-    except (ValueError, RecursionError):
-        return None
+    card: dict
+    settings: dict
+    measured: Results
+    against: str | None = None
+    ceilings: dict[str, dict] = field(default_factory=dict)
+    published: list[dict] = field(default_factory=list)
+    thermal_after: dict = field(default_factory=thermal)
 
+    @property
+    def failed(self) -> bool:
+        """Whether an arm failed or a sample could not be written."""
+        return self.measured.failed or self.measured.samples.failed
 
-def samples_of(document: dict) -> Callable[[dict], list[float]]:
-    """A function that returns the sampled values of a row, in the order of the file; [] where the file has none."""
-    found: dict[tuple, list[float]] = {}
-    for sample in document["samples"]:
-        for metric, value in sample["values"].items():
-            if value is not None:
-                found.setdefault((sample["arm"], sample["device"], sample["test"], metric), []).append(value)
-    return lambda row: found.get(key_of(row), [])
+    def document(self, notices: Sequence[str]) -> dict:
+        """The document; `notices` are the lines that were shown meanwhile."""
+        samples = self.measured.samples.all
+        return {
+            "format": FORMAT,
+            "version": VERSION,
+            "card": self.card | {"thermal_after": self.thermal_after},
+            "settings": self.settings,
+            "arms": self.measured.arms,
+            "ceilings": self.ceilings,
+            "results": rows(samples, self.ceilings),
+            "ratios": ratios(samples, self.against) if self.against else [],
+            "published": self.published,
+            "samples": samples,
+            "skipped": self.measured.skipped,
+            "notices": list(notices),
+        }

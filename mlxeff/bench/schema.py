@@ -7,6 +7,7 @@ from pathlib import Path
 from ..errors import MlxeffError
 
 FORMAT, VERSION = "mlxeff-bench", 1
+SAMPLES_FORMAT = "mlxeff-bench-samples"  # of the files of `--out`
 KEY = ("arm", "device", "test", "metric")  # identify a row
 PARTS = {
     **dict.fromkeys(("card", "settings", "arms", "ceilings"), dict),

@@ -8,13 +8,13 @@ from . import output, streams
 def compare(options: argparse.Namespace) -> int:
     """Compare results with the first one; the exit code is 1 where a row became worse."""
     from ..bench import compare as comparing
-    from ..bench import comparison_text, result
+    from ..bench import comparison_text, reader
 
     options.json |= options.output == "json"
     names = [options.result, *options.others]
     threshold = options.threshold / 100
     with output.show_notices(options.quiet) as lines:
-        first, *others = map(result.read, names)
+        first, *others = map(reader.read, names)
         found = [comparing.compare(first, other, threshold, (names[0], name)) for name, other in zip(names[1:], others)]
     worse = comparing.total(found, comparing.REGRESSION)
     if options.json:

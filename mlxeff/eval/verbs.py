@@ -1,7 +1,6 @@
 """The measures of `mlxeff eval` and their options as data. Imports no slow module, so that --help is quick."""
 
 import argparse
-import shlex
 from collections.abc import Sequence
 
 from ..assembly import techniques
@@ -10,6 +9,7 @@ from ..assembly.options import (
     PREFILL_STEP,
     TRUST_REMOTE_CODE,
     Option,
+    ValueParser,
     names,
     natural,
     numbers,
@@ -62,23 +62,13 @@ def run_options() -> list[Option]:
     return [*techniques.PRECISION, PREFILL_STEP, *techniques.switch_options("eval"), IGNORE_KEYS, TRUST_REMOTE_CODE]
 
 
-class _Inner(argparse.ArgumentParser):
-    """A parser whose errors are those of the option that it parses the value of."""
-
-    def error(self, message: str) -> None:
-        raise argparse.ArgumentTypeError(message)
-
-
 def other_options(text: str | Sequence[str]) -> argparse.Namespace:
     """The value of --against-options: "--kv-cache int4", or its words → the parsed options that say how a model is run.
     Raises argparse.ArgumentTypeError."""
-    parser = _Inner("--against-options", add_help=False, allow_abbrev=False)
+    parser = ValueParser("--against-options", add_help=False, allow_abbrev=False)
     for each in run_options():
         parser.add_argument(each.name, *each.aliases, **each.keywords)
-    try:
-        return parser.parse_args(shlex.split(text) if isinstance(text, str) else text)
-    except ValueError as error:  # of quotation marks that are not closed
-        raise argparse.ArgumentTypeError(str(error)) from None
+    return parser.parse_text(text) if isinstance(text, str) else parser.parse_args(text)
 
 
 AGAINST: tuple[Option, ...] = (

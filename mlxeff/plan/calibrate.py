@@ -74,6 +74,8 @@ def read(name: str) -> Measured:
         raise MlxeffError(f"{path}: measured by mlxeff {version}, this is {__version__}: measure again")
     if not isinstance(model, str):
         raise MlxeffError(f"{path}: wanted a measurement of a MODEL, got one of the suite {settings.get('suite')!r}")
+    if (verb := settings.get("verb")) != "bench ttft":
+        raise MlxeffError(f"{path}: wanted a result of `mlxeff bench ttft MODEL`, got one of {verb!r}")
     try:
         return _measured(str(path), model, parts)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
@@ -82,20 +84,21 @@ def read(name: str) -> Measured:
 
 def _measured(path: str, model: str, parts: dict) -> Measured:
     card, settings = parts["card"], parts["settings"]
-    own = [each for each in parts["results"] if each["arm"] == model and each["batch"] == 1]
+    own = [row for row in parts["results"] if row["arm"] == settings["arm"] and row["batch"] == 1 and not row["depth"]]
     if not own:
         raise MlxeffError(f"{path}: wanted results of {model} with one prompt at a time, got none")
     device, points = own[0]["device"], []
-    for each in own:
-        if each["device"] != device:
+    for row in own:
+        if row["device"] != device or not row["test"].startswith("pp"):
             continue
-        points.append(Point("prefill", int(each["tokens"]), _positive(each["ttft_s"])))
-        if each["decode_tps"]:
-            points.append(Point("decode", int(each["tokens"]), 1 / _positive(each["decode_tps"])))
+        if row["metric"] == "ttft_s":
+            points.append(Point("prefill", int(row["tokens"]), _positive(row["median"])))
+        if row["metric"] == "decode_tps":
+            points.append(Point("decode", int(row["tokens"]), 1 / _positive(row["median"])))
     return Measured(
         path,
         model,
-        int(parts["arms"][model]["base"]),
+        int(parts["arms"][settings["arm"]]["base"]),
         str(device),
         int(settings["prefill_step"][device]),
         int(settings["steps"]),

@@ -9,7 +9,7 @@ from pathlib import Path
 from ...checkpoint import temporary_beside
 from ...errors import MlxeffError
 from ...names import expand
-from .. import compare, result
+from .. import compare, reader
 from ..comparison_text import letter_of
 from . import drawing, sections, svg
 from .plots import Plot, changes, plots
@@ -26,7 +26,7 @@ def write(names: Sequence[str], out: str | None, folder: str | None) -> dict:
     """
     if importlib.util.find_spec("matplotlib") is None:
         raise MlxeffError("bench page: wanted matplotlib, which is not installed: pip install 'mlxeff[benchmarks]'")
-    documents = [result.read(name) for name in names]
+    documents = [reader.read(name) for name in names]
     page = expand(out) if out else expand(names[0]).with_suffix(".html")
     several = len(names) > 1
     sheets = [_sheet(document, letter_of(index) if several else "") for index, document in enumerate(documents)]

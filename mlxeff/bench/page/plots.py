@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from ..compare import Comparison
 from ..intervals import LEAST
-from ..result import samples_of
+from ..reader import samples_of
 from ..schema import KEY
 from ..words import SHORT, digits, in_order, metric_name, scale, shown, title_of
 

@@ -1,76 +1,150 @@
-"""The options of `mlxeff bench`."""
+"""The options of `mlxeff bench WHAT`, a function for each WHAT."""
 
-import argparse
+from collections.abc import Callable
+from typing import NamedTuple
 
-from ...assembly import techniques
-from ...assembly.options import IGNORE_KEYS, PREFILL_STEP, natural, positive
-from ...bench.selection import condition
+from ...assembly.options import IGNORE_KEYS, natural
+from ...eval import verbs as measures
+from .bench_parts import MODEL, VersusParser, add_machine, add_measuring, add_model, add_output, add_rounds, add_versus
 from .common import add, add_end, sentence
 from .parser import Parser
-from .values import checkpoint, numbers, percentage
+from .values import checkpoint, generated, naturals, numbers, percentage
 
-TTFT_EXAMPLES = (
-    "mlxeff bench ttft smollm2-135m",
-    "mlxeff bench ttft smollm2-135m --kv-predict smollm2-135m-0-18 --batch 1,8",
-)
-COMPARE_EXAMPLES = ("mlxeff bench compare before.json after.json",)
-PAGE_EXAMPLES = ("mlxeff bench page result.json", "mlxeff bench page result.json --png plots")
+SUITES = ("kvp-paper", "openelm-paper", "quantspec-paper", "seedlm-paper", "dynamoe", "all")
+
+
+class What(NamedTuple):
+    """A verb of `bench`: its summary, the function that adds its options, and whole commands."""
+
+    summary: str
+    add: Callable[[Parser], None]
+    examples: tuple[str, ...]
 
 
 def add_bench(parser: Parser) -> None:
-    what = parser.add_subparsers(dest="what", metavar="WHAT", required=True)
-    summary = "seconds to the first token of a model, of KV Prediction pairs for it, or of the models in that paper"
-    sub = what.add_parser("ttft", help=summary, description=sentence(summary), examples=TTFT_EXAMPLES)
-    sub.add_argument("model", nargs="?", metavar="MODEL", help="a folder, file, name or hub id")
-    for technique in techniques.switched_for("bench ttft"):
-        also = {"action": "append", "default": [], "help": "measure MODEL with this option too (repeatable)"}
-        add(sub, [technique.option], **also)
-    sub.add_argument(
-        "--suite",
-        choices=("kvp-paper",),
-        help="measure the models of the KV Prediction paper instead of MODEL, beside the published numbers: OpenELM of "
-        "all sizes, layer-pruned ones and the paper's eleven pairs, with 1, 4 or 8 prompts of 64 to 1024 tokens at "
-        "once and 64 prompts of 59, on CPU and GPU",
+    """Add every WHAT of `bench`."""
+    what = parser.add_subparsers(dest="what", metavar="WHAT", required=True, parser_class=VersusParser)
+    for name, each in WHATS.items():
+        description = sentence(each.summary)
+        each.add(what.add_parser(name, help=each.summary, description=description, examples=each.examples))
+
+
+def _ttft(sub: Parser) -> None:
+    add_model(sub, "bench ttft")
+    group = sub.add_argument_group("what is measured")
+    group.add_argument(
+        "-p", "--prompt-lengths", metavar="N,…", type=numbers, help="tokens in the prompts (default 128,512,2048)"
     )
-    sub.add_argument(
-        "--prompt-lengths", metavar="N,…", type=numbers, help="tokens in the prompts (default 128,512,2048)"
-    )
-    sub.add_argument(
+    group.add_argument(
         "--batch", metavar="B,…", type=numbers, default=(1,), help="prompts that are computed at once (default 1)"
     )
-    sub.add_argument(
-        "--only",
-        metavar="KEY=VALUE",
-        type=condition(("arm", "device", "batch", "tokens")),
-        nargs="+",
-        action="extend",
-        default=[],
-        help="measure only a part. KEY is arm (VALUE is a part of the name of a row in the table), device, batch or "
-        "tokens; of a key that is given several times, all values are measured",
-    )
-    sub.add_argument("--rounds", metavar="N", type=positive, default=3, help="measured passes (default %(default)s)")
-    sub.add_argument(
-        "--warmup", metavar="N", type=natural, default=1, help="passes before the measured ones (default %(default)s)"
-    )
-    sub.add_argument(
+    group.add_argument(
         "--steps", metavar="N", type=natural, default=4, help="tokens that each pass decodes (default %(default)s)"
     )
-    sub.add_argument(
-        "--out", metavar="FILE", help="keep every sample in FILE; the same command continues an interrupted measurement"
+    add_measuring(group, rounds=3)
+    add_machine(sub)
+    add_output(sub)
+
+
+def _decode(sub: Parser) -> None:
+    add_model(sub, "bench decode")
+    group = sub.add_argument_group("what is measured, with the names and defaults of llama-bench")
+    group.add_argument(
+        "-p",
+        "--prompt-lengths",
+        metavar="N,…",
+        type=naturals,
+        default=(512,),
+        help="pp: tokens in a prompt; 0: none (default 512)",
     )
-    _add_machine(sub)
-    add(sub, [IGNORE_KEYS])
+    group.add_argument(
+        "-n",
+        "--generate",
+        metavar="N,…",
+        type=generated,
+        default=(128,),
+        help="tg: tokens that are decoded, 2 or more; 0: none (default 128)",
+    )
+    group.add_argument(
+        "-d",
+        "--depths",
+        metavar="N,…",
+        type=naturals,
+        default=(0,),
+        help="tokens in the KV cache before each of these (default 0)",
+    )
+    add_measuring(group, rounds=5)
+    add_machine(sub)
+    add_output(sub)
+
+
+def _kernels(sub: Parser) -> None:
+    sub.add_argument(
+        "model", nargs="*", metavar="MODEL", help=f"{MODEL}; none: only what the machine can do at most is measured"
+    )
+    group = sub.add_argument_group("models")
+    add(group, [IGNORE_KEYS])
+    group.add_argument("--offline", action="store_true", help="never touch the network")
+    group = sub.add_argument_group("what is measured")
+    group.add_argument(
+        "--rows",
+        metavar="N,…",
+        type=numbers,
+        default=(1, 8, 512),
+        help="rows of the inputs: 1 as in decoding, some as in verifying drafts, many as in prompts (default 1,8,512)",
+    )
+    add_rounds(group, 5)
+    add_machine(sub, prefill=False)
+    add_output(sub)
+
+
+def _quality(sub: Parser) -> None:
+    sub.add_argument("model", metavar="MODEL", help=MODEL)
+    add(sub.add_argument_group("how MODEL is run"), measures.run_options())
     sub.add_argument("--offline", action="store_true", help="never touch the network")
-    sub.add_argument("--json", action="store_true", help="print one JSON document with every sample")
-    sub.add_argument("--quiet", action="store_true", help="no progress lines; warnings still show")
-    _add_files(what)
+    add_versus(sub.add_argument_group("what it is compared with"), measures.run_options())
+    add(sub.add_argument_group("what is read"), measures.WINDOWS)
+    add_machine(sub, prefill=False)
+    add_output(sub)
 
 
-def _add_files(what: argparse._SubParsersAction) -> None:
-    """The options of what reads results of benchmarks."""
-    summary = "which rows of results became better or worse than noise; exit code 1 where one became worse"
-    sub = what.add_parser("compare", help=summary, description=sentence(summary), examples=COMPARE_EXAMPLES)
-    sub.add_argument("result", metavar="A.json", help="a result of `mlxeff bench`, or the file of `bench ttft --out`")
+def _suite(sub: Parser) -> None:
+    sub.add_argument("suite", metavar="NAME", choices=SUITES, help=f"the suite: {', '.join(SUITES)}")
+    sub.add_argument(
+        "models",
+        nargs="*",
+        metavar="MODEL",
+        help="of quantspec-paper a model in place of the built-in one; of seedlm-paper a dense model and its SeedLM "
+        "conversions; of dynamoe a DynaMoE model",
+    )
+    group = sub.add_argument_group("models")
+    group.add_argument(
+        "--dtype",
+        choices=("float16", "bfloat16", "float32"),
+        default="float16",
+        help="type of random weights (default %(default)s)",
+    )
+    group.add_argument(
+        "--checkpoint",
+        metavar="SIZE=MODEL",
+        type=checkpoint,
+        action="append",
+        default=[],
+        help="use MODEL as the suite's OpenELM of SIZE (270M, 450M, 1.1B, 3B) instead of random weights (repeatable)",
+    )
+    add(group, [IGNORE_KEYS])
+    group.add_argument("--offline", action="store_true", help="never touch the network")
+    group = sub.add_argument_group("what is measured")
+    group.add_argument(
+        "--steps", metavar="N", type=natural, default=4, help="tokens that each pass decodes (default %(default)s)"
+    )
+    add_measuring(group, rounds=3, text=False)
+    add_machine(sub, "every device")
+    add_output(sub)
+
+
+def _compare(sub: Parser) -> None:
+    sub.add_argument("result", metavar="A.json", help="a result of `mlxeff bench`, or the file of `--out`")
     sub.add_argument("others", metavar="B.json", nargs="+", help="results that are compared with A")
     sub.add_argument(
         "--threshold",
@@ -84,42 +158,55 @@ def _add_files(what: argparse._SubParsersAction) -> None:
         "-o", dest="output", choices=("text", "md", "json"), default="text", help="how to print (default: %(default)s)"
     )
     add_end(sub, "print one JSON document, as -o json")
-    summary = "write a report for a browser: plots and tables in one HTML file"
-    sub = what.add_parser("page", help=summary, description=sentence(summary), examples=PAGE_EXAMPLES)
+
+
+def _page(sub: Parser) -> None:
     sub.add_argument("results", metavar="RESULT.json", nargs="+", help="results; several are compared with the first")
     sub.add_argument("--out", metavar="FILE", help="the HTML file (default: RESULT.html, beside RESULT.json)")
     sub.add_argument("--png", metavar="FOLDER", help="write each plot as a PNG file, too")
     add_end(sub, "print one JSON document: the files that were written")
 
 
-def _add_machine(sub: Parser) -> None:
-    sub.add_argument(
-        "--device",
-        choices=("auto", "cpu", "gpu"),
-        default="auto",
-        help="where to compute (default: auto, the GPU if there is one, for the suite every device)",
-    )
-    sub.add_argument(
-        "--threads", metavar="N", type=positive, help="threads of the CPU kernels (default: one for each core)"
-    )
-    add(sub, techniques.PRECISION)
-    sub.add_argument(
-        "--dtype",
-        choices=("float16", "bfloat16", "float32"),
-        help="type of the suite's random weights (default float16)",
-    )
-    sub.add_argument(
-        "--checkpoint",
-        metavar="SIZE=MODEL",
-        type=checkpoint,
-        action="append",
-        default=[],
-        help="use MODEL as the suite's OpenELM of SIZE (270M, 450M, 1.1B, 3B) instead of random weights (repeatable)",
-    )
-    add(sub, [PREFILL_STEP])
-    sub.add_argument(
-        "--memory",
-        metavar="GB",
-        type=float,
-        help="memory that may be used (default: most of the free memory); a measurement that needs more is left out",
-    )
+WHATS = {
+    "ttft": What(
+        "seconds to the first token of a model, and of others beside it",
+        _ttft,
+        (
+            "mlxeff bench ttft smollm2-135m",
+            "mlxeff bench ttft smollm2-135m --vs '--kv-predict smollm2-135m-0-18'",
+        ),
+    ),
+    "decode": What(
+        "prompt and decoded tokens a second of a model and of others, under the names of llama-bench",
+        _decode,
+        (
+            "mlxeff bench decode smollm2-135m",
+            "mlxeff bench decode smollm2-135m --vs '--kv-cache int8' -d 0,2048",
+        ),
+    ),
+    "kernels": What(
+        "bytes and FLOPs a second of the products with a model's matrices, and what the machine can do",
+        _kernels,
+        ("mlxeff bench kernels smollm2-135m",),
+    ),
+    "quality": What(
+        "perplexity of a model, and how far others are from it, as `mlxeff eval` measures them",
+        _quality,
+        ("mlxeff bench quality smollm2-135m --vs '--kv-cache int4'",),
+    ),
+    "suite": What(
+        "models and settings of a publication, beside its numbers",
+        _suite,
+        ("mlxeff bench suite kvp-paper --out kvp.jsonl", "mlxeff bench suite all --out all.jsonl"),
+    ),
+    "compare": What(
+        "which rows of results became better or worse than noise; exit code 1 where one became worse",
+        _compare,
+        ("mlxeff bench compare before.json after.json",),
+    ),
+    "page": What(
+        "write a report for a browser: plots and tables in one HTML file",
+        _page,
+        ("mlxeff bench page result.json", "mlxeff bench page result.json --png plots"),
+    ),
+}

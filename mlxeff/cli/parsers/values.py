@@ -15,6 +15,12 @@ def naturals(text: str) -> tuple[int, ...]:
     return tuple(natural(part) for part in text.split(","))
 
 
+def generated(text: str) -> tuple[int, ...]:
+    """ "0,128" → (0, 128): a rate needs two tokens."""
+    wanted = "0 or a whole number above 1"
+    return tuple(integer(part, lambda n: n == 0 or 1 < n < 1 << 64, wanted) for part in text.split(","))
+
+
 def version(text: str) -> tuple[int, ...]:
     """ "0.31.2" → (0, 31, 2)."""
     return tuple(natural(part) for part in text.split("."))
