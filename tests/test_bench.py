@@ -194,7 +194,7 @@ def test_a_disk_that_fills_loses_no_sample(folder, tmp_path):
     goes on after those that are in the file."""
     path = tmp_path / "s.jsonl"
     command = ["bench", "decode", folder, *SHORT, "-r", 6, "--json", "--device", "cpu", "--out", path]
-    out, err = mlxeff(*command, code=1, limit=2000)
+    out, err = mlxeff(*command, code=1, limit=2000, PYTHONDONTWRITEBYTECODE="1")
     whole = json.loads(out)["samples"]
     assert len(whole) == 12
     assert err.count("s.jsonl: cannot be written: File too large: this sample and those that follow are not kept") == 1

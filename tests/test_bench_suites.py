@@ -12,7 +12,7 @@ from mlxeff.bench.points import DECODE, Point
 from mlxeff.bench.published import LABELS
 from mlxeff.bench.rows import rows
 from test_bench import openelm
-from test_cli import fails
+from test_cli import fails, mlxeff
 from tiny_model import write_random_model, write_tiny_model
 
 
@@ -77,6 +77,24 @@ def test_quantspec_runs_its_arms_and_shows_the_papers_numbers(folder):
     labels = {line["what"]: line["label"] for line in found["published"]}
     assert labels["accepted drafts"] == labels["speed by plain decoding"] == "recalled"
     assert labels["speed by plain decoding, at best"] == "published"
+
+
+def test_a_suite_ends_with_a_report_and_goes_on_where_it_was(folder, tmp_path):
+    """One command: samples, the result, a page and its plots; the second time it measures nothing."""
+    place = tmp_path / "reports" / "first"
+    command = ("suite", "quantspec-paper", folder, "-r", 1, "--warmup", 0, "--report", place)
+    first = run(*command)
+    assert json.loads((place / "result.json").read_text())["samples"] == first["samples"]
+    assert "tg90 @ d256" in (place / "report.html").read_text()
+    assert list((place / "plots").glob("*.png"))
+    assert run(*command)["samples"] == first["samples"]
+    _, err = mlxeff("bench", *command)
+    assert f"written: {place / 'result.json'}, {place / 'report.html'}" in err
+    (place / "result.json").write_text("my own")
+    assert "result.json: wanted a result of mlxeff bench" in fails("bench", *command)
+    (tmp_path / "file").write_text("")
+    command = (*command[:-1], tmp_path / "file" / "x")
+    assert "wanted a folder for the report: Not a directory" in fails("bench", *command)
 
 
 def test_comparisons_with_quantspec_have_known_answers():

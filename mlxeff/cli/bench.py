@@ -2,6 +2,8 @@
 
 import argparse
 import functools
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import MlxeffError
@@ -21,15 +23,19 @@ def run(options: argparse.Namespace) -> int:
     if options.what in ("compare", "page"):
         return getattr(bench_files, options.what)(options)
     form = _format(options)
+    folder = _report_folder(options)
     with output.show_notices(options.quiet) as lines:
         result = WHATS[options.what](options, functools.partial(output.bar, quiet=options.quiet))
     document = result.document(lines)
+    written = folder and _written(folder, document)
     if form == "json":
         streams.print_json(document, indent=1)
     else:
         from ..bench import report
 
         print(report.text(document, form), flush=True)
+    if written:
+        print(f"mlxeff: note: written: {', '.join(written)}", file=sys.stderr)
     return 1 if result.failed else 0
 
 
@@ -39,6 +45,24 @@ def _format(options: argparse.Namespace) -> str:
         raise MlxeffError(f"bench: --json and -o {options.format}: wanted one of the two")
     options.json = options.json or options.format == "json"
     return "json" if options.json else options.format or "md"
+
+
+def _written(folder: Path, document: dict) -> list[str]:
+    from ..bench import page
+
+    return page.write_report(folder, document)
+
+
+def _report_folder(options: argparse.Namespace) -> Path | None:
+    """The folder of `--report`, made before anything is measured; samples are kept there unless `--out` names a file.
+    None without the option. Raises MlxeffError where the report could not be written later."""
+    if getattr(options, "report", None) is None:
+        return None
+    from ..bench import page
+
+    folder = page.report_folder(options.report)
+    options.out = options.out or str(folder / "samples.jsonl")
+    return folder
 
 
 def _ttft(options: argparse.Namespace, fetching: "Fetching") -> "Result":

@@ -9,6 +9,6 @@ sections  all parts of the page
 files     writes the page and the PNG files
 """
 
-from .files import write
+from .files import report_folder, write, write_report
 
-__all__ = ["write"]
+__all__ = ["report_folder", "write", "write_report"]

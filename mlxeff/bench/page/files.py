@@ -8,13 +8,43 @@ from pathlib import Path
 
 from ...checkpoint import temporary_beside
 from ...errors import MlxeffError
-from ...names import expand
+from ...names import expand, json_text
 from .. import compare, reader
 from ..comparison_text import letter_of
 from . import drawing, sections, svg
 from .plots import Plot, changes, plots
 
+RESULT = "result.json"  # of a report
 HEAD = 2048  # bytes at the beginning of a file, in which the mark of our files stands
+
+
+def require_plots() -> None:
+    """Raises MlxeffError where matplotlib is missing."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise MlxeffError("bench page: wanted matplotlib, which is not installed: pip install 'mlxeff[benchmarks]'")
+
+
+def report_folder(name: str) -> Path:
+    """Make the folder for a report, before what it reports is measured. Raises MlxeffError where matplotlib is missing,
+    where the folder cannot be made, and where its result.json is no result of ours."""
+    require_plots()
+    folder = expand(name)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise MlxeffError(f"{folder}: wanted a folder for the report: {error.strerror or error}") from error
+    if (folder / RESULT).exists():
+        reader.read(str(folder / RESULT))
+    return folder
+
+
+def write_report(folder: Path, document: dict) -> list[str]:
+    """Write a result to a `report_folder`: result.json, the page report.html, and its plots in the folder "plots".
+    Returns their paths. Raises MlxeffError where one cannot be written."""
+    target = folder / RESULT
+    _replace(target, (json_text(document, indent=1) + "\n").encode())
+    found = write([str(target)], str(folder / "report.html"), str(folder / "plots"))
+    return [str(target), found["out"], *found["png"]]
 
 
 def write(names: Sequence[str], out: str | None, folder: str | None) -> dict:
@@ -24,8 +54,7 @@ def write(names: Sequence[str], out: str | None, folder: str | None) -> dict:
     Returns {"out": the page, "png": the PNG files, "plots": the titles of the plots}. Raises MlxeffError before
     anything is written where matplotlib is missing, or where a file that is not of this command would be replaced.
     """
-    if importlib.util.find_spec("matplotlib") is None:
-        raise MlxeffError("bench page: wanted matplotlib, which is not installed: pip install 'mlxeff[benchmarks]'")
+    require_plots()
     documents = [reader.read(name) for name in names]
     page = expand(out) if out else expand(names[0]).with_suffix(".html")
     several = len(names) > 1

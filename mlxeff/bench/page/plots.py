@@ -215,7 +215,7 @@ def _rounds(rows: list[dict], values: Callable[[dict], list[float]], device: str
 
 def _published(lines: list[dict]) -> Iterator[Plot]:
     """Our numbers by published ones, where both are known."""
-    both = [each for each in lines if each.get("ours") and each.get("theirs")]
+    both = [each for each in lines if each.get("ours") and each.get("theirs") and not isinstance(each["theirs"], str)]
     if both:
         kept, note = _most(both)
         series = {"ours by published": [Point(each["ours"] / each["theirs"], group=each["what"]) for each in kept]}

@@ -66,10 +66,19 @@ def published(lines: Sequence[dict]) -> str:
     rows = []
     for each in lines:
         ours, theirs, unit = each.get("ours"), each.get("theirs"), each.get("unit") or ""
-        ratio = f"{ours / theirs:.2f}" if ours is not None and theirs else ""
+        number = theirs if not isinstance(theirs, str) else None
+        ratio = f"{ours / number:.2f}" if ours is not None and number else ""
         where = each.get("arm"), each.get("test")
         cells = [each["what"], *(part or "" for part in where), "" if ours is None else shown(ours, unit)]
-        rows.append([*cells, shown(theirs, unit), ratio, badge(each["label"]), each.get("source") or ""])
+        rows.append(
+            [
+                *cells,
+                theirs if number is None and theirs else shown(number, unit),
+                ratio,
+                badge(each["label"]),
+                each.get("source") or "",
+            ]
+        )
     header = ["what", "arm", "test", "ours", "theirs", "ours / theirs", "label", "source"]
     found = table("Our numbers and published ones", header, rows, (3, 4, 5))
     labels = [f"{label}: {LABELS[label]}" for label in LABELS if any(each["label"] == label for each in lines)]

@@ -15,7 +15,8 @@ from .plan import add_plan
 from .verbs import EXAMPLES, VERBS
 
 # Options that name a file or a folder, in which "~" stands for a home folder; names of models are resolved elsewhere.
-PATHS = "file prompt_cache dst out text train_text calibrate tokenizer plot questions score fewshot bundle png".split()
+PATHS = "file prompt_cache dst out text train_text calibrate tokenizer plot questions score fewshot".split()
+PATHS += ["bundle", "png", "report"]
 SHELLS = ("bash", "zsh", "fish")
 
 

@@ -140,7 +140,12 @@ def _suite(sub: Parser) -> None:
     )
     add_measuring(group, rounds=3, text=False)
     add_machine(sub, "every device")
-    add_output(sub)
+    add_output(sub).add_argument(
+        "--report",
+        metavar="FOLDER",
+        help="write the result there at the end: result.json, report.html for a browser, plots as PNG files; and keep "
+        "samples there, so that the same command continues an interrupted measurement",
+    )
 
 
 def _compare(sub: Parser) -> None:
@@ -197,7 +202,7 @@ WHATS = {
     "suite": What(
         "models and settings of a publication, beside its numbers",
         _suite,
-        ("mlxeff bench suite kvp-paper --out kvp.jsonl", "mlxeff bench suite all --out all.jsonl"),
+        ("mlxeff bench suite kvp-paper --out kvp.jsonl", "mlxeff bench suite all --report suite"),
     ),
     "compare": What(
         "which rows of results became better or worse than noise; exit code 1 where one became worse",

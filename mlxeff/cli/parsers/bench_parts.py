@@ -126,7 +126,7 @@ def add_machine(sub: Parser, auto: str = "the GPU if there is one", prefill: boo
     )
 
 
-def add_output(sub: Parser) -> None:
+def add_output(sub: Parser) -> argparse._ArgumentGroup:
     group = sub.add_argument_group("output")
     group.add_argument(
         "--out", metavar="FILE", help="keep every sample in FILE; the same command continues an interrupted measurement"
@@ -140,3 +140,4 @@ def add_output(sub: Parser) -> None:
     )
     group.add_argument("--json", action="store_true", help="as -o json")
     group.add_argument("--quiet", action="store_true", help="no progress lines; warnings still show")
+    return group
