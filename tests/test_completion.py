@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from mlxeff import cli
+
 ROOT = Path(__file__).resolve().parent.parent
 READY, DONE = "READY-", "DONE-"  # printed by commands that are typed in two parts, so that the echo does not have them
 
@@ -146,3 +148,10 @@ def test_another_shell_is_refused():
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
     assert "wanted one of bash, zsh, fish, got 'fsh': did you mean fish?" in done.stderr
+
+
+def test_without_shtab_one_line_says_what_to_install(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "shtab", None)
+    assert cli.main(["completion", "bash"]) == 1
+    wanted = "completion: wanted shtab, which is not installed: pip install 'mlxeff[completion]'"
+    assert capsys.readouterr().err == f"mlxeff: error: {wanted}\n"

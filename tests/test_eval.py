@@ -4,6 +4,7 @@ whose answer is known by hand. About 8 seconds.
 
 import json
 import math
+import re
 import signal
 import subprocess
 
@@ -378,3 +379,14 @@ def test_options_of_the_reference_are_checked(folder, given, capsys):
 def test_damaged_windows_are_refused():
     with pytest.raises(MlxeffError, match="wanted a text of at least 11 tokens"):
         windows(list(range(10)), Cut(10, 10), "text")
+
+
+def test_logits_that_do_not_fit_are_one_line(folder, text, monkeypatch, capsys):
+    """The vocabulary by the tokens that are scored at once is compared with the memory before anything is scored; each
+    number takes a terabyte here. One token at a time is what decoding needs too."""
+    monkeypatch.setattr("mlxeff.eval.subject.LOGITS", 10**12)
+    command = ["eval", "ppl", str(folder), "--text", str(text), "--context", "64", "--tokens", "100"]
+    assert cli.main([*command, "--step", "32"]) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert re.fullmatch(r"mlxeff: error: the logits of 32 tokens: need .* GB, .* may be used .*: --step 1", error)
+    assert cli.main([*command, "--step", "1"]) == 0

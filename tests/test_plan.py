@@ -513,7 +513,8 @@ def test_bad_options_are_one_line(folder, capsys, arguments, message):
 def test_a_folder_without_a_config_is_one_line(tmp_path, capsys):
     assert "wanted a folder with a config.json" in run(capsys, tmp_path, "--chip", "m1")[2]
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    assert "llama config: missing keys ['hidden_size'" in run(capsys, tmp_path, "--chip", "m1")[2]
+    wanted = f"{tmp_path / 'config.json'}: llama config: missing keys ['hidden_size'"
+    assert wanted in run(capsys, tmp_path, "--chip", "m1")[2]
 
 
 def test_this_machine_is_probed_then_calibrated_then_scored(tmp_path, own_cache, capsys):

@@ -151,7 +151,8 @@ def answer(subject: Subject, question: Question, delimiter: str, step: int) -> d
     tokenizer, setup = subject.loaded.tokenizer, subject.setup
     pairs = [encode_pair(tokenizer, question.query, delimiter + each) for each in question.choices]
     longest = max(len(context) + len(tokens) - 1 for context, tokens in pairs)
-    require_context([subject], longest, f"{question.place}: the tokens of a choice and its query")
+    most = max(len(tokens) for _, tokens in pairs)
+    require_context([subject], longest, f"{question.place}: the tokens of a choice and its query", min(step, most))
     tokens = [tokens for _, tokens in pairs]
     found, cache = likelihoods(setup, pairs[0][0], tokens, step, subject.step_size)
     subject.note(cache)

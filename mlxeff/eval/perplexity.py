@@ -106,7 +106,7 @@ def _measure(
         notices.info(OWN_TEXT)
     limits = [each.loaded.model.context_length for each in subjects]
     context = options.context or min([CONTEXT, *(limit for limit in limits if limit)])
-    require_context(subjects, context, "--context")
+    require_context(subjects, context, "--context", options.step)
     cut = cut_of(context, options.stride, options.prompt, None if options.no_bos else bos_of(main.loaded.tokenizer))
     rows = [each.loaded.model.vocab_size for each in subjects]
     ids = text_ids(main.loaded.tokenizer, text, options.tokens, rows[0], origin)

@@ -2,10 +2,10 @@
 
 import argparse
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from .. import hub, kernels
+from .. import hub, kernels, limits
 from ..assembly.fitting import Progress
 from ..assembly.model import Loaded, load_path
 from ..assembly.techniques import (
@@ -24,6 +24,8 @@ from ..errors import MlxeffError, no_notices
 from ..generation import require_memory
 from ..running import Tally
 from .measures import mean_report
+
+LOGITS = 3 * 4  # bytes for each token and word of the vocabulary: logits, log-probabilities and a part of both
 
 
 @dataclass
@@ -101,9 +103,14 @@ def _subject(model: str, loaded: Loaded, values: argparse.Namespace) -> Subject:
     return Subject(model, loaded, setup, values)
 
 
-def require_context(subjects: Iterable[Subject], tokens: int, what: str) -> None:
-    """Raises MlxeffError where a text of `tokens` does not fit into a model's context, or its KV cache into memory.
-    `what` begins the message. The first call shows the notices of a new cache, which are hidden later."""
+def require_context(subjects: Sequence[Subject], tokens: int, what: str, step: int = 1) -> None:
+    """Raises MlxeffError where a text of `tokens` does not fit into a model's context, or its KV cache into memory, or
+    where the logits of `step` tokens do not, which are scored at once. `what` begins the message. The first call shows
+    the notices of a new cache, which are hidden later."""
+    rows = min(step, tokens)
+    token = LOGITS * sum(subject.loaded.model.vocab_size or 0 for subject in subjects)
+    if rows > 1 and token:
+        limits.require(rows * token, f"the logits of {rows} tokens", lambda have: f"--step {max(1, int(have / token))}")
     for subject in subjects:
         limit = subject.loaded.model.context_length
         if limit and tokens > limit:

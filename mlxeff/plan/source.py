@@ -37,14 +37,22 @@ def describe(name: str, ignored: tuple[str, ...] = (), offline: bool = False) ->
         path = path / "config.json"
     if path.suffix == ".json":
         config = {key: value for key, value in read_json(path).items() if key not in ignored}
-        shape = read_shape(config)
+        shape = _shape(config, path)
         return Described(name, path, shape, formats.stored(config, shape))
     source = open_source(path)
     if source.format != "gguf":
         if source.config is None:
             raise MlxeffError(f"{path}: wanted a config.json beside the weights, got none")
         config = {key: value for key, value in source.config.items() if key not in ignored}
-        shape = read_shape(config)
+        shape = _shape(config, path)
         return Described(name, path, shape, formats.stored(config, shape))
-    shape = read_shape(config_from_gguf(source))
+    shape = _shape(config_from_gguf(source), path)
     return Described(name, path, shape, formats.of_tensors(source.tensors, shape))
+
+
+def _shape(config: dict, path: Path) -> Shape:
+    """As `read_shape`; an error names the file."""
+    try:
+        return read_shape(config)
+    except MlxeffError as error:
+        raise MlxeffError(f"{path}: {error}") from None

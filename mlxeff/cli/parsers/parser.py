@@ -30,7 +30,6 @@ class Formatter(argparse.HelpFormatter):
 
 
 def _wrapped(text: str, width: int) -> list[str]:
-
     return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False, break_long_words=False)
 
 
@@ -65,7 +64,6 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args=None, namespace=None) -> tuple[argparse.Namespace, list[str]]:
         """As in argparse, but what the parser does not know is an error of this parser, found before any other."""
-
         words = list(sys.argv[1:] if args is None else args)
         for word in self._own(words):
             if (name := self._unknown(word)) is not None:
