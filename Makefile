@@ -18,7 +18,7 @@ CXX_SOURCES = $(wildcard cpu/*.h cpu/*/*.cpp cpu/*/*.h tests/native_driver/* tes
 PROMPT = Explain in two sentences why the sky is blue.
 
 .NOTPARALLEL:
-.PHONY: help demo demo-kvp demo-quantspec demo-dynamoe kvp-pair test fuzz mutants lint format wheel-check native-check arm-check old-cpu-check clean
+.PHONY: help demo demo-kvp demo-quantspec demo-dynamoe kvp-pair bench test fuzz mutants lint format wheel-check native-check arm-check old-cpu-check clean
 
 help:
 	@echo "make demo         install into .venv, fetch the built-in model, stream an answer with its timings"
@@ -26,6 +26,7 @@ help:
 	@echo "make demo-quantspec  one long prompt on KV caches of 32, 8 and 4 bits and with drafts: bytes and tokens a second"
 	@echo "make demo-dynamoe fit the built-in model as DynaMoE (minutes) and run it at four sensitivities"
 	@echo "make kvp-pair     train the smaller one of these pairs again, into build/kvp-trained (10 minutes on two cores)"
+	@echo "make bench        write the tables of README.md and benchmarks/RESULTS.md again from committed results"
 	@echo "make test         install the test extras into .venv, run the tests (make test ARGS='-k cache' for some)"
 	@echo "make fuzz N=1000  each parser of files with N damaged ones (a million of them: N=100000)"
 	@echo "make mutants      put small faults into a copy of the sources: do the tests notice? (ARGS='--only kvp')"
@@ -69,6 +70,10 @@ kvp-pair: $(KVP_TRAINED)/config.json
 $(KVP_TRAINED)/config.json: | $(VENV)/.installed
 	@mkdir -p build
 	cd benchmarks && ../$(BIN)/python -m kvp.pairs "layers:0-18 distilled 8-bit" ../$(KVP_TRAINED)
+
+# Measures nothing: a user's measurements are `mlxeff bench`, ours are the scripts in benchmarks/.
+bench: $(VENV)/.installed-test
+	$(BIN)/python benchmarks/regenerate.py $(ARGS)
 
 # One process of tests for each core. The kernels of each use one thread, but for tests of threads, which set their
 # number: with more of them the processes would wait for each other.

@@ -292,7 +292,8 @@ def main() -> None:
     options = arguments()
     path, proof = (saving.result_path(card.machine()["cpu"], f"{name}.json") for name in (SECTION, PROOF))
     if options.report is not None:
-        report(Path(options.report or path), proof)
+        shown = Path(options.report or path)
+        report(shown, shown.with_name(shown.name.replace(f"{SECTION}.json", f"{PROOF}.json")))
         return
     kernels.use_device("cpu")
     common = identity(model=options.model) if options.proof else identity(model=options.model, tokens=options.tokens)
