@@ -40,6 +40,17 @@ float logsumexp(const SoftmaxKernels& kernels, const void* x, int dtype, int64_t
   return max + std::log(sum);
 }
 
+// Checks the arguments of a function from rows to rows, and calls body(kernels, row of x, row of y) for each row.
+template <class Body>
+int map_rows(const void* x, int64_t ldx, int x_dtype, void* y, int64_t ldy, int y_dtype, int64_t rows, int64_t n,
+             Body body) {
+  if (!x || !y || rows < 0 || n < 1) return MLXEFF_BAD_ARGUMENT;
+  if (!dtype_known(x_dtype) || !dtype_known(y_dtype)) return MLXEFF_BAD_DTYPE;
+  const SoftmaxKernels& kernels = MLXEFF_DISPATCH(softmax_kernels);
+  for_rows(rows, n, [&](int64_t row) { body(kernels, row_at(x, ldx, x_dtype, row), row_at(y, ldy, y_dtype, row)); });
+  return MLXEFF_OK;
+}
+
 bool targets_valid(const int32_t* targets, int64_t rows, int64_t n) {
   for (int64_t row = 0; row < rows; ++row)
     if (targets[row] >= n) return false;
@@ -55,29 +66,18 @@ extern "C" {
 
 int mlxeff_softmax(const void* x, int64_t ldx, int x_dtype, void* y, int64_t ldy, int y_dtype, int64_t rows,
                    int64_t n) {
-  if (!x || !y || rows < 0 || n < 1) return MLXEFF_BAD_ARGUMENT;
-  if (!dtype_known(x_dtype) || !dtype_known(y_dtype)) return MLXEFF_BAD_DTYPE;
-  const SoftmaxKernels& kernels = MLXEFF_DISPATCH(softmax_kernels);
-  for_rows(rows, n, [&](int64_t row) {
-    const void* const source = row_at(x, ldx, x_dtype, row);
+  return map_rows(x, ldx, x_dtype, y, ldy, y_dtype, rows, n, [=](const auto& kernels, const void* from, void* to) {
     float max, sum;
-    kernels.statistics(source, x_dtype, n, &max, &sum);
-    kernels.exponentials(source, x_dtype, row_at(y, ldy, y_dtype, row), y_dtype, n, max, 1.0f / sum);
+    kernels.statistics(from, x_dtype, n, &max, &sum);
+    kernels.exponentials(from, x_dtype, to, y_dtype, n, max, 1.0f / sum);
   });
-  return MLXEFF_OK;
 }
 
 int mlxeff_log_softmax(const void* x, int64_t ldx, int x_dtype, void* y, int64_t ldy, int y_dtype, int64_t rows,
                        int64_t n) {
-  if (!x || !y || rows < 0 || n < 1) return MLXEFF_BAD_ARGUMENT;
-  if (!dtype_known(x_dtype) || !dtype_known(y_dtype)) return MLXEFF_BAD_DTYPE;
-  const SoftmaxKernels& kernels = MLXEFF_DISPATCH(softmax_kernels);
-  for_rows(rows, n, [&](int64_t row) {
-    const void* const source = row_at(x, ldx, x_dtype, row);
-    kernels.differences(source, x_dtype, row_at(y, ldy, y_dtype, row), y_dtype, n,
-                        logsumexp(kernels, source, x_dtype, n));
+  return map_rows(x, ldx, x_dtype, y, ldy, y_dtype, rows, n, [=](const auto& kernels, const void* from, void* to) {
+    kernels.differences(from, x_dtype, to, y_dtype, n, logsumexp(kernels, from, x_dtype, n));
   });
-  return MLXEFF_OK;
 }
 
 int mlxeff_logsumexp(const void* x, int64_t ldx, int dtype, float* out, int64_t rows, int64_t n) {

@@ -52,6 +52,8 @@ def names(text: str) -> list[str]:
 IGNORE_KEYS = option(
     "--ignore-keys", metavar="KEY,…", type=names, default=[], help="entries of config.json to read as absent"
 )
+# Of all verbs that take a model by name.
+OFFLINE = option("--offline", action="store_true", help="never touch the network")
 # Of all verbs that run a model.
 TRUST_REMOTE_CODE = option(
     "--trust-remote-code", action="store_true", help="let mlx-lm run Python code that the model folder brings"

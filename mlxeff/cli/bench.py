@@ -27,7 +27,7 @@ def run(options: argparse.Namespace) -> int:
     with output.show_notices(options.quiet) as lines:
         result = WHATS[options.what](options, functools.partial(output.bar, quiet=options.quiet))
     document = result.document(lines)
-    written = folder and _written(folder, document)
+    written = _write_report(folder, document) if folder else []
     if form == "json":
         streams.print_json(document, indent=1)
     else:
@@ -47,7 +47,8 @@ def _format(options: argparse.Namespace) -> str:
     return "json" if options.json else options.format or "md"
 
 
-def _written(folder: Path, document: dict) -> list[str]:
+def _write_report(folder: Path, document: dict) -> list[str]:
+    """Write the report; returns the paths of its files."""
     from ..bench import page
 
     return page.write_report(folder, document)

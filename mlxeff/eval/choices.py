@@ -10,10 +10,11 @@ one message in the model's chat template, after which a choice follows without a
 """
 
 import argparse
+import itertools
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -96,7 +97,7 @@ def eval_choices(progress: Progress, model: str, **values) -> dict:
     answers = []
     with progress("questions", "step") as show:
         for number, question in enumerate(questions):
-            before = [each for each in examples if each is not question][: options.num_fewshot]
+            before = itertools.islice((each for each in examples if each is not question), options.num_fewshot)
             asked = prompt(question, before, options.delimiter)
             if options.chat_template:
                 asked = in_template(subject, asked)
@@ -135,7 +136,7 @@ def require_examples(examples: list[Question], wanted: int, file: str, apart: bo
         raise MlxeffError(f"{file}: --num-fewshot: wanted {wanted} {what}, got {others}")
 
 
-def prompt(question: Question, examples: Sequence[Question], delimiter: str) -> str:
+def prompt(question: Question, examples: Iterable[Question], delimiter: str) -> str:
     """The text before the choices of a question: the examples with their right choices, and its query."""
     solved = [each.query + delimiter + each.choices[each.gold] for each in examples]
     return BETWEEN.join([*solved, question.query])

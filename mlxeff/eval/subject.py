@@ -40,6 +40,7 @@ class Subject:
     ran: Tally = field(default_factory=Tally)
     stored_as: str | None = None
     room: int = 0  # tokens for which there is memory
+    scored: int = 0  # tokens for whose logits there is memory
 
     @property
     def step_size(self) -> int:
@@ -109,8 +110,10 @@ def require_context(subjects: Sequence[Subject], tokens: int, what: str, step: i
     the notices of a new cache, which are hidden later."""
     rows = min(step, tokens)
     token = LOGITS * sum(subject.loaded.model.vocab_size or 0 for subject in subjects)
-    if rows > 1 and token:
+    if rows > max(1, min(subject.scored for subject in subjects)) and token:
         limits.require(rows * token, f"the logits of {rows} tokens", lambda have: f"--step {max(1, int(have / token))}")
+        for subject in subjects:
+            subject.scored = rows
     for subject in subjects:
         limit = subject.loaded.model.context_length
         if limit and tokens > limit:

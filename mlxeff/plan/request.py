@@ -87,7 +87,7 @@ def _here(request: Request, here: Here) -> Predictor:
     for name in ("cores", "memory_gb"):
         if getattr(request, name) is not None and not _known(here):
             raise MlxeffError(f"--{name.partition('_')[0]}: describes a --chip, and this machine is none of them")
-    machine = Machine(here.card["cpu"], 1.0, 1.0, None, here.memory, here.usable, kind=here.device)
+    machine = _unrated(here)
     found = constants.kept(calibrate.machine_key(here.card, here.device))
     if found:
         notices.info("this machine: %s", found[0].source)
@@ -106,9 +106,14 @@ def _here(request: Request, here: Here) -> Predictor:
     return Predictor(replace(machine, bandwidth=bandwidth, flops=flops), request.engine, rates)
 
 
+def _unrated(here: Here) -> Machine:
+    """This machine, whose rates are not known yet."""
+    return Machine(here.card["cpu"], 1.0, 1.0, None, here.memory, here.usable, kind=here.device)
+
+
 def by_threads(here: Here, compute: str = "exact") -> dict[int, Predictor]:
     """Threads → the predictor of this machine, of those numbers of threads that it was calibrated with."""
-    machine = Machine(here.card["cpu"], 1.0, 1.0, None, here.memory, here.usable, kind=here.device)
+    machine = _unrated(here)
     counts = range(1, here.cores + 1) if here.device == "cpu" else ()
     kept = {n: constants.kept(calibrate.machine_key(here.card | {"threads": n}, here.device, compute)) for n in counts}
     found = {n: each for n, each in kept.items() if each}

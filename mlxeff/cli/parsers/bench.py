@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
-from ...assembly.options import IGNORE_KEYS, natural
+from ...assembly.options import IGNORE_KEYS, OFFLINE, natural, option
 from ...eval import verbs as measures
 from .bench_parts import MODEL, VersusParser, add_machine, add_measuring, add_model, add_output, add_rounds, add_versus
 from .common import add, add_end, sentence
@@ -11,6 +11,11 @@ from .parser import Parser
 from .values import checkpoint, generated, naturals, numbers, percentage
 
 SUITES = ("kvp-paper", "openelm-paper", "quantspec-paper", "seedlm-paper", "dynamoe", "all")
+
+# Of the verbs that decode after a prompt.
+STEPS = option(
+    "--steps", metavar="N", type=natural, default=4, help="tokens that each pass decodes (default %(default)s)"
+)
 
 
 class What(NamedTuple):
@@ -38,9 +43,7 @@ def _ttft(sub: Parser) -> None:
     group.add_argument(
         "--batch", metavar="B,…", type=numbers, default=(1,), help="prompts that are computed at once (default 1)"
     )
-    group.add_argument(
-        "--steps", metavar="N", type=natural, default=4, help="tokens that each pass decodes (default %(default)s)"
-    )
+    add(group, [STEPS])
     add_measuring(group, rounds=3)
     add_machine(sub)
     add_output(sub)
@@ -83,8 +86,7 @@ def _kernels(sub: Parser) -> None:
         "model", nargs="*", metavar="MODEL", help=f"{MODEL}; none: only what the machine can do at most is measured"
     )
     group = sub.add_argument_group("models")
-    add(group, [IGNORE_KEYS])
-    group.add_argument("--offline", action="store_true", help="never touch the network")
+    add(group, [IGNORE_KEYS, OFFLINE])
     group = sub.add_argument_group("what is measured")
     group.add_argument(
         "--rows",
@@ -101,7 +103,7 @@ def _kernels(sub: Parser) -> None:
 def _quality(sub: Parser) -> None:
     sub.add_argument("model", metavar="MODEL", help=MODEL)
     add(sub.add_argument_group("how MODEL is run"), measures.run_options())
-    sub.add_argument("--offline", action="store_true", help="never touch the network")
+    add(sub, [OFFLINE])
     add_versus(sub.add_argument_group("what it is compared with"), measures.run_options())
     add(sub.add_argument_group("what is read"), measures.WINDOWS)
     add_machine(sub, prefill=False)
@@ -132,12 +134,9 @@ def _suite(sub: Parser) -> None:
         default=[],
         help="use MODEL as the suite's OpenELM of SIZE (270M, 450M, 1.1B, 3B) instead of random weights (repeatable)",
     )
-    add(group, [IGNORE_KEYS])
-    group.add_argument("--offline", action="store_true", help="never touch the network")
+    add(group, [IGNORE_KEYS, OFFLINE])
     group = sub.add_argument_group("what is measured")
-    group.add_argument(
-        "--steps", metavar="N", type=natural, default=4, help="tokens that each pass decodes (default %(default)s)"
-    )
+    add(group, [STEPS])
     add_measuring(group, rounds=3, text=False)
     add_machine(sub, "every device")
     add_output(sub).add_argument(

@@ -4,13 +4,13 @@ import argparse
 from collections.abc import Callable, Sequence
 
 from ...assembly import techniques
-from ...assembly.options import IGNORE_KEYS, PREFILL_STEP, Option, ValueParser, natural, positive
+from ...assembly.options import IGNORE_KEYS, OFFLINE, PREFILL_STEP, Option, ValueParser, natural, positive
 from ...bench.points import FILTERS
+from ...bench.report import FORMATS
 from ...bench.selection import condition
 from .common import add
 from .parser import Parser
 
-FORMATS = ("md", "csv", "json", "jsonl")
 PEERS = ("mlx-lm", "llama.cpp")
 MODEL = "a folder, a .gguf file, a Hugging Face id or a name of `mlxeff models`"
 
@@ -30,8 +30,7 @@ def add_model(sub: Parser, verb: str) -> None:
     """MODEL, how it is run, and what it is compared with."""
     sub.add_argument("model", metavar="MODEL", help=MODEL)
     group = sub.add_argument_group("how MODEL is run")
-    add(group, [*techniques.PRECISION, *techniques.switch_options(verb), IGNORE_KEYS])
-    group.add_argument("--offline", action="store_true", help="never touch the network")
+    add(group, [*techniques.PRECISION, *techniques.switch_options(verb), IGNORE_KEYS, OFFLINE])
     group = sub.add_argument_group("what it is compared with")
     add_versus(group, [*techniques.PRECISION, *techniques.switch_options(verb)])
     group.add_argument(

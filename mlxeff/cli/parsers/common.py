@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Iterable
 
 from ...assembly import techniques
-from ...assembly.options import Option
+from ...assembly.options import OFFLINE, Option
 from .parser import Parser
 
 DEVICE_HELP = "where to compute (default: auto, the GPU if there is one)"
@@ -38,7 +38,7 @@ def add_subcommands(parser: Parser, entries: Iterable[techniques.Subcommand]) ->
         own = sub.add_argument_group("options")
         add(own, [each for each in entry.options if each.name.startswith("-")])
         sub.add_argument("--device", choices=("auto", "cpu", "gpu"), default="auto", help=DEVICE_HELP)
-        sub.add_argument("--offline", action="store_true", help="never touch the network")
+        add(sub, [OFFLINE])
         sub.add_argument("--json", action="store_true", help="print one JSON document")
         sub.add_argument("--quiet", action="store_true", help="no progress bar, no report; warnings still show")
         added.append(sub)

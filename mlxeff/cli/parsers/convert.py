@@ -1,6 +1,6 @@
 """The options of `mlxeff convert`."""
 
-from ...assembly.options import IGNORE_KEYS, positive
+from ...assembly.options import IGNORE_KEYS, OFFLINE, positive
 from .common import add
 from .parser import Parser
 from .values import keep, quantize
@@ -57,6 +57,6 @@ def add_convert(parser: Parser) -> None:
     parser.add_argument(
         "--dry-run", action="store_true", help="write nothing, only report names, shapes, types, disk and memory"
     )
-    parser.add_argument("--offline", action="store_true", help="never touch the network")
+    add(parser, [OFFLINE])
     parser.add_argument("--json", action="store_true", help="print the report as one JSON document")
     parser.add_argument("--quiet", action="store_true", help="no progress bar, no report; warnings still show")

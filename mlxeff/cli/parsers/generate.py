@@ -1,7 +1,7 @@
 """The options of `mlxeff generate` and `mlxeff chat`, in the order of how often they are needed."""
 
 from ...assembly import techniques
-from ...assembly.options import IGNORE_KEYS, PREFILL_STEP, TRUST_REMOTE_CODE, natural, positive
+from ...assembly.options import IGNORE_KEYS, OFFLINE, PREFILL_STEP, TRUST_REMOTE_CODE, natural, positive
 from ...hub.catalog import DEFAULT_MODEL
 from . import elsewhere
 from .common import DEVICE_HELP, add
@@ -71,7 +71,7 @@ def _add_model(parser: Parser) -> None:
         help="a folder, a .gguf file, a Hugging Face id or a name from `mlxeff models` (default: %(default)s)",
     )
     group.add_argument("--device", choices=("auto", "cpu", "gpu"), default="auto", help=DEVICE_HELP)
-    group.add_argument("--offline", action="store_true", help="never touch the network")
+    add(group, [OFFLINE])
 
 
 def _add_answer(parser: Parser) -> None:

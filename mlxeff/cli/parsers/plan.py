@@ -1,6 +1,8 @@
 """The options of `mlxeff plan`."""
 
-from ...assembly.options import IGNORE_KEYS, PREFILL_STEP, names, positive
+import argparse
+
+from ...assembly.options import IGNORE_KEYS, OFFLINE, PREFILL_STEP, names, positive
 from .common import add, add_end
 from .parser import Parser
 from .values import above_zero, naturals, numbers, probability, shares, version
@@ -12,7 +14,24 @@ def add_plan(parser: Parser) -> None:
         metavar="MODEL",
         help="a folder, a config.json, a .gguf file, a name, or a hub id, of which config.json alone is fetched",
     )
-    machine = parser.add_argument_group("machine")
+    _add_machine(parser.add_argument_group("machine"))
+    _add_compared(parser.add_argument_group("what is compared"))
+    shown = parser.add_argument_group("result")
+    shown.add_argument("--explain", action="store_true", help="show bytes and FLOPs of each layer too")
+    result = shown.add_mutually_exclusive_group()
+    result.add_argument(
+        "--calibrate",
+        metavar="RESULT.json",
+        help="fit this machine's constants to a result of `mlxeff bench ttft MODEL --json`, and keep them",
+    )
+    result.add_argument(
+        "--score", metavar="RESULT.json", help="compare predictions with such a result: the error of each point"
+    )
+    add(parser, [IGNORE_KEYS, OFFLINE])
+    add_end(parser, "print one JSON document")
+
+
+def _add_machine(machine: argparse._ArgumentGroup) -> None:
     machine.add_argument(
         "--chip",
         default="this",
@@ -40,7 +59,9 @@ def add_plan(parser: Parser) -> None:
     machine.add_argument(
         "--float16", action="store_true", help="activations are float16: M1 and M2 only emulate bfloat16"
     )
-    what = parser.add_argument_group("what is compared")
+
+
+def _add_compared(what: argparse._ArgumentGroup) -> None:
     what.add_argument("--weights", metavar="KIND,…", type=names, help='"as stored", "affine 4", "seedlm 4.5", … (all)')
     what.add_argument("--kv-cache", metavar="KIND,…", type=names, help="kinds of KV cache (default: all)")
     what.add_argument("--prompt-lengths", metavar="N,…", type=numbers, help="tokens in prompts")
@@ -67,17 +88,3 @@ def add_plan(parser: Parser) -> None:
         default=(0.5, 0.75),
         help="shares of the layers that read the prompt in KV Prediction (default 0.5,0.75)",
     )
-    shown = parser.add_argument_group("result")
-    shown.add_argument("--explain", action="store_true", help="show bytes and FLOPs of each layer too")
-    result = shown.add_mutually_exclusive_group()
-    result.add_argument(
-        "--calibrate",
-        metavar="RESULT.json",
-        help="fit this machine's constants to a result of `mlxeff bench ttft MODEL --json`, and keep them",
-    )
-    result.add_argument(
-        "--score", metavar="RESULT.json", help="compare predictions with such a result: the error of each point"
-    )
-    add(parser, [IGNORE_KEYS])
-    parser.add_argument("--offline", action="store_true", help="never touch the network")
-    add_end(parser, "print one JSON document")
